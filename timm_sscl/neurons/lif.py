@@ -1,0 +1,146 @@
+"""Leaky integrate-and-fire neuron: the function, its explicit backward, and the module that holds its settings."""
+from typing import Optional, Tuple
+
+import torch
+import torch.nn as nn
+from torch.autograd.function import once_differentiable
+
+from .surrogate import rectangle_window
+
+__all__ = ['lif', 'LIF', 'check_neuron']
+
+
+def check_neuron(tau: float, v_threshold: float, v_reset: Optional[float]) -> None:
+    """Raise ValueError, naming the argument, where the neuron's settings make no neuron."""
+    if not 0 <= tau <= 1:
+        raise ValueError(f'tau={tau}: the decay factor must lie in [0, 1] (0.25 is the paper\'s, 1 does not leak).')
+    if not v_threshold > 0:
+        raise ValueError(f'v_threshold={v_threshold}: the firing threshold must be positive.')
+    if v_reset is not None and not v_reset < v_threshold:
+        raise ValueError(
+            f'v_reset={v_reset}: the reset potential must lie below v_threshold={v_threshold}; None is the soft reset.')
+
+
+def _membrane_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+class _LIF(torch.autograd.Function):
+    """The recursion of `lif` with its backward written out; saves the potentials U_pre, from which all else follows."""
+
+    @staticmethod
+    def forward(ctx, x, tau, v_threshold, v_reset, detach_reset):
+        dtype = _membrane_dtype(x.dtype)
+        spikes = torch.empty_like(x)
+        u = torch.empty_like(x, dtype=dtype)
+        v = torch.full_like(x[0], v_reset or 0., dtype=dtype)
+        for t in range(x.shape[0]):
+            u_t = v.mul_(tau).add_(x[t])
+            fired = u_t >= v_threshold
+            u[t] = u_t
+            spikes[t] = fired
+            v = u_t - v_threshold * fired if v_reset is None else u_t.masked_fill(fired, v_reset)
+        ctx.save_for_backward(u)
+        ctx.settings = tau, v_threshold, v_reset, detach_reset
+        ctx.input_dtype = x.dtype
+        return spikes
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_spikes):
+        u, = ctx.saved_tensors
+        tau, v_threshold, v_reset, detach_reset = ctx.settings
+        grad_x = torch.empty_like(u, dtype=ctx.input_dtype)
+        grad_v = torch.zeros_like(u[0])  # of the loss by V_t, the potential after the reset
+        for t in range(u.shape[0] - 1, -1, -1):
+            grad_o = grad_spikes[t].to(u.dtype)
+            if not detach_reset:  # dV/dO = r - U_pre (hard) or -U_th (soft)
+                grad_o = grad_o + grad_v * (-v_threshold if v_reset is None else v_reset - u[t])
+            through_v = grad_v if v_reset is None else grad_v.masked_fill(u[t] >= v_threshold, 0.)
+            grad_u = through_v + grad_o * rectangle_window(u[t], v_threshold)
+            grad_x[t] = grad_u
+            grad_v = tau * grad_u
+        return grad_x, None, None, None, None
+
+
+def lif(
+        x: torch.Tensor,
+        tau: float = 0.25,
+        v_threshold: float = 0.5,
+        v_reset: Optional[float] = 0.,
+        detach_reset: bool = False,
+) -> torch.Tensor:
+    """Leaky integrate-and-fire neuron over T time steps, Eq. 2, 3 and 21 of the SSCL paper.
+
+        U_t,pre = tau * U_{t-1} + X_t
+        O_t     = 1 if U_t,pre >= v_threshold else 0
+        U_t     = U_t,pre * (1 - O_t) + v_reset * O_t        hard reset, U_0 = v_reset
+        U_t     = U_t,pre - v_threshold * O_t                soft reset (v_reset=None), U_0 = 0
+        dO/dU   = 1 if 0 <= U_t,pre <= 2 * v_threshold else 0
+
+    The call holds no state: every call starts from U_0. Half precision input is integrated in float32.
+
+    Args:
+        x: Input current, shape (T, ...), T >= 1, floating point, any strides.
+        tau: Decay factor in [0, 1] (not a time constant); 1 is the integrate-and-fire neuron.
+        v_threshold: Firing threshold.
+        v_reset: Potential after a spike; None subtracts the threshold instead.
+        detach_reset: Whether the gradient skips the reset, taking the spike in it as a constant.
+
+    Returns:
+        Spikes, 0 or 1, of x's shape, dtype and memory format.
+
+    Raises:
+        ValueError: x has no time steps or is not floating point, or a setting is out of its range.
+    """
+    check_neuron(tau, v_threshold, v_reset)
+    if x.ndim == 0 or x.shape[0] < 1:
+        raise ValueError(f'x has shape {tuple(x.shape)}: lif needs (T, ...) with at least one time step.')
+    if not x.is_floating_point():
+        raise ValueError(f'x has dtype {x.dtype}: lif integrates floating point currents.')
+    return _LIF.apply(x, tau, v_threshold, v_reset, detach_reset)
+
+
+class LIF(nn.Module):
+    """`lif` on a time-folded batch: (T * B, ...) in, spikes of the same shape out, time-major.
+
+    Args:
+        timesteps: Number of time steps T that the first axis of the input holds.
+        tau: Decay factor.
+        v_threshold: Firing threshold.
+        v_reset: Potential after a spike; None is the soft reset.
+        detach_reset: Whether the gradient skips the reset.
+    """
+
+    def __init__(
+            self,
+            timesteps: int,
+            tau: float = 0.25,
+            v_threshold: float = 0.5,
+            v_reset: Optional[float] = 0.,
+            detach_reset: bool = False,
+    ):
+        super().__init__()
+        check_neuron(tau, v_threshold, v_reset)
+        if timesteps < 1:
+            raise ValueError(f'timesteps={timesteps}: a spiking neuron needs at least one time step.')
+        self.timesteps = timesteps
+        self.tau = tau
+        self.v_threshold = v_threshold
+        self.v_reset = v_reset
+        self.detach_reset = detach_reset
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[0] % self.timesteps:
+            raise ValueError(
+                f'the first axis of {tuple(x.shape)} does not hold timesteps={self.timesteps} equal steps; '
+                f'a spiking neuron works on (timesteps * batch, ...).')
+        x_t = x.reshape(self._fold(x.shape))
+        return lif(x_t, self.tau, self.v_threshold, self.v_reset, self.detach_reset).reshape(x.shape)
+
+    def _fold(self, shape: torch.Size) -> Tuple[int, ...]:
+        return self.timesteps, shape[0] // self.timesteps, *shape[1:]
+
+    def extra_repr(self) -> str:
+        return (f'timesteps={self.timesteps}, tau={self.tau}, v_threshold={self.v_threshold}, v_reset={self.v_reset}, '
+                f'detach_reset={self.detach_reset}')

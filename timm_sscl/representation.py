@@ -1,0 +1,39 @@
+"""How much a feature map can say: the bound of Eq. 4 and the entropy that a firing rate leaves of it."""
+import torch
+
+__all__ = ['representation_bits', 'spike_entropy']
+
+
+def representation_bits(timesteps: int, c: int, h: int, w: int, bits: int = 1) -> int:
+    """Representation capability R(M) of a feature map, Eq. 4 of the SSCL paper: log2 of the number of its values.
+
+    Args:
+        timesteps: Time steps T; 1 for a real-valued map.
+        c: Channels.
+        h: Height.
+        w: Width.
+        bits: Bits per element: 1 for spikes, 32 for float32.
+
+    Returns:
+        timesteps * c * h * w * bits, in bits.
+
+    Raises:
+        ValueError: A size is not a positive whole number.
+    """
+    sizes = dict(timesteps=timesteps, c=c, h=h, w=w, bits=bits)
+    for name, value in sizes.items():
+        if int(value) != value or value < 1:
+            raise ValueError(f'{name}={value}: must be a positive whole number.')
+    return timesteps * c * h * w * bits
+
+
+def spike_entropy(rate: torch.Tensor) -> torch.Tensor:
+    """Entropy of a spike in bits per neuron and step, H(p) = -p log2 p - (1 - p) log2(1 - p).
+
+    Args:
+        rate: Firing rates p in [0, 1], any shape.
+
+    Returns:
+        Entropy in [0, 1], of the same shape; 0 for a neuron that never or always fires.
+    """
+    return (torch.special.entr(rate) + torch.special.entr(1 - rate)) / torch.log(torch.tensor(2., dtype=rate.dtype))
