@@ -1,3 +1,10 @@
+from . import registry as _registry  # importing it registers the spiking_ names with timm
+from .convert import convert_to_spiking
+from .losses import create_loss, list_losses, nce_loss, register_loss
 from .neurons import LIF, lif
 from .representation import representation_bits
 from .similarity import cka, hsic
+from .sscl import SSCLLoss
+from .task import SSCLTask
+
+__version__ = '0.1.0'

@@ -1,1 +1,5 @@
+from .factory import create_loss, list_losses, loss_needs, register_loss
+from .kd import KDLoss, kd_loss
 from .nce import info_nce_loss, mi_lower_bound, nce_loss
+from .sscl import SSCLCriterion
+from .step import TrainStep

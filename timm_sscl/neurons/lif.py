@@ -57,7 +57,7 @@ class _LIF(torch.autograd.Function):
             if not detach_reset:  # dV/dO = r - U_pre (hard) or -U_th (soft)
                 grad_o = grad_o + grad_v * (-v_threshold if v_reset is None else v_reset - u[t])
             through_v = grad_v if v_reset is None else grad_v.masked_fill(u[t] >= v_threshold, 0.)
-            grad_u = through_v + grad_o * rectangle_window(u[t], v_threshold)
+            grad_u = torch.where(rectangle_window(u[t], v_threshold), through_v + grad_o, through_v)
             grad_x[t] = grad_u
             grad_v = tau * grad_u
         return grad_x, None, None, None, None
@@ -122,8 +122,8 @@ class LIF(nn.Module):
     ):
         super().__init__()
         check_neuron(tau, v_threshold, v_reset)
-        if timesteps < 1:
-            raise ValueError(f'timesteps={timesteps}: a spiking neuron needs at least one time step.')
+        if timesteps != int(timesteps) or timesteps < 1:
+            raise ValueError(f'timesteps={timesteps}: must be a whole number of time steps, 1 or more.')
         self.timesteps = timesteps
         self.tau = tau
         self.v_threshold = v_threshold
@@ -131,7 +131,7 @@ class LIF(nn.Module):
         self.detach_reset = detach_reset
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.shape[0] % self.timesteps:
+        if x.ndim == 0 or x.shape[0] % self.timesteps:
             raise ValueError(
                 f'the first axis of {tuple(x.shape)} does not hold timesteps={self.timesteps} equal steps; '
                 f'a spiking neuron works on (timesteps * batch, ...).')

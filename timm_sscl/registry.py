@@ -1,0 +1,103 @@
+"""`spiking_<name>` for every timm architecture, in timm's own registry, with its tags and pretrained configs."""
+import os
+import sys
+from collections import deque
+from dataclasses import replace
+from typing import Any, Callable, Dict, Optional, Tuple, Union
+
+import torch
+import torch.nn as nn
+
+from timm.models import list_models, load_state_dict, model_entrypoint, register_model
+from timm.models._pretrained import DefaultCfg, PretrainedCfg
+from timm.models._registry import _model_default_cfgs, _model_pretrained_cfgs, is_model
+
+from .convert import convert_to_spiking
+from .spiking import SETTINGS_KEY, SpikingSettings
+
+__all__ = ['register_spiking_models', 'PREFIX']
+
+PREFIX = 'spiking_'
+default_cfgs: Dict[str, DefaultCfg] = {}  # read by timm's register_model
+
+
+def _spiking_default_cfg(base: str) -> Optional[DefaultCfg]:
+    """The base architecture's configs, resolved: a raw hub id 'timm/' would complete to a repository of our name."""
+    default = _model_default_cfgs.get(base)
+    if default is None:
+        return None
+    cfgs = {tag: _model_pretrained_cfgs.get(f'{base}.{tag}' if tag else base, cfg) for tag, cfg in default.cfgs.items()}
+    return DefaultCfg(tags=deque(default.tags), cfgs=cfgs, is_pretrained=default.is_pretrained)
+
+
+def _split_settings(
+        pretrained_cfg: Any,
+        overlay: Optional[Dict[str, Any]],
+) -> Tuple[Optional[Dict[str, Any]], Optional[SpikingSettings]]:
+    """Take the settings out of a spiking checkpoint that is named as pretrained weights, as the ANN loads it first."""
+    file = (overlay or {}).get('file')
+    if file is None and isinstance(pretrained_cfg, PretrainedCfg):
+        file = pretrained_cfg.file
+    elif file is None and isinstance(pretrained_cfg, dict):
+        file = pretrained_cfg.get('file')
+    if not file or not os.path.isfile(file) or os.path.splitext(file)[1] in ('.npz', '.npy'):
+        return overlay, None
+    state_dict = load_state_dict(file)
+    if not isinstance(state_dict, dict) or SETTINGS_KEY not in state_dict:
+        return overlay, None
+    settings = SpikingSettings.from_tensor(state_dict.pop(SETTINGS_KEY))
+    return {**(overlay or {}), 'state_dict': state_dict}, settings
+
+
+def _entrypoint(base: str) -> Callable[..., nn.Module]:
+    def create(
+            pretrained: bool = False,
+            pretrained_cfg: Any = None,
+            pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
+            timesteps: Optional[int] = None,
+            tau: Optional[float] = None,
+            v_threshold: Optional[float] = None,
+            v_reset: Union[float, str, None] = None,
+            detach_reset: Optional[bool] = None,
+            **kwargs,
+    ) -> nn.Module:
+        stored = None
+        if pretrained:
+            pretrained_cfg_overlay, stored = _split_settings(pretrained_cfg, pretrained_cfg_overlay)
+        model = model_entrypoint(base)(
+            pretrained=pretrained, pretrained_cfg=pretrained_cfg, pretrained_cfg_overlay=pretrained_cfg_overlay, **kwargs)
+        options = dict(timesteps=timesteps, tau=tau, v_threshold=v_threshold, v_reset=v_reset, detach_reset=detach_reset)
+        convert_to_spiking(model, **{k: v for k, v in options.items() if v is not None})
+        if stored is not None:
+            model._restore_settings(stored)
+        if isinstance(getattr(model, 'pretrained_cfg', None), dict):
+            model.pretrained_cfg['architecture'] = PREFIX + base
+        return model
+
+    create.__name__ = create.__qualname__ = PREFIX + base
+    create.__module__ = __name__
+    create.__doc__ = f'Spiking {base}: see timm_sscl.convert_to_spiking for the neuron options.'
+    return create
+
+
+def register_spiking_models() -> int:
+    """Register `spiking_<name>` for every architecture that timm knows and that has none yet.
+
+    Runs at import; call it again after registering models of your own.
+
+    Returns:
+        Number of names added.
+    """
+    names = [n for n in list_models() if not n.startswith(PREFIX) and not is_model(PREFIX + n)]
+    module = sys.modules[__name__]
+    for base in names:
+        fn = _entrypoint(base)
+        default_cfg = _spiking_default_cfg(base)
+        if default_cfg is not None:
+            default_cfgs[fn.__name__] = default_cfg
+        setattr(module, fn.__name__, fn)
+        register_model(fn)
+    return len(names)
+
+
+register_spiking_models()

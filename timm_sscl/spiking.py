@@ -1,0 +1,219 @@
+"""What a converted model does beyond its ANN: repeat and fold the input over time, decode what leaves, keep its settings.
+
+A converted model is an instance of a subclass of its own class: `(SpikingModel, Base)` for what has timm's
+forward_features / forward_head, `(SpikingModule, Base)` for anything else. Inside, every tensor is (T * B, ...).
+"""
+import json
+import logging
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
+from typing import Any, Dict, FrozenSet, List, Optional, Tuple, Type
+
+import torch
+import torch.nn as nn
+
+from .neurons import LIF
+from .neurons.lif import check_neuron
+from .stochastic import OverTime, SharedDropout
+
+__all__ = ['SpikingSettings', 'SpikingModule', 'SpikingModel', 'SETTINGS_KEY', 'encode_input', 'decode']
+
+_logger = logging.getLogger(__name__)
+
+SETTINGS_KEY = 'spiking_settings'  # in the state_dict: the settings as JSON bytes, a uint8 tensor
+
+# forward_intermediates of these calls F.relu, which no swap reaches
+_FUNCTIONAL_INTERMEDIATES = {'NASNetALarge', 'PNASNet5Large', 'Xception'}
+
+
+@dataclass(frozen=True)
+class SpikingSettings:
+    """All that a converted model's numbers depend on besides its weights; defaults are the paper's."""
+    timesteps: int = 4
+    tau: float = 0.25
+    v_threshold: float = 0.5
+    v_reset: Optional[float] = 0.
+    detach_reset: bool = False
+
+    def __post_init__(self):
+        if isinstance(self.timesteps, bool) or not isinstance(self.timesteps, int) or self.timesteps < 1:
+            raise ValueError(f'timesteps={self.timesteps!r}: must be a whole number of time steps, 1 or more.')
+        check_neuron(self.tau, self.v_threshold, self.v_reset)
+
+    def to_tensor(self) -> torch.Tensor:
+        return torch.tensor(list(json.dumps(asdict(self)).encode()), dtype=torch.uint8)
+
+    @classmethod
+    def from_tensor(cls, tensor: torch.Tensor) -> 'SpikingSettings':
+        known = {f.name for f in fields(cls)}
+        return cls(**{k: v for k, v in json.loads(bytes(tensor.tolist())).items() if k in known})
+
+
+def encode_input(x: Any, timesteps: int) -> torch.Tensor:
+    """Direct encoding: images (B, C, H, W) are repeated, event frames (B, T, C, H, W) are folded, to (T * B, ...).
+
+    Raises:
+        TypeError: x is no tensor.
+        ValueError: The number of event frames is not timesteps.
+    """
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f'a spiking model takes a tensor of images or event frames, got {type(x).__name__}.')
+    if x.ndim == 5:
+        if x.shape[1] != timesteps:
+            raise ValueError(f'the input holds {x.shape[1]} frames per sample, the model runs timesteps={timesteps}; '
+                             f'set_timesteps({x.shape[1]}) makes them agree.')
+        return x.transpose(0, 1).flatten(0, 1)
+    return torch.cat([x] * timesteps)  # cat keeps channels_last, expand and reshape would not
+
+
+def decode(out: Any, timesteps: int, per_step: bool = False) -> Any:
+    """(T * B, ...) -> (B, ...), the mean over time, or (T, B, ...) per step; lists, tuples and dicts entry by entry."""
+    if isinstance(out, torch.Tensor):
+        out = out.unflatten(0, (timesteps, out.shape[0] // timesteps))
+        return out if per_step else out.mean(0)
+    if isinstance(out, (list, tuple)):
+        return type(out)(decode(o, timesteps, per_step) for o in out)
+    if isinstance(out, dict):
+        return {k: decode(o, timesteps, per_step) for k, o in out.items()}
+    return out
+
+
+@lru_cache(maxsize=None)
+def spiking_class(mixin: type, base: Type[nn.Module]) -> type:
+    """The subclass that an instance of base is given; one per base, so that isinstance and pickling work."""
+    return type(f'Spiking{base.__name__}', (mixin, base), {'__module__': base.__module__, '_spiking_bases': (mixin, base)})
+
+
+def _new_spiking(mixin: type, base: Type[nn.Module]) -> nn.Module:
+    cls = spiking_class(mixin, base)
+    return cls.__new__(cls)
+
+
+class SpikingModule:
+    """Mixin for a converted model that is called as a whole: features_only wrappers, encoders, plain nn.Modules."""
+    _spiking_bases: Tuple[type, type]
+    settings: SpikingSettings
+    _calls_dropout: bool  # whether its forward calls F.dropout
+    _explicit: FrozenSet[str]  # names of the settings that were asked for, which a checkpoint does not override
+
+    @property
+    def timesteps(self) -> int:
+        """Number of time steps T."""
+        return self.settings.timesteps
+
+    def set_timesteps(self, timesteps: int) -> None:
+        """Run the model for another number of time steps from now on.
+
+        Raises:
+            ValueError: timesteps is not a positive whole number.
+        """
+        self._set_settings(SpikingSettings(**{**asdict(self.settings), 'timesteps': timesteps}))
+        self._explicit = self._explicit | {'timesteps'}
+
+    def spiking_report(self) -> List[Any]:
+        """What the conversion did with every activation it met, as a list of ConversionRecord."""
+        return list(self._report)
+
+    def forward(self, x: torch.Tensor, *args, per_step: bool = False, **kwargs) -> Any:
+        """Run all time steps.
+
+        Args:
+            x: Images (B, C, H, W), or event frames (B, T, C, H, W).
+            per_step: Whether to return every step's output, (T, B, ...), instead of their mean, (B, ...).
+        """
+        with self._shared_dropout():
+            out = super().forward(encode_input(x, self.timesteps), *args, **kwargs)
+        return decode(out, self.timesteps, per_step)
+
+    def _shared_dropout(self):
+        """F.dropout in the model's own forward must keep its mask over time; one context covers all of them."""
+        if self.training and self._calls_dropout and getattr(self, 'drop_rate', True):
+            return SharedDropout(self.timesteps)
+        return nullcontext()
+
+    def _set_settings(self, settings: SpikingSettings) -> None:
+        self.settings = settings
+        for module in self.modules():
+            if isinstance(module, LIF):
+                for name, value in asdict(settings).items():
+                    setattr(module, name, value)
+            elif isinstance(module, OverTime):
+                module.timesteps = settings.timesteps
+
+    def _restore_settings(self, stored: SpikingSettings) -> None:
+        """Take over a checkpoint's settings; what was asked for explicitly stays, and what differs is logged."""
+        wanted = asdict(self.settings)
+        for name, value in asdict(stored).items():
+            if name not in self._explicit:
+                wanted[name] = value
+            elif wanted[name] != value:
+                _logger.warning(f'{type(self).__name__}: the checkpoint was made with {name}={value}, '
+                                f'{name}={wanted[name]} was asked for and is kept.')
+        restored = SpikingSettings(**wanted)
+        if restored != self.settings:
+            _logger.info(f'{type(self).__name__}: settings restored from the checkpoint: {restored}')
+            self._set_settings(restored)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + SETTINGS_KEY] = self.settings.to_tensor()
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        stored = state_dict.pop(prefix + SETTINGS_KEY, None)
+        if stored is not None:
+            self._restore_settings(SpikingSettings.from_tensor(stored))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __reduce_ex__(self, protocol):
+        # the subclass has no importable name: rebuild it from its two bases (pickle, deepcopy, torch.save)
+        return _new_spiking, self._spiking_bases, self.__dict__
+
+    def __prepare_scriptable__(self):
+        raise RuntimeError(f'{type(self).__name__}: TorchScript is not supported for spiking models; '
+                           f'use torch.compile or torch.export.')
+
+
+class SpikingModel(SpikingModule):
+    """Mixin for a converted timm model: folds in forward_features, decodes in forward_head.
+
+    `forward_features` and the final output of `forward_intermediates` carry (T * B, ...); `forward`, `forward_head` and
+    the intermediates return the mean over T, (B, ...), or (T, B, ...) with per_step=True.
+    """
+
+    def forward_features(self, x: torch.Tensor, *args, **kwargs) -> Any:
+        """Features of all time steps, (T * B, ...)."""
+        return super().forward_features(encode_input(x, self.timesteps), *args, **kwargs)
+
+    def forward_head(self, x: torch.Tensor, *args, per_step: bool = False, **kwargs) -> Any:
+        """Logits (or pre_logits) from features (T * B, ...): the mean over time, (B, ...), or (T, B, ...) per step."""
+        with self._shared_dropout():
+            out = super().forward_head(x, *args, **kwargs)
+        return decode(out, self.timesteps, per_step)
+
+    def forward(self, x: torch.Tensor, *args, per_step: bool = False, **kwargs) -> Any:
+        if per_step:
+            return self.forward_head(self.forward_features(x, *args, **kwargs), per_step=True)
+        return super(SpikingModule, self).forward(x, *args, **kwargs)
+
+    def forward_intermediates(self, x: torch.Tensor, *args, per_step: bool = False, **kwargs) -> Any:
+        """timm's forward_intermediates on T steps: the final features stay (T * B, ...), the intermediates are decoded."""
+        bases = type(self)._spiking_bases[1].__mro__
+        if any(base.__name__ in _FUNCTIONAL_INTERMEDIATES for base in bases):
+            raise NotImplementedError(f'{type(self).__name__}: forward_intermediates applies F.relu, which would leave '
+                                      f'real-valued features; use forward, or hooks, for this architecture.')
+        out = super().forward_intermediates(encode_input(x, self.timesteps), *args, **kwargs)
+        if isinstance(out, dict):
+            return {k: v if k == 'image_features' else decode(v, self.timesteps, per_step) for k, v in out.items()}
+        if isinstance(out, tuple):
+            final, intermediates = out
+            return final, decode(intermediates, self.timesteps, per_step)
+        return decode(out, self.timesteps, per_step)
+
+    def reset_classifier(self, *args, **kwargs) -> None:
+        super().reset_classifier(*args, **kwargs)
+        self._convert_new_modules()
+
+    def _convert_new_modules(self) -> None:
+        from .convert import swap_modules  # the conversion knows this module, not the other way round
+        self._report.extend(swap_modules(self, self.settings))

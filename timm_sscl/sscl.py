@@ -1,0 +1,196 @@
+"""SSCLLoss: the loss for anybody's training loop; hooks a student and a teacher and compares what the hooks saw."""
+import logging
+from typing import Any, Dict, List, Optional, Sequence
+
+import torch
+import torch.nn as nn
+
+from timm.utils import unwrap_model
+
+from .losses.sscl import SSCLCriterion
+from .taps import Recorder, Tap, find_taps, fold_feature, named_taps
+
+__all__ = ['SSCLLoss']
+
+_logger = logging.getLogger(__name__)
+
+
+class SSCLLoss(nn.Module):
+    """Similarity-sensitive contrastive loss between two models, in two lines of anybody's training loop.
+
+    Builds taps on the last four stages and the pooled feature of both models (timm models), or on the modules that are
+    named (any nn.Module), freezes the teacher, and holds the projections g_S and g_A. In a step, `sscl(x)` runs the
+    teacher on x and compares its features with those that `student(x)` showed.
+
+    The parameters (g_S, g_A) belong in the optimizer. Student and teacher are no submodules: their parameters are not
+    among these, and neither is in the state_dict. `.to(device)` moves the teacher along. Under
+    DistributedDataParallel wrap this module as well as the student; the hooks are on the wrapped models.
+
+    Args:
+        student: Student, spiking or not; not compiled yet.
+        teacher: Teacher; frozen and put in evaluation mode here.
+        taps: Names of the student's modules to tap ('pooled' is a timm model's pooled feature); None finds the stages.
+        teacher_taps: Names of the teacher's modules, in the same order; the student's names by default.
+        timesteps: T of the student; None reads student.timesteps, else 1.
+        input_size: (C, H, W) of the image that probes the models' feature shapes; None takes the models' own.
+        **options: dim, temperature, critic, weighting, cka_floor, cka_momentum of SSCLCriterion.
+
+    Raises:
+        ValueError: A tap does not exist, a model is compiled, student and teacher are one, or an option is out of range.
+
+    Examples:
+        ```python
+        sscl = SSCLLoss(student, teacher)
+        optimizer = torch.optim.SGD([*student.parameters(), *sscl.parameters()], lr=0.1)
+        loss = F.cross_entropy(student(x), y) + sscl(x)
+        ```
+    """
+
+    def __init__(
+            self,
+            student: nn.Module,
+            teacher: nn.Module,
+            taps: Optional[Sequence[str]] = None,
+            teacher_taps: Optional[Sequence[str]] = None,
+            timesteps: Optional[int] = None,
+            input_size: Optional[Sequence[int]] = None,
+            **options: Any,
+    ):
+        super().__init__()
+        inner_student, inner_teacher = unwrap_model(student), unwrap_model(teacher)
+        if inner_student is inner_teacher:
+            raise ValueError('student and teacher are the same module; the teacher must be a model of its own.')
+        self.timesteps = timesteps if timesteps is not None else getattr(inner_student, 'timesteps', 1)
+        if self.timesteps < 1:
+            raise ValueError(f'timesteps={timesteps}: must be at least 1.')
+        student_taps, teacher_taps = _pair_taps(inner_student, inner_teacher, taps, teacher_taps, input_size)
+        device = next((p.device for p in inner_student.parameters()), torch.device('cpu'))
+        self.criterion = SSCLCriterion(
+            [tap.name for tap in student_taps],
+            [tap.channels for tap in student_taps],
+            [tap.channels for tap in teacher_taps],
+            **options,
+        ).to(device)
+        teacher.requires_grad_(False)
+        # not submodules: neither their parameters nor their keys are this loss's
+        self.__dict__['_teacher'] = teacher
+        self.__dict__['_student_recorder'] = Recorder(inner_student, student_taps)
+        self.__dict__['_teacher_recorder'] = Recorder(inner_teacher, teacher_taps, training_only=False)
+        self.__dict__['_trained'] = _TrainedCheck()
+        _logger.info(f'SSCLLoss: {len(student_taps)} pairs of taps: ' + ', '.join(
+            f'{s.module} - {a.module}' for s, a in zip(student_taps, teacher_taps)))
+
+    @property
+    def stats(self) -> Dict[str, Dict[str, float]]:
+        """Of the last step, per layer: cka (this batch), cka_running, weight, nce and mi_bound (nats)."""
+        return self.criterion.stats
+
+    @property
+    def taps(self) -> List[Tap]:
+        """The student's taps."""
+        return list(self._student_recorder.taps)
+
+    def forward(self, x: torch.Tensor, teacher_input: Optional[torch.Tensor] = None) -> torch.Tensor:
+        """Loss between the features that student(x) showed and the teacher's on the same images.
+
+        Args:
+            x: The tensor that the student was called on in this step, (B, ...).
+            teacher_input: What the teacher sees, where that is not x (another normalisation, say).
+
+        Returns:
+            0-d tensor, the weighted sum over the layers.
+
+        Raises:
+            RuntimeError: The student was not called on x in training mode since the last call, a tap did not run, or the
+                hooks were removed.
+            ValueError: A feature's batch is neither B nor timesteps * B, or B is too small for CKA weights.
+        """
+        student_features = self._student_recorder.take(x)
+        teacher_features = self._run_teacher(x if teacher_input is None else teacher_input)
+        if self.training:
+            self._trained(self._student_recorder.model, self.criterion)
+        return self.from_features(student_features, teacher_features)
+
+    def from_features(
+            self,
+            student_features: Sequence[torch.Tensor],
+            teacher_features: Sequence[torch.Tensor],
+    ) -> torch.Tensor:
+        """The same loss on features already in hand, as the tapped modules return them.
+
+        Args:
+            student_features: Per tap (timesteps * B, ...), time-major, or (B, ...).
+            teacher_features: Per tap (B, ...).
+
+        Returns:
+            0-d tensor.
+
+        Raises:
+            ValueError: There is not one pair per tap, or the batches do not fit.
+        """
+        student_taps, teacher_taps = self._student_recorder.taps, self._teacher_recorder.taps
+        if not len(student_features) == len(teacher_features) == len(student_taps):
+            raise ValueError(f'{len(student_features)} student and {len(teacher_features)} teacher features for '
+                             f'{len(student_taps)} taps ({", ".join(tap.name for tap in student_taps)}).')
+        folded = [self._fold(*pair) for pair in zip(student_taps, student_features, teacher_taps, teacher_features)]
+        return self.criterion([s for s, _ in folded], [a for _, a in folded])
+
+    def close(self) -> None:
+        """Remove every hook from both models."""
+        self._student_recorder.close()
+        self._teacher_recorder.close()
+
+    def _run_teacher(self, x: torch.Tensor) -> List[torch.Tensor]:
+        self._teacher.eval()
+        self._teacher_recorder.records.clear()  # a call of the teacher outside this loss
+        with torch.no_grad():
+            self._teacher(x)
+            return self._teacher_recorder.take(x)
+
+    def _fold(self, tap: Tap, s: torch.Tensor, teacher_tap: Tap, a: torch.Tensor):
+        batch = a.shape[0] // getattr(self._teacher_recorder.model, 'timesteps', 1)
+        if s.shape[0] not in (batch, self.timesteps * batch):
+            raise ValueError(f"feature '{tap.name}' holds {s.shape[0]} rows, the teacher's batch is {batch}: expected {batch} "
+                             f"or timesteps * batch = {self.timesteps * batch}. Is timesteps={self.timesteps} right?")
+        return (fold_feature(s, s.shape[0] // batch, tap.channel_axis, tap.prefix_tokens),
+                fold_feature(a, a.shape[0] // batch, teacher_tap.channel_axis, teacher_tap.prefix_tokens))
+
+    def _apply(self, fn, *args, **kwargs):
+        teacher = self._teacher
+        if teacher is not None:
+            teacher._apply(fn, *args, **kwargs)
+        return super()._apply(fn, *args, **kwargs)
+
+
+def _pair_taps(student, teacher, taps, teacher_taps, input_size):
+    """Taps of both models, one to one: by name, or the last stages that both have and the pooled feature."""
+    if taps is None and teacher_taps is None:
+        found = find_taps(student, input_size=input_size), find_taps(teacher, input_size=input_size)
+        n = min(len(f) for f in found)
+        return found[0][-n:], found[1][-n:]
+    if taps is None:
+        raise ValueError('teacher_taps without taps: name the student\'s modules as well.')
+    taps = [taps] if isinstance(taps, str) else list(taps)
+    teacher_taps = taps if teacher_taps is None else [teacher_taps] if isinstance(teacher_taps, str) else list(teacher_taps)
+    if len(taps) != len(teacher_taps) or not taps:
+        raise ValueError(f'taps names {len(taps)} modules and teacher_taps {len(teacher_taps)}; they are compared in pairs.')
+    return named_taps(student, taps, input_size), named_taps(teacher, teacher_taps, input_size)
+
+
+class _TrainedCheck:
+    """Warns, once, when the optimizer moves the student but not the projections."""
+
+    def __init__(self):
+        self.versions = None
+        self.warned = False
+
+    def __call__(self, student: nn.Module, criterion: nn.Module) -> None:
+        if self.warned:
+            return
+        moving = next((p for p in student.parameters() if p.requires_grad), None)
+        versions = moving._version if moving is not None else 0, criterion.g_student[0].weight._version
+        if self.versions is not None and versions[0] != self.versions[0] and versions[1] == self.versions[1]:
+            self.warned = True
+            _logger.warning('SSCLLoss: the student is being trained but the projections g_S and g_A are not; '
+                            'add sscl.parameters() to the optimizer.')
+        self.versions = versions

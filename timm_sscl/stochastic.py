@@ -1,0 +1,151 @@
+"""Dropout and stochastic depth with one mask over time: drawn once per sample, repeated for its T steps (SPEC 2).
+
+Each class here replaces the class of an existing module in place, so that names, hooks and settings stay. The axis 0 they
+see is time-major, (T * B, ...).
+"""
+from typing import Dict, Optional, Tuple, Type
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+from timm.layers import DropPath, PatchDropout
+from timm.layers.drop import DropBlock2d
+from timm.layers.patch_dropout import PatchDropoutWithIndices, patch_dropout_forward
+
+__all__ = ['share_mask_over_time', 'SharedDropout', 'OverTime']
+
+
+def repeat_over_time(mask: torch.Tensor, timesteps: int) -> torch.Tensor:
+    """(B, ...) -> (T * B, ...), time-major."""
+    return mask.expand(timesteps, *mask.shape).reshape(timesteps * mask.shape[0], *mask.shape[1:])
+
+
+def _keep_mask(x: torch.Tensor, shape: Tuple[int, ...], p: float) -> torch.Tensor:
+    mask = x.new_empty(shape).bernoulli_(1 - p)
+    return mask.div_(1 - p) if p < 1 else mask
+
+
+class OverTime:
+    """Marks a module that draws one mask per sample; `timesteps` is set at conversion."""
+    timesteps: int = 1
+
+    def _samples(self, x: torch.Tensor) -> int:
+        if x.shape[0] % self.timesteps:
+            raise ValueError(f'{type(self).__name__}: the first axis of {tuple(x.shape)} does not hold '
+                             f'timesteps={self.timesteps} equal steps.')
+        return x.shape[0] // self.timesteps
+
+
+class _DropoutOverTime(OverTime):
+    spatial = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.p == 0:
+            return x
+        shape = (self._samples(x),) + x.shape[1:2] + (1,) * (x.ndim - 2) if self.spatial else (
+            self._samples(x), *x.shape[1:])
+        return x * repeat_over_time(_keep_mask(x, shape, self.p), self.timesteps)
+
+
+class DropoutOverTime(_DropoutOverTime, nn.Dropout):
+    pass
+
+
+class Dropout1dOverTime(_DropoutOverTime, nn.Dropout1d):
+    spatial = True
+
+
+class Dropout2dOverTime(_DropoutOverTime, nn.Dropout2d):
+    spatial = True
+
+
+class Dropout3dOverTime(_DropoutOverTime, nn.Dropout3d):
+    spatial = True
+
+
+class DropPathOverTime(OverTime, DropPath):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.drop_prob == 0:
+            return x
+        ones = x.new_ones((self._samples(x),) + (1,) * (x.ndim - 1))
+        return x * repeat_over_time(super().forward(ones), self.timesteps)
+
+
+class DropBlock2dOverTime(OverTime, DropBlock2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training or not self.drop_prob:
+            return x
+        return x * repeat_over_time(super().forward(torch.ones_like(x[:self._samples(x)])), self.timesteps)
+
+
+class _PatchDropoutOverTime(OverTime):
+    def _drop(self, x: torch.Tensor) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+        if not self.training or self.prob == 0.:
+            return x, None
+        prefix, patches = x[:, :self.num_prefix_tokens], x[:, self.num_prefix_tokens:]
+        positions = torch.arange(patches.shape[1], device=x.device).expand(self._samples(x), -1).unsqueeze(-1)
+        _, keep = patch_dropout_forward(positions, self.prob, 0, self.ordered, True)
+        keep = repeat_over_time(keep, self.timesteps)
+        patches = patches.gather(1, keep.unsqueeze(-1).expand((-1, -1) + patches.shape[2:]))
+        return torch.cat((prefix, patches), dim=1), keep
+
+
+class PatchDropoutOverTime(_PatchDropoutOverTime, PatchDropout):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._drop(x)[0]
+
+
+class PatchDropoutWithIndicesOverTime(_PatchDropoutOverTime, PatchDropoutWithIndices):
+    def forward(self, x: torch.Tensor) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+        return self._drop(x)
+
+
+_OVER_TIME: Dict[Type[nn.Module], Type[nn.Module]] = {
+    nn.Dropout: DropoutOverTime,
+    nn.Dropout1d: Dropout1dOverTime,
+    nn.Dropout2d: Dropout2dOverTime,
+    nn.Dropout3d: Dropout3dOverTime,
+    DropPath: DropPathOverTime,
+    DropBlock2d: DropBlock2dOverTime,
+    PatchDropout: PatchDropoutOverTime,
+    PatchDropoutWithIndices: PatchDropoutWithIndicesOverTime,
+}
+
+
+def share_mask_over_time(module: nn.Module, timesteps: int) -> bool:
+    """Turn a dropout-like module into its form with one mask over time, in place; False if it is none.
+
+    Raises:
+        NotImplementedError: The module draws noise per step that cannot be repeated.
+    """
+    if type(module) not in _OVER_TIME:
+        if isinstance(module, (nn.AlphaDropout, nn.FeatureAlphaDropout)) and module.p > 0:
+            raise NotImplementedError(f'{type(module).__name__} would draw another mask at every time step.')
+        return False
+    if isinstance(module, DropBlock2d) and module.drop_prob and module.with_noise:
+        raise NotImplementedError('DropBlock2d(with_noise=True) would draw other noise at every time step.')
+    module.__class__ = _OVER_TIME[type(module)]
+    module.timesteps = timesteps
+    return True
+
+
+class SharedDropout(TorchFunctionMode):
+    """While active, `F.dropout` on (T * B, ...) draws one mask per sample; for modules that call it in their forward."""
+
+    def __init__(self, timesteps: int):
+        super().__init__()
+        self.timesteps = timesteps
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is not F.dropout:
+            return func(*args, **kwargs)
+        return self._dropout(*args, **kwargs)
+
+    def _dropout(self, input, p=0.5, training=True, inplace=False):
+        if not training or p == 0:
+            return input
+        shape = (input.shape[0] // self.timesteps, *input.shape[1:])
+        return input * repeat_over_time(_keep_mask(input, shape, p), self.timesteps)

@@ -1,0 +1,458 @@
+"""Where to read features in a model, and the two ways to read them: functionally, and by hooks in anybody's loop."""
+import math
+from contextlib import contextmanager
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+
+import torch
+import torch.nn as nn
+
+from .neurons import LIF
+
+__all__ = ['Tap', 'POOLED', 'stage_indices', 'find_taps', 'named_taps', 'fold_feature', 'FeatureReader', 'Recorder']
+
+POOLED = 'pooled'  # name of the tap on the pooled feature in front of the classifier
+
+
+class Tap(NamedTuple):
+    """A place in a model where a feature is read."""
+    name: str  # as reported: the stage, or the module that the user named
+    module: str  # module to hook; its output is the feature
+    channels: int
+    channel_axis: int  # of the module's output: 1 for NCHW and NC, -1 for NHWC and NLC
+    prefix_tokens: int = 0  # leading tokens (class, register) that are no image patches
+    through_head: bool = False  # the feature is forward_head(output, pre_logits=True): no module returns it itself
+
+
+def stage_indices(model: nn.Module, num_stages: int = 4) -> List[int]:
+    """Indices for forward_intermediates: the end of each of the last stages, from the model's feature_info.
+
+    A stage is a reduction (stride); isotropic models, with one reduction, are cut into equal runs of blocks.
+
+    Args:
+        model: timm model with feature_info.
+        num_stages: How many of the last stages; a model with fewer gives what it has.
+
+    Raises:
+        ValueError: The model has no feature_info.
+    """
+    info = getattr(model, 'feature_info', None)
+    info = getattr(info, 'info', info)
+    if not info or not hasattr(model, 'forward_intermediates'):
+        raise ValueError(f'{type(model).__name__} has no feature_info and forward_intermediates to find its stages by; '
+                         f'name the modules to tap (taps=[...]).')
+    reductions = [entry['reduction'] for entry in info]
+    if len(set(reductions)) == 1:
+        n = len(reductions)
+        return sorted({math.ceil(n * k / num_stages) - 1 for k in range(1, num_stages + 1)})
+    last_of = {reduction: index for index, reduction in enumerate(reductions)}
+    return sorted(last_of.values())[-num_stages:]
+
+
+def stage_names(model: nn.Module, indices: Sequence[int]) -> List[str]:
+    info = getattr(model.feature_info, 'info', model.feature_info)
+    return [info[i].get('module') or f'stage{i}' for i in indices]
+
+
+def fold_feature(x: torch.Tensor, timesteps: int, channel_axis: int = 1, prefix_tokens: int = 0) -> torch.Tensor:
+    """A module's output (T * B, ...) as (T, B, C, ...), without a copy."""
+    if prefix_tokens:
+        x = x[:, prefix_tokens:]
+    if channel_axis == -1 and x.ndim > 2:
+        x = x.movedim(-1, 1)
+    return x.unflatten(0, (timesteps, x.shape[0] // timesteps))
+
+
+# ---- finding taps by a probe
+
+@contextmanager
+def _probing(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, no gradient, and neurons that pass their input on, so that no feature is silent or repeated."""
+    modes = {module: module.training for module in model.modules()}
+    handles = [m.register_forward_hook(lambda mod, args, out: args[0]) for m in modes if isinstance(m, LIF)]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in modes.items():
+            module.training = training
+
+
+def _is_spiking(model: nn.Module) -> bool:
+    return hasattr(model, 'set_timesteps')
+
+
+def _per_step(model: nn.Module) -> Dict[str, bool]:
+    """Keyword by which a spiking model returns every step; an ANN has none."""
+    return dict(per_step=True) if _is_spiking(model) else {}
+
+
+def _probe_sizes(model: nn.Module) -> List[Tuple[int, ...]]:
+    """Input sizes (C, H, W) to try, small ones first where the model takes any."""
+    cfg = getattr(model, 'pretrained_cfg', None) or {}
+    if cfg.get('input_size'):
+        channels = getattr(model, 'in_chans', None) or cfg['input_size'][0]
+        img_size = getattr(getattr(model, 'patch_embed', None), 'img_size', None)
+        full = tuple(img_size) if img_size else tuple(cfg['input_size'][1:])
+        any_size = not (cfg.get('fixed_input_size') or img_size)
+        return [(channels, s, s) for s in (64, 128) if any_size and s < min(full)] + [(channels, *full)]
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            return [(module.in_channels, s, s) for s in (32, 64, 224)]
+        if isinstance(module, nn.Linear):
+            return [(module.in_features,)]
+    return [(3, s, s) for s in (32, 64, 224)]
+
+
+def _probe_input(model: nn.Module, size: Tuple[int, ...]) -> torch.Tensor:
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
+    generator = torch.Generator().manual_seed(0)  # the global generator stays where it is
+    return torch.randn(1, *size, generator=generator).to(like)
+
+
+def _probe(model: nn.Module, input_size: Optional[Sequence[int]], run: Callable[[torch.Tensor], Any]) -> Any:
+    """run(x) on the first input size that the model takes."""
+    sizes = [tuple(input_size)] if input_size is not None else _probe_sizes(model)
+    for i, size in enumerate(sizes):
+        try:
+            with _probing(model):
+                return run(_probe_input(model, size))
+        except (RuntimeError, ValueError, AssertionError, IndexError, TypeError) as error:
+            if i + 1 == len(sizes):
+                raise ValueError(f'{type(model).__name__} does not run on a probe image of size {size}: {error}. '
+                                 f'Say what it takes by input_size=(C, H, W).') from error
+
+
+def _outputs(model: nn.Module, x: torch.Tensor, see: Callable[[str, torch.Tensor], None]) -> Any:
+    """Run model(x), calling see(name, output) for every module that returns a tensor, in the order of their calls."""
+    def hook(name):
+        return lambda module, args, out: see(name, out) if isinstance(out, torch.Tensor) else None
+
+    handles = [m.register_forward_hook(hook(name)) for name, m in model.named_modules() if name]
+    try:
+        return model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a.shape != b.shape:
+        return False
+    row = (0,) * (a.ndim - 1)  # most candidates differ in their first row already
+    return all(torch.allclose(u, v, rtol=1e-4, atol=1e-6, equal_nan=True) for u, v in ((a[row], b[row]), (a, b)))
+
+
+def _layout(out: torch.Tensor, feature: torch.Tensor, prefixes: Sequence[int]) -> Optional[Tuple[int, int]]:
+    """(channel_axis, prefix_tokens) under which a module's output is this feature (T * B, C, ...), or None."""
+    if _same(out, feature):
+        return 1, 0
+    if out.ndim == 4 and feature.ndim == 4 and _same(out.movedim(-1, 1), feature):
+        return -1, 0
+    if out.ndim == 3 and feature.ndim == 4:
+        for prefix in prefixes:
+            if _same(out[:, prefix:].movedim(-1, 1), feature.flatten(2)):
+                return -1, prefix
+    return None
+
+
+def _references(
+        model: nn.Module,
+        indices: List[int],
+        x: torch.Tensor,
+) -> Tuple[torch.Tensor, List[torch.Tensor], torch.Tensor]:
+    """Final feature map, stage features and pooled feature, (T * B, ...), as the model's own methods give them."""
+    per_step = _per_step(model)
+    final, stages = model.forward_intermediates(x, indices=indices, **per_step)
+    pooled = model.forward_head(final, pre_logits=True, **per_step)
+    return (final, [s.flatten(0, 1) for s in stages], pooled.flatten(0, 1)) if per_step else (final, stages, pooled)
+
+
+def find_taps(model: nn.Module, num_stages: int = 4, input_size: Optional[Sequence[int]] = None) -> List[Tap]:
+    """Taps on the last stages and the pooled feature of a timm model, found by one probe.
+
+    The probe runs the model once by forward_intermediates and forward_head and once as a whole, and takes for each
+    feature the outermost module that returns it and is no container: gradient checkpointing never calls a container.
+    Where several return it (a block that is still an identity), the one that feature_info names. A pooled feature that
+    no module returns is taken from the final feature map by forward_head.
+
+    Args:
+        model: timm model.
+        num_stages: How many of the last stages.
+        input_size: (C, H, W) of the probe image; the model's own by default.
+
+    Returns:
+        One Tap per stage, then the pooled one.
+
+    Raises:
+        ValueError: The model has no stages to find, or no module returns a feature.
+    """
+    indices = stage_indices(model, num_stages)
+    names = stage_names(model, indices) + [POOLED]
+    prefixes = sorted({0, getattr(model, 'num_prefix_tokens', 0)})
+
+    def run(x: torch.Tensor) -> Optional[List[Tap]]:
+        final, stages, pooled = _references(model, indices, x)
+        features = [*stages, pooled, final]
+        candidates: List[List[Tap]] = [[] for _ in features]
+
+        def see(module_name: str, out: torch.Tensor) -> None:
+            if isinstance(model.get_submodule(module_name), nn.Sequential):
+                return
+            for feature, found in zip(features, candidates):
+                layout = _layout(out, feature, prefixes)
+                if layout is not None:
+                    found.append(Tap('', module_name, feature.shape[1], *layout))
+
+        _outputs(model, x, see)
+        taps = [_best(found, name) if found else None for found, name in zip(candidates, names)]
+        if taps[-1] is None and candidates[-1]:
+            taps[-1] = Tap(POOLED, candidates[-1][0].module, pooled.shape[1], 1, 0, True)
+        return taps
+
+    taps = _probe(model, input_size, run)
+    missing = [name for name, tap in zip(names, taps) if tap is None]
+    if missing:
+        raise ValueError(f'{type(model).__name__}: no module returns the feature of {", ".join(missing)}; '
+                         f'name the modules to tap (taps=[...]).')
+    return taps
+
+
+def _best(found: List[Tap], name: str) -> Tap:
+    """Of the modules that return a feature: the one that feature_info names or its parts, the outermost, and of those
+    the last to return a stage (its activation), the first to return the pooled feature (before dropout)."""
+    named = [tap for tap in found if tap.module == name or tap.module.startswith(f'{name}.')] or found
+    depth = min(tap.module.count('.') for tap in named)
+    outermost = [tap for tap in named if tap.module.count('.') == depth]
+    return outermost[0 if name == POOLED else -1]._replace(name=name)
+
+
+def named_taps(model: nn.Module, names: Sequence[str], input_size: Optional[Sequence[int]] = None) -> List[Tap]:
+    """Taps on modules by name, in any nn.Module; 'pooled' is the pooled feature of a timm model.
+
+    A container (nn.Sequential) is tapped at its last block. (B, C, ...) features are taken as channels first, (B, N, C)
+    as tokens, (B, C) as vectors.
+
+    Raises:
+        ValueError: A module does not exist, does not run, or returns no tensor.
+    """
+    modules = dict(model.named_modules())
+    paths = {}
+    for name in names:
+        if name == POOLED and name not in modules:
+            continue
+        if not name or name not in modules:
+            raise ValueError(f"tap '{name}' is no module of {type(model).__name__}; it has for example "
+                             f"{', '.join(_examples(model))}.")
+        path = name
+        while isinstance(modules[path], nn.Sequential) and len(modules[path]):
+            path = f'{path}.{list(modules[path]._modules)[-1]}'
+        paths[name] = path
+
+    def run(x: torch.Tensor) -> Dict[str, torch.Tensor]:
+        seen = {}
+        _outputs(model, x, lambda name, out: seen.setdefault(name, out))
+        return seen
+
+    seen = _probe(model, input_size, run)
+    pooled = find_taps(model, 1, input_size)[-1] if POOLED in names and POOLED not in paths else None
+    taps = []
+    for name in names:
+        if name not in paths:
+            taps.append(pooled)
+            continue
+        out = seen.get(paths[name])
+        if out is None or out.ndim < 2:
+            raise ValueError(f"tap '{name}' of {type(model).__name__} did not return a tensor (B, ...) in a forward.")
+        axis = -1 if out.ndim == 3 else 1
+        taps.append(Tap(name, paths[name], out.shape[axis], axis, 0))
+    return taps
+
+
+def _examples(model: nn.Module) -> List[str]:
+    return [name for name, module in model.named_modules() if name.count('.') < 2 and name][:8]
+
+
+# ---- reading functionally, where the caller owns the model
+
+class FeatureReader:
+    """Reads logits, stage features and the pooled feature of a timm model in one functional pass, no hooks.
+
+    Safe under torch.compile and gradient checkpointing together.
+
+    Args:
+        model: timm model, spiking or not.
+        num_stages: How many of the last stages.
+        input_size: (C, H, W) of the probe image that tells the channels.
+    """
+
+    def __init__(self, model: nn.Module, num_stages: int = 4, input_size: Optional[Sequence[int]] = None):
+        self.indices = stage_indices(model, num_stages)
+        self.names = stage_names(model, self.indices) + [POOLED]
+
+        def run(x: torch.Tensor) -> List[int]:
+            _, stages, pooled = _references(model, self.indices, x)
+            return [f.shape[1] for f in stages + [pooled]]
+
+        self.channels = _probe(model, input_size, run)
+
+    def __call__(self, model: nn.Module, x: torch.Tensor) -> Tuple[torch.Tensor, List[torch.Tensor]]:
+        """One forward.
+
+        Returns:
+            Logits per step (T, B, K) and features, each (T, B, C, ...); T = 1 for a network without time.
+        """
+        per_step = _per_step(model)
+        final, stages = model.forward_intermediates(x, indices=self.indices, **per_step)
+        features = [*stages, model.forward_head(final, pre_logits=True, **per_step)]
+        logits = model.forward_head(final, **per_step)
+        return (logits, features) if per_step else (logits.unsqueeze(0), [f.unsqueeze(0) for f in features])
+
+
+# ---- reading by hooks, in somebody else's loop
+
+class _Hook:
+    """Forward hook that tells a recorder; in a copy or a pickle of the model it is a detached no-op."""
+
+    def __init__(self, recorder: Optional['Recorder'] = None, key: Any = None):
+        self.recorder = recorder
+        self.key = key
+
+    def __call__(self, module: nn.Module, args: Tuple, kwargs: Dict, out: Any) -> None:
+        if self.recorder is not None:
+            self.recorder.saw(self.key, out)
+
+    def __deepcopy__(self, memo: Dict) -> '_Hook':
+        return type(self)()
+
+    def __reduce__(self):
+        return type(self), ()
+
+
+class _PreHook(_Hook):
+    """Forward pre-hook on the whole model: a call begins."""
+
+    def __call__(self, module: nn.Module, args: Tuple, kwargs: Dict) -> None:
+        if self.recorder is not None:
+            self.recorder.begin(args, kwargs)
+
+
+class _Record:
+    """What one forward showed: the input it was called with, and the taps' outputs."""
+
+    def __init__(self, inputs: Any):
+        self.inputs = inputs
+        self.features: Dict[str, torch.Tensor] = {}
+
+    def is_of(self, x: torch.Tensor) -> bool:
+        for seen in self.inputs:
+            if seen is x:
+                return True
+            if isinstance(seen, torch.Tensor) and seen.shape == x.shape and seen.dtype == x.dtype \
+                    and seen.device == x.device and torch.equal(seen, x):
+                return True
+        return False
+
+
+class Recorder:
+    """Records the taps of a model's forward calls, from hooks on the taps and on the model as a whole.
+
+    Only what runs inside a call of the model is recorded, so that a recomputation in the backward of a checkpointed
+    block is not. With `training_only`, calls in evaluation mode or without gradients are not either. `take(x)` returns
+    the features of the call on x and forgets all records. At most two calls are held, the first since the last take
+    and the newest, so that a forgotten take keeps no more than that alive.
+
+    Args:
+        model: Model to hook.
+        taps: Where.
+        training_only: Whether to record calls in training mode with gradients on only.
+
+    Raises:
+        ValueError: The model is compiled; hooks that are added after compiling never fire.
+    """
+
+    def __init__(self, model: nn.Module, taps: Sequence[Tap], training_only: bool = True):
+        compiled = [name or type(model).__name__ for name, m in model.named_modules()
+                    if hasattr(m, '_orig_mod') or m._compiled_call_impl is not None]
+        if compiled:
+            raise ValueError(f'{compiled[0]} is compiled, and torch.compile ignores hooks added after it: attach first, '
+                             f'then compile.')
+        self.model = model
+        self.taps = list(taps)
+        self.training_only = training_only
+        self.records: List[_Record] = []
+        self.open: Optional[_Record] = None
+        modules = dict(model.named_modules())
+        self.handles = [model.register_forward_pre_hook(_PreHook(self), with_kwargs=True)]
+        for tap in self.taps:
+            self.handles.append(modules[tap.module].register_forward_hook(_Hook(self, tap.name), with_kwargs=True))
+        self.handles.append(model.register_forward_hook(_Hook(self), with_kwargs=True, always_call=True))
+
+    def begin(self, args: Tuple, kwargs: Dict) -> None:
+        if self.training_only and not (self.model.training and torch.is_grad_enabled()):
+            self.open = None
+            return
+        self.open = _Record((*args, *kwargs.values()))
+
+    def saw(self, name: Optional[str], out: Any) -> None:
+        record = self.open
+        if record is None:
+            return
+        if name is not None:
+            record.features.setdefault(name, out)  # a module called twice: its first output
+            return
+        self.open = None  # the model's own hook: the call has ended
+        if out is not None:
+            self.records = self.records[:1] + [record]
+
+    def take(self, x: torch.Tensor) -> List[torch.Tensor]:
+        """Features of the call on x, one (T * B, ...) tensor per tap.
+
+        Raises:
+            RuntimeError: The hooks were removed, no call on x was recorded, or a tap did not run in it.
+        """
+        if not self.handles:
+            raise RuntimeError('the taps were removed (close()) or belong to a copy; build a new SSCLLoss to attach again.')
+        records, self.records = self.records, []
+        if not records:
+            raise RuntimeError(
+                f'no forward of {type(self.model).__name__} was recorded since the last call: run student(x) in training '
+                f'mode with gradients on (and call the model itself, not its methods) before the loss.')
+        for record in records:
+            if record.is_of(x):
+                missing = [tap.name for tap in self.taps if tap.name not in record.features]
+                if missing:
+                    raise RuntimeError(f'taps did not run in the forward of {type(self.model).__name__}: '
+                                       f'{", ".join(missing)}.')
+                return [self._feature(tap, record.features[tap.name]) for tap in self.taps]
+        raise RuntimeError(
+            f'the recorded forward of {type(self.model).__name__} was not on this input: call the loss on the tensor that '
+            f'the student saw (student(x), then sscl(x)); teacher_input=... is for a teacher that sees another.')
+
+    def _feature(self, tap: Tap, out: torch.Tensor) -> torch.Tensor:
+        if not tap.through_head:
+            return out
+        pooled = self.model.forward_head(out, pre_logits=True, **_per_step(self.model))
+        return pooled.flatten(0, 1) if _is_spiking(self.model) else pooled
+
+    def close(self) -> None:
+        """Remove the hooks and drop what they recorded."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles, self.records, self.open = [], [], None
+
+    def __deepcopy__(self, memo: Dict) -> 'Recorder':
+        return _detached(self.taps, self.training_only)
+
+    def __reduce__(self):
+        return _detached, (self.taps, self.training_only)
+
+
+def _detached(taps: Sequence[Tap], training_only: bool) -> Recorder:
+    """A recorder without a model: what a copy of an attached one becomes."""
+    recorder = Recorder.__new__(Recorder)
+    recorder.model, recorder.taps, recorder.training_only = None, list(taps), training_only
+    recorder.handles, recorder.records, recorder.open = [], [], None
+    return recorder

@@ -1,0 +1,283 @@
+"""SSCLTask: student, teacher and named losses as one trainable unit for timm's TrainingTask seam."""
+import logging
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+
+import torch
+import torch.nn as nn
+
+from timm.models import group_parameters
+from timm.task import TrainingTask
+from timm.task.classification import resolve_classification_loss
+from timm.utils import unwrap_model
+
+from .losses import TrainStep, create_loss, loss_needs
+from .taps import FeatureReader
+
+__all__ = ['SSCLTask', 'PRESETS', 'resolve_losses']
+
+_logger = logging.getLogger(__name__)
+
+# the four modes of one code path: cross-entropy plus these
+PRESETS: Dict[str, Dict[str, float]] = {
+    'sscl': {'sscl': 1.},
+    'contrastive': {'contrastive': 1.},
+    'kd': {'kd': 1.},
+    'none': {},
+}
+
+
+def resolve_losses(losses: Union[str, Mapping[str, float]]) -> Dict[str, float]:
+    """Loss names and weights from a preset's name or a mapping; a loss of weight 0 is left out.
+
+    Raises:
+        ValueError: A preset or loss does not exist, or a weight is negative.
+    """
+    if isinstance(losses, str):
+        if losses not in PRESETS:
+            raise ValueError(f"unknown preset '{losses}'; there are {', '.join(PRESETS)}, or give {{name: weight}}.")
+        losses = PRESETS[losses]
+    for name, weight in losses.items():
+        loss_needs(name)  # raises for an unknown name
+        if not weight >= 0:
+            raise ValueError(f"the weight of loss '{name}' is {weight}; it must be 0 or more.")
+    return {name: float(weight) for name, weight in losses.items() if weight > 0}
+
+
+class SSCLTrainableModule(nn.Module):
+    """All that is trained: the student and the losses' own parameters (projections); one forward, for DDP's sake."""
+
+    def __init__(self, student: nn.Module, losses: Mapping[str, nn.Module], reader: Optional[FeatureReader]):
+        super().__init__()
+        self.student = student
+        self.losses = nn.ModuleDict(losses)
+        self.reader = reader
+
+    def forward(
+            self,
+            input: torch.Tensor,
+            target: torch.Tensor,
+            teacher_logits: Optional[torch.Tensor] = None,
+            teacher_features: Optional[List[torch.Tensor]] = None,
+    ) -> Dict[str, torch.Tensor]:
+        """Student logits (B, K) under 'output', and every loss under its name, unweighted."""
+        step_logits, features = _read(self.student, self.reader, input)
+        step = TrainStep(input, target, step_logits, self.student, teacher_logits, features, teacher_features)
+        terms = {name: loss(step) for name, loss in self.losses.items()}
+        return {'output': step.logits, **terms}
+
+    def no_weight_decay(self):
+        student = self.student
+        return {f'student.{name}' for name in student.no_weight_decay()} if hasattr(student, 'no_weight_decay') else set()
+
+    def group_matcher(self, coarse: bool = False):
+        """Layer groups for layer decay: the student's own, the losses' parameters with its last group."""
+        layer_map = group_parameters(self.student, self.student.group_matcher(coarse=coarse), reverse=True)
+        last = max(layer_map.values(), default=0)
+        return lambda name: layer_map.get(name[len('student.'):], last) if name.startswith('student.') else last
+
+
+def _read(
+        model: nn.Module,
+        reader: Optional[FeatureReader],
+        input: torch.Tensor,
+) -> Tuple[torch.Tensor, Optional[List[torch.Tensor]]]:
+    """Logits per step (T, B, K), and the features where there is a reader for them."""
+    if reader is not None:
+        return reader(model, input)
+    if hasattr(model, 'set_timesteps'):
+        return model(input, per_step=True), None
+    return model(input).unsqueeze(0), None
+
+
+class SSCLTask(TrainingTask):
+    """Classification of a student plus named, weighted losses that may compare it with a frozen teacher.
+
+        loss = task_loss_weight * criterion(output, target) + sum_name weight_name * loss_name
+
+    The student's features are read functionally (forward_intermediates), so that torch.compile and gradient
+    checkpointing work together. A loss of weight 0 is left out: that is exactly the mode without it.
+
+    Args:
+        student: timm model to train, spiking or not.
+        teacher: Teacher; frozen and kept in evaluation mode. Needed where a loss compares with it.
+        losses: Preset ('sscl', 'contrastive', 'kd', 'none') or {registered name: weight}.
+        loss_options: Options per loss, {'sscl': {'temperature': 0.07}}.
+        criterion: Classification loss; by default made by timm from criterion_kwargs.
+        criterion_kwargs: For timm's create_classification_loss.
+        task_loss_weight: Weight of the classification loss.
+        num_taps: How many of the last stages to tap, besides the pooled feature.
+        input_size: (C, H, W) of the training images, for the probe of the feature shapes.
+        renormalize: (student mean, student std, teacher mean, teacher std) where the teacher was trained on images
+            normalised in another way.
+        device: Device of the task's tensors.
+        dtype: Dtype of the task's tensors.
+        verbose: Whether to log what is trained.
+
+    Raises:
+        ValueError: A loss does not exist, needs a teacher that is not given, or does not fit the models.
+    """
+
+    def __init__(
+            self,
+            student: nn.Module,
+            teacher: Optional[nn.Module] = None,
+            losses: Union[str, Mapping[str, float]] = 'sscl',
+            loss_options: Optional[Mapping[str, Mapping[str, Any]]] = None,
+            criterion: Optional[Union[nn.Module, Callable]] = None,
+            criterion_kwargs: Optional[Dict[str, Any]] = None,
+            task_loss_weight: float = 1.,
+            num_taps: int = 4,
+            input_size: Optional[Sequence[int]] = None,
+            renormalize: Optional[Tuple[Sequence[float], ...]] = None,
+            device: Optional[torch.device] = None,
+            dtype: Optional[torch.dtype] = None,
+            verbose: bool = True,
+    ):
+        super().__init__(device=device, dtype=dtype, verbose=verbose)
+        self.weights = resolve_losses(losses)
+        self.task_loss_weight = task_loss_weight
+        needs = [loss_needs(name) for name in self.weights]
+        self.needs_teacher = any(n['teacher'] for n in needs)
+        if self.needs_teacher and teacher is None:
+            raise ValueError(f'losses {", ".join(self.weights)} compare with a teacher, but teacher is None.')
+
+        reader = self.teacher_reader = None
+        if any(n['features'] for n in needs):
+            reader = FeatureReader(student, num_taps, input_size)
+            self.teacher_reader = FeatureReader(teacher, num_taps, input_size)
+            _match(reader, self.teacher_reader)
+        modules = {name: _create(name, (loss_options or {}).get(name, {}), reader, self.teacher_reader)
+                   for name in self.weights}
+        self.trainable_module = SSCLTrainableModule(student, modules, reader).to(self.device)
+        self.teacher = teacher.to(self.device).requires_grad_(False).eval() if self.needs_teacher else None
+        self.criterion = resolve_classification_loss(criterion, self.device, criterion_kwargs=criterion_kwargs)
+        self._teacher_scale = _renormalization(renormalize)
+        if verbose:
+            taps = f' on {len(reader.names)} taps ({", ".join(reader.names)})' if reader else ''
+            terms = ' + '.join(f'{weight:g} {name}' for name, weight in self.weights.items())
+            _logger.info(f'SSCLTask: loss = {task_loss_weight:g} classification' + (f' + {terms}{taps}' if terms else ''))
+
+    @property
+    def student(self) -> nn.Module:
+        """The student, unwrapped."""
+        return unwrap_model(self.trainable_module).student
+
+    @property
+    def stats(self) -> Dict[str, Dict[str, float]]:
+        """Statistics per layer of the last step, of all losses that keep some."""
+        merged: Dict[str, Dict[str, float]] = {}
+        for loss in unwrap_model(self.trainable_module).losses.values():
+            for layer, values in getattr(loss, 'stats', {}).items():
+                merged.setdefault(layer, {}).update(values)
+        return merged
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> Dict[str, torch.Tensor]:
+        """One training step's losses.
+
+        Args:
+            input: Images (B, C, H, W) or event frames (B, T, C, H, W).
+            target: Labels (B,) or soft targets (B, K).
+
+        Returns:
+            'loss' (weighted sum), 'output' (student logits (B, K)), 'task_loss', and '<name>_loss' per loss, unweighted.
+        """
+        result = self.trainable_module(input, target, *self._teach(input))
+        output = result.pop('output')
+        task_loss = self.criterion(output, target)
+        loss = self.task_loss_weight * task_loss
+        for name, term in result.items():
+            loss = loss + self.weights[name] * term
+        terms = {f'{name}_loss': term for name, term in result.items()}
+        return {'loss': loss, 'output': output, 'task_loss': task_loss, **terms}
+
+    @torch.no_grad()
+    def _teach(self, input: torch.Tensor) -> Tuple[Optional[torch.Tensor], Optional[List[torch.Tensor]]]:
+        """Teacher logits (B, K) and features; static images need one forward, not T."""
+        if self.teacher is None:
+            return None, None
+        if self._teacher_scale is not None:
+            scale, shift = (t.to(input) for t in self._teacher_scale)
+            input = input * scale + shift
+        step_logits, features = _read(self.teacher, self.teacher_reader, input)
+        return step_logits.mean(0), features
+
+    def train(self, mode: bool = True) -> 'SSCLTask':
+        """Set the training mode; the teacher stays in evaluation mode."""
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()
+        return self
+
+    def prepare_distributed(self, device_ids: Optional[list] = None, **ddp_kwargs) -> 'SSCLTask':
+        """Wrap what is trained in DistributedDataParallel; the teacher stays as it is."""
+        from torch.nn.parallel import DistributedDataParallel as DDP
+        self.trainable_module = DDP(self.trainable_module, device_ids=device_ids, **ddp_kwargs)
+        return self
+
+    def compile(self, backend: str = 'inductor', mode: Optional[str] = None, **compile_kwargs) -> nn.Module:
+        """Compile the student (for validation) and the trainable module; before DDP or prepare."""
+        options = dict(backend=backend, mode=mode, **compile_kwargs)
+        self.eval_model = torch.compile(self.student, **options)
+        self.trainable_module = torch.compile(self.trainable_module, **options)
+        return self.eval_model
+
+    def get_eval_model(self, module: Optional[nn.Module] = None, ema: bool = False) -> Optional[nn.Module]:
+        resolved = super().get_eval_model(module=module, ema=ema)
+        trainable = unwrap_model(resolved) if resolved is not None else None
+        return trainable.student if isinstance(trainable, SSCLTrainableModule) else resolved
+
+    def get_clip_parameters(self, exclude_head: bool = False):
+        trainable = unwrap_model(self.trainable_module)
+        parameters = list(trainable.student.parameters())
+        return (parameters[:-2] if exclude_head else parameters) + list(trainable.losses.parameters())
+
+    def get_task_state(self, module: Optional[nn.Module] = None, ema: bool = False) -> Dict[str, Any]:
+        """State of the losses: projections and running CKA."""
+        module = module if module is not None else self.get_trainable_module(ema=ema)
+        state = unwrap_model(module).losses.state_dict() if module is not None else {}
+        return {'losses': state} if state else {}
+
+    def load_task_state(
+            self,
+            state: Optional[Dict[str, Any]],
+            strict: bool = True,
+            module: Optional[nn.Module] = None,
+            ema: bool = False,
+    ) -> None:
+        module = module if module is not None else self.get_trainable_module(ema=ema)
+        if module is None:
+            raise RuntimeError(f'Cannot load {"EMA " if ema else ""}task state: there is no such module yet.')
+        if state and 'losses' in state:
+            unwrap_model(module).losses.load_state_dict(state['losses'], strict=strict)
+
+
+def _match(student: FeatureReader, teacher: FeatureReader) -> None:
+    """Cut both readers to the last stages that both models have."""
+    n = min(len(student.indices), len(teacher.indices))
+    for reader in (student, teacher):
+        reader.indices, reader.names, reader.channels = (
+            reader.indices[-n:], reader.names[-n - 1:], reader.channels[-n - 1:])
+
+
+def _create(
+        name: str,
+        options: Mapping[str, Any],
+        student: Optional[FeatureReader],
+        teacher: Optional[FeatureReader],
+) -> nn.Module:
+    if not loss_needs(name)['features']:
+        return create_loss(name, **options)
+    return create_loss(
+        name, names=student.names, student_channels=student.channels, teacher_channels=teacher.channels, **options)
+
+
+def _renormalization(
+        stats: Optional[Tuple[Sequence[float], ...]],
+) -> Optional[Tuple[torch.Tensor, torch.Tensor]]:
+    """(scale, shift) that turns images in the student's normalisation into the teacher's; None where they agree."""
+    if stats is None:
+        return None
+    mean, std, teacher_mean, teacher_std = (torch.tensor(s, dtype=torch.float32).view(1, -1, 1, 1) for s in stats)
+    if torch.equal(mean, teacher_mean) and torch.equal(std, teacher_std):
+        return None
+    return std / teacher_std, (mean - teacher_mean) / teacher_std
