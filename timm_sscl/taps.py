@@ -1,7 +1,7 @@
 """Where to read features in a model, and the two ways to read them: functionally, and by hooks in anybody's loop."""
 import math
 from contextlib import contextmanager
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -46,6 +46,15 @@ def stage_indices(model: nn.Module, num_stages: int = 4) -> List[int]:
         return sorted({math.ceil(n * k / num_stages) - 1 for k in range(1, num_stages + 1)})
     last_of = {reduction: index for index, reduction in enumerate(reductions)}
     return sorted(last_of.values())[-num_stages:]
+
+
+def _named_indices(model: nn.Module, names: Sequence[str]) -> List[int]:
+    """Indices for forward_intermediates of stages by their names in feature_info, in the order of the stages."""
+    known = stage_names(model, range(stage_indices(model)[-1] + 1))
+    for name in names:
+        if name != POOLED and name not in known:
+            raise ValueError(f"tap '{name}' is no stage of {type(model).__name__}; it has {', '.join(known)} and {POOLED}.")
+    return [i for i, name in enumerate(known) if name in names] or [len(known) - 1]
 
 
 def stage_names(model: nn.Module, indices: Sequence[int]) -> List[str]:
@@ -284,19 +293,40 @@ class FeatureReader:
 
     Args:
         model: timm model, spiking or not.
-        num_stages: How many of the last stages.
+        taps: How many of the last stages, the pooled feature besides; or the names of stages as in model.feature_info,
+            and 'pooled'.
         input_size: (C, H, W) of the probe image that tells the channels.
+
+    Raises:
+        ValueError: A stage does not exist, or the model has none to find.
     """
 
-    def __init__(self, model: nn.Module, num_stages: int = 4, input_size: Optional[Sequence[int]] = None):
-        self.indices = stage_indices(model, num_stages)
-        self.names = stage_names(model, self.indices) + [POOLED]
+    def __init__(
+            self,
+            model: nn.Module,
+            taps: Union[int, Sequence[str]] = 4,
+            input_size: Optional[Sequence[int]] = None,
+    ):
+        if isinstance(taps, int):
+            if taps < 1:
+                raise ValueError(f'taps={taps}: at least one stage must be tapped.')
+            self.indices = stage_indices(model, taps)
+            self.pooled = True
+        else:
+            self.indices = _named_indices(model, taps)
+            self.pooled = POOLED in taps
 
         def run(x: torch.Tensor) -> List[int]:
             _, stages, pooled = _references(model, self.indices, x)
-            return [f.shape[1] for f in stages + [pooled]]
+            return [f.shape[1] for f in stages] + [pooled.shape[1]] * self.pooled
 
+        self.names = stage_names(model, self.indices) + [POOLED] * self.pooled
         self.channels = _probe(model, input_size, run)
+
+    def keep_last(self, num_stages: int) -> None:
+        """Read the last num_stages stages only."""
+        drop = len(self.indices) - num_stages
+        self.indices, self.names, self.channels = self.indices[drop:], self.names[drop:], self.channels[drop:]
 
     def __call__(self, model: nn.Module, x: torch.Tensor) -> Tuple[torch.Tensor, List[torch.Tensor]]:
         """One forward.
@@ -306,7 +336,7 @@ class FeatureReader:
         """
         per_step = _per_step(model)
         final, stages = model.forward_intermediates(x, indices=self.indices, **per_step)
-        features = [*stages, model.forward_head(final, pre_logits=True, **per_step)]
+        features = stages + [model.forward_head(final, pre_logits=True, **per_step)] * self.pooled
         logits = model.forward_head(final, **per_step)
         return (logits, features) if per_step else (logits.unsqueeze(0), [f.unsqueeze(0) for f in features])
 

@@ -105,7 +105,9 @@ class SSCLTask(TrainingTask):
         criterion: Classification loss; by default made by timm from criterion_kwargs.
         criterion_kwargs: For timm's create_classification_loss.
         task_loss_weight: Weight of the classification loss.
-        num_taps: How many of the last stages to tap, besides the pooled feature.
+        taps: How many of the last stages to tap, besides the pooled feature; or the names of the student's stages (as in
+            its feature_info) and 'pooled'.
+        teacher_taps: The same for the teacher, in pairs with the student's; by default what taps says.
         input_size: (C, H, W) of the training images, for the probe of the feature shapes.
         renormalize: (student mean, student std, teacher mean, teacher std) where the teacher was trained on images
             normalised in another way.
@@ -126,7 +128,8 @@ class SSCLTask(TrainingTask):
             criterion: Optional[Union[nn.Module, Callable]] = None,
             criterion_kwargs: Optional[Dict[str, Any]] = None,
             task_loss_weight: float = 1.,
-            num_taps: int = 4,
+            taps: Union[int, Sequence[str]] = 4,
+            teacher_taps: Union[int, Sequence[str], None] = None,
             input_size: Optional[Sequence[int]] = None,
             renormalize: Optional[Tuple[Sequence[float], ...]] = None,
             device: Optional[torch.device] = None,
@@ -143,9 +146,9 @@ class SSCLTask(TrainingTask):
 
         reader = self.teacher_reader = None
         if any(n['features'] for n in needs):
-            reader = FeatureReader(student, num_taps, input_size)
-            self.teacher_reader = FeatureReader(teacher, num_taps, input_size)
-            _match(reader, self.teacher_reader)
+            reader = FeatureReader(student, taps, input_size)
+            self.teacher_reader = FeatureReader(teacher, taps if teacher_taps is None else teacher_taps, input_size)
+            _match(reader, self.teacher_reader, cut=isinstance(taps, int))
         modules = {name: _create(name, (loss_options or {}).get(name, {}), reader, self.teacher_reader)
                    for name in self.weights}
         self.trainable_module = SSCLTrainableModule(student, modules, reader).to(self.device)
@@ -251,12 +254,15 @@ class SSCLTask(TrainingTask):
             unwrap_model(module).losses.load_state_dict(state['losses'], strict=strict)
 
 
-def _match(student: FeatureReader, teacher: FeatureReader) -> None:
-    """Cut both readers to the last stages that both models have."""
-    n = min(len(student.indices), len(teacher.indices))
-    for reader in (student, teacher):
-        reader.indices, reader.names, reader.channels = (
-            reader.indices[-n:], reader.names[-n - 1:], reader.channels[-n - 1:])
+def _match(student: FeatureReader, teacher: FeatureReader, cut: bool) -> None:
+    """Pair the taps of both models: cut to the last stages that both have, or, by name, one to one."""
+    if cut:
+        n = min(len(student.indices), len(teacher.indices))
+        student.keep_last(n)
+        teacher.keep_last(n)
+    if len(student.names) != len(teacher.names):
+        raise ValueError(f'taps are compared in pairs: {", ".join(student.names)} of the student, '
+                         f'{", ".join(teacher.names)} of the teacher.')
 
 
 def _create(

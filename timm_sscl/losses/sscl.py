@@ -83,7 +83,14 @@ class SSCLCriterion(nn.Module):
     @property
     def stats(self) -> Dict[str, Dict[str, float]]:
         """Of the last call, per layer: cka (this batch), cka_running, weight, nce and mi_bound (nats)."""
-        return {name: {k: float(v) for k, v in values.items()} for name, values in self._stats.items()}
+        keys = [(name, k) for name, values in self._stats.items() for k in values]
+        if not keys:
+            return {}
+        numbers = torch.stack([self._stats[name][k].float() for name, k in keys]).tolist()  # one transfer
+        stats: Dict[str, Dict[str, float]] = {name: {} for name in self._stats}
+        for (name, k), number in zip(keys, numbers):
+            stats[name][k] = number
+        return stats
 
     def forward(
             self,

@@ -1,0 +1,2 @@
+from .digits import DigitsDataset
+from .factory import create_dataset

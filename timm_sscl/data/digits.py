@@ -1,0 +1,52 @@
+"""scikit-learn's bundled handwritten digits as an image data set: real input without a download."""
+from typing import Any, Callable, List, Optional, Tuple
+
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch.utils.data import Dataset
+
+__all__ = ['DigitsDataset']
+
+_SPLITS = {'train': 0, 'training': 0, 'validation': 1, 'val': 1, 'test': 1}
+_VALIDATION_IMAGES = 360
+
+
+class DigitsDataset(Dataset):
+    """1,797 scans of handwritten digits, 8 x 8 with 17 grey levels (Alpaydin and Kaynak 1998), as 32 x 32 RGB images.
+
+    The split is fixed and stratified: 1,437 for training, 360 for validation. timm's create_loader sets `transform`.
+
+    Args:
+        split: 'train' or 'validation'.
+        num_samples: Only so many images; None takes all.
+        transform: Applied to the PIL image.
+
+    Raises:
+        ValueError: The split does not exist.
+    """
+
+    def __init__(self, split: str = 'train', num_samples: Optional[int] = None, transform: Optional[Callable] = None):
+        if split not in _SPLITS:
+            raise ValueError(f"split '{split}': the digits have 'train' and 'validation'.")
+        digits = load_digits()
+        indices = train_test_split(
+            np.arange(len(digits.target)), test_size=_VALIDATION_IMAGES, random_state=0, stratify=digits.target)
+        chosen = indices[_SPLITS[split]][:num_samples]
+        self.images: List[Image.Image] = [_to_image(digits.images[i]) for i in chosen]
+        self.targets: List[int] = [int(t) for t in digits.target[chosen]]
+        self.classes = [str(name) for name in digits.target_names]
+        self.transform = transform
+
+    def __getitem__(self, index: int) -> Tuple[Any, int]:
+        image = self.images[index]
+        return (self.transform(image) if self.transform is not None else image), self.targets[index]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+def _to_image(scan: np.ndarray) -> Image.Image:
+    grey = Image.fromarray(np.round(scan * (255 / 16)).astype(np.uint8))
+    return grey.resize((32, 32), Image.Resampling.BICUBIC).convert('RGB')

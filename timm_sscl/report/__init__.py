@@ -1,0 +1,1 @@
+from .firing import FiringRates
