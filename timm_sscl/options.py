@@ -1,0 +1,460 @@
+"""Command line of train.py: timm's options with timm's defaults, ours, and the layers recipe < config < command line."""
+import argparse
+import difflib
+from importlib import resources
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+import yaml
+
+from timm.utils import ParseKwargs
+
+from .losses.sscl import CRITICS
+from .task import PRESETS, resolve_losses
+
+__all__ = ['parse_args', 'create_parser', 'list_recipes', 'load_recipe', 'UNSUPPORTED', 'OptionError']
+
+DIGITS_RECIPE = 'digits'
+ARGS_FILE = 'args.yaml'  # in a run's folder
+
+
+class OptionError(ValueError):
+    """A wrong option; the message says what to do."""
+
+
+# timm's options that are refused when given, with the reason; README lists them under "Differences"
+UNSUPPORTED: Dict[str, str] = {
+    'kd_student_feature_dim': 'SSCL reads the feature widths off the models; --sscl-dim sets the projections',
+    'kd_teacher_feature_dim': 'SSCL reads the feature widths off the models; --sscl-dim sets the projections',
+    'kd_token_distill_type': 'token distillation is not part of this script',
+    'torchscript': 'spiking models do not support TorchScript; use --torchcompile',
+    'fuser': 'a TorchScript setting; spiking models do not support TorchScript',
+    'aug_repeats': 'repeated augmentation needs timm\'s distributed sampler; Accelerate shards the data here',
+    'aug_splits': 'augmentation splits need split batch norm, which would split time steps',
+    'jsd_loss': 'needs --aug-splits',
+    'split_bn': 'would split time steps instead of samples',
+    'use_multi_epochs_loader': 'Accelerate owns the loaders; workers persist already',
+    'tta': 'test time augmentation is not part of this script',
+    'train_img_sizes': 'scheduled image sizes are not part of this script',
+    'train_batch_sizes': 'scheduled image sizes are not part of this script',
+    'train_size_probs': 'scheduled image sizes are not part of this script',
+    'train_size_schedule': 'scheduled image sizes are not part of this script',
+    'train_size_schedule_spread': 'scheduled image sizes are not part of this script',
+    'train_size_random_mix': 'scheduled image sizes are not part of this script',
+    'train_batches_per_epoch': 'scheduled image sizes are not part of this script',
+    'variable_batch_loss_scale': 'scheduled image sizes are not part of this script',
+    'naflex_loader': 'NaFlex batches are dictionaries; spiking models take tensors',
+    'naflex_train_seq_lens': 'NaFlex batches are dictionaries; spiking models take tensors',
+    'naflex_max_seq_len': 'NaFlex batches are dictionaries; spiking models take tensors',
+    'naflex_patch_sizes': 'NaFlex batches are dictionaries; spiking models take tensors',
+    'naflex_patch_size_probs': 'NaFlex batches are dictionaries; spiking models take tensors',
+    'naflex_loss_scale': 'NaFlex batches are dictionaries; spiking models take tensors',
+    'naflex_patchify_channels_first': 'NaFlex batches are dictionaries; spiking models take tensors',
+    'log_wandb': 'Accelerate owns the trackers: --report-to wandb',
+    'wandb_project': 'Accelerate owns the trackers: --report-to wandb and wandb\'s own environment variables',
+    'wandb_tags': 'Accelerate owns the trackers: --report-to wandb and wandb\'s own environment variables',
+    'wandb_resume_id': 'Accelerate owns the trackers: --report-to wandb and wandb\'s own environment variables',
+}
+
+
+def list_recipes() -> List[str]:
+    """Names of the recipes that --config finds."""
+    folder = resources.files('timm_sscl') / 'configs'
+    return sorted(f.name[:-len('.yaml')] for f in folder.iterdir() if f.name.endswith('.yaml'))
+
+
+def load_recipe(name: str) -> Dict[str, Any]:
+    """Options of a recipe, by its name or as a YAML file.
+
+    Raises:
+        OptionError: There is no such recipe or file, or it is no YAML mapping.
+    """
+    path = Path(name)
+    if path.suffix in ('.yaml', '.yml') or path.is_file():
+        if not path.is_file():
+            raise OptionError(f"--config: file '{name}' does not exist.")
+        text = path.read_text()
+    elif name in list_recipes():
+        text = (resources.files('timm_sscl') / 'configs' / f'{name}.yaml').read_text()
+    else:
+        raise OptionError(f"--config: unknown recipe '{name}'; there are {', '.join(list_recipes())}, or give a YAML file.")
+    try:
+        options = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise OptionError(f"--config: '{name}' is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(options, dict):
+        raise OptionError(f"--config: '{name}' must map option names to values.")
+    return {key.replace('-', '_'): value for key, value in options.items()}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise OptionError(message)
+
+
+def create_parser() -> argparse.ArgumentParser:
+    """Parser of all options, grouped as timm's."""
+    parser = _Parser(
+        description='Train a spiking timm model with its real-valued twin as the teacher (SSCL)', allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument('--config', '-c', default=None, metavar='NAME|FILE', help='recipe by name, or a YAML file')
+    for add in (_add_spiking, _add_distillation, _add_dataset, _add_model, _add_device, _add_optimizer, _add_schedule,
+                _add_augmentation, _add_batch_norm, _add_ema, _add_misc, _add_refused):
+        add(parser)
+    return parser
+
+
+def _add_spiking(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group('Spiking neuron parameters')
+    group.add_argument('--timesteps', '-T', type=int, default=None, help='time steps T (4; a checkpoint\'s own)')
+    group.add_argument('--tau', type=float, default=None, help='decay factor of the membrane (0.25)')
+    group.add_argument('--v-threshold', type=float, default=None, help='firing threshold (0.5)')
+    group.add_argument('--v-reset', type=_v_reset, default=None, help='reset potential (0.), or soft')
+    group.add_argument('--detach-reset', action='store_true', default=None, help='no gradient through the reset')
+
+
+def _v_reset(text: str):
+    return text if text == 'soft' else float(text)
+
+
+def _add_distillation(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group('Teacher and distillation parameters')
+    group.add_argument('--teacher', default=None, metavar='NAME', help='teacher model (the student\'s own ANN)')
+    group.add_argument('--kd-model-name', default=None, metavar='NAME', help='timm\'s: --teacher NAME --distill kd')
+    group.add_argument('--teacher-checkpoint', default=None, metavar='FILE', help='weights of the teacher')
+    group.add_argument('--teacher-pretrained', action='store_true', help='start from timm\'s pretrained weights')
+    group.add_argument('--teacher-epochs', type=int, default=None, metavar='N',
+                       help='epochs to train the teacher for where there are no weights for it (--epochs)')
+    group.add_argument('--teacher-kwargs', nargs='*', default={}, action=ParseKwargs,
+                       help='model kwargs of the teacher (--model-kwargs where it is the student\'s own ANN)')
+    group.add_argument('--distill', default=None, choices=list(PRESETS),
+                       help='what is added to cross-entropy: sscl (default), contrastive (uniform weights), kd or none')
+    group.add_argument('--loss', default=None, metavar='NAME=WEIGHT,...',
+                       help='losses by name instead of --distill, for example sscl=0.1,kd=1')
+    group.add_argument('--loss-file', default=None, metavar='FILE', help='Python file with your own @register_loss losses')
+    group.add_argument('--sscl-weight', type=float, default=0.1, help='weight of the sscl or contrastive loss (1: the paper)')
+    group.add_argument('--sscl-temperature', type=float, default=0.1, help='temperature of the critic')
+    group.add_argument('--sscl-dim', type=int, default=128, help='common dimension of the projections')
+    group.add_argument('--sscl-critic', default='normalized', choices=CRITICS, help='contrastive critic')
+    group.add_argument('--sscl-taps', default='4', metavar='N|NAMES',
+                       help='how many of the last stages to compare (and the pooled feature), or their names: layer3,pooled')
+    group.add_argument('--sscl-teacher-taps', default=None, metavar='NAMES', help='the teacher\'s, where they differ')
+    group.add_argument('--sscl-cka-floor', type=float, default=0.1, help='CKA is not taken below this')
+    group.add_argument('--sscl-cka-momentum', type=float, default=0.1, help='share of the newest batch in the running CKA')
+    group.add_argument('--kd-weight', '--distill-loss-weight', type=float, default=None, help='weight of the kd loss (1)')
+    group.add_argument('--kd-temperature', type=float, default=4., help='temperature of the kd loss')
+    group.add_argument('--task-loss-weight', type=float, default=None, help='weight of the classification loss (1)')
+    group.add_argument('--kd-distill-type', default='logit', choices=['logit'], help='timm\'s logit distillation is kd here')
+    group.add_argument('--kd-loss-type', default='kl', choices=['kl'], help='divergence of the kd loss')
+
+
+def _add_dataset(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group('Dataset parameters')
+    group.add_argument('data', nargs='?', metavar='DIR', default=None, help=argparse.SUPPRESS)
+    group.add_argument('--data-dir', metavar='DIR', default=None, help='root of the data set')
+    group.add_argument('--dataset', metavar='NAME', default='', help='data set type and name; digits is bundled')
+    group.add_argument('--train-split', metavar='NAME', default='train')
+    group.add_argument('--val-split', metavar='NAME', default='validation')
+    group.add_argument('--train-num-samples', default=None, type=int, metavar='N')
+    group.add_argument('--val-num-samples', default=None, type=int, metavar='N')
+    group.add_argument('--dataset-download', action='store_true', help='allow the download of torch/ and hfds/ data')
+    group.add_argument('--class-map', default='', type=str, metavar='FILE')
+    group.add_argument('--input-img-mode', default=None, type=str)
+    group.add_argument('--input-key', default=None, type=str)
+    group.add_argument('--target-key', default=None, type=str)
+    group.add_argument('--dataset-trust-remote-code', action='store_true')
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group('Model parameters')
+    group.add_argument('--model', default='spiking_resnet18', type=str, metavar='MODEL', help='student')
+    group.add_argument('--pretrained', action='store_true', help='start the student from the ANN\'s pretrained weights')
+    group.add_argument('--pretrained-path', default=None, type=str, help='pretrained weights from this file')
+    group.add_argument('--initial-checkpoint', default='', type=str, metavar='PATH')
+    group.add_argument('--resume', default='', type=str, metavar='PATH', help='checkpoint file or folder of a run')
+    group.add_argument('--no-resume-opt', action='store_true', help='do not resume the optimizer')
+    group.add_argument('--num-classes', type=int, default=None, metavar='N', help='number of classes (the data set\'s)')
+    group.add_argument('--gp', default=None, type=str, metavar='POOL', help='global pool type')
+    group.add_argument('--img-size', type=int, default=None, metavar='N')
+    group.add_argument('--in-chans', type=int, default=None, metavar='N')
+    group.add_argument('--input-size', default=None, nargs=3, type=int, metavar='N')
+    group.add_argument('--crop-pct', default=None, type=float, metavar='N')
+    group.add_argument('--mean', type=float, nargs='+', default=None)
+    group.add_argument('--std', type=float, nargs='+', default=None)
+    group.add_argument('--interpolation', default='', type=str)
+    group.add_argument('-b', '--batch-size', type=int, default=128, metavar='N', help='per process')
+    group.add_argument('-vb', '--validation-batch-size', type=int, default=None, metavar='N')
+    group.add_argument('--channels-last', action='store_true')
+    group.add_argument('--grad-accum-steps', type=int, default=1, metavar='N', help='the contrastive batch is a micro-batch')
+    group.add_argument('--grad-checkpointing', action='store_true')
+    group.add_argument('--fast-norm', action='store_true')
+    group.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs)
+    group.add_argument('--head-init-scale', default=None, type=float)
+    group.add_argument('--head-init-bias', default=None, type=float)
+    group.add_argument('--torchcompile-mode', type=str, default=None)
+    group.add_argument('--torchcompile', nargs='?', type=str, default=None, const='inductor')
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group('Device parameters')
+    group.add_argument('--device', default=None, type=str, help='cpu; by default the accelerator that there is')
+    group.add_argument('--threads', default=None, type=int, metavar='N', help='CPU threads per process (its share of cores)')
+    group.add_argument('--amp', action='store_true', help='mixed precision in --amp-dtype')
+    group.add_argument('--amp-dtype', default='float16', choices=['float16', 'bfloat16'])
+    group.add_argument('--model-dtype', default=None, choices=['float32', 'float16', 'bfloat16', 'float64'])
+    group.add_argument('--no-ddp-bb', action='store_true', help='no broadcast of buffers')
+    group.add_argument('--synchronize-step', action='store_true')
+    group.add_argument('--local_rank', default=0, type=int, help=argparse.SUPPRESS)
+    group.add_argument('--device-modules', default=None, type=str, nargs='+', help='modules to import first')
+
+
+def _add_optimizer(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group('Optimizer parameters')
+    group.add_argument('--opt', default='sgd', type=str)
+    group.add_argument('--opt-eps', default=None, type=float)
+    group.add_argument('--opt-betas', default=None, type=float, nargs='+')
+    group.add_argument('--momentum', type=float, default=0.9)
+    group.add_argument('--weight-decay', type=float, default=2e-5)
+    group.add_argument('--clip-grad', type=float, default=None)
+    group.add_argument('--clip-mode', type=str, default='norm', choices=['norm', 'value', 'agc'])
+    group.add_argument('--layer-decay', type=float, default=None)
+    group.add_argument('--layer-decay-min-scale', type=float, default=0)
+    group.add_argument('--layer-decay-no-opt-scale', type=float, default=None)
+    group.add_argument('--opt-kwargs', nargs='*', default={}, action=ParseKwargs)
+
+
+def _add_schedule(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group('Learning rate schedule parameters')
+    group.add_argument('--sched', type=str, default='cosine')
+    group.add_argument('--sched-on-updates', action='store_true')
+    group.add_argument('--lr', type=float, default=None, help='overrides --lr-base')
+    group.add_argument('--lr-base', type=float, default=0.1, help='lr = lr_base * global batch / lr_base_size')
+    group.add_argument('--lr-base-size', type=int, default=256)
+    group.add_argument('--lr-base-scale', type=str, default='', choices=['', 'linear', 'sqrt'])
+    group.add_argument('--lr-noise', type=float, nargs='+', default=None)
+    group.add_argument('--lr-noise-pct', type=float, default=0.67)
+    group.add_argument('--lr-noise-std', type=float, default=1.0)
+    group.add_argument('--lr-cycle-mul', type=float, default=1.0)
+    group.add_argument('--lr-cycle-decay', type=float, default=0.5)
+    group.add_argument('--lr-cycle-limit', type=int, default=1)
+    group.add_argument('--lr-k-decay', type=float, default=1.0)
+    group.add_argument('--warmup-lr', type=float, default=1e-5)
+    group.add_argument('--min-lr', type=float, default=0)
+    group.add_argument('--epochs', type=int, default=300)
+    group.add_argument('--epoch-repeats', type=float, default=0.)
+    group.add_argument('--start-epoch', default=None, type=int)
+    group.add_argument('--decay-milestones', default=[90, 180, 270], type=int, nargs='+')
+    group.add_argument('--decay-epochs', type=float, default=90)
+    group.add_argument('--warmup-epochs', type=int, default=5)
+    group.add_argument('--warmup-prefix', action='store_true')
+    group.add_argument('--cooldown-epochs', type=int, default=0)
+    group.add_argument('--patience-epochs', type=int, default=10)
+    group.add_argument('--decay-rate', '--dr', type=float, default=0.1)
+
+
+def _add_augmentation(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group('Augmentation and regularization parameters')
+    group.add_argument('--no-aug', action='store_true')
+    group.add_argument('--train-crop-mode', type=str, default=None)
+    group.add_argument('--scale', type=float, nargs='+', default=[0.08, 1.0])
+    group.add_argument('--ratio', type=float, nargs='+', default=[3. / 4., 4. / 3.])
+    group.add_argument('--hflip', type=float, default=0.5)
+    group.add_argument('--vflip', type=float, default=0.)
+    group.add_argument('--color-jitter', type=float, default=0.4)
+    group.add_argument('--color-jitter-prob', type=float, default=None)
+    group.add_argument('--grayscale-prob', type=float, default=None)
+    group.add_argument('--gaussian-blur-prob', type=float, default=None)
+    group.add_argument('--aa', type=str, default=None)
+    group.add_argument('--bce-loss', action='store_true')
+    group.add_argument('--bce-sum', action='store_true')
+    group.add_argument('--bce-target-thresh', type=float, default=None)
+    group.add_argument('--bce-pos-weight', type=float, default=None)
+    group.add_argument('--reprob', type=float, default=0.)
+    group.add_argument('--remode', type=str, default='pixel')
+    group.add_argument('--recount', type=int, default=1)
+    group.add_argument('--resplit', action='store_true')
+    group.add_argument('--mixup', type=float, default=0.0)
+    group.add_argument('--cutmix', type=float, default=0.0)
+    group.add_argument('--cutmix-minmax', type=float, nargs='+', default=None)
+    group.add_argument('--mixup-prob', type=float, default=1.0)
+    group.add_argument('--mixup-switch-prob', type=float, default=0.5)
+    group.add_argument('--mixup-mode', type=str, default='batch')
+    group.add_argument('--mixup-off-epoch', default=0, type=int)
+    group.add_argument('--smoothing', type=float, default=0.1)
+    group.add_argument('--train-interpolation', type=str, default='random')
+    group.add_argument('--drop', type=float, default=0.0)
+    group.add_argument('--drop-connect', type=float, default=None, help='deprecated by timm, use --drop-path')
+    group.add_argument('--drop-path', type=float, default=None)
+    group.add_argument('--drop-block', type=float, default=None)
+
+
+def _add_batch_norm(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group('Batch norm parameters')
+    group.add_argument('--bn-momentum', type=float, default=None)
+    group.add_argument('--bn-eps', type=float, default=None)
+    group.add_argument('--sync-bn', action='store_true')
+    group.add_argument('--dist-bn', type=str, default='reduce', choices=['', 'broadcast', 'reduce'])
+
+
+def _add_ema(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group('Model exponential moving average parameters')
+    group.add_argument('--model-ema', action='store_true')
+    group.add_argument('--model-ema-force-cpu', action='store_true')
+    group.add_argument('--model-ema-decay', type=float, default=0.9998)
+    group.add_argument('--model-ema-warmup', action='store_true')
+
+
+def _add_misc(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group('Miscellaneous parameters')
+    group.add_argument('--seed', type=int, default=42)
+    group.add_argument('--worker-seeding', type=str, default='all')
+    group.add_argument('--log-interval', type=int, default=50)
+    group.add_argument('--val-interval', type=int, default=1)
+    group.add_argument('--recovery-interval', type=int, default=0)
+    group.add_argument('--checkpoint-hist', type=int, default=10)
+    group.add_argument('-j', '--workers', type=int, default=4)
+    group.add_argument('--save-images', action='store_true')
+    group.add_argument('--pin-mem', action='store_true')
+    group.add_argument('--no-prefetcher', action='store_true', help='accepted; Accelerate moves the batches in any case')
+    group.add_argument('--output', default='', type=str, metavar='DIR', help='root of all runs and teachers (./output)')
+    group.add_argument('--experiment', default='', type=str, metavar='NAME', help='name of the run\'s folder')
+    group.add_argument('--eval-metric', default='top1', type=str, metavar='METRIC', choices=['top1', 'top5', 'loss'])
+    group.add_argument('--report-to', default=None, type=str, metavar='TRACKER', help='tensorboard, wandb, ... (Accelerate)')
+
+
+def _add_refused(parser: argparse.ArgumentParser) -> None:
+    """timm's options that are refused, so that the error can say why."""
+    for name in UNSUPPORTED:
+        parser.add_argument('--' + name.replace('_', '-'), nargs='*', default=None, help=argparse.SUPPRESS)
+
+
+# ---- layers and checks
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> Tuple[argparse.Namespace, Dict[str, Any]]:
+    """Parse the command line over the configuration file over, without data, the digits recipe.
+
+    Args:
+        argv: Arguments; None takes sys.argv's.
+
+    Returns:
+        The options, and what the digits recipe filled in (empty with data or a data set named).
+
+    Raises:
+        OptionError: An option is unknown, refused or wrong.
+    """
+    parser = create_parser()
+    given = _given(parser, argv)
+    args = parser.parse_args(argv)
+    layers = load_recipe(args.config) if args.config else _resumed_options(args.resume)
+    _apply(parser, args, layers, given, f'--config {args.config}' if args.config else f'--resume {args.resume}')
+    args.data_dir = args.data_dir or args.data
+    recipe: Dict[str, Any] = {}
+    if not args.data_dir and not args.dataset:
+        options = load_recipe(DIGITS_RECIPE)
+        recipe = {k: v for k, v in options.items() if k not in given and k not in layers}
+        _apply(parser, args, recipe, given, DIGITS_RECIPE)
+    del args.data
+    _check(args, given | set(layers))
+    args.losses, args.loss_options = _losses(args, given | set(layers))
+    return args, recipe
+
+
+def _resumed_options(resume: str) -> Dict[str, Any]:
+    """Options of the run whose folder is resumed, so that they need not be given again."""
+    if not resume or not (Path(resume) / ARGS_FILE).is_file():
+        return {}
+    options = load_recipe(str(Path(resume) / ARGS_FILE))
+    return {name: value for name, value in options.items() if name != 'resume'}
+
+
+def _given(parser: argparse.ArgumentParser, argv: Optional[Sequence[str]]) -> set:
+    """Names of the options that stand on the command line."""
+    missing = object()
+    probe = argparse.Namespace(**{action.dest: missing for action in parser._actions if action.dest != 'help'})
+    parser.parse_args(argv, namespace=probe)
+    return {name for name, value in vars(probe).items() if value is not missing}
+
+
+def _apply(parser: argparse.ArgumentParser, args: argparse.Namespace, options: Dict[str, Any], given: set, source: str):
+    known = {action.dest: action for action in parser._actions}
+    for name, value in options.items():
+        if name not in known or name in ('help', 'config', 'data'):
+            close = difflib.get_close_matches(name, known, n=1)
+            raise OptionError(f"{source}: unknown option '{name}'." + (f" Did you mean '{close[0]}'?" if close else ''))
+        if name in given:
+            continue
+        kind = known[name].type
+        if kind in (int, float) and value is not None and not isinstance(value, (list, dict, bool)):
+            try:
+                value = kind(value)
+            except ValueError as error:
+                raise OptionError(f"{source}: option '{name}' is {value!r}, expected a number.") from error
+        if known[name].choices is not None and value is not None and value not in known[name].choices:
+            raise OptionError(f"{source}: option '{name}' is {value!r}, expected one of "
+                              f"{', '.join(map(str, known[name].choices))}.")
+        setattr(args, name, value)
+
+
+def _check(args: argparse.Namespace, given: set) -> None:
+    for name, reason in UNSUPPORTED.items():
+        if getattr(args, name) is not None:
+            raise OptionError(f"--{name.replace('_', '-')} is not supported: {reason}.")
+        delattr(args, name)
+    for name, least in (('batch_size', 1), ('epochs', 1), ('grad_accum_steps', 1), ('timesteps', 1), ('teacher_epochs', 0),
+                        ('workers', 0), ('checkpoint_hist', 1), ('log_interval', 1), ('val_interval', 1), ('threads', 1),
+                        ('num_classes', 1), ('validation_batch_size', 1)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise OptionError(f"--{name.replace('_', '-')} {value}: must be {least} or more.")
+    if 'loss' in given and 'distill' in given:
+        raise OptionError('--distill and --loss both say what is added to cross-entropy; use one.')
+    if args.kd_model_name and args.teacher and args.kd_model_name != args.teacher:
+        raise OptionError('--teacher and --kd-model-name both name the teacher; use one.')
+    args.teacher = args.teacher or args.kd_model_name
+    if args.teacher_checkpoint and args.teacher_pretrained:
+        raise OptionError('--teacher-checkpoint and --teacher-pretrained both name the teacher\'s weights; use one.')
+    if args.drop_path is None and args.drop_connect is not None:
+        args.drop_path = args.drop_connect
+
+
+def _losses(args: argparse.Namespace, given: set) -> Tuple[Dict[str, float], Dict[str, Dict[str, Any]]]:
+    """Weights and options of the losses that --distill or --loss ask for."""
+    if args.loss_file:
+        _import_file(args.loss_file)
+    preset = args.distill or ('kd' if args.kd_model_name else 'sscl')
+    args.distill = None if args.loss else preset
+    weights = _parse_losses(args.loss) if args.loss else dict(PRESETS[preset])
+    if not args.loss:
+        for name, weight in (('sscl', args.sscl_weight), ('contrastive', args.sscl_weight), ('kd', args.kd_weight)):
+            if name in weights and weight is not None:
+                weights[name] = weight
+    try:
+        losses = resolve_losses(weights)
+    except ValueError as error:
+        raise OptionError(f'--{"loss" if args.loss else "distill"}: {error}') from error
+    if 'sscl' in losses and args.batch_size < 4:
+        raise OptionError(f'--batch-size {args.batch_size} is too small for CKA weights, which need at least 4 samples; '
+                          f'use a larger batch or --distill contrastive.')
+    contrastive = dict(dim=args.sscl_dim, temperature=args.sscl_temperature, critic=args.sscl_critic,
+                       cka_floor=args.sscl_cka_floor, cka_momentum=args.sscl_cka_momentum)
+    options = dict(sscl=contrastive, contrastive=contrastive, kd=dict(temperature=args.kd_temperature))
+    return losses, {name: dict(options[name]) for name in losses if name in options}
+
+
+def _parse_losses(text: str) -> Dict[str, float]:
+    weights = {}
+    for part in text.split(','):
+        name, _, weight = part.strip().partition('=')
+        try:
+            weights[name] = float(weight) if weight else 1.
+        except ValueError as error:
+            raise OptionError(f"--loss: the weight in '{part}' is no number; write NAME=WEIGHT,...") from error
+    return weights
+
+
+def _import_file(path: str) -> None:
+    import importlib.util
+    if not Path(path).is_file():
+        raise OptionError(f"--loss-file: '{path}' does not exist.")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
