@@ -1,0 +1,104 @@
+import pytest
+import yaml
+
+from timm_sscl.options import OptionError, list_recipes, load_recipe, parse_args
+
+# names and defaults read off timm's own parser (2026-08), where this script keeps them
+TIMM_DEFAULTS = dict(
+    train_split='train', val_split='validation', class_map='', pretrained=False, initial_checkpoint='', resume='',
+    no_resume_opt=False, gp=None, img_size=None, in_chans=None, input_size=None, crop_pct=None, mean=None, std=None,
+    interpolation='', batch_size=128, validation_batch_size=None, channels_last=False, grad_accum_steps=1,
+    grad_checkpointing=False, fast_norm=False, model_kwargs={}, head_init_scale=None, head_init_bias=None,
+    torchcompile=None, torchcompile_mode=None, amp=False, amp_dtype='float16', model_dtype=None, no_ddp_bb=False,
+    synchronize_step=False, opt='sgd', opt_eps=None, opt_betas=None, momentum=0.9, weight_decay=2e-5, clip_grad=None,
+    clip_mode='norm', layer_decay=None, layer_decay_min_scale=0, layer_decay_no_opt_scale=None, opt_kwargs={},
+    sched='cosine', sched_on_updates=False, lr=None, lr_base=0.1, lr_base_size=256, lr_base_scale='', lr_noise=None,
+    lr_noise_pct=0.67, lr_noise_std=1.0, lr_cycle_mul=1.0, lr_cycle_decay=0.5, lr_cycle_limit=1, lr_k_decay=1.0,
+    warmup_lr=1e-5, min_lr=0, epochs=300, epoch_repeats=0., start_epoch=None, decay_milestones=[90, 180, 270],
+    decay_epochs=90, warmup_epochs=5, warmup_prefix=False, cooldown_epochs=0, patience_epochs=10, decay_rate=0.1,
+    no_aug=False, train_crop_mode=None, scale=[0.08, 1.0], ratio=[0.75, 4 / 3], hflip=0.5, vflip=0.0, color_jitter=0.4,
+    color_jitter_prob=None, grayscale_prob=None, gaussian_blur_prob=None, aa=None, bce_loss=False, bce_sum=False,
+    bce_target_thresh=None, bce_pos_weight=None, reprob=0.0, remode='pixel', recount=1, resplit=False, mixup=0.0,
+    cutmix=0.0, cutmix_minmax=None, mixup_prob=1.0, mixup_switch_prob=0.5, mixup_mode='batch', mixup_off_epoch=0,
+    smoothing=0.1, train_interpolation='random', drop=0.0, drop_path=None, drop_block=None, bn_momentum=None, bn_eps=None,
+    sync_bn=False, dist_bn='reduce', model_ema=False, model_ema_force_cpu=False, model_ema_decay=0.9998,
+    model_ema_warmup=False, seed=42, worker_seeding='all', log_interval=50, val_interval=1, recovery_interval=0,
+    checkpoint_hist=10, workers=4, save_images=False, pin_mem=False, output='', experiment='', eval_metric='top1',
+)
+DATA = ['--data-dir', 'somewhere']
+
+
+def test_defaults_are_timms_where_data_is_named():
+    args, recipe = parse_args(DATA)
+    assert recipe == {} and args.model == 'spiking_resnet18'
+    assert {name: getattr(args, name) for name in TIMM_DEFAULTS} == TIMM_DEFAULTS
+
+
+def test_without_data_the_digits_recipe_fills_in_what_was_not_given(tmp_path):
+    args, recipe = parse_args(['--epochs', '3'])
+    assert args.dataset == 'digits' and args.epochs == 3 and 'epochs' not in recipe
+    assert args.batch_size == recipe['batch_size'] == load_recipe('digits')['batch_size'] != 128
+    (tmp_path / 'mine.yaml').write_text('batch-size: 32\n')
+    args, recipe = parse_args(['--config', str(tmp_path / 'mine.yaml')])
+    assert args.batch_size == 32 and 'batch_size' not in recipe and args.epochs == recipe['epochs']
+    args, recipe = parse_args(['--epochs', '300'])  # a default that is given is given
+    assert args.epochs == 300
+
+
+def test_command_line_wins_over_the_config(tmp_path):
+    (tmp_path / 'c.yaml').write_text('epochs: 7\nlr: 1e-3\ntau: 0.5\n')  # YAML reads 1e-3 as a string
+    args, _ = parse_args([*DATA, '--config', str(tmp_path / 'c.yaml'), '--epochs', '9'])
+    assert (args.epochs, args.lr, args.tau) == (9, 1e-3, 0.5)
+
+
+@pytest.mark.parametrize('argv, losses', [
+    ([], {'sscl': 0.1}),
+    (['--sscl-weight', '1'], {'sscl': 1.}),
+    (['--distill', 'contrastive', '--sscl-weight', '0.3'], {'contrastive': 0.3}),
+    (['--distill', 'kd'], {'kd': 1.}),
+    (['--kd-model-name', 'resnet34'], {'kd': 1.}),
+    (['--kd-model-name', 'resnet34', '--distill-loss-weight', '2'], {'kd': 2.}),
+    (['--kd-model-name', 'resnet34', '--distill', 'sscl'], {'sscl': 0.1}),
+    (['--distill', 'none'], {}),
+    (['--loss', 'sscl=0.5,kd=2'], {'sscl': 0.5, 'kd': 2.}),
+    (['--loss', 'sscl=0,kd'], {'kd': 1.}),
+])
+def test_losses(argv, losses):
+    args, _ = parse_args([*DATA, *argv])
+    assert args.losses == losses
+    if '--kd-model-name' in argv:
+        assert args.teacher == 'resnet34'
+
+
+def test_options_reach_their_loss():
+    args, _ = parse_args([*DATA, '--loss', 'sscl=1,kd=1', '--sscl-temperature', '0.07', '--sscl-dim', '64', '--sscl-critic',
+                          'literal', '--kd-temperature', '2', '--sscl-cka-floor', '0.2', '--sscl-cka-momentum', '1'])
+    assert args.loss_options == {
+        'sscl': dict(dim=64, temperature=0.07, critic='literal', cka_floor=0.2, cka_momentum=1.), 'kd': dict(temperature=2.)}
+
+
+@pytest.mark.parametrize('argv, words', [
+    (['--distill', 'kd', '--loss', 'sscl=1'], 'use one'),
+    (['--teacher', 'a', '--kd-model-name', 'b'], 'use one'),
+    (['--teacher-checkpoint', 'a', '--teacher-pretrained'], 'use one'),
+    (['--loss', 'sscl=much'], 'no number'),
+    (['--naflex-loader'], 'NaFlex'),
+    (['--kd-distill-type', 'feature'], 'feature'),
+    (['--batch-size', 'many'], 'many'),
+    (['--threads', '0'], '--threads 0'),
+])
+def test_errors(argv, words):
+    with pytest.raises(OptionError, match=words):
+        parse_args([*DATA, *argv])
+
+
+@pytest.mark.parametrize('name', list_recipes())
+def test_every_recipe_parses(name):
+    args, _ = parse_args(['--config', name, '--data-dir', 'somewhere'])
+    assert all(getattr(args, k) == v or isinstance(v, str) for k, v in load_recipe(name).items())
+
+
+def test_a_runs_arguments_are_read_back_on_resume(tmp_path):
+    (tmp_path / 'args.yaml').write_text(yaml.safe_dump(dict(dataset='digits', epochs=5, batch_size=16, tau=0.5)))
+    args, recipe = parse_args(['--resume', str(tmp_path), '--epochs', '6'])
+    assert (args.epochs, args.batch_size, args.tau, args.resume) == (6, 16, 0.5, str(tmp_path)) and recipe == {}

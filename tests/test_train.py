@@ -1,0 +1,266 @@
+"""train.py itself, tiny: through accelerate launch and torchrun as a user starts it, and its errors in this process."""
+import csv
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import save_file
+
+import timm_sscl  # registers the spiking_ names
+import train
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ['--model', 'spiking_test_resnet', '--timesteps', '2', '--epochs', '2', '--warmup-epochs', '0',
+        '--train-num-samples', '64', '--val-num-samples', '40', '--batch-size', '16', '--log-interval', '2']
+
+
+def launch(args, cwd, launcher=('-m', 'accelerate.commands.launch'), **env):
+    result = subprocess.run(
+        [sys.executable, *launcher, str(ROOT / 'train.py'), *args], cwd=cwd, capture_output=True, text=True, timeout=600,
+        env={**os.environ, 'PYTHONPATH': str(ROOT), **env})
+    return result.returncode, result.stdout + result.stderr
+
+
+def run_of(root):
+    run, = [p for p in Path(root).iterdir() if p.name != 'teachers']
+    return run
+
+
+def rows_of(run):
+    with open(run / 'summary.csv') as f:
+        return list(csv.DictReader(f))
+
+
+@pytest.fixture(scope='module')
+def main_run(tmp_path_factory):
+    """One tiny run of the main job with a neuron that is not the default; several tests look at it."""
+    cwd = tmp_path_factory.mktemp('main')
+    code, log = launch([*TINY, '--tau', '0.5', '--v-threshold', '0.75', '--output', 'out'], cwd)
+    assert code == 0, log
+    return cwd, log
+
+
+def test_main_job_tells_what_it_does_and_leaves_its_files(main_run):
+    cwd, log = main_run
+    assert 'bundled handwritten digits' in log and 'epochs=' not in log.split('recipe digits:')[1].split('\n')[0]
+    assert 'Teacher test_resnet: no weights for it, so it is trained first, for 2 epochs' in log
+    assert 'CPU threads per process' in log and 'ETA' in log and 'img/s' in log
+    run = run_of(cwd / 'out')
+    for name in ('last.pth.tar', 'model_best.pth.tar', 'summary.csv', 'args.yaml', 'summary.json'):
+        assert (run / name).is_file(), name
+    facts = json.loads((run / 'summary.json').read_text())
+    assert f"{facts['student']['top1']:.2f} top-1 after the last epoch" in log
+    assert f"{facts['teacher']['top1']:.2f} top-1" in log
+    assert facts['firing_rates'] and all(0 <= rate <= 1 for rate in facts['firing_rates'].values())
+    assert yaml.safe_load((run / 'args.yaml').read_text())['tau'] == 0.5
+
+
+def test_summary_has_a_row_per_epoch_with_columns_per_layer(main_run):
+    rows = rows_of(run_of(main_run[0] / 'out'))
+    assert [row['epoch'] for row in rows] == ['0', '1']
+    for layer in ('layer1', 'layer4', 'pooled'):
+        for key in ('cka', 'nce', 'weight'):
+            assert np.isfinite(float(rows[-1][f'train_{key}_{layer}']))
+    assert {'eval_top1', 'eval_loss', 'lr', 'train_task_loss', 'train_sscl_loss'} <= set(rows[0])
+
+
+def test_checkpoint_gives_the_same_logits_through_create_model(main_run):
+    file = run_of(main_run[0] / 'out') / 'last.pth.tar'
+    model = timm.create_model('spiking_test_resnet', num_classes=10, checkpoint_path=file).eval()
+    assert (model.timesteps, model.settings.tau, model.settings.v_threshold) == (2, 0.5, 0.75)
+    # independent of the checkpoint's settings: an ANN converted by hand, with the weights alone
+    weights = torch.load(file, weights_only=False)['state_dict']
+    weights = {k: v for k, v in weights.items() if k != 'spiking_settings'}
+    by_hand = timm.create_model('test_resnet', num_classes=10)
+    by_hand.load_state_dict(weights)
+    timm_sscl.convert_to_spiking(by_hand.eval(), timesteps=2, tau=0.5, v_threshold=0.75)
+    x = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(model(x), by_hand(x))
+
+
+def test_second_run_finds_the_teacher_and_resume_goes_on(main_run):
+    cwd, _ = main_run
+    teachers = sorted((cwd / 'out' / 'teachers').iterdir())
+    code, log = launch([*TINY, '--output', 'out', '--experiment', 'second', '--teacher-epochs', '2', '--distill', 'kd'], cwd)
+    assert code == 0, log
+    assert 'trained on the same data with the same settings' in log and 'teacher epoch' not in log
+    assert sorted((cwd / 'out' / 'teachers').iterdir()) == teachers
+    run = cwd / 'out' / 'second'
+    code, log = launch(['--resume', str(run), '--epochs', '3', '--teacher-epochs', '2'], cwd)
+    assert code == 0, log
+    assert [row['epoch'] for row in rows_of(run)] == ['0', '1', '2']
+    assert 'student epoch 3/3' in log and 'student epoch 1/' not in log
+    # the folder of a run is left alone without --resume
+    code, log = launch([*TINY, '--output', 'out', '--experiment', 'second', '--distill', 'none'], cwd)
+    assert code != 0 and 'holds a run already' in log and len(rows_of(run)) == 3
+
+
+def write_images(root, classes=3, per_class=8, size=40):
+    rng = np.random.default_rng(0)
+    for split in ('train', 'validation'):
+        for c in range(classes):
+            folder = root / split / f'class{c}'
+            folder.mkdir(parents=True)
+            for i in range(per_class):
+                Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(folder / f'{i}.png')
+    return root
+
+
+def test_two_processes_train_on_an_image_folder(tmp_path):
+    data = write_images(tmp_path / 'images', per_class=7)
+    args = ['--data-dir', str(data), '--model', 'spiking_test_resnet', '--timesteps', '2', '--epochs', '1', '--img-size', '32',
+            '--batch-size', '4', '--workers', '0', '--warmup-epochs', '0', '--output', 'out', '--lr', '0.01']
+    code, log = launch(args, tmp_path, ('-m', 'torch.distributed.run', '--nproc_per_node', '2'), OMP_NUM_THREADS='1')
+    assert code == 0, log
+    run = run_of(tmp_path / 'out')
+    facts = json.loads((run / 'summary.json').read_text())
+    # top-1 is a share of exactly the 21 validation images
+    assert facts['student']['top1'] * 21 / 100 == pytest.approx(round(facts['student']['top1'] * 21 / 100), abs=1e-6)
+    assert log.count('Student   ') == 1  # one process writes
+    assert timm.create_model('spiking_test_resnet', num_classes=3, checkpoint_path=run / 'last.pth.tar').timesteps == 2
+
+
+def test_two_copies_that_do_not_know_of_each_other_are_an_error(tmp_path):
+    code, log = launch(TINY, tmp_path, ('-c', f'import sys; sys.argv = sys.argv[1:]; sys.path.insert(0, {str(ROOT)!r}); '
+                                              'import train; train.main(sys.argv[1:])'), WORLD_SIZE='2')
+    assert code == 2 and '2 processes were launched, but Accelerate runs 1' in log
+
+
+# ---- in this process
+
+def run_here(args, cwd, monkeypatch):
+    monkeypatch.chdir(cwd)
+    threads = torch.get_num_threads()
+    try:
+        train.main([str(a) for a in args])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_weight_zero_is_exactly_mode_none(tmp_path, monkeypatch):
+    common = [*TINY, '--epochs', '1', '--drop', '0.2', '--output', 'out']
+    run_here([*common, '--distill', 'none', '--experiment', 'none'], tmp_path, monkeypatch)
+    run_here([*common, '--loss', 'sscl=0,kd=0', '--experiment', 'zero'], tmp_path, monkeypatch)
+    run_here([*common, '--loss', 'kd=1', '--experiment', 'kd'], tmp_path, monkeypatch)
+    none, zero, kd = (torch.load(tmp_path / 'out' / name / 'last.pth.tar', weights_only=False)['state_dict']
+                      for name in ('none', 'zero', 'kd'))
+    assert none.keys() == zero.keys() and all(torch.equal(none[k], zero[k]) for k in none)
+    assert not all(torch.equal(none[k], kd[k]) for k in none)  # the comparison can fail
+
+
+def test_options_of_a_training_step_work_together(tmp_path, monkeypatch):
+    run_here([*TINY, '--epochs', '1', '--output', 'out', '--amp', '--amp-dtype', 'bfloat16', '--grad-accum-steps', '2',
+              '--clip-grad', '1', '--model-ema', '--model-ema-decay', '0.5', '--mixup', '0.2', '--cutmix', '0.5',
+              '--channels-last', '--grad-checkpointing', '--opt', 'adamw', '--sched-on-updates', '--reprob', '0.2',
+              '--loss', 'sscl=0.1,kd=0.5', '--sscl-critic', 'infonce', '--sscl-taps', 'layer2,layer4,pooled'],
+             tmp_path, monkeypatch)
+    run = run_of(tmp_path / 'out')
+    checkpoint = torch.load(run / 'last.pth.tar', weights_only=False)
+    assert 'state_dict_ema' in checkpoint and any('g_student' in k for k in checkpoint['task_state']['losses'])
+    row = rows_of(run)[0]
+    assert np.isfinite(float(row['train_kd_loss'])) and 'eval_top1_ema' in row
+    assert 'train_nce_layer2' in row and 'train_nce_layer3' not in row
+
+
+def test_own_loss_is_one_file_and_one_decorator(tmp_path, monkeypatch):
+    (tmp_path / 'mine.py').write_text(
+        'from timm_sscl import register_loss\n\n\n@register_loss("logit_norm")\ndef logit_norm(step):\n'
+        '    return step.logits.square().mean()\n')
+    run_here([*TINY, '--epochs', '1', '--output', 'out', '--loss-file', 'mine.py', '--loss', 'logit_norm=0.5'],
+             tmp_path, monkeypatch)
+    row = rows_of(run_of(tmp_path / 'out'))[0]
+    task, mine, total = (float(row[f'train_{k}']) for k in ('task_loss', 'logit_norm_loss', 'loss'))
+    assert mine > 0 and total == pytest.approx(task + 0.5 * mine, rel=1e-5)  # float32 sums
+
+
+def test_teacher_from_a_file_is_used_as_it_is(tmp_path, monkeypatch):
+    teacher = timm.create_model('test_vit', num_classes=10, img_size=32)
+    save_file(teacher.state_dict(), tmp_path / 'teacher.safetensors')
+    run_here([*TINY, '--epochs', '1', '--output', 'out', '--teacher', 'test_vit', '--teacher-checkpoint', 'teacher.safetensors',
+              '--teacher-epochs', '0', '--teacher-kwargs', 'img_size=32'], tmp_path, monkeypatch)
+    facts = json.loads((run_of(tmp_path / 'out') / 'summary.json').read_text())
+    assert facts['teacher']['source'] == 'teacher.safetensors' and not (tmp_path / 'out' / 'teachers').exists()
+
+
+class _Attack:
+    def __reduce__(self):
+        return Path.touch, (Path('unpickled'),)
+
+
+@pytest.fixture
+def files(tmp_path):
+    other = timm.create_model('test_vit', num_classes=10)
+    torch.save(other.state_dict(), tmp_path / 'other.pth')
+    torch.save(timm.create_model('test_resnet', num_classes=7).state_dict(), tmp_path / 'seven.pth')
+    with open(tmp_path / 'attack.pth', 'wb') as f:
+        pickle.dump(_Attack(), f)
+    torch.save({'state_dict': {}, 'x': _Attack()}, tmp_path / 'attack_zip.pth')
+    (tmp_path / 'text.pth').write_text('these are no weights')
+    (tmp_path / 'text.safetensors').write_text('these are no weights')
+    (tmp_path / 'wrong.yaml').write_text('epochz: 3\n')
+    (tmp_path / 'empty').mkdir()
+    return tmp_path
+
+
+@pytest.mark.parametrize('args, words', [
+    (['--model', 'spiking_resnet81'], ["unknown model 'spiking_resnet81'", 'Did you mean']),
+    (['--teacher', 'resnet81'], ["--teacher: unknown model 'resnet81'"]),
+    (['--timesteps', '0'], ['--timesteps 0', '1 or more']),
+    (['--tau', '2'], ['tau=2', '[0, 1]']),
+    (['--batch-size', '3'], ['--batch-size 3', 'at least 4', 'contrastive']),
+    (['--teacher-checkpoint', 'seven.pth'], ['--teacher-checkpoint', 'another model', '10 classes', 'fc.weight']),
+    (['--teacher-checkpoint', 'other.pth'], ['--teacher-checkpoint', 'another model']),
+    (['--initial-checkpoint', 'other.pth'], ['--initial-checkpoint', 'another model']),
+    (['--resume', 'other.pth'], ['--resume', 'no checkpoint of this model']),
+    (['--resume', 'nowhere'], ['--resume', 'nowhere']),
+    (['--sscl-taps', 'layer2,layer9'], ["tap 'layer9'", 'layer4']),
+    (['--data-dir', 'nowhere'], ["'nowhere' does not exist", '--data-dir']),
+    (['--data-dir', 'empty'], ["'empty' is empty"]),
+    (['--teacher-checkpoint', 'attack.pth'], ['no weights file']),
+    (['--teacher-checkpoint', 'attack_zip.pth'], ['no weights file']),
+    (['--teacher-checkpoint', 'text.pth'], ['no weights file']),
+    (['--initial-checkpoint', 'text.safetensors'], ['no weights file']),
+    (['--teacher-checkpoint', 'gone.pth'], ['does not exist']),
+    (['--config', 'no_such_recipe'], ["unknown recipe 'no_such_recipe'", 'digits']),
+    (['--config', 'wrong.yaml'], ["unknown option 'epochz'", "'epochs'"]),
+    (['--teacher-epochs', '0'], ['--teacher-epochs 0', 'untrained']),
+    (['--num-classes', '4'], ['--num-classes 4', '10 classes']),
+    (['--loss', 'ssl=1'], ["unknown loss 'ssl'", "'sscl'"]),
+    (['--loss', 'kd=-1'], ["'kd'", '-1']),
+    (['--distill', 'magic'], ['--distill', 'magic']),
+    (['--no-such-option'], ['--no-such-option']),
+    (['--torchscript'], ['--torchscript is not supported', '--torchcompile']),
+    (['--amp'], ['bfloat16']),
+    (['--sync-bn'], ['--sync-bn', 'CPU']),
+    (['--batch-size', '2000'], ['--batch-size 2000', 'larger than the training set']),
+    (['--model', 'test_resnet', '--tau', '0.5'], ['does not spike', 'spiking_test_resnet']),
+])
+def test_bad_input_is_one_line_that_says_what_to_do(args, words, files, monkeypatch, capsys):
+    given = [*TINY, '--device', 'cpu', *args]
+    with pytest.raises(SystemExit) as exit_:
+        run_here(given, files, monkeypatch)
+    assert exit_.value.code == 2
+    line, = [x for x in capsys.readouterr().err.splitlines() if x.startswith('error: ')]
+    for word in words:
+        assert word in line, line
+    assert not (files / 'unpickled').exists()
+    assert not list((files / 'output').rglob('*.pth.tar')) if (files / 'output').exists() else True  # nothing was trained
+
+
+def test_help_names_the_options_in_timms_groups(capsys, monkeypatch, tmp_path):
+    with pytest.raises(SystemExit) as exit_:
+        run_here(['--help'], tmp_path, monkeypatch)
+    text = capsys.readouterr().out
+    assert exit_.value.code == 0
+    for word in ('Dataset parameters', 'Optimizer parameters', '--teacher', '--sscl-temperature', '--v-threshold'):
+        assert word in text

@@ -1,0 +1,1 @@
+from .resnet_cifar import ResNetCifar, resnet20_cifar
