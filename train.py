@@ -319,6 +319,18 @@ def resolve_lr(args: Namespace, num_processes: int) -> float:
     return args.lr_base * (ratio ** 0.5 if scale == 'sqrt' else ratio)
 
 
+def restore(task: TrainingTask, file: str, optimizer: Optional[torch.optim.Optimizer] = None) -> Optional[int]:
+    """Load a checkpoint of this task; the epoch to go on with, where the file tells."""
+    try:
+        epoch = resume_task_checkpoint(task, file, optimizer=optimizer)
+        if task.has_ema():
+            load_task_ema_checkpoint(task, file)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"--resume: '{file}' is no checkpoint of this model and run: "
+                         f'{" ".join(str(error).split())[:300]}') from error
+    return epoch
+
+
 class Fit:
     """One training from start to end: epochs, validation, checkpoints, summary.
 
@@ -375,16 +387,8 @@ class Fit:
         args = self.args
         if not resume:
             return args.start_epoch or 0
-        try:
-            epoch = resume_task_checkpoint(self.task, resume, optimizer=None if args.no_resume_opt else optimizer)
-            if self.task.has_ema():
-                load_task_ema_checkpoint(self.task, resume)
-        except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError) as error:
-            raise ValueError(f"--resume: '{resume}' is no checkpoint of this model and run: "
-                             f'{" ".join(str(error).split())[:300]}') from error
-        if args.start_epoch is not None:
-            return args.start_epoch
-        return epoch or 0
+        epoch = restore(self.task, resume, None if args.no_resume_opt else optimizer)
+        return args.start_epoch if args.start_epoch is not None else epoch or 0
 
     def _create_saver(self, optimizer: torch.optim.Optimizer, resume: str) -> Optional[CheckpointSaver]:
         if not self.accelerator.is_main_process:
@@ -726,15 +730,15 @@ def main(argv: Optional[List[str]] = None) -> None:
         folder = run_folder(args, root, data_config)
         if teacher is not None:
             check_teacher(args, teacher, num_classes, root)
+        if resume:
+            restore(task, resume)
         if accelerator.is_main_process:
             write_arguments(args, folder)
         if args.report_to:
             accelerator.project_configuration.set_directories(str(folder))
             accelerator.init_trackers('timm_sscl')
     taught_by = obtain_teacher(session, teacher, num_classes, root) if teacher is not None else None
-    with one_line_errors() if resume else nullcontext():
-        fit = Fit(session, task, folder, args.epochs, 'student', resume=resume, ema=args.model_ema)
-    result = fit.run()
+    result = Fit(session, task, folder, args.epochs, 'student', resume=resume, ema=args.model_ema).run()
     if accelerator.is_main_process:
         summarize(args, folder, student, taught_by, result, time.time() - started)
     accelerator.end_training()

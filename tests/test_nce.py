@@ -156,11 +156,11 @@ def test_rows_are_normalised(loss):
 def test_zero_row_stays_zero(loss, reference, dtype):
     s, a = _pair(4, seed=6, dtype=dtype)
     s[1], a[2] = 0, 0
-    s.requires_grad_(), a.requires_grad_()
-    value = loss(s, a)
-    grads = torch.autograd.grad(value, (s, a))
+    leaves = s.clone().requires_grad_(), a.clone().requires_grad_()
+    value = loss(*leaves)
+    grads = torch.autograd.grad(value, leaves)
     tol = EXACT if dtype == torch.float64 else dict(rtol=1e-5, atol=1e-5)  # scores of 10 with float32 round-off
-    torch.testing.assert_close(value.detach().double(), _tensor(reference(s.detach(), a.detach())), **tol)
+    torch.testing.assert_close(value.detach().double(), _tensor(reference(s, a)), **tol)
     assert value.isfinite() and all(g.isfinite().all() for g in grads)
 
 
@@ -218,7 +218,8 @@ def _explicit_normalised(s: torch.Tensor, a: torch.Tensor, temperature: float, m
 def test_normalised_gradient_takes_the_mean_for_a_constant(n, temperature):
     s, a = (x.requires_grad_() for x in _pair(n, seed=10))
     m = _mean_negative(_loop_exp_scores(s.detach(), a.detach(), temperature))
-    value, grads = nce_loss(s, a, temperature), torch.autograd.grad(nce_loss(s, a, temperature), (s, a))
+    value = nce_loss(s, a, temperature)
+    grads = torch.autograd.grad(value, (s, a))
     explicit = _explicit_normalised(s, a, temperature, m)
     expected = torch.autograd.grad(explicit, (s, a))
     through = torch.autograd.grad(_explicit_normalised(s, a, temperature, None), (s, a))
@@ -241,7 +242,7 @@ def test_normalised_gradient_takes_the_mean_for_a_constant(n, temperature):
 ], ids=LOSSES)
 def test_extreme_scores_have_closed_forms(loss, aligned, opposed, dtype):
     eye = torch.eye(4, dtype=dtype)
-    tol = dict(rtol=1e-6, atol=1e-6) if dtype == torch.float32 else EXACT  # a few ulps; 1000 / t' itself rounds
+    tol = dict(rtol=1e-6, atol=1e-6) if dtype == torch.float32 else EXACT  # a few ulps of 1000
     for s, expected in ((eye, aligned), (-eye, opposed)):
         s = s.clone().requires_grad_()
         value = loss(s, eye, 1e-3)

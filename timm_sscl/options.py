@@ -352,10 +352,12 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> Tuple[argparse.Namespace
     if not args.data_dir and not args.dataset:
         options = load_recipe(DIGITS_RECIPE)
         recipe = {k: v for k, v in options.items() if k not in given and k not in layers}
+        if 'model' not in recipe:
+            recipe.pop('model_kwargs', None)
         _apply(parser, args, recipe, given, DIGITS_RECIPE)
     del args.data
-    _check(args, given | set(layers))
-    args.losses, args.loss_options = _losses(args, given | set(layers))
+    _check(args, given | {name for name, value in layers.items() if value is not None})
+    args.losses, args.loss_options = _losses(args)
     return args, recipe
 
 
@@ -377,6 +379,8 @@ def _given(parser: argparse.ArgumentParser, argv: Optional[Sequence[str]]) -> se
 
 def _apply(parser: argparse.ArgumentParser, args: argparse.Namespace, options: Dict[str, Any], given: set, source: str):
     known = {action.dest: action for action in parser._actions}
+    if 'model' in given:  # the architecture's own arguments go with it
+        options = {name: value for name, value in options.items() if name not in ('model_kwargs', 'teacher_kwargs')}
     for name, value in options.items():
         if name not in known or name in ('help', 'config', 'data'):
             close = difflib.get_close_matches(name, known, n=1)
@@ -417,7 +421,7 @@ def _check(args: argparse.Namespace, given: set) -> None:
         args.drop_path = args.drop_connect
 
 
-def _losses(args: argparse.Namespace, given: set) -> Tuple[Dict[str, float], Dict[str, Dict[str, Any]]]:
+def _losses(args: argparse.Namespace) -> Tuple[Dict[str, float], Dict[str, Dict[str, Any]]]:
     """Weights and options of the losses that --distill or --loss ask for."""
     if args.loss_file:
         _import_file(args.loss_file)

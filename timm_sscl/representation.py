@@ -1,4 +1,6 @@
 """How much a feature map can say: the bound of Eq. 4 and the entropy that a firing rate leaves of it."""
+import math
+
 import torch
 
 __all__ = ['representation_bits', 'spike_entropy']
@@ -22,9 +24,9 @@ def representation_bits(timesteps: int, c: int, h: int, w: int, bits: int = 1) -
     """
     sizes = dict(timesteps=timesteps, c=c, h=h, w=w, bits=bits)
     for name, value in sizes.items():
-        if int(value) != value or value < 1:
+        if value % 1 != 0 or value < 1:
             raise ValueError(f'{name}={value}: must be a positive whole number.')
-    return timesteps * c * h * w * bits
+    return math.prod(map(int, sizes.values()))
 
 
 def spike_entropy(rate: torch.Tensor) -> torch.Tensor:

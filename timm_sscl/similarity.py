@@ -52,25 +52,37 @@ def hsic(K: torch.Tensor, L: torch.Tensor, unbiased: bool = True) -> torch.Tenso
                          f'{4 if unbiased else 2} samples, got {n}.')
     if not unbiased:
         K = K - K.mean(0, keepdim=True)
-        L = L - L.mean(1, keepdim=True)
+        L = L - L.mean(0, keepdim=True)
         return (K * L.mT).sum() / (n - 1) ** 2
     K = K - torch.diag(K.diagonal())
     L = L - torch.diag(L.diagonal())
     rows_k, rows_l = K.sum(1), L.sum(1)
     trace = (K * L.mT).sum()
     totals = rows_k.sum() * rows_l.sum() / ((n - 1) * (n - 2))
-    cross = 2 / (n - 2) * (K.sum(0) @ rows_l)
+    cross = 2 / (n - 2) * (K.sum(0) * rows_l).sum()  # no matmul: autocast would round it
     return (trace + totals - cross) / (n * (n - 3))
 
 
 def hsic_terms(K: torch.Tensor, L: torch.Tensor, unbiased: bool = True) -> torch.Tensor:
-    """The three terms of a CKA, HSIC(K, L), HSIC(K, K) and HSIC(L, L), as one tensor of shape (3,)."""
-    return torch.stack([hsic(K, L, unbiased), hsic(K, K, unbiased), hsic(L, L, unbiased)])
+    """The three terms of a CKA, HSIC(K, L), HSIC(K, K) and HSIC(L, L), as one tensor of shape (3,).
+
+    A self term that is no more than round-off of its Gram matrix is 0: a silent tap, or one where a single sample is
+    active, leaves exactly 0 in exact arithmetic.
+    """
+    return torch.stack([hsic(K, L, unbiased), _self_term(K, unbiased), _self_term(L, unbiased)])
+
+
+def _self_term(K: torch.Tensor, unbiased: bool) -> torch.Tensor:
+    term = hsic(K, K, unbiased)
+    # entries carry an error of some eps * max|K|; p random features leave max|K|^2 / p, which is far above
+    noise = 64 * torch.finfo(K.dtype).eps * K.abs().max()
+    return torch.where(term > noise * noise, term, torch.zeros_like(term))
 
 
 def _ratio(terms: torch.Tensor) -> torch.Tensor:
     # the square roots apart: the product of two small HSICs would underflow in float32
-    return terms[0] / (terms[1].clamp(min=0).sqrt() * terms[2].clamp(min=0).sqrt())
+    scale = terms[1].clamp(min=0).sqrt() * terms[2].clamp(min=0).sqrt()
+    return torch.where(scale > 0, terms[0] / scale, torch.full_like(scale, torch.nan))
 
 
 def cka(x: torch.Tensor, y: torch.Tensor, unbiased: bool = True) -> torch.Tensor:
@@ -84,7 +96,7 @@ def cka(x: torch.Tensor, y: torch.Tensor, unbiased: bool = True) -> torch.Tensor
         unbiased: Whether to use the unbiased HSIC (n >= 4, the value may be negative) or the biased one.
 
     Returns:
-        0-d tensor: the plain ratio, 1 for x against itself, nan where a side is the same for all samples.
+        0-d tensor: the plain ratio, 1 for x against itself, nan where a side's own HSIC is 0 (all samples alike).
 
     Raises:
         ValueError: The batches differ, or n is too small.

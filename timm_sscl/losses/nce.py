@@ -16,7 +16,13 @@ def _scores(s: torch.Tensor, a: torch.Tensor, temperature: float) -> torch.Tenso
         raise ValueError(f'temperature={temperature}: must be positive.')
     with torch.autocast(s.device.type, enabled=False):
         s, a = (x.float() if x.dtype in (torch.float16, torch.bfloat16) else x for x in (s, a))
-        return F.normalize(s, dim=1) @ F.normalize(a, dim=1).mT / temperature
+        return _unit_rows(s) @ _unit_rows(a).mT / temperature
+
+
+def _unit_rows(x: torch.Tensor) -> torch.Tensor:
+    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    # F.normalize would give a zero row (a silent sample) a gradient of 1e12
+    return x / torch.where(norm > 0, norm, torch.ones_like(norm))
 
 
 def _need_negatives(n: int, what: str) -> None:
