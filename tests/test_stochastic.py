@@ -272,7 +272,7 @@ CASES = {
     'regnet-drop': Case('regnetx_002', dict(drop_rate=.5)),
     'regnet-path': Case('regnety_002', dict(drop_path_rate=.5, zero_init_last=False)),
     'efficientnet-drop': Case('test_efficientnet', dict(drop_rate=.5)),
-    'efficientnet-path': Case('test_efficientnet', dict(drop_path_rate=.5)),
+    'efficientnet-path': Case('mobilenetv2_035', dict(drop_path_rate=.5)),
     'mobilenetv3-drop': Case('mobilenetv3_small_050', dict(drop_rate=.5)),
     'densenet-drop': Case('densenet121', dict(DENSE, drop_rate=.5)),
     'densenet-proj': Case('densenet121', dict(DENSE, proj_drop_rate=.3)),

@@ -1,18 +1,20 @@
 """convert_to_spiking: which modules of a model become neurons, in place, and a report of what did and did not."""
+import ast
 import inspect
 import logging
 import re
+import textwrap
 from collections import Counter
 from dataclasses import asdict
 from functools import lru_cache
-from typing import Dict, List, NamedTuple, Optional, Type, Union
+from typing import Dict, FrozenSet, List, NamedTuple, Optional, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
 
 from .neurons import LIF
 from .spiking import SpikingModel, SpikingModule, SpikingSettings, spiking_class
-from .stochastic import OverTime, SharedDropout, share_mask_over_time
+from .stochastic import OverTime, SharedDropout, share_mask_over_time, why_no_shared_mask
 
 __all__ = ['convert_to_spiking', 'ConversionRecord', 'SOFT_RESET']
 
@@ -29,10 +31,11 @@ _ACTIVATIONS = {
 _GATES = {'Sigmoid', 'HardSigmoid', 'HardSigmoidMe', 'Hardsigmoid', 'LogSigmoid', 'Softmax', 'Softmax2d', 'GLU'}
 _POSITION_BIAS = ({'RelPosMlp'}, {'cpb_mlp', 'meta_mlp'})  # class names, attribute names: their input has no batch axis
 _HIDDEN_ACTIVATION = re.compile(r'EvoNorm2d|FilterResponseNorm')
-_FUNCTIONAL = re.compile(
-    r'\b(?:F|torch|functional|nn\.functional)\.(?:relu6?|gelu|silu|mish|elu|selu|leaky_relu|hardswish|hardtanh|tanh)_?\(')
-
-_FUNCTIONAL_DROPOUT = re.compile(r'\b(?:F|torch|functional|nn\.functional)\.dropout\(')
+_FUNCTIONAL = {
+    'relu', 'relu_', 'relu6', 'leaky_relu', 'leaky_relu_', 'prelu', 'rrelu', 'elu', 'elu_', 'selu', 'selu_', 'celu', 'gelu',
+    'silu', 'mish', 'hardswish', 'hardtanh', 'tanh', 'tanh_', 'softplus', 'softsign',
+}
+_FUNCTIONAL_DROPOUT = {'dropout', 'dropout_'}
 
 
 class ConversionRecord(NamedTuple):
@@ -50,10 +53,11 @@ def _neuron(module: nn.Module, settings: SpikingSettings) -> LIF:
     for hooks in ('_forward_hooks', '_forward_hooks_with_kwargs', '_forward_hooks_always_called', '_forward_pre_hooks',
                   '_forward_pre_hooks_with_kwargs', '_backward_hooks', '_backward_pre_hooks'):
         lif.__dict__[hooks] = module.__dict__[hooks]
+    lif._is_full_backward_hook = module._is_full_backward_hook
     return lif
 
 
-def _is_position_bias(parent: nn.Module, child_name: str, child: nn.Module) -> bool:
+def _is_position_bias(child_name: str, child: nn.Module) -> bool:
     classes, names = _POSITION_BIAS
     return type(child).__name__ in classes or child_name in names
 
@@ -79,34 +83,49 @@ def _new_functional_dropout(base: Type[nn.Module]) -> nn.Module:
     return cls.__new__(cls)
 
 
-def swap_modules(model: nn.Module, settings: SpikingSettings) -> List[ConversionRecord]:
-    """Swap what is not swapped yet below model, in place, and return a record for each activation met."""
+def _plan(model: nn.Module) -> Tuple[List[Tuple[nn.Module, str, nn.Module]], List[nn.Module], List[ConversionRecord]]:
+    """What a swap would do, changing nothing: (parent, name, activation) to replace, modules that stay, and records."""
+    swaps: List[Tuple[nn.Module, str, nn.Module]] = []
+    others: List[nn.Module] = []
     records: List[ConversionRecord] = []
-    neurons: Dict[int, LIF] = {}  # a module registered under several names stays one module
+    seen = set()  # a module registered under several names is reported once
 
     def visit(parent: nn.Module, prefix: str) -> None:
-        for child_name, child in list(parent._modules.items()):
-            if child is None:
+        for child_name, child in parent._modules.items():
+            if child is None or isinstance(child, LIF):
                 continue
-            name = f'{prefix}{child_name}'
-            kind = type(child).__name__
-            if isinstance(child, LIF):
-                continue
+            name, kind, first = f'{prefix}{child_name}', type(child).__name__, id(child) not in seen
+            seen.add(id(child))
             if kind in _ACTIVATIONS:
-                if id(child) not in neurons:
-                    neurons[id(child)] = _neuron(child, settings)
+                swaps.append((parent, child_name, child))
+                if first:
                     records.append(ConversionRecord(name, kind, 'LIF', 'activation'))
-                parent._modules[child_name] = neurons[id(child)]
+                continue
+            if _is_position_bias(child_name, child):
+                if first:
+                    records.append(ConversionRecord(name, kind, kind, 'position bias without a batch axis, stays analog'))
+                continue
+            if not first:
                 continue
             if kind in _GATES:
                 records.append(ConversionRecord(name, kind, kind, 'gate, stays analog'))
-            elif _is_position_bias(parent, child_name, child):
-                records.append(ConversionRecord(name, kind, kind, 'position bias without a batch axis, stays analog'))
-                continue
-            _share_masks(child, settings.timesteps)
+            others.append(child)
             visit(child, f'{name}.')
 
     visit(model, '')
+    return swaps, others, records
+
+
+def swap_modules(model: nn.Module, settings: SpikingSettings) -> List[ConversionRecord]:
+    """Swap what is not swapped yet below model, in place, and return a record for each activation met."""
+    swaps, others, records = _plan(model)
+    neurons: Dict[int, LIF] = {}  # a module registered under several names stays one module
+    for parent, child_name, child in swaps:
+        if id(child) not in neurons:
+            neurons[id(child)] = _neuron(child, settings)
+        parent._modules[child_name] = neurons[id(child)]
+    for module in others:
+        _share_masks(module, settings.timesteps)
     return records
 
 
@@ -122,27 +141,48 @@ def _share_masks(module: nn.Module, timesteps: int) -> None:
 
 
 @lru_cache(maxsize=None)
-def _forward_source(cls: type) -> str:
-    """Source of what a class runs in its forward; empty for torch's own layers and where it is not to be had."""
-    if cls.__module__.startswith('torch.nn.'):
-        return ''
-    sources = []
-    for name in ('forward', 'forward_features', 'forward_head'):
-        try:
-            sources.append(inspect.getsource(getattr(cls, name)))
-        except (AttributeError, OSError, TypeError):
+def _called(cls: type) -> FrozenSet[str]:
+    """Names of the functions that a class's methods call, other than on self, as far as its source is to be had.
+
+    `self.act(x)` calls a module, which the swap reaches; `F.relu(x)`, `relu(x)` and `x.relu()` it does not reach.
+    """
+    names = set()
+    for base in cls.__mro__:
+        if base.__module__.startswith('torch.') or base.__module__ == 'builtins':
             continue
-    return '\n'.join(sources)
+        for name, method in vars(base).items():
+            if name == '__init__' or not inspect.isfunction(method):
+                continue
+            try:
+                tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
+            except (OSError, TypeError, SyntaxError):
+                continue
+            names.update(filter(None, map(_function_name, ast.walk(tree))))
+    return frozenset(names)
 
 
-def _functional_activation(cls: type) -> Optional[str]:
-    found = _FUNCTIONAL.search(_forward_source(cls))
-    return found.group(0).rstrip('(') if found else None
+def _function_name(node: ast.AST) -> Optional[str]:
+    if not isinstance(node, ast.Call):
+        return None
+    if isinstance(node.func, ast.Name):
+        return node.func.id
+    root = node.func
+    while isinstance(root, (ast.Attribute, ast.Subscript)):
+        root = root.value
+    is_own = isinstance(root, ast.Name) and root.id == 'self'
+    return node.func.attr if isinstance(node.func, ast.Attribute) and not is_own else None
+
+
+def _functional_activation(module: nn.Module) -> Optional[str]:
+    """An activation that a module calls as a function or holds as one, or None."""
+    called = sorted(_called(type(module)) & _FUNCTIONAL)
+    held = [name for name, value in vars(module).items()
+            if callable(value) and not isinstance(value, nn.Module) and getattr(value, '__name__', '') in _FUNCTIONAL]
+    return (called + held + [None])[0]
 
 
 def _calls_dropout(cls: type) -> bool:
-    """Whether a class calls F.dropout in its forward."""
-    return bool(_FUNCTIONAL_DROPOUT.search(_forward_source(cls)))
+    return bool(_called(cls) & _FUNCTIONAL_DROPOUT)
 
 
 def _refuse_unsupported(model: nn.Module) -> None:
@@ -162,13 +202,18 @@ def _refuse_unsupported(model: nn.Module) -> None:
         if kind == 'SplitBatchNorm2d':
             raise NotImplementedError(f'{where} would split time steps instead of samples; convert before or without '
                                       f'split batch norm.')
+        refused = why_no_shared_mask(module)
+        if refused:
+            raise NotImplementedError(f'{where}: {refused}')
         if isinstance(module, nn.MultiheadAttention) and module.dropout > 0:
             raise NotImplementedError(f'{where} draws its dropout mask inside the fused kernel, another one at every '
                                       f'time step; set its dropout to 0.')
-        if kind not in _ACTIVATIONS and kind not in _GATES and _functional_activation(type(module)):
-            raise NotImplementedError(
-                f'{where} calls {_functional_activation(type(module))} in its forward, where no module can be swapped; '
-                f'make the activation a module (self.act = nn.ReLU()) to convert it.')
+        if isinstance(module, nn.RNNBase):
+            raise NotImplementedError(f'{where} is recurrent, with activations inside that cannot be swapped.')
+        function = _functional_activation(module) if kind not in _ACTIVATIONS and kind not in _GATES else None
+        if function:
+            raise NotImplementedError(f'{where} calls the function {function}, where no module can be swapped; make the '
+                                      f'activation a module (self.act = nn.ReLU()) to convert it.')
 
 
 def _explicit_settings(
@@ -227,11 +272,11 @@ def convert_to_spiking(
     explicit = _explicit_settings(timesteps, tau, v_threshold, v_reset, detach_reset)
     settings = SpikingSettings(**explicit)
     _refuse_unsupported(model)
-    records = swap_modules(model, settings)
-    swapped = Counter(r.was for r in records if r.now == 'LIF')
+    swapped = Counter(record.was for record in _plan(model)[2] if record.now == 'LIF')
     if not swapped:
         raise ValueError(f'{type(model).__name__}: no activation found to swap, so nothing would spike.')
 
+    records = swap_modules(model, settings)
     model._calls_dropout = _calls_dropout(type(model))
     is_timm_model = hasattr(model, 'forward_features') and hasattr(model, 'forward_head')
     model.__class__ = spiking_class(SpikingModel if is_timm_model else SpikingModule, type(model))

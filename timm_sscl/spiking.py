@@ -23,9 +23,6 @@ _logger = logging.getLogger(__name__)
 
 SETTINGS_KEY = 'spiking_settings'  # in the state_dict: the settings as JSON bytes, a uint8 tensor
 
-# forward_intermediates of these calls F.relu, which no swap reaches
-_FUNCTIONAL_INTERMEDIATES = {'NASNetALarge', 'PNASNet5Large', 'Xception'}
-
 
 @dataclass(frozen=True)
 class SpikingSettings:
@@ -72,10 +69,12 @@ def decode(out: Any, timesteps: int, per_step: bool = False) -> Any:
     if isinstance(out, torch.Tensor):
         out = out.unflatten(0, (timesteps, out.shape[0] // timesteps))
         return out if per_step else out.mean(0)
+    if isinstance(out, tuple) and hasattr(out, '_fields'):
+        return type(out)(*(decode(o, timesteps, per_step) for o in out))
     if isinstance(out, (list, tuple)):
         return type(out)(decode(o, timesteps, per_step) for o in out)
     if isinstance(out, dict):
-        return {k: decode(o, timesteps, per_step) for k, o in out.items()}
+        return type(out)((k, decode(o, timesteps, per_step)) for k, o in out.items())
     return out
 
 
@@ -198,10 +197,6 @@ class SpikingModel(SpikingModule):
 
     def forward_intermediates(self, x: torch.Tensor, *args, per_step: bool = False, **kwargs) -> Any:
         """timm's forward_intermediates on T steps: the final features stay (T * B, ...), the intermediates are decoded."""
-        bases = type(self)._spiking_bases[1].__mro__
-        if any(base.__name__ in _FUNCTIONAL_INTERMEDIATES for base in bases):
-            raise NotImplementedError(f'{type(self).__name__}: forward_intermediates applies F.relu, which would leave '
-                                      f'real-valued features; use forward, or hooks, for this architecture.')
         out = super().forward_intermediates(encode_input(x, self.timesteps), *args, **kwargs)
         if isinstance(out, dict):
             return {k: v if k == 'image_features' else decode(v, self.timesteps, per_step) for k, v in out.items()}

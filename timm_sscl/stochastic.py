@@ -114,21 +114,20 @@ _OVER_TIME: Dict[Type[nn.Module], Type[nn.Module]] = {
 }
 
 
-def share_mask_over_time(module: nn.Module, timesteps: int) -> bool:
-    """Turn a dropout-like module into its form with one mask over time, in place; False if it is none.
-
-    Raises:
-        NotImplementedError: The module draws noise per step that cannot be repeated.
-    """
-    if type(module) not in _OVER_TIME:
-        if isinstance(module, (nn.AlphaDropout, nn.FeatureAlphaDropout)) and module.p > 0:
-            raise NotImplementedError(f'{type(module).__name__} would draw another mask at every time step.')
-        return False
+def why_no_shared_mask(module: nn.Module) -> Optional[str]:
+    """Why a module's noise cannot be repeated over the time steps; None where it can, or there is none."""
+    if isinstance(module, (nn.AlphaDropout, nn.FeatureAlphaDropout)) and module.p > 0:
+        return 'alpha dropout would draw another mask at every time step.'
     if isinstance(module, DropBlock2d) and module.drop_prob and module.with_noise:
-        raise NotImplementedError('DropBlock2d(with_noise=True) would draw other noise at every time step.')
-    module.__class__ = _OVER_TIME[type(module)]
-    module.timesteps = timesteps
-    return True
+        return 'with_noise=True would draw other noise at every time step.'
+    return None
+
+
+def share_mask_over_time(module: nn.Module, timesteps: int) -> None:
+    """Turn a dropout-like module into its form with one mask over time, in place; others stay as they are."""
+    if type(module) in _OVER_TIME:
+        module.__class__ = _OVER_TIME[type(module)]
+        module.timesteps = timesteps
 
 
 class SharedDropout(TorchFunctionMode):
