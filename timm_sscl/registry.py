@@ -2,13 +2,14 @@
 import os
 import sys
 from collections import deque
-from dataclasses import replace
+from pathlib import Path
 from typing import Any, Callable, Dict, Optional, Tuple, Union
 
 import torch
 import torch.nn as nn
 
 from timm.models import list_models, load_state_dict, model_entrypoint, register_model
+from timm.models._hub import load_state_dict_from_hf, load_state_dict_from_path
 from timm.models._pretrained import DefaultCfg, PretrainedCfg
 from timm.models._registry import _model_default_cfgs, _model_pretrained_cfgs, is_model
 
@@ -30,23 +31,33 @@ def _spiking_default_cfg(base: str) -> Optional[DefaultCfg]:
     return DefaultCfg(tags=deque(default.tags), cfgs=cfgs, is_pretrained=default.is_pretrained)
 
 
+def _named_state_dict(cfg: Dict[str, Any]) -> Optional[Dict[str, Any]]:
+    """State dict that a pretrained config names and that may be a spiking one; None for timm's own ANN weights."""
+    file = cfg.get('file')
+    if cfg.get('source') == 'local-dir':
+        return load_state_dict_from_path(Path(file))
+    if cfg.get('source') == 'hf-hub':
+        return load_state_dict_from_hf(cfg['hf_hub_id'], weights_only=True)
+    if cfg.get('state_dict'):
+        return dict(cfg['state_dict'])
+    if file and os.path.isfile(file) and os.path.splitext(file)[1] not in ('.npz', '.npy'):
+        return load_state_dict(file)
+    return None
+
+
 def _split_settings(
         pretrained_cfg: Any,
         overlay: Optional[Dict[str, Any]],
 ) -> Tuple[Optional[Dict[str, Any]], Optional[SpikingSettings]]:
     """Take the settings out of a spiking checkpoint that is named as pretrained weights, as the ANN loads it first."""
-    file = (overlay or {}).get('file')
-    if file is None and isinstance(pretrained_cfg, PretrainedCfg):
-        file = pretrained_cfg.file
-    elif file is None and isinstance(pretrained_cfg, dict):
-        file = pretrained_cfg.get('file')
-    if not file or not os.path.isfile(file) or os.path.splitext(file)[1] in ('.npz', '.npy'):
-        return overlay, None
-    state_dict = load_state_dict(file)
+    if isinstance(pretrained_cfg, PretrainedCfg):
+        pretrained_cfg = vars(pretrained_cfg)
+    overlay = overlay or {}
+    state_dict = _named_state_dict({**(pretrained_cfg if isinstance(pretrained_cfg, dict) else {}), **overlay})
     if not isinstance(state_dict, dict) or SETTINGS_KEY not in state_dict:
-        return overlay, None
+        return overlay or None, None
     settings = SpikingSettings.from_tensor(state_dict.pop(SETTINGS_KEY))
-    return {**(overlay or {}), 'state_dict': state_dict}, settings
+    return {**overlay, 'state_dict': state_dict, 'source': ''}, settings
 
 
 def _entrypoint(base: str) -> Callable[..., nn.Module]:

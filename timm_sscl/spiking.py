@@ -182,7 +182,8 @@ class SpikingModel(SpikingModule):
 
     def forward_features(self, x: torch.Tensor, *args, **kwargs) -> Any:
         """Features of all time steps, (T * B, ...)."""
-        return super().forward_features(encode_input(x, self.timesteps), *args, **kwargs)
+        with self._shared_dropout():
+            return super().forward_features(encode_input(x, self.timesteps), *args, **kwargs)
 
     def forward_head(self, x: torch.Tensor, *args, per_step: bool = False, **kwargs) -> Any:
         """Logits (or pre_logits) from features (T * B, ...): the mean over time, (B, ...), or (T, B, ...) per step."""
@@ -193,7 +194,8 @@ class SpikingModel(SpikingModule):
     def forward(self, x: torch.Tensor, *args, per_step: bool = False, **kwargs) -> Any:
         if per_step:
             return self.forward_head(self.forward_features(x, *args, **kwargs), per_step=True)
-        return super(SpikingModule, self).forward(x, *args, **kwargs)
+        with self._shared_dropout():
+            return super(SpikingModule, self).forward(x, *args, **kwargs)
 
     def forward_intermediates(self, x: torch.Tensor, *args, per_step: bool = False, **kwargs) -> Any:
         """timm's forward_intermediates on T steps: the final features stay (T * B, ...), the intermediates are decoded."""

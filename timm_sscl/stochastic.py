@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from timm.layers import DropPath, PatchDropout
 from timm.layers.drop import DropBlock2d
 from timm.layers.patch_dropout import PatchDropoutWithIndices, patch_dropout_forward
+from torchvision.ops import StochasticDepth
 
 __all__ = ['share_mask_over_time', 'SharedDropout', 'OverTime']
 
@@ -73,6 +74,14 @@ class DropPathOverTime(OverTime, DropPath):
         return x * repeat_over_time(super().forward(ones), self.timesteps)
 
 
+class StochasticDepthOverTime(OverTime, StochasticDepth):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.p == 0:
+            return input
+        ones = input.new_ones((self._samples(input),) + (1,) * (input.ndim - 1))
+        return input * repeat_over_time(super().forward(ones), self.timesteps)
+
+
 class DropBlock2dOverTime(OverTime, DropBlock2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training or not self.drop_prob:
@@ -108,6 +117,7 @@ _OVER_TIME: Dict[Type[nn.Module], Type[nn.Module]] = {
     nn.Dropout2d: Dropout2dOverTime,
     nn.Dropout3d: Dropout3dOverTime,
     DropPath: DropPathOverTime,
+    StochasticDepth: StochasticDepthOverTime,
     DropBlock2d: DropBlock2dOverTime,
     PatchDropout: PatchDropoutOverTime,
     PatchDropoutWithIndices: PatchDropoutWithIndicesOverTime,
@@ -120,18 +130,30 @@ def why_no_shared_mask(module: nn.Module) -> Optional[str]:
         return 'alpha dropout would draw another mask at every time step.'
     if isinstance(module, DropBlock2d) and module.drop_prob and module.with_noise:
         return 'with_noise=True would draw other noise at every time step.'
+    if not isinstance(module, OverTime) and isinstance(module, tuple(_OVER_TIME)) and _over_time_class(module) is None:
+        return 'its own forward may draw another mask at every time step.'
+    return None
+
+
+def _over_time_class(module: nn.Module) -> Optional[Type[nn.Module]]:
+    """The class with one mask over time for a dropout-like module, or a subclass that changes no forward."""
+    for base, over_time in _OVER_TIME.items():
+        if type(module) is base or (isinstance(module, base) and type(module).forward is base.forward):
+            return over_time
     return None
 
 
 def share_mask_over_time(module: nn.Module, timesteps: int) -> None:
     """Turn a dropout-like module into its form with one mask over time, in place; others stay as they are."""
-    if type(module) in _OVER_TIME:
-        module.__class__ = _OVER_TIME[type(module)]
+    over_time = None if isinstance(module, OverTime) else _over_time_class(module)
+    if over_time is not None:
+        module.__class__ = over_time
         module.timesteps = timesteps
 
 
 class SharedDropout(TorchFunctionMode):
     """While active, `F.dropout` on (T * B, ...) draws one mask per sample; for modules that call it in their forward."""
+    functions = (F.dropout, torch.dropout)
 
     def __init__(self, timesteps: int):
         super().__init__()
@@ -139,12 +161,12 @@ class SharedDropout(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is not F.dropout:
+        if func not in self.functions:
             return func(*args, **kwargs)
         return self._dropout(*args, **kwargs)
 
-    def _dropout(self, input, p=0.5, training=True, inplace=False):
-        if not training or p == 0:
+    def _dropout(self, input, p=0.5, training=True, inplace=False, train=True):
+        if not (training and train) or p == 0:
             return input
         shape = (input.shape[0] // self.timesteps, *input.shape[1:])
         return input * repeat_over_time(_keep_mask(input, shape, p), self.timesteps)
