@@ -57,6 +57,8 @@ class SSCLLoss(nn.Module):
             **options: Any,
     ):
         super().__init__()
+        _refuse_compiled(student)
+        _refuse_compiled(teacher)
         inner_student, inner_teacher = unwrap_model(student), unwrap_model(teacher)
         if inner_student is inner_teacher:
             raise ValueError('student and teacher are the same module; the teacher must be a model of its own.')
@@ -76,6 +78,7 @@ class SSCLLoss(nn.Module):
         self.__dict__['_teacher'] = teacher
         self.__dict__['_student_recorder'] = Recorder(inner_student, student_taps)
         self.__dict__['_teacher_recorder'] = Recorder(inner_teacher, teacher_taps, training_only=False)
+        self._teacher_recorder.enabled = False  # but inside this loss: the teacher's other calls are not held
         self.__dict__['_trained'] = _TrainedCheck()
         _logger.info(f'SSCLLoss: {len(student_taps)} pairs of taps: ' + ', '.join(
             f'{s.module} - {a.module}' for s, a in zip(student_taps, teacher_taps)))
@@ -142,10 +145,13 @@ class SSCLLoss(nn.Module):
 
     def _run_teacher(self, x: torch.Tensor) -> List[torch.Tensor]:
         self._teacher.eval()
-        self._teacher_recorder.records.clear()  # a call of the teacher outside this loss
-        with torch.no_grad():
-            self._teacher(x)
-            return self._teacher_recorder.take(x)
+        self._teacher_recorder.enabled = True
+        try:
+            with torch.no_grad():
+                self._teacher(x)
+                return self._teacher_recorder.take(x)
+        finally:
+            self._teacher_recorder.enabled = False
 
     def _fold(self, tap: Tap, s: torch.Tensor, teacher_tap: Tap, a: torch.Tensor):
         batch = a.shape[0] // getattr(self._teacher_recorder.model, 'timesteps', 1)
@@ -160,6 +166,13 @@ class SSCLLoss(nn.Module):
         if teacher is not None:
             teacher._apply(fn, *args, **kwargs)
         return super()._apply(fn, *args, **kwargs)
+
+
+def _refuse_compiled(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if hasattr(module, '_orig_mod') or module._compiled_call_impl is not None:
+            raise ValueError(f"{name or type(model).__name__} is compiled, and torch.compile ignores hooks added after it: "
+                             f'build the loss first, then compile.')
 
 
 def _pair_taps(student, teacher, taps, teacher_taps, input_size):
@@ -178,19 +191,22 @@ def _pair_taps(student, teacher, taps, teacher_taps, input_size):
 
 
 class _TrainedCheck:
-    """Warns, once, when the optimizer moves the student but not the projections."""
+    """Warns, once, when the optimizer moves the student but not the projections; looks at the first calls only."""
 
-    def __init__(self):
-        self.versions = None
-        self.warned = False
+    def __init__(self, calls: int = 50):
+        self.calls = calls
+        self.before = None
 
     def __call__(self, student: nn.Module, criterion: nn.Module) -> None:
-        if self.warned:
+        if self.calls == 0 or torch.compiler.is_compiling():
             return
-        moving = next((p for p in student.parameters() if p.requires_grad), None)
-        versions = moving._version if moving is not None else 0, criterion.g_student[0].weight._version
-        if self.versions is not None and versions[0] != self.versions[0] and versions[1] == self.versions[1]:
-            self.warned = True
+        self.calls -= 1
+        student_parameter = next((p for p in student.parameters() if p.requires_grad), None)
+        # sums, as a fused optimizer does not move the version counters
+        now = [float(p.detach().double().sum()) for p in (student_parameter, criterion.g_student[0].weight)
+               if p is not None]
+        if self.before is not None and len(now) == 2 and now[0] != self.before[0] and now[1] == self.before[1]:
+            self.calls = 0
             _logger.warning('SSCLLoss: the student is being trained but the projections g_S and g_A are not; '
                             'add sscl.parameters() to the optimizer.')
-        self.versions = versions
+        self.before = now

@@ -54,7 +54,7 @@ def _named_indices(model: nn.Module, names: Sequence[str]) -> List[int]:
     for name in names:
         if name != POOLED and name not in known:
             raise ValueError(f"tap '{name}' is no stage of {type(model).__name__}; it has {', '.join(known)} and {POOLED}.")
-    return [i for i, name in enumerate(known) if name in names] or [len(known) - 1]
+    return [i for i, name in enumerate(known) if name in names]
 
 
 def stage_names(model: nn.Module, indices: Sequence[int]) -> List[str]:
@@ -167,6 +167,14 @@ def _layout(out: torch.Tensor, feature: torch.Tensor, prefixes: Sequence[int]) -
     return None
 
 
+def _stages(model: nn.Module, indices: List[int], x: torch.Tensor) -> Tuple[torch.Tensor, List[torch.Tensor]]:
+    """Final feature map and stage features; without indices there is no stage to stop at."""
+    if not indices:
+        return model.forward_features(x), []
+    final, stages = model.forward_intermediates(x, indices=indices, **_per_step(model))
+    return final, list(stages)
+
+
 def _references(
         model: nn.Module,
         indices: List[int],
@@ -174,7 +182,7 @@ def _references(
 ) -> Tuple[torch.Tensor, List[torch.Tensor], torch.Tensor]:
     """Final feature map, stage features and pooled feature, (T * B, ...), as the model's own methods give them."""
     per_step = _per_step(model)
-    final, stages = model.forward_intermediates(x, indices=indices, **per_step)
+    final, stages = _stages(model, indices, x)
     pooled = model.forward_head(final, pre_logits=True, **per_step)
     return (final, [s.flatten(0, 1) for s in stages], pooled.flatten(0, 1)) if per_step else (final, stages, pooled)
 
@@ -335,7 +343,7 @@ class FeatureReader:
             Logits per step (T, B, K) and features, each (T, B, C, ...); T = 1 for a network without time.
         """
         per_step = _per_step(model)
-        final, stages = model.forward_intermediates(x, indices=self.indices, **per_step)
+        final, stages = _stages(model, self.indices, x)
         features = stages + [model.forward_head(final, pre_logits=True, **per_step)] * self.pooled
         logits = model.forward_head(final, **per_step)
         return (logits, features) if per_step else (logits.unsqueeze(0), [f.unsqueeze(0) for f in features])
@@ -373,17 +381,23 @@ class _Record:
     """What one forward showed: the input it was called with, and the taps' outputs."""
 
     def __init__(self, inputs: Any):
-        self.inputs = inputs
+        self.inputs = [(x, _version(x)) for x in inputs if isinstance(x, torch.Tensor)]
         self.features: Dict[str, torch.Tensor] = {}
 
     def is_of(self, x: torch.Tensor) -> bool:
-        for seen in self.inputs:
+        """Whether this was the call on x, or on an equal tensor; not if x was changed in place since."""
+        for seen, version in self.inputs:
+            if version != _version(seen):
+                continue
             if seen is x:
                 return True
-            if isinstance(seen, torch.Tensor) and seen.shape == x.shape and seen.dtype == x.dtype \
-                    and seen.device == x.device and torch.equal(seen, x):
+            if (seen.shape, seen.dtype, seen.device) == (x.shape, x.dtype, x.device) and torch.equal(seen, x):
                 return True
         return False
+
+
+def _version(x: torch.Tensor) -> int:
+    return 0 if x.is_inference() else x._version
 
 
 class Recorder:
@@ -392,26 +406,19 @@ class Recorder:
     Only what runs inside a call of the model is recorded, so that a recomputation in the backward of a checkpointed
     block is not. With `training_only`, calls in evaluation mode or without gradients are not either. `take(x)` returns
     the features of the call on x and forgets all records. At most two calls are held, the first since the last take
-    and the newest, so that a forgotten take keeps no more than that alive.
+    and the newest, so that a forgotten take keeps no more than that alive. Nothing is recorded while `enabled` is off.
 
     Args:
         model: Model to hook.
         taps: Where.
         training_only: Whether to record calls in training mode with gradients on only.
-
-    Raises:
-        ValueError: The model is compiled; hooks that are added after compiling never fire.
     """
 
     def __init__(self, model: nn.Module, taps: Sequence[Tap], training_only: bool = True):
-        compiled = [name or type(model).__name__ for name, m in model.named_modules()
-                    if hasattr(m, '_orig_mod') or m._compiled_call_impl is not None]
-        if compiled:
-            raise ValueError(f'{compiled[0]} is compiled, and torch.compile ignores hooks added after it: attach first, '
-                             f'then compile.')
         self.model = model
         self.taps = list(taps)
         self.training_only = training_only
+        self.enabled = True
         self.records: List[_Record] = []
         self.open: Optional[_Record] = None
         modules = dict(model.named_modules())
@@ -421,7 +428,8 @@ class Recorder:
         self.handles.append(model.register_forward_hook(_Hook(self), with_kwargs=True, always_call=True))
 
     def begin(self, args: Tuple, kwargs: Dict) -> None:
-        if self.training_only and not (self.model.training and torch.is_grad_enabled()):
+        unwanted = self.training_only and not (self.model.training and torch.is_grad_enabled())
+        if unwanted or not self.enabled:
             self.open = None
             return
         self.open = _Record((*args, *kwargs.values()))
@@ -450,7 +458,7 @@ class Recorder:
             raise RuntimeError(
                 f'no forward of {type(self.model).__name__} was recorded since the last call: run student(x) in training '
                 f'mode with gradients on (and call the model itself, not its methods) before the loss.')
-        for record in records:
+        for record in reversed(records):  # of two calls on the same images the newest
             if record.is_of(x):
                 missing = [tap.name for tap in self.taps if tap.name not in record.features]
                 if missing:
@@ -459,7 +467,7 @@ class Recorder:
                 return [self._feature(tap, record.features[tap.name]) for tap in self.taps]
         raise RuntimeError(
             f'the recorded forward of {type(self.model).__name__} was not on this input: call the loss on the tensor that '
-            f'the student saw (student(x), then sscl(x)); teacher_input=... is for a teacher that sees another.')
+            f'the student saw (student(x), then sscl(x)), unchanged; teacher_input=... is for a teacher that sees another.')
 
     def _feature(self, tap: Tap, out: torch.Tensor) -> torch.Tensor:
         if not tap.through_head:
@@ -484,5 +492,5 @@ def _detached(taps: Sequence[Tap], training_only: bool) -> Recorder:
     """A recorder without a model: what a copy of an attached one becomes."""
     recorder = Recorder.__new__(Recorder)
     recorder.model, recorder.taps, recorder.training_only = None, list(taps), training_only
-    recorder.handles, recorder.records, recorder.open = [], [], None
+    recorder.handles, recorder.records, recorder.open, recorder.enabled = [], [], None, False
     return recorder

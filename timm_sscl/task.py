@@ -144,6 +144,9 @@ class SSCLTask(TrainingTask):
         if self.needs_teacher and teacher is None:
             raise ValueError(f'losses {", ".join(self.weights)} compare with a teacher, but teacher is None.')
 
+        if self.needs_teacher and unwrap_model(teacher) is unwrap_model(student):
+            raise ValueError('student and teacher are the same module; the teacher must be a model of its own.')
+
         reader = self.teacher_reader = None
         if any(n['features'] for n in needs):
             reader = FeatureReader(student, taps, input_size)

@@ -86,6 +86,8 @@ def create_loss(name: str, **options: Any) -> nn.Module:
     """
     loss = _lookup(name)
     if not isinstance(loss, type):
+        if loss.needs_features:
+            options = {k: v for k, v in options.items() if k not in ('names', 'student_channels', 'teacher_channels')}
         if options:
             raise ValueError(f"loss '{name}' is a function and takes no options, got {', '.join(options)}.")
         return _FunctionLoss(loss)
