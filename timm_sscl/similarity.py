@@ -5,6 +5,8 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
+from .distributed import world_size
+
 __all__ = ['hsic', 'cka', 'gram_matrix', 'hsic_terms', 'RunningCKA']
 
 
@@ -106,6 +108,16 @@ def cka(x: torch.Tensor, y: torch.Tensor, unbiased: bool = True) -> torch.Tensor
     return _ratio(hsic_terms(gram_matrix(x.unsqueeze(0)), gram_matrix(y.unsqueeze(0)), unbiased))
 
 
+def _mean_over_processes(terms: torch.Tensor) -> torch.Tensor:
+    """Mean of the terms over the processes that have some (not nan); every process takes part."""
+    if world_size() == 1:
+        return terms
+    known = ~torch.isnan(terms).any()
+    sums = torch.cat([torch.nan_to_num(terms), known.to(terms.dtype).view(1)]).float()
+    dist.all_reduce(sums)
+    return sums[:3] / sums[3]
+
+
 class RunningCKA(nn.Module):
     """CKA across mini-batches (Nguyen 2020): exponential means of the three HSIC terms, divided after averaging.
 
@@ -144,12 +156,16 @@ class RunningCKA(nn.Module):
 
         Returns:
             CKA of this batch and running CKA (in evaluation mode the running value as training left it), 0-d each.
+
+        Raises:
+            ValueError: Fewer than 4 samples; of several processes one may have fewer, which then leaves it to the others.
         """
-        terms = hsic_terms(gram_matrix(student), gram_matrix(teacher))
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(terms)
-            terms = terms / dist.get_world_size()
-        if self.training:
+        if student.shape[1] < 4 and world_size() > 1:  # too small for the unbiased HSIC, but others' batch may not be
+            terms = torch.full((3,), torch.nan, device=student.device)
+        else:
+            terms = hsic_terms(gram_matrix(student), gram_matrix(teacher))
+        terms = _mean_over_processes(terms)
+        if self.training and not torch.isnan(terms).any():
             self.mean_terms.lerp_(terms.to(self.mean_terms.dtype), self.momentum)
             self.mean_weight.lerp_(torch.ones_like(self.mean_weight), self.momentum)
         return _ratio(terms), self.value

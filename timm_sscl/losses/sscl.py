@@ -5,7 +5,7 @@ from typing import Dict, List, Sequence, Tuple
 import torch
 import torch.nn as nn
 
-from timm_sscl.distributed import gather_rows
+from timm_sscl.distributed import gather_rows, world_size
 from timm_sscl.similarity import RunningCKA
 
 from .factory import register_loss
@@ -125,7 +125,7 @@ class SSCLCriterion(nn.Module):
         stats = dict(nce=nce.detach(),
                      mi_bound=mi_lower_bound(nce.detach(), projected[0].shape[0], self.critic == 'infonce'))
         weight = torch.ones_like(nce.detach())
-        if s.shape[1] >= 4:
+        if s.shape[1] >= 4 or world_size() > 1:  # with uniform weights CKA is a statistic that a tiny batch goes without
             cka, running = self.running_cka[i](s.detach(), a.detach())
             stats.update(cka=cka, cka_running=running)
             if self.weighting == 'cka':
