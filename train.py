@@ -7,7 +7,6 @@
 Shaped like timm's train.py and taking its options; Accelerate owns devices, precision and processes.
 """
 import copy
-import csv
 import difflib
 import hashlib
 import importlib

@@ -8,7 +8,6 @@ import timm
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-import torch.nn as nn
 import torch.nn.functional as F
 from timm.data import Mixup
 from timm.optim import create_optimizer_v2

@@ -5,7 +5,6 @@ from collections import deque
 from pathlib import Path
 from typing import Any, Callable, Dict, Optional, Tuple, Union
 
-import torch
 import torch.nn as nn
 
 from timm.models import list_models, load_state_dict, model_entrypoint, register_model

@@ -8,7 +8,7 @@ import logging
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
-from typing import Any, Dict, FrozenSet, List, Optional, Tuple, Type
+from typing import Any, FrozenSet, List, Optional, Tuple, Type
 
 import torch
 import torch.nn as nn

@@ -1,6 +1,6 @@
 """Similarity-sensitive contrastive loss on features: projections, critic and CKA weights, Eq. 17-20."""
 import logging
-from typing import Dict, List, Sequence, Tuple
+from typing import Dict, Sequence, Tuple
 
 import torch
 import torch.nn as nn
