@@ -59,11 +59,12 @@ SUMMARY_FILE = 'summary.json'  # in a run's folder, written at its end
 
 # what a teacher depends on, besides its architecture: two runs that agree in these share one
 TEACHER_SETTINGS = (
-    'dataset', 'train_split', 'train_num_samples', 'class_map', 'input_img_mode', 'input_key', 'target_key', 'batch_size',
-    'grad_accum_steps', 'opt', 'opt_eps', 'opt_betas', 'momentum', 'weight_decay', 'clip_grad', 'clip_mode', 'layer_decay',
-    'opt_kwargs', 'sched', 'lr', 'lr_base', 'lr_base_size', 'lr_base_scale', 'lr_cycle_mul', 'lr_cycle_decay',
-    'lr_cycle_limit', 'lr_k_decay', 'warmup_lr', 'min_lr', 'decay_milestones', 'decay_epochs', 'warmup_epochs',
-    'warmup_prefix', 'cooldown_epochs', 'decay_rate', 'epoch_repeats', 'no_aug', 'train_crop_mode', 'scale', 'ratio',
+    'dataset', 'train_split', 'train_num_samples', 'class_map', 'input_img_mode', 'input_key', 'target_key',
+    'batch_size', 'grad_accum_steps', 'opt', 'opt_eps', 'opt_betas', 'momentum', 'weight_decay', 'clip_grad',
+    'clip_mode', 'layer_decay', 'opt_kwargs', 'sched', 'lr', 'lr_base', 'lr_base_size', 'lr_base_scale',
+    'lr_cycle_mul', 'lr_cycle_decay', 'lr_cycle_limit', 'lr_k_decay', 'warmup_lr', 'min_lr', 'decay_milestones',
+    'decay_epochs', 'warmup_epochs', 'warmup_prefix', 'cooldown_epochs', 'decay_rate', 'epoch_repeats', 'no_aug',
+    'train_crop_mode', 'scale', 'ratio',
     'hflip', 'vflip', 'color_jitter', 'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob', 'aa', 'bce_loss',
     'bce_sum', 'bce_target_thresh', 'reprob', 'remode', 'recount', 'mixup', 'cutmix', 'cutmix_minmax', 'mixup_prob',
     'mixup_switch_prob', 'mixup_mode', 'mixup_off_epoch', 'smoothing', 'train_interpolation', 'drop', 'drop_path',
@@ -99,8 +100,8 @@ def create_accelerator(args: Namespace) -> Accelerator:
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=not args.no_ddp_bb)])
     world = int(os.environ.get('WORLD_SIZE', 1))
     if world != accelerator.num_processes:
-        raise OptionError(f'{world} processes were launched, but Accelerate runs {accelerator.num_processes}: they would '
-                          f'train copies. On CPU launch with torchrun --nproc_per_node {world} train.py.')
+        raise OptionError(f'{world} processes were launched, but Accelerate runs {accelerator.num_processes}: they '
+                          f'would train copies. On CPU launch with torchrun --nproc_per_node {world} train.py.')
     return accelerator
 
 
@@ -232,7 +233,12 @@ def resolve_num_classes(args: Namespace, dataset: Any) -> int:
     return args.num_classes if args.num_classes is not None else len(classes)
 
 
-def create_loaders(args: Namespace, datasets: Tuple[Any, Any], data_config: Dict[str, Any], num_classes: int) -> Loaders:
+def create_loaders(
+        args: Namespace,
+        datasets: Tuple[Any, Any],
+        data_config: Dict[str, Any],
+        num_classes: int,
+) -> Loaders:
     """timm's loaders, not sharded and without its prefetcher: Accelerate does both."""
     common = dict(
         input_size=data_config['input_size'], mean=data_config['mean'], std=data_config['std'], use_prefetcher=False,
@@ -251,7 +257,8 @@ def create_loaders(args: Namespace, datasets: Tuple[Any, Any], data_config: Dict
         datasets[1], batch_size=args.validation_batch_size or args.batch_size, is_training=False,
         interpolation=data_config['interpolation'], crop_pct=data_config['crop_pct'], **common)
     if hasattr(datasets[0], '__len__') and len(train) == 0:
-        raise OptionError(f'--batch-size {args.batch_size} is larger than the training set ({len(datasets[0])} images).')
+        raise OptionError(f'--batch-size {args.batch_size} is larger than the training set '
+                          f'({len(datasets[0])} images).')
     return Loaders(train, val, _create_mixup(args, num_classes))
 
 
@@ -262,7 +269,8 @@ def _create_mixup(args: Namespace, num_classes: int) -> Optional[Mixup]:
         raise OptionError(f'--batch-size {args.batch_size}: mixup and cutmix need an even batch.')
     return Mixup(
         mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, cutmix_minmax=args.cutmix_minmax, prob=args.mixup_prob,
-        switch_prob=args.mixup_switch_prob, mode=args.mixup_mode, label_smoothing=args.smoothing, num_classes=num_classes)
+        switch_prob=args.mixup_switch_prob, mode=args.mixup_mode, label_smoothing=args.smoothing,
+        num_classes=num_classes)
 
 
 def criterion_kwargs(args: Namespace, loaders_mix: bool) -> Dict[str, Any]:
@@ -360,9 +368,11 @@ class Fit:
         self.task, self.folder, self.name = task, folder, name
         self.loaders = loaders = session.make_loaders()
         random_seed(args.seed, accelerator.process_index)
-        optimizer = create_optimizer_v2(task.get_trainable_module(), **{**optimizer_kwargs(cfg=args), **args.opt_kwargs})
+        optimizer = create_optimizer_v2(
+            task.get_trainable_module(), **{**optimizer_kwargs(cfg=args), **args.opt_kwargs})
         updates = math.ceil(len(loaders.train) / accelerator.num_processes / args.grad_accum_steps)
-        self.scheduler, self.epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=updates)
+        self.scheduler, self.epochs = create_scheduler_v2(
+            optimizer, **scheduler_kwargs(args), updates_per_epoch=updates)
         if ema:
             task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup,
                            device=torch.device('cpu') if args.model_ema_force_cpu else None)
@@ -569,11 +579,11 @@ def check_teacher(args: Namespace, teacher: nn.Module, num_classes: int, root: P
     elif args.teacher_pretrained and not args.teacher_epochs:
         classes = teacher.pretrained_cfg.get('num_classes')
         if classes != num_classes:
-            raise OptionError(f'--teacher-pretrained: the pretrained {teacher_name(args)} knows {classes} classes, the data '
-                              f'has {num_classes}; --teacher-epochs N fine-tunes it first.')
+            raise OptionError(f'--teacher-pretrained: the pretrained {teacher_name(args)} knows {classes} classes, the '
+                              f'data has {num_classes}; --teacher-epochs N fine-tunes it first.')
     elif args.teacher_epochs == 0 and not (teacher_folder(args, teacher, num_classes, root) / TEACHER_FILE).is_file():
-        raise OptionError('--teacher-epochs 0: there are no weights for the teacher, and an untrained one teaches nothing; '
-                          'give --teacher-checkpoint FILE or --teacher-pretrained, or let it train.')
+        raise OptionError('--teacher-epochs 0: there are no weights for the teacher, and an untrained one teaches '
+                          'nothing; give --teacher-checkpoint FILE or --teacher-pretrained, or let it train.')
 
 
 def teacher_folder(args: Namespace, teacher: nn.Module, num_classes: int, root: Path) -> Path:
@@ -581,7 +591,8 @@ def teacher_folder(args: Namespace, teacher: nn.Module, num_classes: int, root: 
     settings = {name: getattr(args, name) for name in TEACHER_SETTINGS}
     settings.update(
         model=teacher_name(args), num_classes=num_classes, kwargs=sorted(map(str, teacher._model_args.items())),
-        data_dir=str(Path(args.data_dir).resolve()) if args.data_dir else None, epochs=args.teacher_epochs or args.epochs,
+        data_dir=str(Path(args.data_dir).resolve()) if args.data_dir else None,
+        epochs=args.teacher_epochs or args.epochs,
         data_config={k: str(v) for k, v in sorted(args.data_config.items())})
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:10]
     return root / 'teachers' / f'{safe_model_name(teacher_name(args))}-{digest}'
@@ -596,7 +607,8 @@ def train_teacher(session: Session, name: str, teacher: nn.Module, folder: Path)
                  + (' (goes on from its last checkpoint)' if resume.is_file() else '') + '.')
     model = copy.deepcopy(teacher).requires_grad_(True)
     mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
-    task = ClassificationTask(model, criterion_kwargs=criterion_kwargs(args, mixes), device=accelerator.device, verbose=False)
+    task = ClassificationTask(
+        model, criterion_kwargs=criterion_kwargs(args, mixes), device=accelerator.device, verbose=False)
     task.to(accelerator.device)
     fit = Fit(session, task, folder, epochs, 'teacher', resume=str(resume) if resume.is_file() else '')
     result = fit.run()
@@ -614,12 +626,14 @@ def run_folder(args: Namespace, root: Path, data_config: Dict[str, Any]) -> Path
     if args.resume and os.path.isdir(args.resume):
         return Path(args.resume)
     size = data_config['input_size'][-1]
-    name = args.experiment or '-'.join([datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(args.model), str(size)])
+    name = args.experiment or '-'.join(
+        [datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(args.model), str(size)])
     folder = root / name
     if args.resume and Path(args.resume).parent.resolve() == folder.resolve():
         return folder
     if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"--experiment: '{folder}' holds a run already; choose another name, or --resume {folder}.")
+        raise FileExistsError(f"--experiment: '{folder}' holds a run already; choose another name, "
+                              f'or --resume {folder}.')
     return folder
 
 
@@ -654,9 +668,11 @@ def create_task(
         cfg = teacher.pretrained_cfg
         renormalize = (data_config['mean'], data_config['std'], cfg['mean'], cfg['std'])
     return SSCLTask(
-        student, teacher, losses=args.losses, loss_options=args.loss_options, criterion_kwargs=criterion_kwargs(args, mixes),
-        task_loss_weight=1. if args.task_loss_weight is None else args.task_loss_weight, taps=parse_taps(args.sscl_taps),
-        teacher_taps=parse_taps(args.sscl_teacher_taps), input_size=data_config['input_size'], renormalize=renormalize,
+        student, teacher, losses=args.losses, loss_options=args.loss_options,
+        criterion_kwargs=criterion_kwargs(args, mixes),
+        task_loss_weight=1. if args.task_loss_weight is None else args.task_loss_weight,
+        taps=parse_taps(args.sscl_taps), teacher_taps=parse_taps(args.sscl_teacher_taps),
+        input_size=data_config['input_size'], renormalize=renormalize,
         device=device, dtype=getattr(torch, args.model_dtype or 'float32'))
 
 
@@ -680,12 +696,13 @@ def summarize(
     timesteps = getattr(student, 'timesteps', None)
     losses = ' + '.join(f'{w:g} {name}' for name, w in args.losses.items()) or 'none'
     lines = ['', f'Teacher   {f"{teacher.name}: {teacher.top1:.2f} top-1 ({teacher.source})" if teacher else "none"}',
-             f'Student   {args.model}{f", T={timesteps}" if timesteps else ""}: {result.last["top1"]:.2f} top-1 after the last '
-             f'epoch' + (f', best {args.eval_metric} {result.best:.2f} (epoch {result.best_epoch + 1})'
+             f'Student   {args.model}{f", T={timesteps}" if timesteps else ""}: {result.last["top1"]:.2f} top-1 '
+             f'after the last epoch' + (f', best {args.eval_metric} {result.best:.2f} (epoch {result.best_epoch + 1})'
                          if result.best is not None else '') + f'; cross-entropy + {losses}']
     if result.firing_rates:
         rates = result.firing_rates
-        lines.append(f'Firing    {sum(rates.values()) / len(rates):.3f} spikes per neuron and step, the mean of {len(rates)} layers:')
+        lines.append(f'Firing    {sum(rates.values()) / len(rates):.3f} spikes per neuron and step, '
+                     f'the mean of {len(rates)} layers:')
         width = max(map(len, rates))
         lines += [f'          {name:<{width}}  {rate:.3f}' for name, rate in rates.items()]
         for name, rate in rates.items():
@@ -696,7 +713,8 @@ def summarize(
     _logger.info('\n'.join(lines))
     facts = dict(
         model=args.model, timesteps=timesteps, losses=args.losses, seed=args.seed, student=result.last,
-        best={args.eval_metric: result.best, 'epoch': result.best_epoch}, teacher=teacher._asdict() if teacher else None,
+        best={args.eval_metric: result.best, 'epoch': result.best_epoch},
+        teacher=teacher._asdict() if teacher else None,
         firing_rates=result.firing_rates, seconds=round(seconds, 1))
     (folder / SUMMARY_FILE).write_text(json.dumps(facts, indent=2) + '\n')
 

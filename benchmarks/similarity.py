@@ -118,7 +118,8 @@ def main() -> None:
         args.teacher, num_classes=args.num_classes, checkpoint_path=args.teacher_checkpoint, **args.model_kwargs)}
     for run in args.runs:
         models[Path(run).name] = timm.create_model(
-            args.model, num_classes=args.num_classes, checkpoint_path=str(Path(run) / 'last.pth.tar'), **args.model_kwargs)
+            args.model, num_classes=args.num_classes, checkpoint_path=str(Path(run) / 'last.pth.tar'),
+            **args.model_kwargs)
     students = [name for name in models if name != 'teacher']
     config = resolve_data_config({}, model=models['teacher'])
     readers = {name: FeatureReader(model.eval(), 4, config['input_size']) for name, model in models.items()}

@@ -32,8 +32,8 @@ _GATES = {'Sigmoid', 'HardSigmoid', 'HardSigmoidMe', 'Hardsigmoid', 'LogSigmoid'
 _POSITION_BIAS = ({'RelPosMlp'}, {'cpb_mlp', 'meta_mlp'})  # class names, attribute names: their input has no batch axis
 _HIDDEN_ACTIVATION = re.compile(r'EvoNorm2d|FilterResponseNorm')
 _FUNCTIONAL = {
-    'relu', 'relu_', 'relu6', 'leaky_relu', 'leaky_relu_', 'prelu', 'rrelu', 'elu', 'elu_', 'selu', 'selu_', 'celu', 'gelu',
-    'silu', 'mish', 'hardswish', 'hardtanh', 'tanh', 'tanh_', 'softplus', 'softsign',
+    'relu', 'relu_', 'relu6', 'leaky_relu', 'leaky_relu_', 'prelu', 'rrelu', 'elu', 'elu_', 'selu', 'selu_', 'celu',
+    'gelu', 'silu', 'mish', 'hardswish', 'hardtanh', 'tanh', 'tanh_', 'softplus', 'softsign',
 }
 _FUNCTIONAL_DROPOUT = {'dropout', 'dropout_'}
 
@@ -103,7 +103,8 @@ def _plan(model: nn.Module) -> Tuple[List[Tuple[nn.Module, str, nn.Module]], Lis
                 continue
             if _is_position_bias(child_name, child):
                 if first:
-                    records.append(ConversionRecord(name, kind, kind, 'position bias without a batch axis, stays analog'))
+                    records.append(
+                        ConversionRecord(name, kind, kind, 'position bias without a batch axis, stays analog'))
                 continue
             if not first:
                 continue
@@ -197,8 +198,8 @@ def _refuse_unsupported(model: nn.Module) -> None:
         if hasattr(module, '_orig_mod') or module._compiled_call_impl is not None:
             raise ValueError(f'{where} is compiled; convert the model first, then compile it.')
         if _HIDDEN_ACTIVATION.search(kind):
-            raise NotImplementedError(f'{where} hides its activation inside the norm; such models (EvoNorm, FRN) cannot '
-                                      f'be converted yet.')
+            raise NotImplementedError(f'{where} hides its activation inside the norm; such models (EvoNorm, FRN) '
+                                      f'cannot be converted yet.')
         if kind == 'SplitBatchNorm2d':
             raise NotImplementedError(f'{where} would split time steps instead of samples; convert before or without '
                                       f'split batch norm.')
@@ -212,8 +213,8 @@ def _refuse_unsupported(model: nn.Module) -> None:
             raise NotImplementedError(f'{where} is recurrent, with activations inside that cannot be swapped.')
         function = _functional_activation(module) if kind not in _ACTIVATIONS and kind not in _GATES else None
         if function:
-            raise NotImplementedError(f'{where} calls the function {function}, where no module can be swapped; make the '
-                                      f'activation a module (self.act = nn.ReLU()) to convert it.')
+            raise NotImplementedError(f'{where} calls the function {function}, where no module can be swapped; make '
+                                      f'the activation a module (self.act = nn.ReLU()) to convert it.')
 
 
 def _explicit_settings(

@@ -1,4 +1,4 @@
-"""Command line of train.py: timm's options with timm's defaults, ours, and the layers recipe < config < command line."""
+"""Command line of train.py: timm's options with its defaults, ours, and the layers recipe < config < command line."""
 import argparse
 import difflib
 from importlib import resources
@@ -77,7 +77,8 @@ def load_recipe(name: str) -> Dict[str, Any]:
     elif name in list_recipes():
         text = (resources.files('timm_sscl') / 'configs' / f'{name}.yaml').read_text()
     else:
-        raise OptionError(f"--config: unknown recipe '{name}'; there are {', '.join(list_recipes())}, or give a YAML file.")
+        raise OptionError(f"--config: unknown recipe '{name}'; there are {', '.join(list_recipes())}, "
+                          f'or give a YAML file.')
     try:
         options = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
@@ -131,20 +132,26 @@ def _add_distillation(parser: argparse.ArgumentParser) -> None:
                        help='what is added to cross-entropy: sscl (default), contrastive (uniform weights), kd or none')
     group.add_argument('--loss', default=None, metavar='NAME=WEIGHT,...',
                        help='losses by name instead of --distill, for example sscl=0.1,kd=1')
-    group.add_argument('--loss-file', default=None, metavar='FILE', help='Python file with your own @register_loss losses')
-    group.add_argument('--sscl-weight', type=float, default=0.1, help='weight of the sscl or contrastive loss (1: the paper)')
+    group.add_argument('--loss-file', default=None, metavar='FILE',
+                       help='Python file with your own @register_loss losses')
+    group.add_argument('--sscl-weight', type=float, default=0.1,
+                       help='weight of the sscl or contrastive loss (1: the paper)')
     group.add_argument('--sscl-temperature', type=float, default=0.1, help='temperature of the critic')
     group.add_argument('--sscl-dim', type=int, default=128, help='common dimension of the projections')
     group.add_argument('--sscl-critic', default='normalized', choices=CRITICS, help='contrastive critic')
     group.add_argument('--sscl-taps', default='4', metavar='N|NAMES',
-                       help='how many of the last stages to compare (and the pooled feature), or their names: layer3,pooled')
+                       help='how many of the last stages to compare (and the pooled feature), or their names: '
+                            'layer3,pooled')
     group.add_argument('--sscl-teacher-taps', default=None, metavar='NAMES', help='the teacher\'s, where they differ')
     group.add_argument('--sscl-cka-floor', type=float, default=0.1, help='CKA is not taken below this')
-    group.add_argument('--sscl-cka-momentum', type=float, default=0.1, help='share of the newest batch in the running CKA')
-    group.add_argument('--kd-weight', '--distill-loss-weight', type=float, default=None, help='weight of the kd loss (1)')
+    group.add_argument('--sscl-cka-momentum', type=float, default=0.1,
+                       help='share of the newest batch in the running CKA')
+    group.add_argument('--kd-weight', '--distill-loss-weight', type=float, default=None,
+                       help='weight of the kd loss (1)')
     group.add_argument('--kd-temperature', type=float, default=4., help='temperature of the kd loss')
     group.add_argument('--task-loss-weight', type=float, default=None, help='weight of the classification loss (1)')
-    group.add_argument('--kd-distill-type', default='logit', choices=['logit'], help='timm\'s logit distillation is kd here')
+    group.add_argument('--kd-distill-type', default='logit', choices=['logit'],
+                       help='timm\'s logit distillation is kd here')
     group.add_argument('--kd-loss-type', default='kl', choices=['kl'], help='divergence of the kd loss')
 
 
@@ -185,7 +192,8 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument('-b', '--batch-size', type=int, default=128, metavar='N', help='per process')
     group.add_argument('-vb', '--validation-batch-size', type=int, default=None, metavar='N')
     group.add_argument('--channels-last', action='store_true')
-    group.add_argument('--grad-accum-steps', type=int, default=1, metavar='N', help='the contrastive batch is a micro-batch')
+    group.add_argument('--grad-accum-steps', type=int, default=1, metavar='N',
+                       help='the contrastive batch is a micro-batch')
     group.add_argument('--grad-checkpointing', action='store_true')
     group.add_argument('--fast-norm', action='store_true')
     group.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs)
@@ -198,7 +206,8 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 def _add_device(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group('Device parameters')
     group.add_argument('--device', default=None, type=str, help='cpu; by default the accelerator that there is')
-    group.add_argument('--threads', default=None, type=int, metavar='N', help='CPU threads per process (its share of cores)')
+    group.add_argument('--threads', default=None, type=int, metavar='N',
+                       help='CPU threads per process (its share of cores)')
     group.add_argument('--amp', action='store_true', help='mixed precision in --amp-dtype')
     group.add_argument('--amp-dtype', default='float16', choices=['float16', 'bfloat16'])
     group.add_argument('--model-dtype', default=None, choices=['float32', 'float16', 'bfloat16', 'float64'])
@@ -315,11 +324,13 @@ def _add_misc(parser: argparse.ArgumentParser) -> None:
     group.add_argument('-j', '--workers', type=int, default=4)
     group.add_argument('--save-images', action='store_true')
     group.add_argument('--pin-mem', action='store_true')
-    group.add_argument('--no-prefetcher', action='store_true', help='accepted; Accelerate moves the batches in any case')
+    group.add_argument('--no-prefetcher', action='store_true',
+                       help='accepted; Accelerate moves the batches in any case')
     group.add_argument('--output', default='', type=str, metavar='DIR', help='root of all runs and teachers (./output)')
     group.add_argument('--experiment', default='', type=str, metavar='NAME', help='name of the run\'s folder')
     group.add_argument('--eval-metric', default='top1', type=str, metavar='METRIC', choices=['top1', 'top5', 'loss'])
-    group.add_argument('--report-to', default=None, type=str, metavar='TRACKER', help='tensorboard, wandb, ... (Accelerate)')
+    group.add_argument('--report-to', default=None, type=str, metavar='TRACKER',
+                       help='tensorboard, wandb, ... (Accelerate)')
 
 
 def _add_refused(parser: argparse.ArgumentParser) -> None:
@@ -404,9 +415,10 @@ def _check(args: argparse.Namespace, given: set) -> None:
         if getattr(args, name) is not None:
             raise OptionError(f"--{name.replace('_', '-')} is not supported: {reason}.")
         delattr(args, name)
-    for name, least in (('batch_size', 1), ('epochs', 1), ('grad_accum_steps', 1), ('timesteps', 1), ('teacher_epochs', 0),
-                        ('workers', 0), ('checkpoint_hist', 1), ('log_interval', 1), ('val_interval', 1), ('threads', 1),
-                        ('num_classes', 1), ('validation_batch_size', 1)):
+    for name, least in (
+            ('batch_size', 1), ('epochs', 1), ('grad_accum_steps', 1), ('timesteps', 1), ('teacher_epochs', 0),
+            ('workers', 0), ('checkpoint_hist', 1), ('log_interval', 1), ('val_interval', 1), ('threads', 1),
+            ('num_classes', 1), ('validation_batch_size', 1)):
         value = getattr(args, name)
         if value is not None and value < least:
             raise OptionError(f"--{name.replace('_', '-')} {value}: must be {least} or more.")
@@ -437,8 +449,8 @@ def _losses(args: argparse.Namespace) -> Tuple[Dict[str, float], Dict[str, Dict[
     except ValueError as error:
         raise OptionError(f'--{"loss" if args.loss else "distill"}: {error}') from error
     if 'sscl' in losses and args.batch_size < 4:
-        raise OptionError(f'--batch-size {args.batch_size} is too small for CKA weights, which need at least 4 samples; '
-                          f'use a larger batch or --distill contrastive.')
+        raise OptionError(f'--batch-size {args.batch_size} is too small for CKA weights, which need at least 4 '
+                          f'samples; use a larger batch or --distill contrastive.')
     contrastive = dict(dim=args.sscl_dim, temperature=args.sscl_temperature, critic=args.sscl_critic,
                        cka_floor=args.sscl_cka_floor, cka_momentum=args.sscl_cka_momentum)
     options = dict(sscl=contrastive, contrastive=contrastive, kd=dict(temperature=args.kd_temperature))

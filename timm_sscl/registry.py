@@ -75,8 +75,10 @@ def _entrypoint(base: str) -> Callable[..., nn.Module]:
         if pretrained:
             pretrained_cfg_overlay, stored = _split_settings(pretrained_cfg, pretrained_cfg_overlay)
         model = model_entrypoint(base)(
-            pretrained=pretrained, pretrained_cfg=pretrained_cfg, pretrained_cfg_overlay=pretrained_cfg_overlay, **kwargs)
-        options = dict(timesteps=timesteps, tau=tau, v_threshold=v_threshold, v_reset=v_reset, detach_reset=detach_reset)
+            pretrained=pretrained, pretrained_cfg=pretrained_cfg, pretrained_cfg_overlay=pretrained_cfg_overlay,
+            **kwargs)
+        options = dict(
+            timesteps=timesteps, tau=tau, v_threshold=v_threshold, v_reset=v_reset, detach_reset=detach_reset)
         convert_to_spiking(model, **{k: v for k, v in options.items() if v is not None})
         if stored is not None:
             model._restore_settings(stored)

@@ -158,7 +158,7 @@ class RunningCKA(nn.Module):
             CKA of this batch and running CKA (in evaluation mode the running value as training left it), 0-d each.
 
         Raises:
-            ValueError: Fewer than 4 samples; of several processes one may have fewer, which then leaves it to the others.
+            ValueError: Fewer than 4 samples; one of several processes may have fewer, and leaves it to the others.
         """
         if student.shape[1] < 4 and world_size() > 1:  # too small for the unbiased HSIC, but others' batch may not be
             terms = torch.full((3,), torch.nan, device=student.device)

@@ -1,4 +1,4 @@
-"""What a converted model does beyond its ANN: repeat and fold the input over time, decode what leaves, keep its settings.
+"""What a converted model does beyond its ANN: fold the input over time, decode what leaves, keep its settings.
 
 A converted model is an instance of a subclass of its own class: `(SpikingModel, Base)` for what has timm's
 forward_features / forward_head, `(SpikingModule, Base)` for anything else. Inside, every tensor is (T * B, ...).
@@ -81,7 +81,8 @@ def decode(out: Any, timesteps: int, per_step: bool = False) -> Any:
 @lru_cache(maxsize=None)
 def spiking_class(mixin: type, base: Type[nn.Module]) -> type:
     """The subclass that an instance of base is given; one per base, so that isinstance and pickling work."""
-    return type(f'Spiking{base.__name__}', (mixin, base), {'__module__': base.__module__, '_spiking_bases': (mixin, base)})
+    attributes = {'__module__': base.__module__, '_spiking_bases': (mixin, base)}
+    return type(f'Spiking{base.__name__}', (mixin, base), attributes)
 
 
 def _new_spiking(mixin: type, base: Type[nn.Module]) -> nn.Module:
@@ -198,7 +199,7 @@ class SpikingModel(SpikingModule):
             return super(SpikingModule, self).forward(x, *args, **kwargs)
 
     def forward_intermediates(self, x: torch.Tensor, *args, per_step: bool = False, **kwargs) -> Any:
-        """timm's forward_intermediates on T steps: the final features stay (T * B, ...), the intermediates are decoded."""
+        """timm's forward_intermediates on T steps: the final features stay (T * B, ...), intermediates are decoded."""
         out = super().forward_intermediates(encode_input(x, self.timesteps), *args, **kwargs)
         if isinstance(out, dict):
             return {k: v if k == 'image_features' else decode(v, self.timesteps, per_step) for k, v in out.items()}

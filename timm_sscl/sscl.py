@@ -36,7 +36,7 @@ class SSCLLoss(nn.Module):
         **options: dim, temperature, critic, weighting, cka_floor, cka_momentum of SSCLCriterion.
 
     Raises:
-        ValueError: A tap does not exist, a model is compiled, student and teacher are one, or an option is out of range.
+        ValueError: A tap does not exist, a model is compiled, student and teacher are one, or an option is wrong.
 
     Examples:
         ```python
@@ -104,8 +104,8 @@ class SSCLLoss(nn.Module):
             0-d tensor, the weighted sum over the layers.
 
         Raises:
-            RuntimeError: The student was not called on x in training mode since the last call, a tap did not run, or the
-                hooks were removed.
+            RuntimeError: The student was not called on x in training mode since the last call, a tap did not run, or
+                the hooks were removed.
             ValueError: A feature's batch is neither B nor timesteps * B, or B is too small for CKA weights.
         """
         student_features = self._student_recorder.take(x)
@@ -156,8 +156,9 @@ class SSCLLoss(nn.Module):
     def _fold(self, tap: Tap, s: torch.Tensor, teacher_tap: Tap, a: torch.Tensor):
         batch = a.shape[0] // getattr(self._teacher_recorder.model, 'timesteps', 1)
         if s.shape[0] not in (batch, self.timesteps * batch):
-            raise ValueError(f"feature '{tap.name}' holds {s.shape[0]} rows, the teacher's batch is {batch}: expected {batch} "
-                             f"or timesteps * batch = {self.timesteps * batch}. Is timesteps={self.timesteps} right?")
+            raise ValueError(f"feature '{tap.name}' holds {s.shape[0]} rows, the teacher's batch is {batch}: expected "
+                             f"{batch} or timesteps * batch = {self.timesteps * batch}. "
+                             f'Is timesteps={self.timesteps} right?')
         return (fold_feature(s, s.shape[0] // batch, tap.channel_axis, tap.prefix_tokens),
                 fold_feature(a, a.shape[0] // batch, teacher_tap.channel_axis, teacher_tap.prefix_tokens))
 
@@ -171,8 +172,8 @@ class SSCLLoss(nn.Module):
 def _refuse_compiled(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if hasattr(module, '_orig_mod') or module._compiled_call_impl is not None:
-            raise ValueError(f"{name or type(model).__name__} is compiled, and torch.compile ignores hooks added after it: "
-                             f'build the loss first, then compile.')
+            raise ValueError(f"{name or type(model).__name__} is compiled, and torch.compile ignores hooks added after "
+                             f'it: build the loss first, then compile.')
 
 
 def _pair_taps(student, teacher, taps, teacher_taps, input_size):
@@ -184,9 +185,12 @@ def _pair_taps(student, teacher, taps, teacher_taps, input_size):
     if taps is None:
         raise ValueError('teacher_taps without taps: name the student\'s modules as well.')
     taps = [taps] if isinstance(taps, str) else list(taps)
-    teacher_taps = taps if teacher_taps is None else [teacher_taps] if isinstance(teacher_taps, str) else list(teacher_taps)
+    if teacher_taps is None:
+        teacher_taps = taps
+    teacher_taps = [teacher_taps] if isinstance(teacher_taps, str) else list(teacher_taps)
     if len(taps) != len(teacher_taps) or not taps:
-        raise ValueError(f'taps names {len(taps)} modules and teacher_taps {len(teacher_taps)}; they are compared in pairs.')
+        raise ValueError(f'taps names {len(taps)} modules and teacher_taps {len(teacher_taps)}; '
+                         f'they are compared in pairs.')
     return named_taps(student, taps, input_size), named_taps(teacher, teacher_taps, input_size)
 
 

@@ -1,7 +1,7 @@
 """Dropout and stochastic depth with one mask over time: drawn once per sample, repeated for its T steps (SPEC 2).
 
-Each class here replaces the class of an existing module in place, so that names, hooks and settings stay. The axis 0 they
-see is time-major, (T * B, ...).
+Each class here replaces the class of an existing module in place, so that names, hooks and settings stay. The axis 0
+they see is time-major, (T * B, ...).
 """
 from typing import Dict, Optional, Tuple, Type
 
@@ -152,7 +152,7 @@ def share_mask_over_time(module: nn.Module, timesteps: int) -> None:
 
 
 class SharedDropout(TorchFunctionMode):
-    """While active, `F.dropout` on (T * B, ...) draws one mask per sample; for modules that call it in their forward."""
+    """While active, `F.dropout` on (T * B, ...) draws one mask per sample; for modules that call it themselves."""
     functions = (F.dropout, torch.dropout)
 
     def __init__(self, timesteps: int):

@@ -53,7 +53,8 @@ def _named_indices(model: nn.Module, names: Sequence[str]) -> List[int]:
     known = stage_names(model, range(stage_indices(model)[-1] + 1))
     for name in names:
         if name != POOLED and name not in known:
-            raise ValueError(f"tap '{name}' is no stage of {type(model).__name__}; it has {', '.join(known)} and {POOLED}.")
+            raise ValueError(f"tap '{name}' is no stage of {type(model).__name__}; it has {', '.join(known)} "
+                             f'and {POOLED}.')
     return [i for i, name in enumerate(known) if name in names]
 
 
@@ -452,12 +453,13 @@ class Recorder:
             RuntimeError: The hooks were removed, no call on x was recorded, or a tap did not run in it.
         """
         if not self.handles:
-            raise RuntimeError('the taps were removed (close()) or belong to a copy; build a new SSCLLoss to attach again.')
+            raise RuntimeError('the taps were removed (close()) or belong to a copy; '
+                               'build a new SSCLLoss to attach again.')
         records, self.records = self.records, []
         if not records:
             raise RuntimeError(
-                f'no forward of {type(self.model).__name__} was recorded since the last call: run student(x) in training '
-                f'mode with gradients on (and call the model itself, not its methods) before the loss.')
+                f'no forward of {type(self.model).__name__} was recorded since the last call: run student(x) in '
+                f'training mode with gradients on (and call the model itself, not its methods) before the loss.')
         for record in reversed(records):  # of two calls on the same images the newest
             if record.is_of(x):
                 missing = [tap.name for tap in self.taps if tap.name not in record.features]
@@ -466,8 +468,9 @@ class Recorder:
                                        f'{", ".join(missing)}.')
                 return [self._feature(tap, record.features[tap.name]) for tap in self.taps]
         raise RuntimeError(
-            f'the recorded forward of {type(self.model).__name__} was not on this input: call the loss on the tensor that '
-            f'the student saw (student(x), then sscl(x)), unchanged; teacher_input=... is for a teacher that sees another.')
+            f'the recorded forward of {type(self.model).__name__} was not on this input: call the loss on the tensor '
+            f'that the student saw (student(x), then sscl(x)), unchanged; teacher_input=... is for a teacher that sees '
+            f'another.')
 
     def _feature(self, tap: Tap, out: torch.Tensor) -> torch.Tensor:
         if not tap.through_head:

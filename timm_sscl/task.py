@@ -67,7 +67,8 @@ class SSCLTrainableModule(nn.Module):
 
     def no_weight_decay(self):
         student = self.student
-        return {f'student.{name}' for name in student.no_weight_decay()} if hasattr(student, 'no_weight_decay') else set()
+        names = student.no_weight_decay() if hasattr(student, 'no_weight_decay') else set()
+        return {f'student.{name}' for name in names}
 
     def group_matcher(self, coarse: bool = False):
         """Layer groups for layer decay: the student's own, the losses' parameters with its last group."""
@@ -105,8 +106,8 @@ class SSCLTask(TrainingTask):
         criterion: Classification loss; by default made by timm from criterion_kwargs.
         criterion_kwargs: For timm's create_classification_loss.
         task_loss_weight: Weight of the classification loss.
-        taps: How many of the last stages to tap, besides the pooled feature; or the names of the student's stages (as in
-            its feature_info) and 'pooled'.
+        taps: How many of the last stages to tap, besides the pooled feature; or the names of the student's stages (as
+            in its feature_info) and 'pooled'.
         teacher_taps: The same for the teacher, in pairs with the student's; by default what taps says.
         input_size: (C, H, W) of the training images, for the probe of the feature shapes.
         renormalize: (student mean, student std, teacher mean, teacher std) where the teacher was trained on images
@@ -161,7 +162,8 @@ class SSCLTask(TrainingTask):
         if verbose:
             taps = f' on {len(reader.names)} taps ({", ".join(reader.names)})' if reader else ''
             terms = ' + '.join(f'{weight:g} {name}' for name, weight in self.weights.items())
-            _logger.info(f'SSCLTask: loss = {task_loss_weight:g} classification' + (f' + {terms}{taps}' if terms else ''))
+            terms = f' + {terms}{taps}' if terms else ''
+            _logger.info(f'SSCLTask: loss = {task_loss_weight:g} classification{terms}')
 
     @property
     def student(self) -> nn.Module:
@@ -185,7 +187,7 @@ class SSCLTask(TrainingTask):
             target: Labels (B,) or soft targets (B, K).
 
         Returns:
-            'loss' (weighted sum), 'output' (student logits (B, K)), 'task_loss', and '<name>_loss' per loss, unweighted.
+            'loss' (weighted sum), 'output' (student logits (B, K)), 'task_loss', and '<name>_loss' per loss, as it is.
         """
         result = self.trainable_module(input, target, *self._teach(input))
         output = result.pop('output')

@@ -125,7 +125,7 @@ class SSCLCriterion(nn.Module):
         stats = dict(nce=nce.detach(),
                      mi_bound=mi_lower_bound(nce.detach(), projected[0].shape[0], self.critic == 'infonce'))
         weight = torch.ones_like(nce.detach())
-        if s.shape[1] >= 4 or world_size() > 1:  # with uniform weights CKA is a statistic that a tiny batch goes without
+        if s.shape[1] >= 4 or world_size() > 1:  # with uniform weights a tiny batch goes without this statistic
             cka, running = self.running_cka[i](s.detach(), a.detach())
             stats.update(cka=cka, cka_running=running)
             if self.weighting == 'cka':
@@ -143,11 +143,12 @@ class SSCLCriterion(nn.Module):
                     raise ValueError(f"{whose} feature '{name}' has shape {tuple(x.shape)}, expected "
                                      f"(T, B, {g.in_features}, ...).")
             if s.shape[1] != a.shape[1]:
-                raise ValueError(f"'{name}': the student's feature holds {s.shape[1]} samples, the teacher's {a.shape[1]}.")
+                raise ValueError(f"'{name}': the student's feature holds {s.shape[1]} samples, "
+                                 f"the teacher's {a.shape[1]}.")
         batch = student_features[0].shape[1]
         if self.weighting == 'cka' and batch < 4:
-            raise ValueError(f'a batch of {batch} is too small for CKA weights: the unbiased HSIC needs at least 4 samples. '
-                             f"Use a larger batch (drop_last=True), or weighting='uniform'.")
+            raise ValueError(f'a batch of {batch} is too small for CKA weights: the unbiased HSIC needs at least 4 '
+                             f"samples. Use a larger batch (drop_last=True), or weighting='uniform'.")
 
     def _warn_floored(self) -> None:
         # one transfer for all layers; a layer is named when it falls under the floor, not at every step
@@ -157,7 +158,8 @@ class SSCLCriterion(nn.Module):
                 self._floored.discard(name)
             elif name not in self._floored:
                 self._floored.add(name)
-                what = 'is undefined: a side is the same for all images (a silent tap?)' if value != value else f'is {value:.3g}'
+                undefined = 'is undefined: a side is the same for all images (a silent tap?)'
+                what = undefined if value != value else f'is {value:.3g}'
                 _logger.warning(f"CKA of '{name}' {what}; taken as the floor, {self.cka_floor}.")
 
 

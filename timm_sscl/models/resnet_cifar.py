@@ -26,8 +26,9 @@ class ResNetCifar(ResNet):
             raise ValueError(f'width={width}: must be an even number of channels.')
         channels = tuple(width * 2 ** i for i in range(len(layers)))
         # a deep stem of width / 2 makes timm's first stage expect `width` channels
-        super().__init__(BasicBlock, layers, in_chans=in_chans, channels=channels, stem_type='deep', stem_width=width // 2,
-                         avg_down=True, **kwargs)
+        super().__init__(
+            BasicBlock, layers, in_chans=in_chans, channels=channels, stem_type='deep', stem_width=width // 2,
+            avg_down=True, **kwargs)
         self._small_stem(width, in_chans)
 
     def _small_stem(self, width: int, in_chans: int) -> None:
@@ -58,5 +59,5 @@ default_cfgs = generate_default_cfgs({'resnet20_cifar.untrained': _cfg()})
 
 @register_model
 def resnet20_cifar(pretrained: bool = False, **kwargs: Any) -> ResNetCifar:
-    """ResNet20 of the paper's line: three stem convolutions and stages of [2, 2, 2, 2] basic blocks at 64/128/256/512."""
+    """ResNet20 of the paper's line: three stem convolutions, stages of [2, 2, 2, 2] basic blocks at 64/128/256/512."""
     return build_model_with_cfg(ResNetCifar, 'resnet20_cifar', pretrained, **kwargs)
