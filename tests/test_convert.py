@@ -842,3 +842,11 @@ def test_conversion_is_logged(caplog):
     with caplog.at_level(logging.INFO, logger='timm_sscl'):
         convert_to_spiking(_Net(), timesteps=2)
     assert '1 activations became LIF' in caplog.text and 'timesteps=2' in caplog.text
+
+
+def test_token_mixing_over_the_batch_is_refused():
+    class Mixing(_Net):
+        mix_token = True
+
+    with pytest.raises(NotImplementedError, match='without mix_token'):
+        convert_to_spiking(Mixing())

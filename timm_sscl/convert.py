@@ -209,6 +209,9 @@ def _refuse_unsupported(model: nn.Module) -> None:
         if isinstance(module, nn.MultiheadAttention) and module.dropout > 0:
             raise NotImplementedError(f'{where} draws its dropout mask inside the fused kernel, another one at every '
                                       f'time step; set its dropout to 0.')
+        if getattr(module, 'mix_token', False):
+            raise NotImplementedError(f'{where} mixes tokens of the batch in reverse order, which would reverse time as '
+                                      f'well; create it without mix_token.')
         if isinstance(module, nn.RNNBase):
             raise NotImplementedError(f'{where} is recurrent, with activations inside that cannot be swapped.')
         function = _functional_activation(module) if kind not in _ACTIVATIONS and kind not in _GATES else None
