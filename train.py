@@ -78,8 +78,8 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except (OptionError, FileNotFoundError, FileExistsError, NotImplementedError, ValueError) as error:
-        if int(os.environ.get('RANK', 0)) == 0:
-            print(f'error: {" ".join(str(error).split())}', file=sys.stderr, flush=True)
+        rank = int(os.environ.get('RANK', 0))
+        print(f'error{f" (process {rank})" if rank else ""}: {" ".join(str(error).split())}', file=sys.stderr, flush=True)
         sys.exit(2)
 
 
@@ -621,8 +621,8 @@ def train_teacher(session: Session, name: str, teacher: nn.Module, folder: Path)
 
 # ---- the run
 
-def run_folder(args: Namespace, root: Path, data_config: Dict[str, Any]) -> Path:
-    """Folder of this run; an existing one is continued by --resume or left alone."""
+def run_folder(args: Namespace, root: Path, data_config: Dict[str, Any], is_main_process: bool) -> Path:
+    """Folder of this run, which the main process writes; an existing one is continued by --resume or left alone."""
     if args.resume and os.path.isdir(args.resume):
         return Path(args.resume)
     size = data_config['input_size'][-1]
@@ -631,7 +631,7 @@ def run_folder(args: Namespace, root: Path, data_config: Dict[str, Any]) -> Path
     folder = root / name
     if args.resume and Path(args.resume).parent.resolve() == folder.resolve():
         return folder
-    if folder.exists() and any(folder.iterdir()):
+    if is_main_process and folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"--experiment: '{folder}' holds a run already; choose another name, "
                               f'or --resume {folder}.')
     return folder
@@ -744,7 +744,7 @@ def main(argv: Optional[List[str]] = None) -> None:
         mixes = session.make_loaders().mixup is not None
         task = create_task(args, student, teacher, data_config, accelerator.device, mixes)
         root = Path(args.output or './output/train')
-        folder = run_folder(args, root, data_config)
+        folder = run_folder(args, root, data_config, accelerator.is_main_process)
         if teacher is not None:
             check_teacher(args, teacher, num_classes, root)
         if resume:
