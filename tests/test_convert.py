@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import torchvision
 from torch.nn.functional import relu
 
-from timm_sscl import LIF, convert_to_spiking
+from timm_sscl import LIF, convert_to_spiking, lif
 
 T, B, K = 3, 2, 5
 
@@ -551,16 +551,6 @@ def test_compiled_model_raises():
     assert type(model.act) is nn.ReLU
 
 
-def test_evonorm_raises_by_name():
-    model = timm.create_model('test_efficientnet_evos')
-    with pytest.raises(NotImplementedError, match='EvoNorm2dS0'):
-        convert_to_spiking(model)
-    plain = nn.Sequential(nn.Conv2d(3, 32, 1), timm.layers.EvoNorm2dS0(32), nn.ReLU())
-    with pytest.raises(NotImplementedError, match=r"'1' \(EvoNorm2dS0\)"):
-        convert_to_spiking(plain)
-    assert type(plain) is nn.Sequential and type(plain[2]) is nn.ReLU
-
-
 class _CallsRelu(nn.Module):
     def __init__(self):
         super().__init__()
@@ -607,15 +597,80 @@ class _HoldsFunction(_CallsRelu):
         return self.activation(self.conv(x))
 
 
-@pytest.mark.parametrize(
-    'part', [_CallsRelu, _CallsGelu, _CallsTanh, _CallsMethod, _CallsImported, _CallsInHelper, _HoldsFunction])
-def test_functional_activation_raises_by_name_and_changes_nothing(part):
-    model = nn.Sequential(_Net().conv, nn.ReLU(), nn.Dropout(.5), part())
-    with pytest.raises(NotImplementedError, match=rf"'3' \({part.__name__}\)"):
-        convert_to_spiking(model)
-    assert [type(m) for m in model] == [nn.Conv2d, nn.ReLU, nn.Dropout, part] and type(model) is nn.Sequential
-    with pytest.raises(NotImplementedError, match=part.__name__):
-        convert_to_spiking(nn.Sequential(part(), nn.ReLU())[0])  # the model itself
+class _InPlace(_CallsRelu):
+    def forward(self, x):
+        x = self.conv(x)
+        F.relu(x, inplace=True)
+        return x
+
+
+class _InPlaceMethod(_CallsRelu):
+    def forward(self, x):
+        return self.conv(x).relu_() * 1.
+
+
+class _Module(_CallsRelu):
+    def __init__(self):
+        super().__init__()
+        self.act = nn.ReLU()
+
+    def forward(self, x):
+        return self.act(self.conv(x))
+
+
+PARTS = [_CallsRelu, _CallsGelu, _CallsTanh, _CallsMethod, _CallsImported, _CallsInHelper, _HoldsFunction, _InPlace,
+         _InPlaceMethod]
+
+
+@pytest.mark.parametrize('root', [True, False], ids=['itself', 'inside'])
+@pytest.mark.parametrize('part', PARTS)
+def test_functional_activation_is_a_neuron_as_a_module_is(part, root):
+    """The same weights with the activation as a module: same output and gradients, bit for bit."""
+    def build(kind):
+        torch.manual_seed(1)
+        net = kind() if root else nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU(), kind())
+        return convert_to_spiking(net, timesteps=T)
+
+    model, reference = build(part), build(_Module)
+    torch.manual_seed(2)
+    x = torch.randn(3, 4, 5, 5)
+    outputs = []
+    for net in (model, reference):
+        y = net(x, per_step=True)
+        y.square().sum().backward()
+        outputs.append((y.detach(), [p.grad for p in net.parameters()]))
+    assert torch.equal(outputs[0][0], outputs[1][0])
+    assert all(torch.equal(a, b) for a, b in zip(outputs[0][1], outputs[1][1]))
+    assert set(outputs[0][0].unique().tolist()) <= {0., 1.}
+    record = model.spiking_report()[-1]
+    assert record.name.endswith('functional_act') and record.now == 'LIF' and 'function' in record.reason
+    for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(clone(x), model(x))
+        clone.set_timesteps(2)
+        assert clone(x, per_step=True).shape[0] == 2 and model(x, per_step=True).shape[0] == T
+
+
+def test_function_outside_the_model_is_untouched():
+    convert_to_spiking(_CallsRelu(), timesteps=T)(torch.randn(2, 4, 3, 3))
+    assert torch.equal(F.relu(torch.tensor([-1., 2.5])), torch.tensor([0., 2.5]))
+    plain = _CallsRelu()  # nor is another instance of the class
+    x = torch.randn(2, 4, 3, 3)
+    assert torch.equal(plain(x), plain.conv(x).clamp(min=0))
+
+
+def test_analog_module_inside_a_module_with_functions_is_refused_by_name():
+    class Outer(_CallsRelu):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.ReLU6()
+
+        def forward(self, x):
+            return F.relu(self.inner(self.conv(x)))
+
+    model = Outer()
+    with pytest.raises(NotImplementedError, match="'inner'"):
+        convert_to_spiking(model, exclude='inner')
+    assert type(model) is Outer and type(model.inner) is nn.ReLU6 and 'functional_act' not in model._modules
 
 
 class _MentionsRelu(_Net):
@@ -629,13 +684,38 @@ def test_a_comment_is_no_activation():
     assert isinstance(model.act, LIF) and model(_images()).shape == (B, K)
 
 
-def test_activation_inside_a_torch_layer_is_not_left_in_silence():
-    """nn.TransformerEncoderLayer calls its activation as a function: refuse it, or leave nothing real-valued."""
-    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0., batch_first=True)
-    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), layer)
-    with pytest.raises(NotImplementedError, match='TransformerEncoderLayer'):
-        convert_to_spiking(model)
-    assert type(model[1]) is nn.ReLU
+@pytest.mark.parametrize('training', [True, False])
+def test_activation_inside_a_torch_layer(training):
+    """nn.TransformerEncoderLayer calls its activation as a function, and in eval mode a fused kernel without it."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0., batch_first=True, dtype=torch.float64)
+    linear2 = layer.linear2
+    model = convert_to_spiking(nn.Sequential(nn.Linear(8, 8, dtype=torch.float64), layer), timesteps=T).train(training)
+    assert [r.was for r in model.spiking_report()] == ['relu']
+    seen = []
+    linear2.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    x = torch.randn(3, 5, 8, dtype=torch.float64)
+    with torch.no_grad():
+        out = model(x)
+        assert set(seen[0].unique().tolist()) == {0., 1.}
+        assert torch.allclose(out, torch.cat([model(x[i:i + 1]) for i in range(3)]), rtol=0, atol=1e-12)  # round-off
+
+
+def test_recurrent_layer_stays_analog_and_is_reported():
+    class Recurrent(_Net):
+        def __init__(self):
+            super().__init__()
+            self.lstm = nn.LSTM(3, 3, batch_first=True)
+
+        def forward(self, x):
+            b, c, h, w = x.shape
+            x = self.lstm(x.flatten(2).transpose(1, 2))[0].transpose(1, 2).reshape(b, c, h, w)
+            return super().forward(x)
+
+    model = convert_to_spiking(Recurrent(), timesteps=T)
+    record, = [r for r in model.spiking_report() if r.name == 'lstm']
+    assert record.now == 'LSTM' and 'recurrent' in record.reason
+    assert model(_images()).shape == (B, K)
 
 
 def test_refusal_of_noise_changes_nothing():
@@ -850,3 +930,228 @@ def test_token_mixing_over_the_batch_is_refused():
 
     with pytest.raises(NotImplementedError, match='without mix_token'):
         convert_to_spiking(Mixing())
+
+
+class _WithTable(_Net):
+    """A position bias that no name tells: T divides the rows of its table."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 4))
+        self.table2 = _Table()
+
+    def forward(self, x):
+        table = self.table(torch.ones(T * 3, 2, device=x.device)) + self.table2(torch.ones(T * 3, 2, device=x.device))
+        return self.fc(self.act(self.bn(self.conv(x))).mean((2, 3)) + table.mean(0))
+
+
+class _Table(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(2, 4)
+
+    def forward(self, x):
+        return F.gelu(self.fc(x))
+
+
+def test_activation_without_a_batch_axis_is_found_by_a_probe():
+    net = _WithTable()
+    calls = []
+    net.act.register_forward_hook(lambda *_: calls.append(1))
+    net.train()
+    state = torch.get_rng_state()
+    model = convert_to_spiking(net, timesteps=T)
+    assert torch.equal(torch.get_rng_state(), state) and not calls and model.training and model.act.training
+    assert type(model.table[1]) is nn.ReLU and 'functional_act' not in model.table2._modules
+    assert isinstance(model.act, LIF)
+    reasons = {r.name: r.reason for r in model.spiking_report()}
+    assert 'no batch axis' in reasons['table.1'] and 'no batch axis' in reasons['table2.functional_act']
+    model(_images())
+    assert calls == [1]
+
+
+def test_probe_of_an_input_that_cannot_be_guessed(caplog):
+    class Odd(_Net):
+        def forward(self, x):
+            assert x.shape[-1] == 77
+            return super().forward(x)
+
+    with caplog.at_level(logging.INFO, logger='timm_sscl'):
+        convert_to_spiking(Odd())
+    assert 'input_size' in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger='timm_sscl'):
+        convert_to_spiking(Odd(), input_size=(3, 77, 77))
+    assert 'input_size' not in caplog.text
+
+
+# -------------------------------------------------------------------------------------------- hidden in norms, split
+
+EVONORMS = [timm.layers.EvoNorm2dS0, timm.layers.EvoNorm2dS0a, timm.layers.EvoNorm2dS1, timm.layers.EvoNorm2dS1a,
+            timm.layers.EvoNorm2dS2, timm.layers.EvoNorm2dS2a]
+
+
+def _norm_net(norm):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.Conv2d(8, K, 1)).double()
+    for p in net[1].parameters():
+        nn.init.normal_(p, .5)
+    return net
+
+
+@pytest.mark.parametrize('cls', EVONORMS)
+def test_evonorm_becomes_group_norm_and_a_neuron(cls):
+    net = _norm_net(cls(8, groups=2))
+    ann_state = copy.deepcopy(net.state_dict())
+    x = torch.randn(B, 3, 6, 6, dtype=torch.float64)
+    current = net[0](x).unflatten(1, (2, 4))
+    mean = current.mean((2, 3, 4), keepdim=True)
+    var = (current - mean).square().mean((2, 3, 4), keepdim=True)
+    normed = ((current - mean) / (var + net[1].eps).sqrt()).flatten(1, 2)
+    normed = normed * net[1].weight.view(1, -1, 1, 1) + net[1].bias.view(1, -1, 1, 1)
+    expected = net[2](lif(torch.stack([normed] * T)).flatten(0, 1)).unflatten(0, (T, B))
+    model = convert_to_spiking(net, timesteps=T)
+    # round-off of another order of sums; a spike flips at a tie only
+    assert torch.allclose(model(x, per_step=True), expected, rtol=0, atol=1e-12)
+    assert model.spiking_report()[0][:3] == ('1.act', cls.__name__, 'LIF')
+    model.load_state_dict(ann_state, strict=True)  # v belongs to an activation that is gone
+    assert not any(name.endswith('.v') for name, _ in model.named_parameters())
+    model(x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(clone(x), model(x)) and isinstance(clone[1], cls)
+
+
+def test_filter_response_norm_becomes_itself_without_threshold_and_a_neuron():
+    net = _norm_net(timm.layers.FilterResponseNormTlu2d(8))
+    ann_state = copy.deepcopy(net.state_dict())
+    x = torch.randn(B, 3, 6, 6, dtype=torch.float64)
+    current = net[0](x)
+    normed = current / (current.square().mean((2, 3), keepdim=True) + net[1].eps).sqrt()
+    normed = normed * net[1].weight.view(1, -1, 1, 1) + net[1].bias.view(1, -1, 1, 1)
+    expected = net[2](lif(torch.stack([normed] * T)).flatten(0, 1)).unflatten(0, (T, B))
+    model = convert_to_spiking(net, timesteps=T)
+    assert torch.allclose(model(x, per_step=True), expected, rtol=0, atol=1e-6)  # its mean is taken in float32
+    model.load_state_dict(ann_state, strict=True)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(x), model(x))
+
+
+def test_norm_without_activation_stays():
+    net = nn.Sequential(_norm_net(timm.layers.EvoNorm2dS0(8, groups=2, apply_act=False)), nn.ReLU())
+    model = convert_to_spiking(net, timesteps=T)
+    assert type(model[0][1]) is timm.layers.EvoNorm2dS0 and [r.name for r in model.spiking_report()] == ['1']
+
+
+def test_batch_evonorm_is_refused_by_name():
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), timm.layers.EvoNorm2dB0(8), nn.ReLU())
+    with pytest.raises(NotImplementedError, match=r"'1' \(EvoNorm2dB0\).*EvoNorm2dS0"):
+        convert_to_spiking(net)
+    assert type(net[2]) is nn.ReLU
+
+
+@pytest.mark.parametrize('name', ['test_efficientnet_evos', 'resnetv2_50d_frn', 'resnetv2_50d_evos'])
+def test_models_with_hidden_activations(name):
+    kwargs = dict(layers=(1, 1, 1, 1), channels=(128, 128, 128, 128), stem_chs=64) if 'resnetv2' in name else {}
+    model = timm.create_model(f'spiking_{name}', timesteps=2, num_classes=K, **kwargs)
+    out = model(torch.randn(B, 3, 64, 64))
+    out.sum().backward()
+    assert out.shape == (B, K) and all(p.grad is not None for p in model.parameters())
+    assert not [n for n, _ in model.named_parameters() if n.endswith(('.v', '.tau'))]
+
+
+def test_split_batch_norm_splits_samples_not_time():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), timm.layers.BatchNormAct2d(4), nn.Conv2d(4, K, 1)).double()
+    split = timm.layers.convert_splitbn_model(copy.deepcopy(net), num_splits=2)
+    model = convert_to_spiking(split.double(), timesteps=T).train()
+    halves = [convert_to_spiking(copy.deepcopy(net), timesteps=T).train() for _ in range(2)]
+    x = torch.randn(4, T, 3, 5, 5, dtype=torch.float64)
+    x[2:] += 3.  # another distribution: only its own norm sees it
+    out = model(x, per_step=True)
+    expected = torch.cat([half(x[2 * i:2 * i + 2], per_step=True) for i, half in enumerate(halves)], dim=1)
+    assert torch.allclose(out, expected, rtol=0, atol=1e-12)  # round-off
+    assert torch.allclose(model[1].running_mean, halves[0][1].running_mean)
+    assert torch.allclose(model[1].aux_bn[0].running_mean, halves[1][1].running_mean)
+    with pytest.raises(ValueError, match='3 samples.*num_splits=2'):
+        model(x[:3])
+
+
+# -------------------------------------------------------------------------------------------------------- the policy
+
+def _left(model):
+    return {r.name for r in model.spiking_report() if r.now != 'LIF'}
+
+
+def test_exclude_by_name_class_and_surrounding():
+    create = functools.partial(timm.create_model, 'spiking_seresnet18', num_classes=K)
+    every = {r.name for r in create().spiking_report()}
+    gates = _left(create())
+    assert _left(create(exclude='layer4')) - gates == {n for n in every if n.startswith('layer4.')} - gates
+    assert _left(create(exclude=['layer1.0.act1', 'act1'])) - gates == {'layer1.0.act1', 'act1'}
+    se = {n for n in every if '.se.' in n} - gates
+    assert se and _left(create(exclude=['squeeze_excite'])) - gates == se == _left(create(exclude=['SEModule'])) - gates
+    model = create(include=['layer*', 'act1'], exclude='SEModule')
+    assert _left(model) == gates | se and isinstance(model.act1, LIF)
+    assert _left(create(include='act1')) == every - {'act1'}
+    assert isinstance(create(include=['*', 'Sigmoid']).layer1[0].se.gate, LIF)
+    assert not isinstance(create(include='*').layer1[0].se.gate, LIF)
+
+
+def test_groups_attention_and_head():
+    model = timm.create_model('spiking_efficientvit_b0', exclude=['attention', 'head'])
+    kernels = [n for n in _left(model) if 'context_module' in n]
+    assert kernels and any(n.startswith('head.') for n in _left(model)) and not any('local_module' in n for n in _left(model))
+    plain = timm.create_model('spiking_efficientvit_b0')
+    assert not _left(plain)
+    head = timm.create_model('spiking_mobilenetv3_small_050', exclude='head')
+    assert 'act2' in _left(head) and 'bn1.act' not in _left(head)
+
+
+@pytest.mark.parametrize('name', ['include', 'exclude'])
+def test_pattern_that_matches_nothing_raises_and_changes_nothing(name):
+    model = _Net()
+    with pytest.raises(ValueError, match="'layer9'.*act"):
+        convert_to_spiking(model, **{name: ['*', 'layer9']})
+    assert type(model) is _Net and type(model.act) is nn.ReLU
+
+
+def test_nothing_left_to_swap_raises():
+    with pytest.raises(ValueError, match='nothing would spike'):
+        convert_to_spiking(_Net(), exclude='*')
+
+
+@pytest.mark.parametrize('name,policy', [
+    ('test_efficientnet', dict(exclude=('squeeze_excite', 'head'))), ('test_efficientnet_evos', dict(exclude=('bn1',))),
+    ('test_resnet', dict(include=('layer2', 'layer3', 'layer4'))), ('test_resnet', {})])
+def test_policy_travels_with_the_checkpoint(name, policy):
+    torch.manual_seed(0)
+    source = timm.create_model(f'spiking_{name}', num_classes=K, timesteps=2, **policy).eval()
+    x = torch.randn(B, 3, 64, 64)
+    for own in ({}, dict(exclude=('*1*',))):
+        model = timm.create_model(f'spiking_{name}', num_classes=K, **own).eval()
+        model._explicit = frozenset()  # as if it had been restored from another checkpoint
+        model.load_state_dict(source.state_dict(), strict=True)
+        assert torch.equal(model(x), source(x)) and _left(model) == _left(source)
+    kept = timm.create_model(f'spiking_{name}', num_classes=K, exclude=('*1*',)).eval()
+    kept.load_state_dict(source.state_dict(), strict=False)  # an EvoNorm that stays analog misses its v
+    assert kept.settings.exclude == ('*1*',)  # what was asked for stays
+
+
+def test_policy_holds_for_a_new_head():
+    model = timm.create_model('spiking_efficientvit_b0', exclude='head', num_classes=K)
+    model.reset_classifier(4)
+    assert any(n.startswith('head.') for n in _left(model)) and not any(
+        isinstance(m, LIF) for m in model.head.modules())
+    assert len({r.name for r in model.spiking_report()}) == len(model.spiking_report())
+
+
+def test_anns_parameters_of_swapped_activations_load_strictly(caplog):
+    ann = timm.create_model('poolformerv2_s12', num_classes=K)
+    model = timm.create_model('spiking_poolformerv2_s12', num_classes=K)
+    starrelu = [n for n, m in ann.named_modules() if type(m).__name__ == 'StarReLU']
+    assert starrelu
+    with caplog.at_level(logging.INFO, logger='timm_sscl'):
+        model.load_state_dict(ann.state_dict(), strict=True)
+    assert f'{2 * len(starrelu)} parameters' in caplog.text
+    with pytest.raises(RuntimeError, match='nonsense'):
+        model.load_state_dict({**ann.state_dict(), 'nonsense': torch.ones(1)})

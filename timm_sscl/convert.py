@@ -1,20 +1,19 @@
 """convert_to_spiking: which modules of a model become neurons, in place, and a report of what did and did not."""
-import ast
-import inspect
 import logging
-import re
-import textwrap
 from collections import Counter
-from dataclasses import asdict
-from functools import lru_cache
-from typing import Dict, FrozenSet, List, NamedTuple, Optional, Tuple, Type, Union
+from typing import Dict, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
 
 import torch
 import torch.nn as nn
 
+from .adapters import give_neuron, hidden_activation, split_over_samples, take_neuron, why_no_adapter
+from .batch_axis import without_batch_axis
+from .functional import (NEURON_NAME, activations_in_intermediates_only, called_activations, calls_noise,
+                         replace_functions)
 from .neurons import LIF
+from .policy import GROUPS, HEAD, Policy
 from .spiking import SpikingModel, SpikingModule, SpikingSettings, spiking_class
-from .stochastic import OverTime, SharedDropout, share_mask_over_time, why_no_shared_mask
+from .stochastic import share_mask_over_time, why_no_shared_mask
 
 __all__ = ['convert_to_spiking', 'ConversionRecord', 'SOFT_RESET']
 
@@ -30,12 +29,7 @@ _ACTIVATIONS = {
 }
 _GATES = {'Sigmoid', 'HardSigmoid', 'HardSigmoidMe', 'Hardsigmoid', 'LogSigmoid', 'Softmax', 'Softmax2d', 'GLU'}
 _POSITION_BIAS = ({'RelPosMlp'}, {'cpb_mlp', 'meta_mlp'})  # class names, attribute names: their input has no batch axis
-_HIDDEN_ACTIVATION = re.compile(r'EvoNorm2d|FilterResponseNorm')
-_FUNCTIONAL = {
-    'relu', 'relu_', 'relu6', 'leaky_relu', 'leaky_relu_', 'prelu', 'rrelu', 'elu', 'elu_', 'selu', 'selu_', 'celu',
-    'gelu', 'silu', 'mish', 'hardswish', 'hardtanh', 'tanh', 'tanh_', 'softplus', 'softsign',
-}
-_FUNCTIONAL_DROPOUT = {'dropout', 'dropout_'}
+_CALLS_FUNCTIONS = _ACTIVATIONS | {'HardSigmoid', 'HardSigmoidMe'}  # modules whose forward may be such a function
 
 
 class ConversionRecord(NamedTuple):
@@ -46,14 +40,20 @@ class ConversionRecord(NamedTuple):
     reason: str
 
 
-def _neuron(module: nn.Module, settings: SpikingSettings) -> LIF:
-    lif = LIF(**asdict(settings))
-    lif.train(module.training)
+def _neuron(settings: SpikingSettings, training: bool) -> LIF:
+    return LIF(**settings.neuron()).train(training)
+
+
+def _replacement(module: nn.Module, settings: SpikingSettings) -> LIF:
+    """The neuron that stands where an activation stood, with its hooks."""
+    lif = _neuron(settings, module.training)
     # the dictionaries themselves: a handle that the user holds can still remove its hook
     for hooks in ('_forward_hooks', '_forward_hooks_with_kwargs', '_forward_hooks_always_called', '_forward_pre_hooks',
                   '_forward_pre_hooks_with_kwargs', '_backward_hooks', '_backward_pre_hooks'):
         lif.__dict__[hooks] = module.__dict__[hooks]
     lif._is_full_backward_hook = module._is_full_backward_hook
+    lif.forgotten = tuple(module._parameters)
+    lif.__dict__['replaced'] = module  # no submodule: a checkpoint with another policy may want it back
     return lif
 
 
@@ -62,132 +62,145 @@ def _is_position_bias(child_name: str, child: nn.Module) -> bool:
     return type(child).__name__ in classes or child_name in names
 
 
-class _FunctionalDropout(OverTime):
-    """Mixin for a submodule that calls F.dropout itself (DenseNet's layers): one mask over time there as well."""
+class _Plan:
+    """What a conversion would do to a model, changing nothing.
 
-    def forward(self, *args, **kwargs):
-        with SharedDropout(self.timesteps):
-            return super().forward(*args, **kwargs)
+    Args:
+        model: Model, converted already in part or not.
+        policy: Which activations become neurons.
+        unbatched: Names of activations that have no batch axis.
+    """
 
-    def __reduce_ex__(self, protocol):
-        return _new_functional_dropout, (self._base,), self.__dict__
+    def __init__(self, model: nn.Module, policy: Policy, unbatched: Set[str] = frozenset()):
+        self.policy = policy
+        self.unbatched = unbatched
+        self.swaps: Dict[str, Tuple[nn.Module, str, nn.Module]] = {}  # name -> parent, child's name, activation
+        self.norms: Dict[str, nn.Module] = {}  # name of the neuron -> norm that hides its activation
+        self.callers: Dict[str, nn.Module] = {}  # name of the neuron -> module that calls functions
+        self.others: List[nn.Module] = []
+        self.records: List[ConversionRecord] = []
+        self._seen: Set[int] = set()  # a module registered under several names is reported once
+        self._calls_functions(model, '', [])
+        self._visit(model, '', [('', type(model).__name__)])
 
-
-@lru_cache(maxsize=None)
-def _functional_dropout_class(base: Type[nn.Module]) -> type:
-    return type(base.__name__, (_FunctionalDropout, base), {'__module__': base.__module__, '_base': base})
-
-
-def _new_functional_dropout(base: Type[nn.Module]) -> nn.Module:
-    cls = _functional_dropout_class(base)
-    return cls.__new__(cls)
-
-
-def _plan(model: nn.Module) -> Tuple[List[Tuple[nn.Module, str, nn.Module]], List[nn.Module], List[ConversionRecord]]:
-    """What a swap would do, changing nothing: (parent, name, activation) to replace, modules that stay, and records."""
-    swaps: List[Tuple[nn.Module, str, nn.Module]] = []
-    others: List[nn.Module] = []
-    records: List[ConversionRecord] = []
-    seen = set()  # a module registered under several names is reported once
-
-    def visit(parent: nn.Module, prefix: str) -> None:
+    def _visit(self, parent: nn.Module, prefix: str, around: List[Tuple[str, str]]) -> None:
         for child_name, child in parent._modules.items():
             if child is None or isinstance(child, LIF):
                 continue
-            name, kind, first = f'{prefix}{child_name}', type(child).__name__, id(child) not in seen
-            seen.add(id(child))
+            name, kind, first = f'{prefix}{child_name}', type(child).__name__, id(child) not in self._seen
+            self._seen.add(id(child))
             if kind in _ACTIVATIONS:
-                swaps.append((parent, child_name, child))
-                if first:
-                    records.append(ConversionRecord(name, kind, 'LIF', 'activation'))
+                if self._decide(name, kind, around, 'activation', first):
+                    self.swaps[name] = parent, child_name, child
                 continue
             if _is_position_bias(child_name, child):
                 if first:
-                    records.append(
-                        ConversionRecord(name, kind, kind, 'position bias without a batch axis, stays analog'))
+                    self._analog(name, kind, 'position bias without a batch axis, stays analog')
                 continue
             if not first:
                 continue
-            if kind in _GATES:
-                records.append(ConversionRecord(name, kind, kind, 'gate, stays analog'))
-            others.append(child)
-            visit(child, f'{name}.')
+            if kind in _GATES and self._decide(name, kind, around, 'gate, included by name', first, gate=True):
+                self.swaps[name] = parent, child_name, child
+                continue
+            if isinstance(child, nn.RNNBase):
+                self._analog(name, kind, 'recurrent layer, its gates and activations stay analog')
+            self.others.append(child)
+            if hidden_activation(child):
+                if self._decide(f'{name}.act', kind, [*around, (name, kind)], 'activation hidden in a norm', True):
+                    self.norms[f'{name}.act'] = child
+                continue
+            self._calls_functions(child, f'{name}.', around)
+            self._visit(child, f'{name}.', [*around, (name, kind)])
 
-    visit(model, '')
-    return swaps, others, records
+    def _calls_functions(self, module: nn.Module, prefix: str, around: List[Tuple[str, str]]) -> None:
+        functions = called_activations(module)
+        if functions and NEURON_NAME not in module._modules:
+            inside = [*around, (prefix[:-1], type(module).__name__)]
+            if self._decide(f'{prefix}{NEURON_NAME}', ', '.join(functions), inside, 'called as a function', True):
+                self.callers[f'{prefix}{NEURON_NAME}'] = module
+
+    def _decide(
+            self,
+            name: str,
+            kind: str,
+            around: List[Tuple[str, str]],
+            reason: str,
+            first: bool,
+            gate: bool = False,
+    ) -> bool:
+        """Whether an activation becomes a neuron; a record is kept of either."""
+        why = self.policy.why_analog(name, kind, around, gate)
+        if why is None and name in self.unbatched:
+            why = 'its input has no batch axis, stays analog'
+        if first and why is not None:
+            self._analog(name, kind, why)
+        elif first:
+            self.records.append(ConversionRecord(name, kind, 'LIF', reason))
+        return why is None
+
+    def _analog(self, name: str, kind: str, why: str) -> None:
+        self.records.append(ConversionRecord(name, kind, kind, why))
+
+    def check(self, model: nn.Module) -> None:
+        """Raise where a module that stays analog runs inside one whose functions are replaced."""
+        for neuron, module in self.callers.items():
+            prefix = neuron[:-len(NEURON_NAME)]
+            for record in self.records:
+                if record.now == record.was and record.was in _CALLS_FUNCTIONS and record.name.startswith(prefix) \
+                        and not (module is model and activations_in_intermediates_only(module)):
+                    raise NotImplementedError(
+                        f"'{prefix[:-1] or type(model).__name__}' calls activations as functions and holds "
+                        f"'{record.name}' ({record.was}), which is to stay analog; exclude both, or make the "
+                        f'activation a module (self.act = nn.ReLU()).')
+
+    def apply(self, model: nn.Module, settings: SpikingSettings) -> None:
+        neurons: Dict[int, LIF] = {}  # a module registered under several names stays one module
+        for parent, child_name, child in self.swaps.values():
+            if id(child) not in neurons:
+                neurons[id(child)] = _replacement(child, settings)
+            parent._modules[child_name] = neurons[id(child)]
+        for norm in self.norms.values():
+            give_neuron(norm, _neuron(settings, norm.training))
+        for module in self.callers.values():
+            module.add_module(NEURON_NAME, _neuron(settings, module.training))
+            if module is not model:
+                replace_functions(module, settings.timesteps)
+        for module in self.others:
+            _share_over_time(module, settings.timesteps)
 
 
 def swap_modules(model: nn.Module, settings: SpikingSettings) -> List[ConversionRecord]:
     """Swap what is not swapped yet below model, in place, and return a record for each activation met."""
-    swaps, others, records = _plan(model)
-    neurons: Dict[int, LIF] = {}  # a module registered under several names stays one module
-    for parent, child_name, child in swaps:
-        if id(child) not in neurons:
-            neurons[id(child)] = _neuron(child, settings)
-        parent._modules[child_name] = neurons[id(child)]
-    for module in others:
-        _share_masks(module, settings.timesteps)
-    return records
+    plan = _Plan(model, Policy(model, settings.include, settings.exclude))
+    plan.check(model)
+    plan.apply(model, settings)
+    return plan.records
 
 
-def _share_masks(module: nn.Module, timesteps: int) -> None:
-    """One dropout mask over time in this module, however it draws it."""
+def unswap_modules(model: nn.Module) -> None:
+    """Put the activations back that neurons replaced below model."""
+    like = next(model.parameters(), torch.zeros(()))
+    for module in list(model.modules()):
+        for name, child in list(module._modules.items()):
+            if isinstance(child, LIF) and 'replaced' in child.__dict__:
+                module._modules[name] = child.replaced.to(like.device).train(child.training)
+        module._modules.pop(NEURON_NAME, None)
+        take_neuron(module)
+
+
+def _share_over_time(module: nn.Module, timesteps: int) -> None:
+    """One dropout mask over time in this module, however it draws it, and whole samples where the batch is split."""
     share_mask_over_time(module, timesteps)
+    split_over_samples(module, timesteps)
     attn_drop = getattr(module, 'attn_drop', None)
     if getattr(module, 'fused_attn', False) and getattr(attn_drop, 'p', 0):
         module.fused_attn = False  # the mask inside the fused kernel is out of reach
-    if _calls_dropout(type(module)) and not isinstance(module, OverTime):
-        module.__class__ = _functional_dropout_class(type(module))
-        module.timesteps = timesteps
-
-
-@lru_cache(maxsize=None)
-def _called(cls: type) -> FrozenSet[str]:
-    """Names of the functions that a class's methods call, other than on self, as far as its source is to be had.
-
-    `self.act(x)` calls a module, which the swap reaches; `F.relu(x)`, `relu(x)` and `x.relu()` it does not reach.
-    """
-    names = set()
-    for base in cls.__mro__:
-        if base.__module__.startswith('torch.') or base.__module__ == 'builtins':
-            continue
-        for name, method in vars(base).items():
-            if name == '__init__' or not inspect.isfunction(method):
-                continue
-            try:
-                tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
-            except (OSError, TypeError, SyntaxError):
-                continue
-            names.update(filter(None, map(_function_name, ast.walk(tree))))
-    return frozenset(names)
-
-
-def _function_name(node: ast.AST) -> Optional[str]:
-    if not isinstance(node, ast.Call):
-        return None
-    if isinstance(node.func, ast.Name):
-        return node.func.id
-    root = node.func
-    while isinstance(root, (ast.Attribute, ast.Subscript)):
-        root = root.value
-    is_own = isinstance(root, ast.Name) and root.id == 'self'
-    return node.func.attr if isinstance(node.func, ast.Attribute) and not is_own else None
-
-
-def _functional_activation(module: nn.Module) -> Optional[str]:
-    """An activation that a module calls as a function or holds as one, or None."""
-    called = sorted(_called(type(module)) & _FUNCTIONAL)
-    held = [name for name, value in vars(module).items()
-            if callable(value) and not isinstance(value, nn.Module) and getattr(value, '__name__', '') in _FUNCTIONAL]
-    return (called + held + [None])[0]
-
-
-def _calls_dropout(cls: type) -> bool:
-    return bool(_called(cls) & _FUNCTIONAL_DROPOUT)
+    if calls_noise(type(module)):
+        replace_functions(module, timesteps)
 
 
 def _refuse_unsupported(model: nn.Module) -> None:
-    """Raise before anything is changed, naming the module, where an activation would stay real-valued in silence."""
+    """Raise before anything is changed, naming the module, where a conversion would be wrong in silence."""
     if isinstance(model, SpikingModule):
         raise ValueError(f'{type(model).__name__} is a spiking model already; use set_timesteps to change T.')
     if isinstance(model, torch.jit.ScriptModule):
@@ -197,13 +210,7 @@ def _refuse_unsupported(model: nn.Module) -> None:
         where = f"'{name}' ({kind})" if name else kind
         if hasattr(module, '_orig_mod') or module._compiled_call_impl is not None:
             raise ValueError(f'{where} is compiled; convert the model first, then compile it.')
-        if _HIDDEN_ACTIVATION.search(kind):
-            raise NotImplementedError(f'{where} hides its activation inside the norm; such models (EvoNorm, FRN) '
-                                      f'cannot be converted yet.')
-        if kind == 'SplitBatchNorm2d':
-            raise NotImplementedError(f'{where} would split time steps instead of samples; convert before or without '
-                                      f'split batch norm.')
-        refused = why_no_shared_mask(module)
+        refused = why_no_shared_mask(module) or why_no_adapter(module)
         if refused:
             raise NotImplementedError(f'{where}: {refused}')
         if isinstance(module, nn.MultiheadAttention) and module.dropout > 0:
@@ -212,12 +219,28 @@ def _refuse_unsupported(model: nn.Module) -> None:
         if getattr(module, 'mix_token', False):
             raise NotImplementedError(f'{where} mixes tokens of the batch in reverse order, which would reverse time as '
                                       f'well; create it without mix_token.')
-        if isinstance(module, nn.RNNBase):
-            raise NotImplementedError(f'{where} is recurrent, with activations inside that cannot be swapped.')
-        function = _functional_activation(module) if kind not in _ACTIVATIONS and kind not in _GATES else None
-        if function:
-            raise NotImplementedError(f'{where} calls the function {function}, where no module can be swapped; make '
-                                      f'the activation a module (self.act = nn.ReLU()) to convert it.')
+
+
+def _make_plan(model: nn.Module, settings: SpikingSettings, input_size: Optional[Sequence[int]]) -> _Plan:
+    """The plan for a model that is not converted yet, after a probe where the model is not timm's."""
+    policy = Policy(model, settings.include, settings.exclude)
+    plan = _Plan(model, policy)
+    if input_size is not None or not type(model).__module__.startswith('timm.'):  # timm's are known by name
+        activations = {name: child for name, (_, _, child) in plan.swaps.items()}
+        unbatched = without_batch_axis(model, activations, plan.callers, input_size)
+        if unbatched is None:
+            _logger.info(f'{type(model).__name__} does not run on a guessed input, so that activations without a batch '
+                         f'axis (position biases) were not looked for; input_size=(C, H, W) tells it.')
+        elif unbatched:
+            plan = _Plan(model, policy, unbatched)
+    plan.check(model)
+    unused = sorted(policy.unused)
+    for pattern in unused:
+        if pattern not in GROUPS and pattern != HEAD:
+            raise ValueError(f"include/exclude: '{pattern}' matches no activation of {type(model).__name__}; it has "
+                             f'for example {", ".join(record.name for record in plan.records[:6])}.')
+        _logger.info(f"{type(model).__name__} has no activation of the group '{pattern}'.")
+    return plan
 
 
 def _explicit_settings(
@@ -226,9 +249,13 @@ def _explicit_settings(
         v_threshold: Optional[float] = None,
         v_reset: Union[float, str, None] = None,
         detach_reset: Optional[bool] = None,
+        v_init: Optional[float] = None,
+        include: Optional[Sequence[str]] = None,
+        exclude: Optional[Sequence[str]] = None,
 ) -> Dict[str, object]:
     """Only the settings that were given, as SpikingSettings takes them; 'soft' becomes v_reset=None."""
-    given = dict(timesteps=timesteps, tau=tau, v_threshold=v_threshold, v_reset=v_reset, detach_reset=detach_reset)
+    given = dict(timesteps=timesteps, tau=tau, v_threshold=v_threshold, v_reset=v_reset, detach_reset=detach_reset,
+                 v_init=v_init, include=include, exclude=exclude)
     given = {k: v for k, v in given.items() if v is not None}
     if isinstance(v_reset, str):
         if v_reset != SOFT_RESET:
@@ -247,13 +274,26 @@ def convert_to_spiking(
         v_threshold: Optional[float] = None,
         v_reset: Union[float, str, None] = _NOT_GIVEN,
         detach_reset: Optional[bool] = None,
+        v_init: Optional[float] = None,
+        include: Union[str, Sequence[str], None] = None,
+        exclude: Union[str, Sequence[str], None] = None,
+        input_size: Optional[Sequence[int]] = None,
 ) -> nn.Module:
     """Turn a model into a spiking network, in place: its activations become multi-step LIF neurons.
 
     Module names, parameters, hooks and methods stay, so the ANN's state_dict loads strictly. Time is folded into the
     batch: inside, every tensor is (T * B, ...), time-major. `model(x)` takes images (B, C, H, W) or event frames
-    (B, T, C, H, W) and returns the mean over T; `model(x, per_step=True)` returns every step, (T, B, ...). Gates
-    (sigmoid, softmax) stay analog. `model.spiking_report()` lists what became of every activation.
+    (B, T, C, H, W) and returns the mean over T; `model(x, per_step=True)` returns every step, (T, B, ...).
+
+    All activations but gates (sigmoid, softmax) become neurons: modules, those hidden in a norm (EvoNorm, FRN: a group
+    or response norm and a neuron), and those called as functions (`F.relu(x)`; the neuron is a child named
+    'functional_act'). What has no batch axis (position biases) stays analog. `model.spiking_report()` lists what became
+    of every activation.
+
+    `include` and `exclude` choose among them by patterns (shell wildcards) on the name or class of an activation or of
+    a module around it: exclude=['SqueezeExcite', 'layer4'], include=['*.mlp']. The groups 'attention' (activations in
+    attention, kernels of linear attention among them), 'squeeze_excite' and 'head' (those that forward_head runs) may
+    stand for patterns.
 
     A setting that is given here wins over the one in a checkpoint loaded later; one that is not is restored from it.
 
@@ -264,29 +304,43 @@ def convert_to_spiking(
         v_threshold: Firing threshold, 0.5 by default.
         v_reset: Potential after a spike, 0. by default; None or 'soft' subtracts the threshold instead.
         detach_reset: Whether the gradient skips the reset, False by default.
+        v_init: Initial potential; v_reset by default (0 for the soft reset).
+        include: Patterns of the activations that become neurons; all but gates by default. A gate becomes one where
+            its class ('Sigmoid') or its full name is included.
+        exclude: Patterns of activations that stay analog.
+        input_size: Shape of one sample, (C, H, W), for the probe that finds activations without a batch axis; guessed
+            from the model by default. timm's own models need no probe.
 
     Returns:
         The model itself, now of a subclass of its class.
 
     Raises:
-        ValueError: A setting is out of range, the model is spiking or compiled already, or nothing was swapped.
+        ValueError: A setting is out of range, a pattern matches nothing, the model is spiking or compiled already, or
+            nothing would be swapped.
         NotImplementedError: The model holds a part whose activation cannot be swapped; the message names it.
     """
     v_reset = None if v_reset is _NOT_GIVEN else SOFT_RESET if v_reset is None else v_reset
-    explicit = _explicit_settings(timesteps, tau, v_threshold, v_reset, detach_reset)
+    explicit = _explicit_settings(
+        timesteps, tau, v_threshold, v_reset, detach_reset, v_init, _patterns(include), _patterns(exclude))
     settings = SpikingSettings(**explicit)
     _refuse_unsupported(model)
-    swapped = Counter(record.was for record in _plan(model)[2] if record.now == 'LIF')
+    plan = _make_plan(model, settings, input_size)
+    swapped = Counter(record.was for record in plan.records if record.now == 'LIF')
     if not swapped:
         raise ValueError(f'{type(model).__name__}: no activation found to swap, so nothing would spike.')
 
-    records = swap_modules(model, settings)
-    model._calls_dropout = _calls_dropout(type(model))
+    plan.apply(model, settings)
+    model._calls_noise = calls_noise(type(model))
+    model._fires_in_intermediates_only = activations_in_intermediates_only(model)
     is_timm_model = hasattr(model, 'forward_features') and hasattr(model, 'forward_head')
     model.__class__ = spiking_class(SpikingModel if is_timm_model else SpikingModule, type(model))
     model.settings = settings
     model._explicit = frozenset(explicit)
-    model._report = records
+    model._report = plan.records
     _logger.info(f'{type(model).__name__}: {sum(swapped.values())} activations became LIF '
                  f'({", ".join(f"{n} {kind}" for kind, n in swapped.most_common())}), {settings}')
     return model
+
+
+def _patterns(patterns: Union[str, Sequence[str], None]) -> Optional[Tuple[str, ...]]:
+    return (patterns,) if isinstance(patterns, str) else None if patterns is None else tuple(patterns)

@@ -3,7 +3,7 @@ import os
 import sys
 from collections import deque
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Optional, Sequence, Tuple, Union
 
 import torch.nn as nn
 
@@ -13,7 +13,7 @@ from timm.models._pretrained import DefaultCfg, PretrainedCfg
 from timm.models._registry import _model_default_cfgs, _model_pretrained_cfgs, is_model
 
 from .convert import convert_to_spiking
-from .spiking import SETTINGS_KEY, SpikingSettings
+from .spiking import SETTINGS_KEY, split_spiking_state
 
 __all__ = ['register_spiking_models', 'PREFIX']
 
@@ -44,19 +44,20 @@ def _named_state_dict(cfg: Dict[str, Any]) -> Optional[Dict[str, Any]]:
     return None
 
 
-def _split_settings(
+def _split_pretrained(
         pretrained_cfg: Any,
         overlay: Optional[Dict[str, Any]],
-) -> Tuple[Optional[Dict[str, Any]], Optional[SpikingSettings]]:
-    """Take the settings out of a spiking checkpoint that is named as pretrained weights, as the ANN loads it first."""
+) -> Tuple[Optional[Dict[str, Any]], Optional[Dict[str, Any]]]:
+    """Take what only a spiking model knows out of a checkpoint that is named as pretrained weights: the ANN loads it
+    first."""
     if isinstance(pretrained_cfg, PretrainedCfg):
         pretrained_cfg = vars(pretrained_cfg)
     overlay = overlay or {}
     state_dict = _named_state_dict({**(pretrained_cfg if isinstance(pretrained_cfg, dict) else {}), **overlay})
     if not isinstance(state_dict, dict) or SETTINGS_KEY not in state_dict:
         return overlay or None, None
-    settings = SpikingSettings.from_tensor(state_dict.pop(SETTINGS_KEY))
-    return {**overlay, 'state_dict': state_dict, 'source': ''}, settings
+    spiking_state = split_spiking_state(state_dict)
+    return {**overlay, 'state_dict': state_dict, 'source': ''}, spiking_state
 
 
 def _entrypoint(base: str) -> Callable[..., nn.Module]:
@@ -69,19 +70,23 @@ def _entrypoint(base: str) -> Callable[..., nn.Module]:
             v_threshold: Optional[float] = None,
             v_reset: Union[float, str, None] = None,
             detach_reset: Optional[bool] = None,
+            v_init: Optional[float] = None,
+            include: Union[str, Sequence[str], None] = None,
+            exclude: Union[str, Sequence[str], None] = None,
             **kwargs,
     ) -> nn.Module:
         stored = None
         if pretrained:
-            pretrained_cfg_overlay, stored = _split_settings(pretrained_cfg, pretrained_cfg_overlay)
+            pretrained_cfg_overlay, stored = _split_pretrained(pretrained_cfg, pretrained_cfg_overlay)
         model = model_entrypoint(base)(
             pretrained=pretrained, pretrained_cfg=pretrained_cfg, pretrained_cfg_overlay=pretrained_cfg_overlay,
             **kwargs)
         options = dict(
-            timesteps=timesteps, tau=tau, v_threshold=v_threshold, v_reset=v_reset, detach_reset=detach_reset)
+            timesteps=timesteps, tau=tau, v_threshold=v_threshold, v_reset=v_reset, detach_reset=detach_reset,
+            v_init=v_init, include=include, exclude=exclude)
         convert_to_spiking(model, **{k: v for k, v in options.items() if v is not None})
         if stored is not None:
-            model._restore_settings(stored)
+            model.load_spiking_state(stored)
         if isinstance(getattr(model, 'pretrained_cfg', None), dict):
             model.pretrained_cfg['architecture'] = PREFIX + base
         return model

@@ -8,20 +8,22 @@ import logging
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
-from typing import Any, FrozenSet, List, Optional, Tuple, Type
+from typing import Any, Dict, FrozenSet, List, Optional, Tuple, Type
 
 import torch
 import torch.nn as nn
 
+from .functional import NEURON_NAME, FunctionsOverTime
 from .neurons import LIF
 from .neurons.lif import check_neuron
-from .stochastic import OverTime, SharedDropout
+from .stochastic import OverTime
 
 __all__ = ['SpikingSettings', 'SpikingModule', 'SpikingModel', 'SETTINGS_KEY', 'encode_input', 'decode']
 
 _logger = logging.getLogger(__name__)
 
 SETTINGS_KEY = 'spiking_settings'  # in the state_dict: the settings as JSON bytes, a uint8 tensor
+FACTORS = {'gain': 'spiking_gain', 'scale': 'spiking_scale'}  # of a LIF, and their names in the state_dict
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,18 @@ class SpikingSettings:
     v_threshold: float = 0.5
     v_reset: Optional[float] = 0.
     detach_reset: bool = False
+    v_init: Optional[float] = None
+    include: Optional[Tuple[str, ...]] = None  # which activations became neurons, see Policy
+    exclude: Optional[Tuple[str, ...]] = None
 
     def __post_init__(self):
         if isinstance(self.timesteps, bool) or not isinstance(self.timesteps, int) or self.timesteps < 1:
             raise ValueError(f'timesteps={self.timesteps!r}: must be a whole number of time steps, 1 or more.')
-        check_neuron(self.tau, self.v_threshold, self.v_reset)
+        check_neuron(self.tau, self.v_threshold, self.v_reset, self.v_init)
+
+    def neuron(self) -> Dict[str, Any]:
+        """Arguments of a LIF."""
+        return {k: v for k, v in asdict(self).items() if k not in ('include', 'exclude')}
 
     def to_tensor(self) -> torch.Tensor:
         return torch.tensor(list(json.dumps(asdict(self)).encode()), dtype=torch.uint8)
@@ -44,7 +53,14 @@ class SpikingSettings:
     @classmethod
     def from_tensor(cls, tensor: torch.Tensor) -> 'SpikingSettings':
         known = {f.name for f in fields(cls)}
-        return cls(**{k: v for k, v in json.loads(bytes(tensor.tolist())).items() if k in known})
+        stored = {k: v for k, v in json.loads(bytes(tensor.tolist())).items() if k in known}
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})
+
+
+def split_spiking_state(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+    """Remove from a state dict, and return, what only a spiking model knows."""
+    keys = [key for key in state_dict if key == SETTINGS_KEY or key.endswith(tuple(FACTORS.values()))]
+    return {key: state_dict.pop(key) for key in keys}
 
 
 def encode_input(x: Any, timesteps: int) -> torch.Tensor:
@@ -94,7 +110,8 @@ class SpikingModule:
     """Mixin for a converted model that is called as a whole: features_only wrappers, encoders, plain nn.Modules."""
     _spiking_bases: Tuple[type, type]
     settings: SpikingSettings
-    _calls_dropout: bool  # whether its forward calls F.dropout
+    _calls_noise: bool  # whether its own methods call F.dropout or torch.rand
+    _fires_in_intermediates_only: bool  # whether of its own methods only forward_intermediates calls activations
     _explicit: FrozenSet[str]  # names of the settings that were asked for, which a checkpoint does not override
 
     @property
@@ -113,7 +130,8 @@ class SpikingModule:
 
     def spiking_report(self) -> List[Any]:
         """What the conversion did with every activation it met, as a list of ConversionRecord."""
-        return list(self._report)
+        names = {name for name, _ in self.named_modules(remove_duplicate=False)}  # a new head may lack an old activation
+        return [r for r in self._report if (r.name if r.now == 'LIF' else r.name.rpartition('.')[0]) in names]
 
     def forward(self, x: torch.Tensor, *args, per_step: bool = False, **kwargs) -> Any:
         """Run all time steps.
@@ -122,21 +140,24 @@ class SpikingModule:
             x: Images (B, C, H, W), or event frames (B, T, C, H, W).
             per_step: Whether to return every step's output, (T, B, ...), instead of their mean, (B, ...).
         """
-        with self._shared_dropout():
+        with self._functions():
             out = super().forward(encode_input(x, self.timesteps), *args, **kwargs)
         return decode(out, self.timesteps, per_step)
 
-    def _shared_dropout(self):
-        """F.dropout in the model's own forward must keep its mask over time; one context covers all of them."""
-        if self.training and self._calls_dropout and getattr(self, 'drop_rate', True):
-            return SharedDropout(self.timesteps)
-        return nullcontext()
+    def _functions(self, in_intermediates: bool = False):
+        """Functions that the model's own methods call become the neuron and noise with one mask over time."""
+        neuron = self._modules.get(NEURON_NAME)
+        if self._fires_in_intermediates_only and not in_intermediates:
+            neuron = None
+        noise = self.training and self._calls_noise and (
+            getattr(self, 'drop_rate', True) or getattr(self, 'patch_drop_rate', 0))
+        return FunctionsOverTime(self.timesteps, neuron) if noise or neuron is not None else nullcontext()
 
     def _set_settings(self, settings: SpikingSettings) -> None:
         self.settings = settings
         for module in self.modules():
             if isinstance(module, LIF):
-                for name, value in asdict(settings).items():
+                for name, value in settings.neuron().items():
                     setattr(module, name, value)
             elif isinstance(module, OverTime):
                 module.timesteps = settings.timesteps
@@ -153,17 +174,57 @@ class SpikingModule:
         restored = SpikingSettings(**wanted)
         if restored != self.settings:
             _logger.info(f'{type(self).__name__}: settings restored from the checkpoint: {restored}')
+            if (restored.include, restored.exclude) != (self.settings.include, self.settings.exclude):
+                self._convert_again(restored)
             self._set_settings(restored)
+
+    def _convert_again(self, settings: SpikingSettings) -> None:
+        """Change which activations are neurons."""
+        from .convert import swap_modules, unswap_modules
+        unswap_modules(self)
+        self._report = swap_modules(self, settings)
+
+    def neurons(self) -> Dict[str, LIF]:
+        """Neuron layers by module name."""
+        return {name: module for name, module in self.named_modules() if isinstance(module, LIF)}
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + SETTINGS_KEY] = self.settings.to_tensor()
+        for name, lif in self.neurons().items():
+            for factor in FACTORS:
+                value = getattr(lif, factor)
+                if value is not None:
+                    destination[f'{prefix}{name}.{FACTORS[factor]}'] = value if keep_vars else value.detach()
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
+        self.load_spiking_state(state_dict, prefix)
+        self._forget(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def load_spiking_state(self, state_dict: Dict[str, torch.Tensor], prefix: str = '') -> None:
+        """Take settings, gains and scales out of a state dict; a spiking checkpoint without gains means 1."""
         stored = state_dict.pop(prefix + SETTINGS_KEY, None)
         if stored is not None:
             self._restore_settings(SpikingSettings.from_tensor(stored))
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        for name, lif in self.neurons().items():
+            for factor, key in FACTORS.items():
+                value = state_dict.pop(f'{prefix}{name}.{key}', None)
+                if value is not None:
+                    like = next(self.parameters(), value)
+                    setattr(lif, factor, value.detach().to(like.device, copy=True))
+                elif stored is not None:
+                    setattr(lif, factor, None)
+
+    def _forget(self, state_dict: Dict[str, torch.Tensor], prefix: str) -> None:
+        """Drop an ANN's parameters of activations that are neurons now (StarReLU's scale and bias, EvoNorm's v)."""
+        dropped = 0
+        for name, module in self.named_modules():
+            for parameter in getattr(module, 'forgotten', ()):
+                dropped += state_dict.pop(f'{prefix}{name}.{parameter}', None) is not None
+        if dropped:
+            _logger.info(f'{type(self).__name__}: {dropped} parameters of activations that are neurons now were not '
+                         f'loaded.')
 
     def __reduce_ex__(self, protocol):
         # the subclass has no importable name: rebuild it from its two bases (pickle, deepcopy, torch.save)
@@ -183,24 +244,25 @@ class SpikingModel(SpikingModule):
 
     def forward_features(self, x: torch.Tensor, *args, **kwargs) -> Any:
         """Features of all time steps, (T * B, ...)."""
-        with self._shared_dropout():
+        with self._functions():
             return super().forward_features(encode_input(x, self.timesteps), *args, **kwargs)
 
     def forward_head(self, x: torch.Tensor, *args, per_step: bool = False, **kwargs) -> Any:
         """Logits (or pre_logits) from features (T * B, ...): the mean over time, (B, ...), or (T, B, ...) per step."""
-        with self._shared_dropout():
+        with self._functions():
             out = super().forward_head(x, *args, **kwargs)
         return decode(out, self.timesteps, per_step)
 
     def forward(self, x: torch.Tensor, *args, per_step: bool = False, **kwargs) -> Any:
         if per_step:
             return self.forward_head(self.forward_features(x, *args, **kwargs), per_step=True)
-        with self._shared_dropout():
+        with self._functions():
             return super(SpikingModule, self).forward(x, *args, **kwargs)
 
     def forward_intermediates(self, x: torch.Tensor, *args, per_step: bool = False, **kwargs) -> Any:
         """timm's forward_intermediates on T steps: the final features stay (T * B, ...), intermediates are decoded."""
-        out = super().forward_intermediates(encode_input(x, self.timesteps), *args, **kwargs)
+        with self._functions(in_intermediates=True):
+            out = super().forward_intermediates(encode_input(x, self.timesteps), *args, **kwargs)
         if isinstance(out, dict):
             return {k: v if k == 'image_features' else decode(v, self.timesteps, per_step) for k, v in out.items()}
         if isinstance(out, tuple):
@@ -214,4 +276,5 @@ class SpikingModel(SpikingModule):
 
     def _convert_new_modules(self) -> None:
         from .convert import swap_modules  # the conversion knows this module, not the other way round
-        self._report.extend(swap_modules(self, self.settings))
+        known = {record.name for record in self._report}
+        self._report += [record for record in swap_modules(self, self.settings) if record.name not in known]

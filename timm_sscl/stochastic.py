@@ -3,19 +3,17 @@
 Each class here replaces the class of an existing module in place, so that names, hooks and settings stay. The axis 0
 they see is time-major, (T * B, ...).
 """
-from typing import Dict, Optional, Tuple, Type
+from typing import Any, Dict, Optional, Tuple, Type
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
 
 from timm.layers import DropPath, PatchDropout
 from timm.layers.drop import DropBlock2d
 from timm.layers.patch_dropout import PatchDropoutWithIndices, patch_dropout_forward
 from torchvision.ops import StochasticDepth
 
-__all__ = ['share_mask_over_time', 'SharedDropout', 'OverTime']
+__all__ = ['share_mask_over_time', 'dropout_over_time', 'rand_over_time', 'OverTime']
 
 
 def repeat_over_time(mask: torch.Tensor, timesteps: int) -> torch.Tensor:
@@ -151,22 +149,27 @@ def share_mask_over_time(module: nn.Module, timesteps: int) -> None:
         module.timesteps = timesteps
 
 
-class SharedDropout(TorchFunctionMode):
-    """While active, `F.dropout` on (T * B, ...) draws one mask per sample; for modules that call it themselves."""
-    functions = (F.dropout, torch.dropout)
+# ---- functions, for modules that call them in their forward
 
-    def __init__(self, timesteps: int):
-        super().__init__()
-        self.timesteps = timesteps
+def dropout_over_time(
+        timesteps: int,
+        input: torch.Tensor,
+        p: float = 0.5,
+        training: bool = True,
+        inplace: bool = False,
+        train: bool = True,
+) -> torch.Tensor:
+    """F.dropout and torch.dropout on (T * B, ...) with one mask per sample."""
+    if not (training and train) or p == 0:
+        return input
+    shape = (input.shape[0] // timesteps, *input.shape[1:])
+    return input * repeat_over_time(_keep_mask(input, shape, p), timesteps)
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func not in self.functions:
-            return func(*args, **kwargs)
-        return self._dropout(*args, **kwargs)
 
-    def _dropout(self, input, p=0.5, training=True, inplace=False, train=True):
-        if not (training and train) or p == 0:
-            return input
-        shape = (input.shape[0] // self.timesteps, *input.shape[1:])
-        return input * repeat_over_time(_keep_mask(input, shape, p), self.timesteps)
+def rand_over_time(timesteps: int, *size: Any, **kwargs: Any) -> torch.Tensor:
+    """torch.rand of (T * B, ...) numbers: drawn once per sample; another first axis is drawn as it is."""
+    size = tuple(kwargs.pop('size', size))
+    size = tuple(size[0]) if len(size) == 1 and not isinstance(size[0], int) else size
+    if not size or size[0] % timesteps:
+        return torch.rand(size, **kwargs)
+    return repeat_over_time(torch.rand((size[0] // timesteps, *size[1:]), **kwargs), timesteps)

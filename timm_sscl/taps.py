@@ -99,7 +99,7 @@ def _per_step(model: nn.Module) -> Dict[str, bool]:
     return dict(per_step=True) if _is_spiking(model) else {}
 
 
-def _probe_sizes(model: nn.Module) -> List[Tuple[int, ...]]:
+def probe_sizes(model: nn.Module) -> List[Tuple[int, ...]]:
     """Input sizes (C, H, W) to try, small ones first where the model takes any."""
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     if cfg.get('input_size'):
@@ -124,7 +124,7 @@ def _probe_input(model: nn.Module, size: Tuple[int, ...]) -> torch.Tensor:
 
 def _probe(model: nn.Module, input_size: Optional[Sequence[int]], run: Callable[[torch.Tensor], Any]) -> Any:
     """run(x) on the first input size that the model takes."""
-    sizes = [tuple(input_size)] if input_size is not None else _probe_sizes(model)
+    sizes = [tuple(input_size)] if input_size is not None else probe_sizes(model)
     for i, size in enumerate(sizes):
         try:
             with _probing(model):

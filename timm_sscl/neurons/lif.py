@@ -10,7 +10,7 @@ from .surrogate import rectangle_window
 __all__ = ['lif', 'LIF', 'check_neuron']
 
 
-def check_neuron(tau: float, v_threshold: float, v_reset: Optional[float]) -> None:
+def check_neuron(tau: float, v_threshold: float, v_reset: Optional[float], v_init: Optional[float] = None) -> None:
     """Raise ValueError, naming the argument, where the neuron's settings make no neuron."""
     if not 0 <= tau <= 1:
         raise ValueError(f'tau={tau}: the decay factor must lie in [0, 1] (0.25 is the paper\'s, 1 does not leak).')
@@ -19,6 +19,8 @@ def check_neuron(tau: float, v_threshold: float, v_reset: Optional[float]) -> No
     if v_reset is not None and not v_reset < v_threshold:
         raise ValueError(
             f'v_reset={v_reset}: the reset potential must lie below v_threshold={v_threshold}; None is the soft reset.')
+    if v_init is not None and not v_init < v_threshold:
+        raise ValueError(f'v_init={v_init}: the initial potential must lie below v_threshold={v_threshold}.')
 
 
 def _membrane_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -29,11 +31,11 @@ class _LIF(torch.autograd.Function):
     """The recursion of `lif` with its backward written out; saves the potentials U_pre, from which all else follows."""
 
     @staticmethod
-    def forward(ctx, x, tau, v_threshold, v_reset, detach_reset):
+    def forward(ctx, x, tau, v_threshold, v_reset, detach_reset, v_init):
         dtype = _membrane_dtype(x.dtype)
         spikes = torch.empty_like(x)
         u = torch.empty_like(x, dtype=dtype)
-        v = torch.full_like(x[0], v_reset or 0., dtype=dtype)
+        v = torch.full_like(x[0], v_init, dtype=dtype)
         for t in range(x.shape[0]):
             u_t = v.mul_(tau).add_(x[t])
             fired = u_t >= v_threshold
@@ -60,7 +62,7 @@ class _LIF(torch.autograd.Function):
             grad_u = torch.where(rectangle_window(u[t], v_threshold), through_v + grad_o, through_v)
             grad_x[t] = grad_u
             grad_v = tau * grad_u
-        return grad_x, None, None, None, None
+        return grad_x, None, None, None, None, None
 
 
 def lif(
@@ -69,6 +71,7 @@ def lif(
         v_threshold: float = 0.5,
         v_reset: Optional[float] = 0.,
         detach_reset: bool = False,
+        v_init: Optional[float] = None,
 ) -> torch.Tensor:
     """Leaky integrate-and-fire neuron over T time steps, Eq. 2, 3 and 21 of the SSCL paper.
 
@@ -86,6 +89,8 @@ def lif(
         v_threshold: Firing threshold.
         v_reset: Potential after a spike; None subtracts the threshold instead.
         detach_reset: Whether the gradient skips the reset, taking the spike in it as a constant.
+        v_init: Initial potential U_0, where it is not the above; half the threshold rounds an integrate-and-fire
+            neuron's spike count to the nearest instead of down.
 
     Returns:
         Spikes, 0 or 1, of x's shape, dtype and memory format.
@@ -93,16 +98,22 @@ def lif(
     Raises:
         ValueError: x has no time steps or is not floating point, or a setting is out of its range.
     """
-    check_neuron(tau, v_threshold, v_reset)
+    check_neuron(tau, v_threshold, v_reset, v_init)
     if x.ndim == 0 or x.shape[0] < 1:
         raise ValueError(f'x has shape {tuple(x.shape)}: lif needs (T, ...) with at least one time step.')
     if not x.is_floating_point():
         raise ValueError(f'x has dtype {x.dtype}: lif integrates floating point currents.')
-    return _LIF.apply(x, tau, v_threshold, v_reset, detach_reset)
+    v_init = (v_reset or 0.) if v_init is None else v_init
+    return _LIF.apply(x, tau, v_threshold, v_reset, detach_reset, v_init)
 
 
 class LIF(nn.Module):
     """`lif` on a time-folded batch: (T * B, ...) in, spikes of the same shape out, time-major.
+
+        out = scale * lif(gain * x)
+
+    Gain and scale are None (1) unless a calibration or an ANN's conversion sets them (`set_gain`); they broadcast
+    against a sample: 0-d, or (C, 1, 1) for channels of NCHW maps and (C,) for channels of tokens. They are not trained.
 
     Args:
         timesteps: Number of time steps T that the first axis of the input holds.
@@ -110,6 +121,7 @@ class LIF(nn.Module):
         v_threshold: Firing threshold.
         v_reset: Potential after a spike; None is the soft reset.
         detach_reset: Whether the gradient skips the reset.
+        v_init: Initial potential; None is v_reset, or 0 for the soft reset.
     """
 
     def __init__(
@@ -119,9 +131,10 @@ class LIF(nn.Module):
             v_threshold: float = 0.5,
             v_reset: Optional[float] = 0.,
             detach_reset: bool = False,
+            v_init: Optional[float] = None,
     ):
         super().__init__()
-        check_neuron(tau, v_threshold, v_reset)
+        check_neuron(tau, v_threshold, v_reset, v_init)
         if timesteps != int(timesteps) or timesteps < 1:
             raise ValueError(f'timesteps={timesteps}: must be a whole number of time steps, 1 or more.')
         self.timesteps = timesteps
@@ -129,18 +142,37 @@ class LIF(nn.Module):
         self.v_threshold = v_threshold
         self.v_reset = v_reset
         self.detach_reset = detach_reset
+        self.v_init = v_init
+        # the converted model saves them: a plain buffer would be missing from an ANN's state_dict
+        self.register_buffer('gain', None, persistent=False)
+        self.register_buffer('scale', None, persistent=False)
+
+    def set_gain(self, gain: Optional[torch.Tensor] = None, scale: Optional[torch.Tensor] = None) -> None:
+        """Set the factors on the input and on the spikes; None is 1."""
+        self.gain = gain
+        self.scale = scale
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.ndim == 0 or x.shape[0] % self.timesteps:
             raise ValueError(
                 f'the first axis of {tuple(x.shape)} does not hold timesteps={self.timesteps} equal steps; '
                 f'a spiking neuron works on (timesteps * batch, ...).')
+        if self.gain is not None:
+            x = x * self.gain.to(x.dtype)
         x_t = x.reshape(self._fold(x.shape))
-        return lif(x_t, self.tau, self.v_threshold, self.v_reset, self.detach_reset).reshape(x.shape)
+        spikes = lif(x_t, self.tau, self.v_threshold, self.v_reset, self.detach_reset, self.v_init).reshape(x.shape)
+        return spikes if self.scale is None else spikes * self.scale.to(x.dtype)
 
     def _fold(self, shape: torch.Size) -> Tuple[int, ...]:
         return self.timesteps, shape[0] // self.timesteps, *shape[1:]
 
     def extra_repr(self) -> str:
-        return (f'timesteps={self.timesteps}, tau={self.tau}, v_threshold={self.v_threshold}, v_reset={self.v_reset}, '
+        text = (f'timesteps={self.timesteps}, tau={self.tau}, v_threshold={self.v_threshold}, v_reset={self.v_reset}, '
                 f'detach_reset={self.detach_reset}')
+        text += f', v_init={self.v_init}' if self.v_init is not None else ''
+        for name in ('gain', 'scale'):
+            value = getattr(self, name)
+            if value is not None:
+                text += f', {name}=' + (f'{value.item():.4g}' if value.numel() == 1 and not value.is_meta
+                                        else f'{tuple(value.shape)}')
+        return text

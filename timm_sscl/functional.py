@@ -1,0 +1,135 @@
+"""Activations, dropout and noise that a module calls as functions: found in its source, replaced inside its forward."""
+import ast
+import inspect
+import textwrap
+from functools import lru_cache
+from typing import Dict, FrozenSet, List, Optional, Type
+
+import torch
+import torch.nn as nn
+from torch.overrides import TorchFunctionMode
+
+from .stochastic import OverTime, dropout_over_time, rand_over_time
+
+__all__ = ['FunctionsOverTime', 'replace_functions', 'called_activations', 'calls_noise', 'NEURON_NAME']
+
+NEURON_NAME = 'functional_act'  # child that holds the neuron for a module's functional activations
+
+ACTIVATION_FUNCTIONS = {
+    'relu', 'relu_', 'relu6', 'leaky_relu', 'leaky_relu_', 'prelu', 'rrelu', 'rrelu_', 'elu', 'elu_', 'selu', 'selu_',
+    'celu', 'celu_', 'gelu', 'silu', 'mish', 'hardswish', 'hardtanh', 'hardtanh_', 'tanh', 'tanh_', 'softplus',
+    'softsign',
+}
+_NOISE_FUNCTIONS = {'dropout', 'dropout_', 'rand'}
+
+
+@lru_cache(maxsize=None)
+def _calls(cls: type) -> Dict[str, FrozenSet[str]]:
+    """Per method of a class, the functions it calls other than on self, as far as its source is to be had.
+
+    `self.act(x)` calls a module, which the swap reaches; `F.relu(x)`, `relu(x)` and `x.relu()` it does not reach.
+    """
+    found: Dict[str, FrozenSet[str]] = {}
+    for base in cls.__mro__:
+        if base.__module__.startswith('torch.') or base.__module__ == 'builtins':
+            continue
+        for name, method in vars(base).items():
+            if name == '__init__' or not inspect.isfunction(method):
+                continue
+            try:
+                tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
+            except (OSError, TypeError, SyntaxError):
+                continue
+            found[name] = found.get(name, frozenset()).union(filter(None, map(_function_name, ast.walk(tree))))
+    return found
+
+
+def _function_name(node: ast.AST) -> Optional[str]:
+    if not isinstance(node, ast.Call):
+        return None
+    if isinstance(node.func, ast.Name):
+        return node.func.id
+    root = node.func
+    while isinstance(root, (ast.Attribute, ast.Subscript)):
+        root = root.value
+    is_own = isinstance(root, ast.Name) and root.id == 'self'
+    return node.func.attr if isinstance(node.func, ast.Attribute) and not is_own else None
+
+
+def called_activations(module: nn.Module) -> List[str]:
+    """Activations that a module calls as functions or holds as such (`self.activation = F.relu`)."""
+    called = frozenset().union(*_calls(type(module)).values()) & ACTIVATION_FUNCTIONS
+    held = {getattr(value, '__name__', '') for value in vars(module).values()
+            if callable(value) and not isinstance(value, nn.Module)}
+    return sorted(called | (held & ACTIVATION_FUNCTIONS))
+
+
+def activations_in_intermediates_only(module: nn.Module) -> bool:
+    """Whether forward_intermediates alone calls activations as functions, the forward itself none."""
+    methods = {name for name, names in _calls(type(module)).items() if names & ACTIVATION_FUNCTIONS}
+    return methods == {'forward_intermediates'}
+
+
+@lru_cache(maxsize=None)
+def calls_noise(cls: Type[nn.Module]) -> bool:
+    """Whether a class draws dropout masks or random numbers by functions."""
+    return any(names & _NOISE_FUNCTIONS for names in _calls(cls).values())
+
+
+class FunctionsOverTime(TorchFunctionMode):
+    """While active, functional activations are the given neuron, and functional noise has one mask per sample.
+
+    Args:
+        timesteps: T of the (T * B, ...) tensors.
+        neuron: What replaces a functional activation; None leaves them.
+    """
+
+    def __init__(self, timesteps: int, neuron: Optional[nn.Module] = None):
+        super().__init__()
+        self.timesteps = timesteps
+        self.neuron = neuron
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = getattr(func, '__name__', '')
+        if name in ('dropout', 'dropout_'):
+            return dropout_over_time(self.timesteps, *args, **kwargs)
+        if name == 'rand':
+            return rand_over_time(self.timesteps, *args, **kwargs)
+        if self.neuron is not None and name in ACTIVATION_FUNCTIONS:
+            return self._fire(name, *args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _fire(self, name, input, *args, inplace=False, **kwargs):
+        # for the functions whose second argument is inplace: relu, relu6, silu, mish, hardswish
+        inplace = inplace or name.endswith('_') or args[:1] == (True,)
+        spikes = self.neuron(input)
+        return input.copy_(spikes) if inplace else spikes
+
+
+class _Functions(OverTime):
+    """Mixin for a submodule that calls activations, dropout or noise as functions."""
+
+    def forward(self, *args, **kwargs):
+        with FunctionsOverTime(self.timesteps, self._modules.get(NEURON_NAME)):
+            return super().forward(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol):
+        return _new_functions, (self._base,), self.__dict__
+
+
+@lru_cache(maxsize=None)
+def _functions_class(base: Type[nn.Module]) -> type:
+    return type(base.__name__, (_Functions, base), {'__module__': base.__module__, '_base': base})
+
+
+def _new_functions(base: Type[nn.Module]) -> nn.Module:
+    cls = _functions_class(base)
+    return cls.__new__(cls)
+
+
+def replace_functions(module: nn.Module, timesteps: int) -> None:
+    """Give a submodule the subclass of its own class that replaces functions inside its forward, in place."""
+    if not isinstance(module, _Functions):
+        module.__class__ = _functions_class(type(module))
+        module.timesteps = timesteps
