@@ -114,7 +114,7 @@ class _Plan:
 
     def _calls_functions(self, module: nn.Module, prefix: str, around: List[Tuple[str, str]]) -> None:
         functions = called_activations(module)
-        if functions and NEURON_NAME not in module._modules:
+        if functions and NEURON_NAME not in module._modules and not activations_in_intermediates_only(module):
             inside = [*around, (prefix[:-1], type(module).__name__)]
             if self._decide(f'{prefix}{NEURON_NAME}', ', '.join(functions), inside, 'called as a function', True):
                 self.callers[f'{prefix}{NEURON_NAME}'] = module
@@ -146,8 +146,7 @@ class _Plan:
         for neuron, module in self.callers.items():
             prefix = neuron[:-len(NEURON_NAME)]
             for record in self.records:
-                if record.now == record.was and record.was in _CALLS_FUNCTIONS and record.name.startswith(prefix) \
-                        and not (module is model and activations_in_intermediates_only(module)):
+                if record.now == record.was and record.was in _CALLS_FUNCTIONS and record.name.startswith(prefix):
                     raise NotImplementedError(
                         f"'{prefix[:-1] or type(model).__name__}' calls activations as functions and holds "
                         f"'{record.name}' ({record.was}), which is to stay analog; exclude both, or make the "

@@ -111,7 +111,7 @@ class SpikingModule:
     _spiking_bases: Tuple[type, type]
     settings: SpikingSettings
     _calls_noise: bool  # whether its own methods call F.dropout or torch.rand
-    _fires_in_intermediates_only: bool  # whether of its own methods only forward_intermediates calls activations
+    _fires_in_intermediates_only: bool  # whether activations are called as functions in forward_intermediates alone
     _explicit: FrozenSet[str]  # names of the settings that were asked for, which a checkpoint does not override
 
     @property
@@ -147,11 +147,18 @@ class SpikingModule:
     def _functions(self, in_intermediates: bool = False):
         """Functions that the model's own methods call become the neuron and noise with one mask over time."""
         neuron = self._modules.get(NEURON_NAME)
-        if self._fires_in_intermediates_only and not in_intermediates:
-            neuron = None
+        if in_intermediates and self._fires_in_intermediates_only:
+            neuron = self._fire_feature
         noise = self.training and self._calls_noise and (
             getattr(self, 'drop_rate', True) or getattr(self, 'patch_drop_rate', 0))
         return FunctionsOverTime(self.timesteps, neuron) if noise or neuron is not None else nullcontext()
+
+    def _fire_feature(self, x: torch.Tensor) -> torch.Tensor:
+        """What the activation that feature_info names makes of a feature (nasnet, pnasnet, xception apply it again as a
+        function when they return intermediates)."""
+        name = next(entry['module'] for entry in self.feature_info if entry['num_chs'] == x.shape[1])
+        neuron = dict(self.named_modules()).get(name)
+        return neuron(x) if neuron is not None else LIF(**self.settings.neuron())(x)  # prune_intermediate_layers
 
     def _set_settings(self, settings: SpikingSettings) -> None:
         self.settings = settings
