@@ -9,7 +9,7 @@ import torch.nn as nn
 from .adapters import give_neuron, hidden_activation, split_over_samples, take_neuron, why_no_adapter
 from .batch_axis import without_batch_axis
 from .functional import (NEURON_NAME, activations_in_intermediates_only, called_activations, calls_noise,
-                         replace_functions)
+                         function_module, replace_functions)
 from .neurons import LIF
 from .policy import GROUPS, HEAD, Policy
 from .spiking import SpikingModel, SpikingModule, SpikingSettings, spiking_class
@@ -161,7 +161,9 @@ class _Plan:
         for norm in self.norms.values():
             give_neuron(norm, _neuron(settings, norm.training))
         for module in self.callers.values():
-            module.add_module(NEURON_NAME, _neuron(settings, module.training))
+            neuron = _neuron(settings, module.training)
+            neuron.__dict__['replaced'] = function_module(module)
+            module.add_module(NEURON_NAME, neuron)
             if module is not model:
                 replace_functions(module, settings.timesteps)
         for module in self.others:
@@ -180,10 +182,10 @@ def unswap_modules(model: nn.Module) -> None:
     """Put the activations back that neurons replaced below model."""
     like = next(model.parameters(), torch.zeros(()))
     for module in list(model.modules()):
+        module._modules.pop(NEURON_NAME, None)
         for name, child in list(module._modules.items()):
             if isinstance(child, LIF) and 'replaced' in child.__dict__:
                 module._modules[name] = child.replaced.to(like.device).train(child.training)
-        module._modules.pop(NEURON_NAME, None)
         take_neuron(module)
 
 

@@ -64,6 +64,14 @@ def called_activations(module: nn.Module) -> List[str]:
     return sorted(called | (held & ACTIVATION_FUNCTIONS))
 
 
+def function_module(module: nn.Module) -> Optional[nn.Module]:
+    """The one activation that a module calls as a function, as a module; None where there are several or others."""
+    modules = {'relu': nn.ReLU, 'relu_': nn.ReLU, 'relu6': nn.ReLU6}
+    kinds = {modules.get(name) for name in called_activations(module)}
+    kind = kinds.pop() if len(kinds) == 1 else None
+    return kind() if kind is not None else None
+
+
 def activations_in_intermediates_only(module: nn.Module) -> bool:
     """Whether forward_intermediates alone calls activations as functions, the forward itself none."""
     methods = {name for name, names in _calls(type(module)).items() if names & ACTIVATION_FUNCTIONS}

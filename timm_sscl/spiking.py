@@ -129,7 +129,17 @@ class SpikingModule:
         self._explicit = self._explicit | {'timesteps'}
 
     def spiking_report(self) -> List[Any]:
-        """What the conversion did with every activation it met, as a list of ConversionRecord."""
+        """What the conversion did with every activation it met.
+
+        Returns:
+            A SpikingReport: a list of ConversionRecord (name, was, now, reason), whose `macs(images)` counts the share
+            of MACs with binary, fractional and analog input; print it for a summary.
+        """
+        from .ann import ann_obstacles  # they know this module, not the other way round
+        from .report.conversion import SpikingReport
+        return SpikingReport(self._records(), self, ann_obstacles(self))
+
+    def _records(self) -> List[Any]:
         names = {name for name, _ in self.named_modules(remove_duplicate=False)}  # a new head may lack an old activation
         return [r for r in self._report if (r.name if r.now == 'LIF' else r.name.rpartition('.')[0]) in names]
 

@@ -1,1 +1,2 @@
 from .firing import FiringRates
+from .macs import MacShares, count_macs

@@ -1,0 +1,131 @@
+"""convert_ann: a trained ReLU network as integrate-and-fire neurons, whose rates approach its activations."""
+import logging
+from typing import Dict, List, Tuple
+
+import torch
+import torch.nn as nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .convert import convert_to_spiking
+from .neurons import LIF
+from .spiking import SpikingModule, SpikingSettings
+
+__all__ = ['convert_ann', 'ann_obstacles']
+
+_logger = logging.getLogger(__name__)
+
+INTEGRATE_AND_FIRE = dict(tau=1., v_threshold=1., v_reset=None, v_init=.5)
+_RECTIFIERS = {'ReLU', 'ReLU6', 'relu', 'relu_', 'relu6'}
+_CHUNK = 64  # images per forward
+
+
+def ann_obstacles(model: SpikingModule) -> List[str]:
+    """Why a spiking model cannot stand for its ANN by thresholds: what is no ReLU, norm of running statistics or sum.
+
+    Args:
+        model: Spiking model; its weights do not matter.
+
+    Returns:
+        One line per kind of part; empty where convert_ann applies.
+    """
+    found: Dict[str, List[str]] = {}
+    for record in model._records():
+        if record.was not in _RECTIFIERS:
+            found.setdefault(record.was, []).append(record.name)
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        attends = 'attention' in kind.lower() and any(True for _ in module.children())
+        if ('norm' in kind.lower() and not isinstance(module, _BatchNorm) and module._parameters.get('weight') is not None) or attends:
+            found.setdefault(kind, []).append(name)
+    return [f'{len(names)} {kind} ({names[0]}{", ..." if len(names) > 1 else ""})' for kind, names in found.items()]
+
+
+def convert_ann(
+        model: nn.Module,
+        images: torch.Tensor,
+        timesteps: int = 32,
+        per_channel: bool = True,
+        percentile: float = 100.,
+) -> nn.Module:
+    """Turn a trained ReLU network into a spiking one that computes the same, the closer the more time steps, in place.
+
+    A ReLU becomes an integrate-and-fire neuron (tau 1, soft reset, initial potential half the threshold) whose
+    threshold is the largest activation, or a percentile, that the ANN shows on the images: gain 1 / threshold on its
+    current, scale threshold on its spikes, so that the mean over T of its output is the activation, rounded to
+    threshold / T and clipped to the threshold. Gains and scales are in the state_dict; `fold_gains` moves them into the
+    weights around where that is exact. Max pooling takes the maximum of spikes at every step, which is an upper bound.
+
+    Args:
+        model: ANN in timm's or any form, or a spiking model that has the ANN's weights.
+        images: Real images (N, C, H, W), normalised as in the ANN's training.
+        timesteps: Time steps T.
+        per_channel: Whether each channel has a threshold (axis 1 of maps, the last of tokens and vectors), or a layer.
+        percentile: Percentile of the activations, above 0 to 100, that the threshold is; 100 is the maximum.
+
+    Returns:
+        The model itself, spiking.
+
+    Raises:
+        ValueError: The network has parts that this cannot stand for (activations other than ReLU, layer norms,
+            attention, gates), or percentile is out of range.
+    """
+    if not 0 < percentile <= 100:
+        raise ValueError(f'percentile={percentile}: must be above 0 and at most 100 (the maximum).')
+    if not isinstance(model, SpikingModule):
+        convert_to_spiking(model, timesteps=timesteps, **INTEGRATE_AND_FIRE)
+    obstacles = ann_obstacles(model)
+    if obstacles:
+        raise ValueError(f'{type(model).__name__} is no network of ReLU and batch norms, so that thresholds cannot '
+                         f'stand for its activations: {"; ".join(obstacles)}. Use its weights as an initialisation '
+                         f'(calibrate).')
+    policy = dict(include=model.settings.include, exclude=model.settings.exclude)
+    thresholds = _thresholds(model, images, per_channel, percentile / 100)
+    model._set_settings(SpikingSettings(timesteps=timesteps, **INTEGRATE_AND_FIRE, **policy))
+    for lif, threshold in thresholds.items():
+        lif.set_gain(1 / threshold, threshold)
+    _logger.info(f'{type(model).__name__}: {len(thresholds)} layers of ReLU are integrate-and-fire neurons, thresholds '
+                 f'{"per channel" if per_channel else "per layer"} from {len(images)} images, T={timesteps}.')
+    return model
+
+
+@torch.no_grad()
+def _thresholds(model: SpikingModule, images: torch.Tensor, per_channel: bool, q: float) -> Dict[LIF, torch.Tensor]:
+    """Threshold of every neuron layer, from the model run as the ANN that it was, at one time step."""
+    seen: Dict[LIF, List[torch.Tensor]] = {}
+
+    def as_ann(lif: LIF, args: Tuple[torch.Tensor], spikes: torch.Tensor) -> torch.Tensor:
+        out = lif.replaced.forward(args[0].clone())  # not its hooks, which are the neuron's; it may work in place
+        seen.setdefault(lif, []).append(_quantile(out, per_channel, q))
+        return out
+
+    settings, modes = model.settings, {module: module.training for module in model.modules()}
+    handles = [lif.register_forward_hook(as_ann) for lif in model.neurons().values()]
+    model._set_settings(SpikingSettings(timesteps=1))
+    model.eval()
+    try:
+        for chunk in images.split(_CHUNK):
+            model(chunk)
+    finally:
+        for handle in handles:
+            handle.remove()
+        model._set_settings(settings)
+        for module, training in modes.items():
+            module.training = training
+    return {lif: _threshold(torch.stack(values), q) for lif, values in seen.items()}
+
+
+def _quantile(out: torch.Tensor, per_channel: bool, q: float) -> torch.Tensor:
+    """Quantile of activations: 0-d, or per channel in a shape that broadcasts against a sample."""
+    axis = 1 if out.ndim == 4 else -1
+    rows = out.movedim(axis, 0).flatten(1) if per_channel else out.reshape(1, -1)
+    k = max(1, round(q * rows.shape[1]))
+    values = rows.kthvalue(k, dim=1).values if k < rows.shape[1] else rows.amax(1)
+    if not per_channel:
+        return values[0]
+    return values.view(-1, 1, 1) if out.ndim == 4 else values
+
+
+def _threshold(quantiles: torch.Tensor, q: float) -> torch.Tensor:
+    """One threshold from the chunks' quantiles: their maximum for q = 1, else their mean; a silent channel gets 1."""
+    threshold = quantiles.amax(0) if q == 1 else quantiles.mean(0)
+    return torch.where(threshold > 0, threshold, torch.ones_like(threshold))

@@ -1,0 +1,122 @@
+"""How spiking a network is: the multiply-accumulates (MACs) of a forward, by what their input is."""
+from contextlib import contextmanager, nullcontext
+from typing import Dict, Iterator, NamedTuple, Sequence
+
+import torch
+import torch.nn as nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+from torch.utils.module_tracker import ModuleTracker
+
+from timm_sscl.neurons import LIF
+
+__all__ = ['MacShares', 'count_macs', 'input_kind', 'KINDS']
+
+KINDS = 'binary', 'fractional', 'analog'
+_MAX_DENOMINATOR = 1024
+_SAMPLE = 4096  # values looked at to tell fractions from analog values
+
+aten = torch.ops.aten
+_ADDED = {aten.addmm, aten.baddbmm}  # their first argument is added, not multiplied
+
+
+class MacShares(NamedTuple):
+    """MACs of one image over all its time steps, by the kind of their input."""
+    binary: int  # 0 or 1: an addition of a weight, or nothing
+    fractional: int  # sums or averages of spikes (k / n, n up to 1024): pooled spikes, residual sums
+    analog: int
+    by_module: Dict[str, Dict[str, int]]  # module -> kind -> MACs
+
+    @property
+    def total(self) -> int:
+        return self.binary + self.fractional + self.analog
+
+    def share(self, kind: str) -> float:
+        """Part of all MACs, 0 to 1."""
+        return getattr(self, kind) / max(self.total, 1)
+
+
+def input_kind(x: torch.Tensor) -> str:
+    """What the values of a tensor are: 'binary', 'fractional' (all multiples of 1/n, n up to 1024) or 'analog'."""
+    if ((x == 0) | (x == 1)).all():
+        return 'binary'
+    values = x.detach().flatten()
+    values = values[values != 0].double()
+    values = values[torch.linspace(0, len(values) - 1, min(len(values), _SAMPLE)).long()]
+    if values.abs().max() > _SAMPLE:
+        return 'analog'
+    for n in range(1, _MAX_DENOMINATOR + 1):
+        scaled = values * n
+        # float32 averages are off by round-off only, random values of them by 1/4 on average
+        if (scaled - scaled.round()).abs().max() < 1e-3:
+            return 'fractional'
+    return 'analog'
+
+
+class _CountMacs(TorchDispatchMode):
+    def __init__(self, weights: Sequence[torch.Tensor]):
+        super().__init__()
+        self.weights = {w.untyped_storage().data_ptr() for w in weights}
+        self.tracker = ModuleTracker()
+        self.by_module: Dict[str, Dict[str, int]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        packet = func._overloadpacket
+        if packet in flop_registry:
+            flops = flop_registry[packet](*args, **(kwargs or {}), out_val=out)
+            self._add(self._kind(args[1:3] if packet in _ADDED else args[:2]), flops // 2)
+        return out
+
+    def _kind(self, operands: Sequence[torch.Tensor]) -> str:
+        """The most spiking of a product's operands, weights apart."""
+        kinds = [input_kind(x) for x in operands if x.untyped_storage().data_ptr() not in self.weights]
+        return min(kinds, key=KINDS.index, default='analog')
+
+    def _add(self, kind: str, macs: int) -> None:
+        module = max(self.tracker.parents - {'Global'}, key=len, default='')
+        counts = self.by_module.setdefault(module.partition('.')[2], dict.fromkeys(KINDS, 0))
+        counts[kind] += macs
+
+
+@contextmanager
+def _plain(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, spikes without the output scales of a converted ANN (they fold into the weights)."""
+    modes = {module: module.training for module in model.modules()}
+    scales = {lif: lif.scale for lif in modes if isinstance(lif, LIF)}
+    model.eval()
+    for lif in scales:
+        lif.scale = None
+    try:
+        yield
+    finally:
+        for lif, scale in scales.items():
+            lif.scale = scale
+        for module, training in modes.items():
+            module.training = training
+
+
+def count_macs(model: nn.Module, images: torch.Tensor) -> MacShares:
+    """Count the MACs of one forward by the kind of their input: convolutions, linear maps, matrix products.
+
+    A product of two activations (attention) counts as its more spiking operand. Elementwise products, norms and pooling
+    are not MACs. Which inputs are binary is looked up in the values, not taken from the architecture.
+
+    Args:
+        model: Model, spiking or not; runs in evaluation mode, without gradient.
+        images: Batch as the model takes it.
+
+    Returns:
+        MacShares per image, summed over its time steps.
+    """
+    counter = _CountMacs([*model.parameters(), *model.buffers()])
+    recurrent = any(isinstance(m, nn.RNNBase) for m in model.modules())
+    # fused kernels hide their products
+    unfused = torch.backends.mkldnn.flags(enabled=False) if recurrent else nullcontext()
+    with _plain(model), torch.no_grad(), unfused, sdpa_kernel(SDPBackend.MATH), counter.tracker, counter:
+        model(images)
+    n = len(images)
+    by_module = {name: {kind: macs // n for kind, macs in counts.items()} for name, counts in counter.by_module.items()}
+    totals = {kind: sum(counts[kind] for counts in by_module.values()) for kind in KINDS}
+    return MacShares(**totals, by_module=by_module)
