@@ -1,5 +1,6 @@
 """Where to read features in a model, and the two ways to read them: functionally, and by hooks in anybody's loop."""
 import math
+from collections import Counter
 from contextlib import contextmanager
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
@@ -13,14 +14,33 @@ __all__ = ['Tap', 'POOLED', 'stage_indices', 'find_taps', 'named_taps', 'fold_fe
 POOLED = 'pooled'  # name of the tap on the pooled feature in front of the classifier
 
 
+class Call(NamedTuple):
+    """A module's call that makes the feature of a tapped tensor: module(tensor, *args, **kwargs)."""
+    module: str
+    args: Tuple[Any, ...]
+    kwargs: Dict[str, Any]
+
+
 class Tap(NamedTuple):
     """A place in a model where a feature is read."""
     name: str  # as reported: the stage, or the module that the user named
-    module: str  # module to hook; its output is the feature
+    module: str  # module to hook
     channels: int
-    channel_axis: int  # of the module's output: 1 for NCHW and NC, -1 for NHWC and NLC
+    channel_axis: int  # of the tensor: 1 for NCHW and NC, -1 for NHWC and NLC
     prefix_tokens: int = 0  # leading tokens (class, register) that are no image patches
-    through_head: bool = False  # the feature is forward_head(output, pre_logits=True): no module returns it itself
+    nth: int = 0  # of the module's calls in a forward
+    path: Tuple[Any, ...] = ()  # where in the module's output the tensor is: indices of tuples and lists, keys of dicts
+    at_input: bool = False  # the tensor is the module's first argument, as no module returns it
+    call: Optional[Call] = None  # what forward_intermediates applies to the tensor (a norm, a reordering of tokens)
+    through_head: bool = False  # the feature is forward_head(tensor, pre_logits=True): no module returns it itself
+    parts: Tuple['Tap', ...] = ()  # what forward_head takes, where that is no module's output as it is
+    part_ndim: int = 0
+    head_takes_list: bool = False
+
+    @property
+    def place(self) -> Tuple[str, bool]:
+        """What to hook: the module, and whether its input."""
+        return self.module, self.at_input
 
 
 def stage_indices(model: nn.Module, num_stages: int = 4) -> List[int]:
@@ -76,9 +96,10 @@ def fold_feature(x: torch.Tensor, timesteps: int, channel_axis: int = 1, prefix_
 
 @contextmanager
 def _probing(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no gradient, and neurons that pass their input on, so that no feature is silent or repeated."""
+    """Evaluation mode, no gradient, and neurons that all but pass their input on, so that no feature is silent."""
     modes = {module: module.training for module in model.modules()}
-    handles = [m.register_forward_hook(lambda mod, args, out: args[0]) for m in modes if isinstance(m, LIF)]
+    # not the identity: what comes before and after a neuron must differ
+    handles = [m.register_forward_hook(lambda mod, args, out: 1.01 * args[0] + .01) for m in modes if isinstance(m, LIF)]
     model.eval()
     try:
         with torch.no_grad():
@@ -107,7 +128,10 @@ def probe_sizes(model: nn.Module) -> List[Tuple[int, ...]]:
         img_size = getattr(getattr(model, 'patch_embed', None), 'img_size', None)
         full = tuple(img_size) if img_size else tuple(cfg['input_size'][1:])
         any_size = not (cfg.get('fixed_input_size') or img_size)
-        return [(channels, s, s) for s in (64, 128) if any_size and s < min(full)] + [(channels, *full)]
+        info = getattr(getattr(model, 'feature_info', None), 'info', getattr(model, 'feature_info', None)) or []
+        smallest = 2 * max([entry['reduction'] for entry in info], default=32)  # on 1 x 1 pixels all pooling is one
+        small = [s for s in (64, 128, 256) if any_size and smallest <= s < min(full)]
+        return [(channels, s, s) for s in small[:2]] + [(channels, *full)]
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             return [(module.in_channels, s, s) for s in (32, 64, 224)]
@@ -135,35 +159,70 @@ def _probe(model: nn.Module, input_size: Optional[Sequence[int]], run: Callable[
                                  f'Say what it takes by input_size=(C, H, W).') from error
 
 
-def _outputs(model: nn.Module, x: torch.Tensor, see: Callable[[str, torch.Tensor], None]) -> Any:
-    """Run model(x), calling see(name, output) for every module that returns a tensor, in the order of their calls."""
-    def hook(name):
-        return lambda module, args, out: see(name, out) if isinstance(out, torch.Tensor) else None
+class _Seen(NamedTuple):
+    """A module's call in a probe."""
+    module: str
+    nth: int
+    args: Tuple[Any, ...]
+    kwargs: Dict[str, Any]
+    out: Any
 
-    handles = [m.register_forward_hook(hook(name)) for name, m in model.named_modules() if name]
+
+def _calls(model: nn.Module, run: Callable[[], Any]) -> Tuple[Any, List[_Seen]]:
+    """run(), and the calls of the model's modules in it, in the order of their ends."""
+    seen: List[_Seen] = []
+    counts: Counter = Counter()
+
+    def hook(name):
+        def saw(module, args, kwargs, out):
+            seen.append(_Seen(name, counts[name], args, kwargs, out))
+            counts[name] += 1
+        return saw
+
+    handles = [m.register_forward_hook(hook(n), with_kwargs=True) for n, m in model.named_modules() if n]
     try:
-        return model(x)
+        return run(), seen
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _tensors(out: Any, path: Tuple[Any, ...] = ()) -> Iterator[Tuple[Tuple[Any, ...], torch.Tensor]]:
+    """The tensors in a structure of tuples, lists and dicts, with their paths."""
+    if isinstance(out, torch.Tensor):
+        yield path, out
+    elif isinstance(out, (tuple, list)):
+        for i, item in enumerate(out):
+            yield from _tensors(item, (*path, i))
+    elif isinstance(out, dict):
+        for key, item in out.items():
+            yield from _tensors(item, (*path, key))
+
+
+def _at(out: Any, path: Tuple[Any, ...]) -> torch.Tensor:
+    for key in path:
+        out = out[key]
+    return out
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     if a.shape != b.shape:
         return False
     row = (0,) * (a.ndim - 1)  # most candidates differ in their first row already
-    return all(torch.allclose(u, v, rtol=1e-4, atol=1e-6, equal_nan=True) for u, v in ((a[row], b[row]), (a, b)))
+    # the same arithmetic twice; a batch norm before its training is the identity to 5e-6
+    return all(torch.allclose(u, v, rtol=1e-6, atol=1e-7, equal_nan=True) for u, v in ((a[row], b[row]), (a, b)))
 
 
 def _layout(out: torch.Tensor, feature: torch.Tensor, prefixes: Sequence[int]) -> Optional[Tuple[int, int]]:
-    """(channel_axis, prefix_tokens) under which a module's output is this feature (T * B, C, ...), or None."""
-    if _same(out, feature):
+    """(channel_axis, prefix_tokens) under which a tensor is this feature (T * B, C, ...), or None."""
+    if out.ndim < 2 or out.numel() < feature.numel():
+        return None
+    if _same(out, feature) or (feature.ndim > 2 and out.ndim > 2 and _same(out.flatten(2), feature.flatten(2))):
         return 1, 0
-    if out.ndim == 4 and feature.ndim == 4 and _same(out.movedim(-1, 1), feature):
-        return -1, 0
-    if out.ndim == 3 and feature.ndim == 4:
-        for prefix in prefixes:
-            if _same(out[:, prefix:].movedim(-1, 1), feature.flatten(2)):
+    if out.ndim in (3, 4) and feature.ndim > 2:
+        flat = out if out.ndim == 3 else out.flatten(1, 2)
+        for prefix in prefixes if out.ndim == 3 else (0,):
+            if _same(flat[:, prefix:].movedim(-1, 1), feature.flatten(2)):
                 return -1, prefix
     return None
 
@@ -209,25 +268,13 @@ def find_taps(model: nn.Module, num_stages: int = 4, input_size: Optional[Sequen
     """
     indices = stage_indices(model, num_stages)
     names = stage_names(model, indices) + [POOLED]
-    prefixes = sorted({0, getattr(model, 'num_prefix_tokens', 0)})
 
-    def run(x: torch.Tensor) -> Optional[List[Tap]]:
-        final, stages, pooled = _references(model, indices, x)
-        features = [*stages, pooled, final]
-        candidates: List[List[Tap]] = [[] for _ in features]
-
-        def see(module_name: str, out: torch.Tensor) -> None:
-            if isinstance(model.get_submodule(module_name), nn.Sequential):
-                return
-            for feature, found in zip(features, candidates):
-                layout = _layout(out, feature, prefixes)
-                if layout is not None:
-                    found.append(Tap('', module_name, feature.shape[1], *layout))
-
-        _outputs(model, x, see)
-        taps = [_best(found, name) if found else None for found, name in zip(candidates, names)]
-        if taps[-1] is None and candidates[-1]:
-            taps[-1] = Tap(POOLED, candidates[-1][0].module, pooled.shape[1], 1, 0, True)
+    def run(x: torch.Tensor) -> List[Optional[Tap]]:
+        (final, stages, pooled), functional = _calls(model, lambda: _references(model, indices, x))
+        _, seen = _calls(model, lambda: model(x))
+        search = _Search(model, seen, functional)
+        taps = [search.find(name, feature) for name, feature in zip(names, [*stages, pooled])]
+        taps[-1] = taps[-1] or search.through_head(final, pooled)
         return taps
 
     taps = _probe(model, input_size, run)
@@ -236,6 +283,73 @@ def find_taps(model: nn.Module, num_stages: int = 4, input_size: Optional[Sequen
         raise ValueError(f'{type(model).__name__}: no module returns the feature of {", ".join(missing)}; '
                          f'name the modules to tap (taps=[...]).')
     return taps
+
+
+class _Search:
+    """Looks for a feature among the calls of one forward.
+
+    Args:
+        model: The model.
+        seen: Calls in the model's own forward, which is what hooks will see.
+        functional: Calls in forward_intermediates and forward_head, which made the features.
+    """
+
+    def __init__(self, model: nn.Module, seen: Sequence[_Seen], functional: Sequence[_Seen]):
+        # gradient checkpointing never calls a container
+        containers = {name for name, module in model.named_modules() if isinstance(module, nn.Sequential)}
+        self.seen = [call for call in seen if call.module not in containers]
+        self.functional = [call for call in functional if call.module not in containers]
+        self.prefixes = sorted({0, 1, getattr(model, 'num_prefix_tokens', 0) or 0})
+
+    def find(self, name: str, feature: torch.Tensor) -> Optional[Tap]:
+        """A tap whose tensor is the feature, as it is, or after a call that forward_intermediates makes of it."""
+        found = self._outputs(feature)
+        if found:
+            return _best(found, name)
+        for call in self.functional:
+            if any(True for _ in _tensors([call.args[1:], call.kwargs])):
+                continue  # a tensor of the probe's
+            source = next((arg for arg in call.args[:1] if isinstance(arg, torch.Tensor)), None)
+            layout = _layout(call.out, feature, self.prefixes) if isinstance(call.out, torch.Tensor) else None
+            sources = self._outputs(source, exact=True) if source is not None and layout is not None else []
+            if sources:
+                return _best(sources, name)._replace(
+                    channels=feature.shape[1], channel_axis=layout[0], prefix_tokens=layout[1],
+                    call=Call(call.module, call.args[1:], call.kwargs))
+        inputs = self._inputs(feature)
+        return inputs[0]._replace(name=name) if inputs else None
+
+    def through_head(self, final: Any, pooled: torch.Tensor) -> Optional[Tap]:
+        """A tap on the final feature map, or on each of several, from which forward_head makes the pooled feature."""
+        parts = []
+        for _, tensor in _tensors(final):
+            found = self._outputs(tensor)
+            if not found:
+                return None
+            parts.append(_best(found, '')._replace(part_ndim=tensor.ndim))
+        if not parts:
+            return None
+        return parts[0]._replace(name=POOLED, channels=pooled.shape[1], channel_axis=1, prefix_tokens=0, part_ndim=0,
+                                 through_head=True, parts=tuple(parts), head_takes_list=not isinstance(final, torch.Tensor))
+
+    def _outputs(self, feature: torch.Tensor, exact: bool = False) -> List[Tap]:
+        prefixes = (0,) if exact else self.prefixes
+        found = []
+        for call in self.seen:
+            for path, tensor in _tensors(call.out):
+                layout = _layout(tensor, feature, prefixes)
+                if layout is not None and (not exact or tensor.shape == feature.shape):
+                    found.append(Tap('', call.module, feature.shape[1], *layout, nth=call.nth, path=path))
+        return found
+
+    def _inputs(self, feature: torch.Tensor) -> List[Tap]:
+        found = []
+        for call in self.seen:
+            if call.args and isinstance(call.args[0], torch.Tensor):
+                layout = _layout(call.args[0], feature, self.prefixes)
+                if layout is not None:
+                    found.append(Tap('', call.module, feature.shape[1], *layout, nth=call.nth, at_input=True))
+        return found
 
 
 def _best(found: List[Tap], name: str) -> Tap:
@@ -271,7 +385,8 @@ def named_taps(model: nn.Module, names: Sequence[str], input_size: Optional[Sequ
 
     def run(x: torch.Tensor) -> Dict[str, torch.Tensor]:
         seen = {}
-        _outputs(model, x, lambda name, out: seen.setdefault(name, out))
+        for call in _calls(model, lambda: model(x))[1]:
+            seen.setdefault(call.module, call.out)
         return seen
 
     seen = _probe(model, input_size, run)
@@ -282,7 +397,7 @@ def named_taps(model: nn.Module, names: Sequence[str], input_size: Optional[Sequ
             taps.append(pooled)
             continue
         out = seen.get(paths[name])
-        if out is None or out.ndim < 2:
+        if not isinstance(out, torch.Tensor) or out.ndim < 2:
             raise ValueError(f"tap '{name}' of {type(model).__name__} did not return a tensor (B, ...) in a forward.")
         axis = -1 if out.ndim == 3 else 1
         taps.append(Tap(name, paths[name], out.shape[axis], axis, 0))
@@ -378,12 +493,26 @@ class _PreHook(_Hook):
             self.recorder.begin(args, kwargs)
 
 
+class _InputHook(_Hook):
+    """Forward pre-hook on a tapped module: its first argument."""
+
+    def __call__(self, module: nn.Module, args: Tuple, kwargs: Dict) -> None:
+        if self.recorder is not None:
+            self.recorder.saw(self.key, args[0])
+
+
 class _Record:
-    """What one forward showed: the input it was called with, and the taps' outputs."""
+    """What one forward showed: the input it was called with, and what went out of, or into, the tapped modules."""
 
     def __init__(self, inputs: Any):
         self.inputs = [(x, _version(x)) for x in inputs if isinstance(x, torch.Tensor)]
-        self.features: Dict[str, torch.Tensor] = {}
+        self.seen: Dict[Tuple[str, bool], List[Any]] = {}  # by place, call by call
+
+    def has(self, tap: Tap) -> bool:
+        return all(len(self.seen.get(part.place, ())) > part.nth for part in tap.parts or (tap,))
+
+    def tensor(self, tap: Tap) -> torch.Tensor:
+        return _at(self.seen[tap.place][tap.nth], tap.path)
 
     def is_of(self, x: torch.Tensor) -> bool:
         """Whether this was the call on x, or on an equal tensor; not if x was changed in place since."""
@@ -424,8 +553,11 @@ class Recorder:
         self.open: Optional[_Record] = None
         modules = dict(model.named_modules())
         self.handles = [model.register_forward_pre_hook(_PreHook(self), with_kwargs=True)]
-        for tap in self.taps:
-            self.handles.append(modules[tap.module].register_forward_hook(_Hook(self, tap.name), with_kwargs=True))
+        for place in dict.fromkeys(part.place for tap in self.taps for part in tap.parts or (tap,)):
+            module = modules[place[0]]
+            self.handles.append(
+                module.register_forward_pre_hook(_InputHook(self, place), with_kwargs=True) if place[1] else
+                module.register_forward_hook(_Hook(self, place), with_kwargs=True))
         self.handles.append(model.register_forward_hook(_Hook(self), with_kwargs=True, always_call=True))
 
     def begin(self, args: Tuple, kwargs: Dict) -> None:
@@ -435,12 +567,12 @@ class Recorder:
             return
         self.open = _Record((*args, *kwargs.values()))
 
-    def saw(self, name: Optional[str], out: Any) -> None:
+    def saw(self, place: Optional[Tuple[str, bool]], out: Any) -> None:
         record = self.open
         if record is None:
             return
-        if name is not None:
-            record.features.setdefault(name, out)  # a module called twice: its first output
+        if place is not None:
+            record.seen.setdefault(place, []).append(out)
             return
         self.open = None  # the model's own hook: the call has ended
         if out is not None:
@@ -462,20 +594,24 @@ class Recorder:
                 f'training mode with gradients on (and call the model itself, not its methods) before the loss.')
         for record in reversed(records):  # of two calls on the same images the newest
             if record.is_of(x):
-                missing = [tap.name for tap in self.taps if tap.name not in record.features]
+                missing = [tap.name for tap in self.taps if not record.has(tap)]
                 if missing:
                     raise RuntimeError(f'taps did not run in the forward of {type(self.model).__name__}: '
                                        f'{", ".join(missing)}.')
-                return [self._feature(tap, record.features[tap.name]) for tap in self.taps]
+                return [self._feature(tap, record) for tap in self.taps]
         raise RuntimeError(
             f'the recorded forward of {type(self.model).__name__} was not on this input: call the loss on the tensor '
             f'that the student saw (student(x), then sscl(x)), unchanged; teacher_input=... is for a teacher that sees '
             f'another.')
 
-    def _feature(self, tap: Tap, out: torch.Tensor) -> torch.Tensor:
+    def _feature(self, tap: Tap, record: _Record) -> torch.Tensor:
+        if tap.call is not None:
+            return self.model.get_submodule(tap.call.module)(record.tensor(tap), *tap.call.args, **tap.call.kwargs)
         if not tap.through_head:
-            return out
-        pooled = self.model.forward_head(out, pre_logits=True, **_per_step(self.model))
+            return record.tensor(tap)
+        parts = [_part(part, record.tensor(part)) for part in tap.parts]
+        pooled = self.model.forward_head(
+            parts if tap.head_takes_list else parts[0], pre_logits=True, **_per_step(self.model))
         return pooled.flatten(0, 1) if _is_spiking(self.model) else pooled
 
     def close(self) -> None:
@@ -489,6 +625,13 @@ class Recorder:
 
     def __reduce__(self):
         return _detached, (self.taps, self.training_only)
+
+
+def _part(part: Tap, out: torch.Tensor) -> torch.Tensor:
+    """A module's output in the shape in which forward_head takes it."""
+    if part.channel_axis == -1:
+        out = out[:, part.prefix_tokens:].movedim(-1, 1) if part.prefix_tokens else out.movedim(-1, 1)
+    return out.flatten(2) if part.part_ndim == 3 and out.ndim > 3 else out
 
 
 def _detached(taps: Sequence[Tap], training_only: bool) -> Recorder:
