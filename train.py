@@ -31,7 +31,7 @@ import torch
 import torch.nn as nn
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs
+from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, broadcast
 from timm.data import Mixup, create_loader, resolve_data_config
 from timm.layers import convert_sync_batchnorm, set_fast_norm
 from timm.models import load_checkpoint, resolve_model_input_args, safe_model_name
@@ -46,13 +46,17 @@ from timm.utils.clip_grad import dispatch_clip_grad
 from timm.utils.summary import trim_summary
 from torchvision.utils import save_image
 
-from timm_sscl import SSCLTask
+from timm_sscl import SSCLTask, calibrate, convert_ann
 from timm_sscl.data import create_dataset
 from timm_sscl.options import ARGS_FILE, OptionError, parse_args
 from timm_sscl.registry import PREFIX
-from timm_sscl.report import FiringRates
+from timm_sscl.report import FiringRates, SpikingReport
+from timm_sscl.spiking import SpikingModule
+from timm_sscl.teacher_input import TeacherInput
 
 _logger = logging.getLogger('train')
+
+_THRESHOLD_IMAGES = 512  # images that --neuron-init ann measures activations on
 
 TEACHER_FILE = 'teacher.json'  # in a teacher's folder, written when it is trained to its end
 SUMMARY_FILE = 'summary.json'  # in a run's folder, written at its end
@@ -68,7 +72,7 @@ TEACHER_SETTINGS = (
     'hflip', 'vflip', 'color_jitter', 'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob', 'aa', 'bce_loss',
     'bce_sum', 'bce_target_thresh', 'reprob', 'remode', 'recount', 'mixup', 'cutmix', 'cutmix_minmax', 'mixup_prob',
     'mixup_switch_prob', 'mixup_mode', 'mixup_off_epoch', 'smoothing', 'train_interpolation', 'drop', 'drop_path',
-    'drop_block', 'bn_momentum', 'bn_eps', 'teacher_pretrained',
+    'drop_block', 'bn_momentum', 'bn_eps', 'teacher_pretrained', 'teacher_size', 'teacher_mean', 'teacher_std',
 )
 
 
@@ -143,10 +147,17 @@ def check_model_name(name: str, option: str) -> None:
     raise OptionError(f"{option}: unknown model '{name}'." + (f" Did you mean {', '.join(close)}?" if close else ''))
 
 
-def model_kwargs(args: Namespace, name: str, num_classes: int, extra: Dict[str, Any]) -> Dict[str, Any]:
+def model_kwargs(
+        args: Namespace,
+        name: str,
+        num_classes: int,
+        extra: Dict[str, Any],
+        input_size: Optional[Tuple[int, ...]] = None,
+) -> Dict[str, Any]:
     """Arguments for timm.create_model that student and teacher share, as timm's script passes them."""
+    requested = vars(args) if input_size is None else {**vars(args), 'input_size': input_size, 'img_size': None}
     return resolve_model_input_args(
-        name, vars(args), num_classes=num_classes, drop_rate=args.drop, drop_path_rate=args.drop_path,
+        name, requested, num_classes=num_classes, drop_rate=args.drop, drop_path_rate=args.drop_path,
         drop_block_rate=args.drop_block, global_pool=args.gp, bn_momentum=args.bn_momentum, bn_eps=args.bn_eps, **extra)
 
 
@@ -154,9 +165,15 @@ def create_student(args: Namespace, num_classes: int) -> nn.Module:
     """The student, spiking where its name says so, with the weights that were asked for."""
     check_model_name(args.model, '--model')
     neuron = {name: getattr(args, name) for name in ('timesteps', 'tau', 'v_threshold', 'v_reset', 'detach_reset')}
+    neuron.update(include=args.neuron_include, exclude=args.neuron_exclude)
     neuron = {name: value for name, value in neuron.items() if value is not None}
+    if args.neuron_init == 'ann' and (set(neuron) & {'tau', 'v_threshold', 'v_reset'} or not (
+            args.initial_checkpoint or args.pretrained or args.pretrained_path)):
+        raise OptionError("--neuron-init ann: takes the thresholds from the ANN's weights and sets the neuron itself; "
+                          'give the weights (--pretrained-path FILE) and leave --tau, --v-threshold and --v-reset.')
     if neuron and not args.model.startswith(PREFIX):
-        raise OptionError(f"--{next(iter(neuron)).replace('_', '-')}: '{args.model}' does not spike; "
+        option = next(iter(neuron)).replace('_', '-').replace('include', 'neuron-include').replace('exclude', 'neuron-exclude')
+        raise OptionError(f"--{option}: '{args.model}' does not spike; "
                           f"--model {PREFIX}{args.model} does.")
     overlay = {}
     if args.pretrained_path:
@@ -191,13 +208,85 @@ def teacher_name(args: Namespace) -> str:
     return args.teacher or args.model.removeprefix(PREFIX)
 
 
-def create_teacher(args: Namespace, num_classes: int) -> nn.Module:
-    """The teacher's architecture; pretrained weights only where asked for."""
+def create_teacher(args: Namespace, num_classes: int, data_config: Dict[str, Any]) -> Tuple[nn.Module, TeacherInput]:
+    """The teacher's architecture, pretrained weights only where asked for, and what makes its images of the student's.
+
+    It is built for --teacher-size, or for the student's images; one that cannot be built for these has its own size,
+    and the images are resized.
+    """
     name = teacher_name(args)
     check_model_name(name, '--teacher')
     own = name == args.model.removeprefix(PREFIX)
-    kwargs = model_kwargs(args, name, num_classes, {**(args.model_kwargs if own else {}), **args.teacher_kwargs})
-    return _placed(args, timm.create_model(pretrained=args.teacher_pretrained, **kwargs))
+    extra = {**(args.model_kwargs if own else {}), **args.teacher_kwargs}
+    channels, *size = data_config['input_size']
+    wanted = tuple(args.teacher_size or size)
+
+    def create(input_size):
+        return timm.create_model(
+            pretrained=args.teacher_pretrained, **model_kwargs(args, name, num_classes, extra, input_size))
+
+    try:
+        teacher = create((channels, *wanted))
+    except (AssertionError, TypeError, RuntimeError, ValueError) as error:
+        if args.teacher_size:
+            raise OptionError(f'--teacher-size {wanted[0]} {wanted[1]}: {name} cannot be built for it: {error}') from error
+        wanted = tuple(timm.get_pretrained_cfg(name).input_size[1:])
+        teacher = create((channels, *wanted))
+        _logger.info(f'Teacher {name} cannot be built for images of {size[0]} x {size[1]} ({error}): it sees them '
+                     f'resized to {wanted[0]} x {wanted[1]}.')
+    return _placed(args, teacher), TeacherInput(
+        wanted if wanted != tuple(size) else None, _renormalization(args, teacher, data_config))
+
+
+def _renormalization(args: Namespace, teacher: nn.Module, data_config: Dict[str, Any]) -> Optional[Tuple]:
+    """(student mean, student std, teacher mean, teacher std) where the teacher's differ."""
+    cfg = teacher.pretrained_cfg if args.teacher_pretrained and not args.teacher_epochs else data_config
+    mean, std = args.teacher_mean or cfg['mean'], args.teacher_std or cfg['std']
+    channels = data_config['input_size'][0]
+    for option, values in (('--teacher-mean', mean), ('--teacher-std', std)):
+        if len(values) not in (1, channels):
+            raise OptionError(f'{option}: {len(values)} values for {channels} channels.')
+    mean, std = (tuple(v) * channels if len(v) == 1 else tuple(v) for v in (mean, std))
+    if (mean, std) == (tuple(data_config['mean']), tuple(data_config['std'])):
+        return None
+    return data_config['mean'], data_config['std'], mean, std
+
+
+def prepare_neurons(
+        args: Namespace,
+        accelerator: Accelerator,
+        student: nn.Module,
+        loader: Any,
+        resumed: bool,
+) -> Optional[SpikingReport]:
+    """--neuron-init: gains or thresholds of a spiking student from real images, and the report of its conversion."""
+    if not isinstance(student, SpikingModule):
+        return None
+    images = _first_images(loader, _THRESHOLD_IMAGES if args.neuron_init == 'ann' else args.batch_size)
+    images = broadcast(images.to(next(student.parameters())))  # all processes set the same
+    has_gains = any(lif.gain is not None for lif in student.neurons().values())
+    if resumed or has_gains:
+        _logger.info('Neurons keep the gains of the checkpoint.')
+    elif args.neuron_init == 'calibrated':
+        calibrate(student, images)
+    elif args.neuron_init == 'ann':
+        convert_ann(student, images, student.timesteps, percentile=args.ann_percentile)
+    report = student.spiking_report()
+    if accelerator.is_main_process:
+        report.macs(images[:4])
+        _logger.info(str(report))
+    return report
+
+
+def _first_images(loader: Any, n: int) -> torch.Tensor:
+    """n training images, or as many as there are; timm's random state is set again before the training."""
+    batches, count = [], 0
+    for input, _ in loader:
+        batches.append(input)
+        count += len(input)
+        if count >= n:
+            break
+    return torch.cat(batches)[:n]
 
 
 # ---- data
@@ -349,6 +438,7 @@ class Fit:
         name: For the log.
         resume: Checkpoint file to continue from.
         ema: Whether --model-ema applies.
+        prepare_input: What is done to a batch of images first.
     """
 
     def __init__(
@@ -360,7 +450,9 @@ class Fit:
             name: str,
             resume: str = '',
             ema: bool = False,
+            prepare_input: Optional[Callable[[torch.Tensor], torch.Tensor]] = None,
     ):
+        self.prepare_input = prepare_input
         self.accelerator = accelerator = session.accelerator
         self.args = args = copy.copy(session.args)
         args.epochs = epochs
@@ -481,6 +573,7 @@ class Fit:
     def _cast(self, input: torch.Tensor) -> torch.Tensor:
         if self.args.model_dtype:
             input = input.to(getattr(torch, self.args.model_dtype))
+        input = input if self.prepare_input is None else self.prepare_input(input)
         return input.contiguous(memory_format=torch.channels_last) if self.args.channels_last else input
 
     def _layer_stats(self) -> Dict[str, float]:
@@ -547,7 +640,13 @@ class TeacherResult(NamedTuple):
     source: str  # where its weights come from
 
 
-def obtain_teacher(session: Session, teacher: nn.Module, num_classes: int, root: Path) -> TeacherResult:
+def obtain_teacher(
+        session: Session,
+        teacher: nn.Module,
+        teacher_input: TeacherInput,
+        num_classes: int,
+        root: Path,
+) -> TeacherResult:
     """Give the teacher its weights: from a file, from timm, from this output root, or by training it first."""
     args, accelerator = session.args, session.accelerator
     name = teacher_name(args)
@@ -561,12 +660,13 @@ def obtain_teacher(session: Session, teacher: nn.Module, num_classes: int, root:
         if (folder / TEACHER_FILE).is_file():
             _logger.info(f'Teacher {name}: found {folder}, trained on the same data with the same settings.')
         else:
-            train_teacher(session, name, teacher, folder)
+            train_teacher(session, name, teacher, teacher_input, folder)
         load_weights(teacher, str(folder / 'last.pth.tar'), 'teacher')
         source = f'{folder}, {json.loads((folder / TEACHER_FILE).read_text())["epochs"]} epochs'
     teacher.to(accelerator.device)
     loader = accelerator.prepare(session.make_loaders().eval)
-    metrics = evaluate(accelerator, teacher, loader, lambda x: x.to(next(teacher.parameters()).dtype))
+    dtype = next(teacher.parameters()).dtype
+    metrics = evaluate(accelerator, teacher, loader, lambda x: teacher_input(x.to(dtype)))
     _logger.info(f'Teacher {name}: {metrics["top1"]:.2f} top-1 on the validation set ({source}).')
     accelerator.free_memory()
     return TeacherResult(name, metrics['top1'], source)
@@ -598,7 +698,7 @@ def teacher_folder(args: Namespace, teacher: nn.Module, num_classes: int, root: 
     return root / 'teachers' / f'{safe_model_name(teacher_name(args))}-{digest}'
 
 
-def train_teacher(session: Session, name: str, teacher: nn.Module, folder: Path) -> None:
+def train_teacher(session: Session, name: str, teacher: nn.Module, teacher_input: TeacherInput, folder: Path) -> None:
     """Train a copy of the teacher and keep it; a training that was cut off goes on where its last epoch ended."""
     args, accelerator = session.args, session.accelerator
     epochs = args.teacher_epochs or args.epochs
@@ -610,7 +710,8 @@ def train_teacher(session: Session, name: str, teacher: nn.Module, folder: Path)
     task = ClassificationTask(
         model, criterion_kwargs=criterion_kwargs(args, mixes), device=accelerator.device, verbose=False)
     task.to(accelerator.device)
-    fit = Fit(session, task, folder, epochs, 'teacher', resume=str(resume) if resume.is_file() else '')
+    fit = Fit(session, task, folder, epochs, 'teacher', resume=str(resume) if resume.is_file() else '',
+              prepare_input=teacher_input)
     result = fit.run()
     if accelerator.is_main_process:
         facts = dict(model=name, epochs=epochs, seed=args.seed, metrics=result.last, file='last.pth.tar')
@@ -658,21 +759,18 @@ def create_task(
         args: Namespace,
         student: nn.Module,
         teacher: Optional[nn.Module],
+        teacher_input: TeacherInput,
         data_config: Dict[str, Any],
         device: torch.device,
         mixes: bool,
 ) -> SSCLTask:
     """The student's training task."""
-    renormalize = None
-    if teacher is not None and args.teacher_pretrained and not args.teacher_epochs:
-        cfg = teacher.pretrained_cfg
-        renormalize = (data_config['mean'], data_config['std'], cfg['mean'], cfg['std'])
     return SSCLTask(
         student, teacher, losses=args.losses, loss_options=args.loss_options,
         criterion_kwargs=criterion_kwargs(args, mixes),
         task_loss_weight=1. if args.task_loss_weight is None else args.task_loss_weight,
         taps=parse_taps(args.sscl_taps), teacher_taps=parse_taps(args.sscl_teacher_taps),
-        input_size=data_config['input_size'], renormalize=renormalize,
+        input_size=data_config['input_size'], renormalize=teacher_input.renormalize, teacher_size=teacher_input.size,
         device=device, dtype=getattr(torch, args.model_dtype or 'float32'))
 
 
@@ -690,6 +788,7 @@ def summarize(
         student: nn.Module,
         teacher: Optional[TeacherResult],
         result: FitResult,
+        report: Optional[SpikingReport],
         seconds: float,
 ) -> None:
     """Closing summary, on the terminal and as JSON."""
@@ -715,7 +814,7 @@ def summarize(
         model=args.model, timesteps=timesteps, losses=args.losses, seed=args.seed, student=result.last,
         best={args.eval_metric: result.best, 'epoch': result.best_epoch},
         teacher=teacher._asdict() if teacher else None,
-        firing_rates=result.firing_rates, seconds=round(seconds, 1))
+        firing_rates=result.firing_rates, conversion=report.as_dict() if report is not None else None, seconds=round(seconds, 1))
     (folder / SUMMARY_FILE).write_text(json.dumps(facts, indent=2) + '\n')
 
 
@@ -739,25 +838,29 @@ def main(argv: Optional[List[str]] = None) -> None:
         num_classes = resolve_num_classes(args, datasets[0])
         student = create_student(args, num_classes)
         data_config = args.data_config = resolve_data_config(vars(args), model=student)
-        teacher = create_teacher(args, num_classes) if _needs_teacher(args) else None
+        teacher, teacher_input = None, TeacherInput()
+        if _needs_teacher(args):
+            teacher, teacher_input = create_teacher(args, num_classes, data_config)
         session = Session(args, accelerator, partial(create_loaders, args, datasets, data_config, num_classes))
-        mixes = session.make_loaders().mixup is not None
-        task = create_task(args, student, teacher, data_config, accelerator.device, mixes)
+        loaders = session.make_loaders()
+        task = create_task(
+            args, student, teacher, teacher_input, data_config, accelerator.device, loaders.mixup is not None)
         root = Path(args.output or './output/train')
         folder = run_folder(args, root, data_config, accelerator.is_main_process)
         if teacher is not None:
             check_teacher(args, teacher, num_classes, root)
         if resume:
             restore(task, resume)
+        report = prepare_neurons(args, accelerator, student, loaders.train, bool(resume))
         if accelerator.is_main_process:
             write_arguments(args, folder)
         if args.report_to:
             accelerator.project_configuration.set_directories(str(folder))
             accelerator.init_trackers('timm_sscl')
-    taught_by = obtain_teacher(session, teacher, num_classes, root) if teacher is not None else None
+    taught_by = obtain_teacher(session, teacher, teacher_input, num_classes, root) if teacher is not None else None
     result = Fit(session, task, folder, args.epochs, 'student', resume=resume, ema=args.model_ema).run()
     if accelerator.is_main_process:
-        summarize(args, folder, student, taught_by, result, time.time() - started)
+        summarize(args, folder, student, taught_by, result, report, time.time() - started)
     accelerator.end_training()
 
 

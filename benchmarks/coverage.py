@@ -28,8 +28,7 @@ from timm_sscl import LIF, calibrate
 from timm_sscl.registry import PREFIX
 from timm_sscl.taps import Recorder, find_taps, fold_feature, probe_sizes, stage_indices
 
-T, B, CLASSES = 2, 4, 10
-ROUND_OFF = dict(rtol=1e-6, atol=1e-6)  # float64, sums in another order; a flipped spike or wrong step shows at 1e-3
+T, B, CLASSES = 2, 2, 10
 
 # the smallest architecture of every family, and kwargs that shrink those that are large even so, structure kept
 REPRESENTATIVES: Dict[str, str] = {
@@ -167,10 +166,11 @@ def converts(s: Subject) -> Result:
 
 @torch.no_grad()
 def forward(s: Subject) -> Result:
-    model, expected = s.spiking.eval(), s.ann.eval()(s.images)
+    model, expected = s.spiking.eval(), s.ann.eval()(s.images[:1])
+    expected = expected if isinstance(expected, torch.Tensor) else logits(expected)
     out, steps = model(s.images), model(s.images, per_step=True)
-    if logits(out).shape != logits(expected).shape or logits(steps).shape[:2] != (T, B):
-        return Result('no', f'{tuple(logits(out).shape)} instead of {tuple(logits(expected).shape)}')
+    if logits(out).shape[1:] != expected.shape[1:] or steps.shape[:2] != (T, B):
+        return Result('no', f'{tuple(logits(out).shape)} instead of {tuple(expected.shape)}')
     if hasattr(model, 'forward_head'):
         parts = model.forward_head(model.forward_features(s.images))
         if not torch.equal(logits(parts), logits(out)):
@@ -205,8 +205,9 @@ def independent(s: Subject) -> Result:
     model, images = copy.deepcopy(s.spiking).double().eval(), s.images.double()
     whole = logits(model(images))
     single = torch.cat([logits(model(images[i:i + 1])) for i in range(B)])
-    error = (whole - single).abs().max().item()
-    return Result('yes' if torch.allclose(whole, single, **ROUND_OFF) else 'no', f'{error:.1e}')
+    error = (whole - single).abs().max().item() / (whole[0] - whole[1]).abs().max().item()
+    # sums in another order; a flipped spike or a wrong step shows at 1e-3 of what tells two images apart
+    return Result('yes' if error < 1e-8 else 'no', f'{error:.1e}')
 
 
 def live(s: Subject) -> Result:
@@ -250,9 +251,9 @@ def taps(s: Subject) -> Result:
             module.eval()
     if hasattr(model, 'drop_rate'):
         model.drop_rate = 0.
-    with torch.no_grad():
-        final, stages = model.forward_intermediates(s.images, indices=stage_indices(model), per_step=True)
-        expected = [*stages, model.forward_head(final, pre_logits=True, per_step=True)]
+    # with gradient as below: fused attention has other kernels without, and round-off flips spikes
+    final, stages = model.forward_intermediates(s.images, indices=stage_indices(model), per_step=True)
+    expected = [*stages, model.forward_head(final, pre_logits=True, per_step=True)]
     for checkpointing in (False, True):
         if checkpointing and not set_checkpointing(model):
             break
@@ -288,11 +289,12 @@ def features_only(s: Subject) -> Result:
 def checkpointing(s: Subject) -> Result:
     if not set_checkpointing(copy.deepcopy(s.ann)):
         return Result('upstream', 'not supported')
-    plain, checkpointed = copy.deepcopy(s.spiking).double(), copy.deepcopy(s.spiking).double()
+    checkpointed = copy.deepcopy(s.spiking)
     set_checkpointing(checkpointed)
-    first, second = grads(plain, s.images.double()), grads(checkpointed, s.images.double())
+    first, second = grads(s.spiking, s.images), grads(checkpointed, s.images)
     scale = max(g.abs().max().item() for g in first.values())
-    different = [n for n in first if n not in second or not torch.allclose(first[n], second[n], rtol=1e-6, atol=1e-9 * scale)]
+    # the same float32 arithmetic; only sums of gradients may come in another order
+    different = [n for n in first if n not in second or (first[n] - second[n]).abs().max() > 1e-5 * scale]
     return Result('no', ', '.join(different[:3])) if different else Result('yes')
 
 

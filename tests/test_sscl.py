@@ -1024,15 +1024,15 @@ def test_different_timm_architectures_by_default():
     assert [g.in_features for g in sscl.criterion.g_teacher] == [24, 32, 48, 64, 64]
 
 
-def test_fewer_stages_pair_from_the_end():
+def test_fewer_stages_pair_by_relative_depth():
     student = _create('spiking_test_resnet').train()
     teacher = _create('test_vit', seed=1, img_size=32, depth=2)
     sscl = _attach(student, teacher)
-    assert [tap.name for tap in sscl.taps] == ['layer3', 'layer4', 'pooled']
+    assert [tap.name for tap in sscl.taps] == ['layer2', 'layer4', 'pooled']
     x = _images()
     student(x)
     assert torch.isfinite(sscl(x))
-    assert [g.in_features for g in sscl.criterion.g_student] == [192, 96, 96]
+    assert [g.in_features for g in sscl.criterion.g_student] == [48, 96, 96]
 
 
 # ---- hard cases

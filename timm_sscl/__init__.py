@@ -3,6 +3,7 @@ from . import registry as _registry  # importing it registers the spiking_ names
 from .ann import convert_ann
 from .calibrate import calibrate
 from .convert import convert_to_spiking
+from .fold import fold_gains
 from .losses import create_loss, list_losses, nce_loss, register_loss
 from .neurons import LIF, lif
 from .representation import representation_bits

@@ -5,7 +5,6 @@ import textwrap
 from functools import lru_cache
 from typing import Dict, FrozenSet, List, Optional, Type
 
-import torch
 import torch.nn as nn
 from torch.overrides import TorchFunctionMode
 

@@ -112,6 +112,15 @@ def _add_spiking(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--v-threshold', type=float, default=None, help='firing threshold (0.5)')
     group.add_argument('--v-reset', type=_v_reset, default=None, help='reset potential (0.), or soft')
     group.add_argument('--detach-reset', action='store_true', default=None, help='no gradient through the reset')
+    group.add_argument('--neuron-init', default='calibrated', choices=['calibrated', 'ann', 'none'],
+                       help='before training: an input gain per layer measured on real images; thresholds from the '
+                            'weights\' own ANN (ReLU networks, integrate-and-fire); or nothing')
+    group.add_argument('--ann-percentile', type=float, default=100., metavar='P',
+                       help='--neuron-init ann: percentile of the ANN\'s activations that is the threshold')
+    group.add_argument('--neuron-include', nargs='+', default=None, metavar='PATTERN',
+                       help='only these activations become neurons: names or classes, of modules around them too')
+    group.add_argument('--neuron-exclude', nargs='+', default=None, metavar='PATTERN',
+                       help='these stay analog; also attention, squeeze_excite, head')
 
 
 def _v_reset(text: str):
@@ -126,6 +135,11 @@ def _add_distillation(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--teacher-pretrained', action='store_true', help='start from timm\'s pretrained weights')
     group.add_argument('--teacher-epochs', type=int, default=None, metavar='N',
                        help='epochs to train the teacher for where there are no weights for it (--epochs)')
+    group.add_argument('--teacher-size', type=int, nargs=2, default=None, metavar=('H', 'W'),
+                       help='size of the teacher\'s images, resized from the student\'s (the same)')
+    group.add_argument('--teacher-mean', type=float, nargs='+', default=None, metavar='MEAN',
+                       help='mean that the teacher\'s images were normalised by in its training (the student\'s)')
+    group.add_argument('--teacher-std', type=float, nargs='+', default=None, metavar='STD', help='likewise, deviation')
     group.add_argument('--teacher-kwargs', nargs='*', default={}, action=ParseKwargs,
                        help='model kwargs of the teacher (--model-kwargs where it is the student\'s own ANN)')
     group.add_argument('--distill', default=None, choices=list(PRESETS),

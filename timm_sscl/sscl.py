@@ -1,6 +1,6 @@
 """SSCLLoss: the loss for anybody's training loop; hooks a student and a teacher and compares what the hooks saw."""
 import logging
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -8,7 +8,8 @@ import torch.nn as nn
 from timm.utils import unwrap_model
 
 from .losses.sscl import SSCLCriterion
-from .taps import Recorder, Tap, find_taps, fold_feature, named_taps
+from .taps import Recorder, Tap, find_taps, fold_feature, match_by_depth, named_taps
+from .teacher_input import TeacherInput
 
 __all__ = ['SSCLLoss']
 
@@ -33,6 +34,9 @@ class SSCLLoss(nn.Module):
         teacher_taps: Names of the teacher's modules, in the same order; the student's names by default.
         timesteps: T of the student; None reads student.timesteps, else 1.
         input_size: (C, H, W) of the image that probes the models' feature shapes; None takes the models' own.
+        teacher_size: (H, W) of the teacher's images, which are resized from the student's; None leaves them.
+        renormalize: (student mean, student std, teacher mean, teacher std) where the teacher was trained on images
+            normalised in another way.
         **options: dim, temperature, critic, weighting, cka_floor, cka_momentum of SSCLCriterion.
 
     Raises:
@@ -54,6 +58,8 @@ class SSCLLoss(nn.Module):
             teacher_taps: Optional[Sequence[str]] = None,
             timesteps: Optional[int] = None,
             input_size: Optional[Sequence[int]] = None,
+            teacher_size: Optional[Sequence[int]] = None,
+            renormalize: Optional[Tuple[Sequence[float], ...]] = None,
             **options: Any,
     ):
         super().__init__()
@@ -65,7 +71,9 @@ class SSCLLoss(nn.Module):
         self.timesteps = timesteps if timesteps is not None else getattr(inner_student, 'timesteps', 1)
         if self.timesteps < 1:
             raise ValueError(f'timesteps={timesteps}: must be at least 1.')
-        student_taps, teacher_taps = _pair_taps(inner_student, inner_teacher, taps, teacher_taps, input_size)
+        self.teacher_input = TeacherInput(teacher_size, renormalize)
+        shape = input_size if teacher_size is None or input_size is None else (input_size[0], *teacher_size)
+        student_taps, teacher_taps = _pair_taps(inner_student, inner_teacher, taps, teacher_taps, input_size, shape)
         device = next((p.device for p in inner_student.parameters()), torch.device('cpu'))
         self.criterion = SSCLCriterion(
             [tap.name for tap in student_taps],
@@ -98,7 +106,7 @@ class SSCLLoss(nn.Module):
 
         Args:
             x: The tensor that the student was called on in this step, (B, ...).
-            teacher_input: What the teacher sees, where that is not x (another normalisation, say).
+            teacher_input: What the teacher sees, where that is not x, resized and renormalised as asked for.
 
         Returns:
             0-d tensor, the weighted sum over the layers.
@@ -109,7 +117,7 @@ class SSCLLoss(nn.Module):
             ValueError: A feature's batch is neither B nor timesteps * B, or B is too small for CKA weights.
         """
         student_features = self._student_recorder.take(x)
-        teacher_features = self._run_teacher(x if teacher_input is None else teacher_input)
+        teacher_features = self._run_teacher(self.teacher_input(x) if teacher_input is None else teacher_input)
         if self.training:
             self._trained(self._student_recorder.model, self.criterion)
         return self.from_features(student_features, teacher_features)
@@ -176,12 +184,12 @@ def _refuse_compiled(model: nn.Module) -> None:
                              f'it: build the loss first, then compile.')
 
 
-def _pair_taps(student, teacher, taps, teacher_taps, input_size):
-    """Taps of both models, one to one: by name, or the last stages that both have and the pooled feature."""
+def _pair_taps(student, teacher, taps, teacher_taps, input_size, teacher_size):
+    """Taps of both models, one to one: by name, or the stages at the same relative depth and the pooled feature."""
     if taps is None and teacher_taps is None:
-        found = find_taps(student, input_size=input_size), find_taps(teacher, input_size=input_size)
-        n = min(len(f) for f in found)
-        return found[0][-n:], found[1][-n:]
+        found = find_taps(student, input_size=input_size), find_taps(teacher, input_size=teacher_size)
+        kept = match_by_depth(*(len(f) - 1 for f in found))  # without the pooled feature
+        return tuple([*(f[i] for i in stages), f[-1]] for f, stages in zip(found, kept))
     if taps is None:
         raise ValueError('teacher_taps without taps: name the student\'s modules as well.')
     taps = [taps] if isinstance(taps, str) else list(taps)
@@ -191,7 +199,7 @@ def _pair_taps(student, teacher, taps, teacher_taps, input_size):
     if len(taps) != len(teacher_taps) or not taps:
         raise ValueError(f'taps names {len(taps)} modules and teacher_taps {len(teacher_taps)}; '
                          f'they are compared in pairs.')
-    return named_taps(student, taps, input_size), named_taps(teacher, teacher_taps, input_size)
+    return named_taps(student, taps, input_size), named_taps(teacher, teacher_taps, teacher_size)
 
 
 class _TrainedCheck:

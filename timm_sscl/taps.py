@@ -68,6 +68,13 @@ def stage_indices(model: nn.Module, num_stages: int = 4) -> List[int]:
     return sorted(last_of.values())[-num_stages:]
 
 
+def match_by_depth(n: int, k: int) -> Tuple[List[int], List[int]]:
+    """Positions of the stages to compare in two networks with n and k stages: those at the same relative depth."""
+    few = min(n, k)
+    student, teacher = ([math.ceil(m * j / few) - 1 for j in range(1, few + 1)] for m in (n, k))
+    return student, teacher
+
+
 def _named_indices(model: nn.Module, names: Sequence[str]) -> List[int]:
     """Indices for forward_intermediates of stages by their names in feature_info, in the order of the stages."""
     known = stage_names(model, range(stage_indices(model)[-1] + 1))
@@ -447,10 +454,11 @@ class FeatureReader:
         self.names = stage_names(model, self.indices) + [POOLED] * self.pooled
         self.channels = _probe(model, input_size, run)
 
-    def keep_last(self, num_stages: int) -> None:
-        """Read the last num_stages stages only."""
-        drop = len(self.indices) - num_stages
-        self.indices, self.names, self.channels = self.indices[drop:], self.names[drop:], self.channels[drop:]
+    def keep(self, stages: Sequence[int]) -> None:
+        """Read only these of the stages, by their positions; the pooled feature stays."""
+        kept = [*stages, *range(len(self.indices), len(self.names))]
+        self.indices = [self.indices[i] for i in stages]
+        self.names, self.channels = [self.names[i] for i in kept], [self.channels[i] for i in kept]
 
     def __call__(self, model: nn.Module, x: torch.Tensor) -> Tuple[torch.Tensor, List[torch.Tensor]]:
         """One forward.

@@ -11,7 +11,8 @@ from timm.task.classification import resolve_classification_loss
 from timm.utils import unwrap_model
 
 from .losses import TrainStep, create_loss, loss_needs
-from .taps import FeatureReader
+from .taps import FeatureReader, match_by_depth
+from .teacher_input import TeacherInput
 
 __all__ = ['SSCLTask', 'PRESETS', 'resolve_losses']
 
@@ -112,6 +113,7 @@ class SSCLTask(TrainingTask):
         input_size: (C, H, W) of the training images, for the probe of the feature shapes.
         renormalize: (student mean, student std, teacher mean, teacher std) where the teacher was trained on images
             normalised in another way.
+        teacher_size: (H, W) of the teacher's images, which are resized from the student's; None leaves them.
         device: Device of the task's tensors.
         dtype: Dtype of the task's tensors.
         verbose: Whether to log what is trained.
@@ -133,6 +135,7 @@ class SSCLTask(TrainingTask):
             teacher_taps: Union[int, Sequence[str], None] = None,
             input_size: Optional[Sequence[int]] = None,
             renormalize: Optional[Tuple[Sequence[float], ...]] = None,
+            teacher_size: Optional[Sequence[int]] = None,
             device: Optional[torch.device] = None,
             dtype: Optional[torch.dtype] = None,
             verbose: bool = True,
@@ -151,16 +154,20 @@ class SSCLTask(TrainingTask):
         reader = self.teacher_reader = None
         if any(n['features'] for n in needs):
             reader = FeatureReader(student, taps, input_size)
-            self.teacher_reader = FeatureReader(teacher, taps if teacher_taps is None else teacher_taps, input_size)
+            teacher_taps = taps if teacher_taps is None else teacher_taps
+            self.teacher_reader = FeatureReader(teacher, teacher_taps, _teacher_shape(input_size, teacher_size))
             _match(reader, self.teacher_reader, cut=isinstance(taps, int))
         modules = {name: _create(name, (loss_options or {}).get(name, {}), reader, self.teacher_reader)
                    for name in self.weights}
         self.trainable_module = SSCLTrainableModule(student, modules, reader).to(self.device)
         self.teacher = teacher.to(self.device).requires_grad_(False).eval() if self.needs_teacher else None
         self.criterion = resolve_classification_loss(criterion, self.device, criterion_kwargs=criterion_kwargs)
-        self._teacher_scale = _renormalization(renormalize)
+        self.teacher_input = TeacherInput(teacher_size, renormalize)
         if verbose:
-            taps = f' on {len(reader.names)} taps ({", ".join(reader.names)})' if reader else ''
+            taps = ''
+            if reader:
+                pairs = [s if s == t else f'{s} - {t}' for s, t in zip(reader.names, self.teacher_reader.names)]
+                taps = f' on {len(pairs)} taps ({", ".join(pairs)})'
             terms = ' + '.join(f'{weight:g} {name}' for name, weight in self.weights.items())
             terms = f' + {terms}{taps}' if terms else ''
             _logger.info(f'SSCLTask: loss = {task_loss_weight:g} classification{terms}')
@@ -203,10 +210,7 @@ class SSCLTask(TrainingTask):
         """Teacher logits (B, K) and features; static images need one forward, not T."""
         if self.teacher is None:
             return None, None
-        if self._teacher_scale is not None:
-            scale, shift = (t.to(input) for t in self._teacher_scale)
-            input = input * scale + shift
-        step_logits, features = _read(self.teacher, self.teacher_reader, input)
+        step_logits, features = _read(self.teacher, self.teacher_reader, self.teacher_input(input))
         return step_logits.mean(0), features
 
     def train(self, mode: bool = True) -> 'SSCLTask':
@@ -259,12 +263,19 @@ class SSCLTask(TrainingTask):
             unwrap_model(module).losses.load_state_dict(state['losses'], strict=strict)
 
 
+def _teacher_shape(
+        input_size: Optional[Sequence[int]],
+        teacher_size: Optional[Sequence[int]],
+) -> Optional[Tuple[int, ...]]:
+    """(C, H, W) of the teacher's images."""
+    return input_size if teacher_size is None or input_size is None else (input_size[0], *teacher_size)
+
+
 def _match(student: FeatureReader, teacher: FeatureReader, cut: bool) -> None:
-    """Pair the taps of both models: cut to the last stages that both have, or, by name, one to one."""
+    """Pair the taps of both models: the stages by their relative depth, or, by name, one to one."""
     if cut:
-        n = min(len(student.indices), len(teacher.indices))
-        student.keep_last(n)
-        teacher.keep_last(n)
+        for reader, kept in zip((student, teacher), match_by_depth(len(student.indices), len(teacher.indices))):
+            reader.keep(kept)
     if len(student.names) != len(teacher.names):
         raise ValueError(f'taps are compared in pairs: {", ".join(student.names)} of the student, '
                          f'{", ".join(teacher.names)} of the teacher.')
@@ -280,15 +291,3 @@ def _create(
         return create_loss(name, **options)
     return create_loss(
         name, names=student.names, student_channels=student.channels, teacher_channels=teacher.channels, **options)
-
-
-def _renormalization(
-        stats: Optional[Tuple[Sequence[float], ...]],
-) -> Optional[Tuple[torch.Tensor, torch.Tensor]]:
-    """(scale, shift) that turns images in the student's normalisation into the teacher's; None where they agree."""
-    if stats is None:
-        return None
-    mean, std, teacher_mean, teacher_std = (torch.tensor(s, dtype=torch.float32).view(1, -1, 1, 1) for s in stats)
-    if torch.equal(mean, teacher_mean) and torch.equal(std, teacher_std):
-        return None
-    return std / teacher_std, (mean - teacher_mean) / teacher_std
