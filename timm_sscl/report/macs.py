@@ -1,6 +1,6 @@
 """How spiking a network is: the multiply-accumulates (MACs) of a forward, by what their input is."""
 from contextlib import contextmanager, nullcontext
-from typing import Dict, Iterator, NamedTuple, Sequence
+from typing import Any, Dict, Iterator, NamedTuple, Sequence
 
 import torch
 import torch.nn as nn
@@ -59,6 +59,7 @@ class _CountMacs(TorchDispatchMode):
         super().__init__()
         self.weights = {w.untyped_storage().data_ptr() for w in weights}
         self.tracker = ModuleTracker()
+        self.fired = False  # before the first neuron a fraction is a pixel (k / 255), not an average of spikes
         self.by_module: Dict[str, Dict[str, int]] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -72,7 +73,11 @@ class _CountMacs(TorchDispatchMode):
     def _kind(self, operands: Sequence[torch.Tensor]) -> str:
         """The most spiking of a product's operands, weights apart."""
         kinds = [input_kind(x) for x in operands if x.untyped_storage().data_ptr() not in self.weights]
-        return min(kinds, key=KINDS.index, default='analog')
+        kind = min(kinds, key=KINDS.index, default='analog')
+        return 'analog' if kind == 'fractional' and not self.fired else kind
+
+    def saw_neuron(self, *_: Any) -> None:
+        self.fired = True
 
     def _add(self, kind: str, macs: int) -> None:
         module = max(self.tracker.parents - {'Global'}, key=len, default='')
@@ -114,8 +119,13 @@ def count_macs(model: nn.Module, images: torch.Tensor) -> MacShares:
     recurrent = any(isinstance(m, nn.RNNBase) for m in model.modules())
     # fused kernels hide their products
     unfused = torch.backends.mkldnn.flags(enabled=False) if recurrent else nullcontext()
-    with _plain(model), torch.no_grad(), unfused, sdpa_kernel(SDPBackend.MATH), counter.tracker, counter:
-        model(images)
+    handles = [m.register_forward_hook(counter.saw_neuron) for m in model.modules() if isinstance(m, LIF)]
+    try:
+        with _plain(model), torch.no_grad(), unfused, sdpa_kernel(SDPBackend.MATH), counter.tracker, counter:
+            model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
     n = len(images)
     by_module = {name: {kind: macs // n for kind, macs in counts.items()} for name, counts in counter.by_module.items()}
     totals = {kind: sum(counts[kind] for counts in by_module.values()) for kind in KINDS}
