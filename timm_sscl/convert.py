@@ -8,8 +8,8 @@ import torch.nn as nn
 
 from .adapters import give_neuron, hidden_activation, split_over_samples, take_neuron, why_no_adapter
 from .batch_axis import without_batch_axis
-from .functional import (NEURON_NAME, activations_in_intermediates_only, called_activations, calls_noise,
-                         function_module, replace_functions)
+from .functional import (NEURON_NAME, called_activations, calls_noise, function_module, repeats_activations,
+                         replace_functions)
 from .neurons import LIF
 from .policy import GROUPS, HEAD, Policy
 from .spiking import SpikingModel, SpikingModule, SpikingSettings, spiking_class
@@ -114,7 +114,7 @@ class _Plan:
 
     def _calls_functions(self, module: nn.Module, prefix: str, around: List[Tuple[str, str]]) -> None:
         functions = called_activations(module)
-        if functions and NEURON_NAME not in module._modules and not activations_in_intermediates_only(module):
+        if functions and NEURON_NAME not in module._modules and not repeats_activations(module):
             inside = [*around, (prefix[:-1], type(module).__name__)]
             if self._decide(f'{prefix}{NEURON_NAME}', ', '.join(functions), inside, 'called as a function', True):
                 self.callers[f'{prefix}{NEURON_NAME}'] = module
@@ -332,7 +332,7 @@ def convert_to_spiking(
 
     plan.apply(model, settings)
     model._calls_noise = calls_noise(type(model))
-    model._fires_in_intermediates_only = activations_in_intermediates_only(model)
+    model._repeats_activations = repeats_activations(model)
     is_timm_model = hasattr(model, 'forward_features') and hasattr(model, 'forward_head')
     model.__class__ = spiking_class(SpikingModel if is_timm_model else SpikingModule, type(model))
     model.settings = settings

@@ -71,10 +71,18 @@ def function_module(module: nn.Module) -> Optional[nn.Module]:
     return kind() if kind is not None else None
 
 
-def activations_in_intermediates_only(module: nn.Module) -> bool:
-    """Whether forward_intermediates alone calls activations as functions, the forward itself none."""
-    methods = {name for name, names in _calls(type(module)).items() if names & ACTIVATION_FUNCTIONS}
-    return methods == {'forward_intermediates'}
+def repeats_activations(model: nn.Module) -> bool:
+    """Whether a model calls activations as functions only to return a feature as one of its modules would activate it.
+
+    nasnet, pnasnet and xception do in forward_intermediates, and in forward_features after pruning; feature_info names
+    the activation module.
+    """
+    methods = {name for name, names in _calls(type(model)).items() if names & ACTIVATION_FUNCTIONS}
+    if 'forward_intermediates' not in methods or not methods <= {'forward_intermediates', 'forward_features'}:
+        return False
+    modules = dict(model.named_modules())
+    named = [modules.get(entry['module']) for entry in getattr(model, 'feature_info', ())]
+    return any(m is not None and not list(m.children()) and not list(m.parameters()) for m in named)
 
 
 @lru_cache(maxsize=None)

@@ -111,7 +111,7 @@ class SpikingModule:
     _spiking_bases: Tuple[type, type]
     settings: SpikingSettings
     _calls_noise: bool  # whether its own methods call F.dropout or torch.rand
-    _fires_in_intermediates_only: bool  # whether activations are called as functions in forward_intermediates alone
+    _repeats_activations: bool  # see functional.repeats_activations
     _explicit: FrozenSet[str]  # names of the settings that were asked for, which a checkpoint does not override
 
     @property
@@ -154,11 +154,9 @@ class SpikingModule:
             out = super().forward(encode_input(x, self.timesteps), *args, **kwargs)
         return decode(out, self.timesteps, per_step)
 
-    def _functions(self, in_intermediates: bool = False):
+    def _functions(self):
         """Functions that the model's own methods call become the neuron and noise with one mask over time."""
-        neuron = self._modules.get(NEURON_NAME)
-        if in_intermediates and self._fires_in_intermediates_only:
-            neuron = self._fire_feature
+        neuron = self._fire_feature if self._repeats_activations else self._modules.get(NEURON_NAME)
         noise = self.training and self._calls_noise and (
             getattr(self, 'drop_rate', True) or getattr(self, 'patch_drop_rate', 0))
         return FunctionsOverTime(self.timesteps, neuron) if noise or neuron is not None else nullcontext()
@@ -278,7 +276,7 @@ class SpikingModel(SpikingModule):
 
     def forward_intermediates(self, x: torch.Tensor, *args, per_step: bool = False, **kwargs) -> Any:
         """timm's forward_intermediates on T steps: the final features stay (T * B, ...), intermediates are decoded."""
-        with self._functions(in_intermediates=True):
+        with self._functions():
             out = super().forward_intermediates(encode_input(x, self.timesteps), *args, **kwargs)
         if isinstance(out, dict):
             return {k: v if k == 'image_features' else decode(v, self.timesteps, per_step) for k, v in out.items()}

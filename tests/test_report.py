@@ -1,0 +1,106 @@
+"""How spiking a network is: kinds of inputs, MAC counts against closed forms, and the printed report."""
+import json
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from timm_sscl import convert_to_spiking
+from timm_sscl.report import count_macs
+from timm_sscl.report.macs import input_kind
+
+T, B = 3, 2
+
+
+def _spikes(*shape, p=.4):
+    return torch.bernoulli(torch.full(shape, p), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize('x,kind', [
+    (_spikes(4, 5), 'binary'), (torch.zeros(3, 3), 'binary'), (_spikes(4, 8, 8, 3).permute(0, 3, 1, 2), 'binary'),
+    (F.avg_pool2d(_spikes(2, 3, 14, 14), 7), 'fractional'), (F.avg_pool2d(_spikes(2, 3, 8, 8), 2), 'fractional'),
+    (F.adaptive_avg_pool2d(_spikes(2, 3, 32, 32), 1), 'fractional'), (_spikes(4, 4) + _spikes(4, 4, p=.9), 'fractional'),
+    (F.avg_pool2d(_spikes(2, 3, 8, 8), 2).bfloat16(), 'fractional'), (_spikes(9, 9) / 9, 'fractional'),
+    (torch.randn(50, generator=torch.Generator().manual_seed(0)), 'analog'),
+    (torch.rand(50, generator=torch.Generator().manual_seed(0)), 'analog'), (torch.full((3,), 1e9), 'analog'),
+    (torch.cat([_spikes(100), torch.tensor([.314159])]), 'analog')])
+def test_input_kind(x, kind):
+    assert input_kind(x) == kind
+
+
+@pytest.mark.parametrize('layer,shape,macs', [
+    (nn.Conv2d(3, 8, 3, padding=1), (B, 3, 10, 10), 3 * 8 * 9 * 100),
+    (nn.Conv2d(4, 8, 3, stride=2, groups=2), (B, 4, 11, 11), 2 * 8 * 9 * 25),
+    (nn.Conv2d(6, 6, 5, groups=6, padding=2), (B, 6, 7, 7), 6 * 25 * 49),
+    (nn.Linear(7, 5), (B, 7), 35), (nn.Linear(7, 5, bias=False), (B, 7), 35), (nn.Linear(7, 5), (B, 9, 7), 9 * 35),
+    (nn.LSTM(4, 6, batch_first=True), (B, 5, 4), 5 * 4 * 6 * (4 + 6))])
+def test_macs_per_image(layer, shape, macs):
+    counted = count_macs(layer, torch.randn(*shape))
+    assert counted.total == macs and sum(sum(kinds.values()) for kinds in counted.by_module.values()) == macs
+
+
+def test_attention():
+    dim, tokens = 8, 5
+    attention = timm.layers.Attention(dim, num_heads=2)
+    counted = count_macs(attention, torch.randn(B, tokens, dim))
+    assert counted.total == tokens * dim * 3 * dim + 2 * tokens * tokens * dim + tokens * dim * dim
+    assert counted.analog == counted.total
+
+
+class _Net(nn.Module):
+    """Analog stem, binary conv, fractional conv behind average pooling, analog head behind a norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.act1 = nn.Conv2d(3, 4, 3, padding=1), nn.ReLU()
+        self.conv, self.act2, self.pool = nn.Conv2d(4, 6, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2)
+        self.point, self.norm, self.head = nn.Conv2d(6, 8, 1), nn.BatchNorm2d(8), nn.Linear(8 * 16, 5)
+
+    def forward(self, x):
+        x = self.pool(self.act2(self.conv(self.act1(self.stem(x)))))
+        return self.head(self.norm(self.point(x)).flatten(1))
+
+
+def test_kinds_by_hand():
+    torch.manual_seed(0)
+    ann, images = _Net(), torch.randint(0, 256, (B, 3, 8, 8)) / 255  # pixels are multiples of 1 / 255, but no spikes
+    stem, conv, point, head = 27 * 4 * 64, 36 * 6 * 64, 6 * 8 * 16, 128 * 5
+    assert count_macs(ann, images)[:3] == (0, 0, stem + conv + point + head)
+    model = convert_to_spiking(ann, timesteps=T).train()
+    model.bn = None
+    modes, state = [m.training for m in model.modules()], torch.get_rng_state()
+    counted = model.spiking_report().macs(images)
+    assert counted[:3] == (T * conv, T * point, T * (stem + head))
+    assert counted.by_module['conv'] == dict(binary=T * conv, fractional=0, analog=0)
+    assert [m.training for m in model.modules()] == modes and torch.equal(torch.get_rng_state(), state)
+    assert sum(counted.share(kind) for kind in ('binary', 'fractional', 'analog')) == pytest.approx(1)
+    model.act1.set_gain(None, torch.rand(4, 1, 1))  # an output scale folds into the weights: the input is binary still
+    assert model.spiking_report().macs(images)[:3] == counted[:3] and model.act1.scale is not None
+
+
+def test_binary_event_frames_make_the_stem_binary():
+    model = convert_to_spiking(_Net(), timesteps=T)
+    frames = _spikes(B, T, 3, 8, 8)
+    assert model.spiking_report().macs(frames).by_module['stem']['binary'] == T * 27 * 4 * 64
+
+
+def test_report_is_a_list_that_prints_a_summary():
+    model = timm.create_model('spiking_seresnet18', num_classes=5, exclude=['layer4.1.act2'])
+    report = model.spiking_report()
+    assert len(report) == len(report.neurons) + len(report.analog) and report[0].name == 'act1'
+    assert {r.was for r in report.analog} == {'Sigmoid', 'ReLU'}
+    assert report.as_dict()['macs'] is None and json.dumps(report.as_dict())
+    text = str(report)
+    assert '24 neuron layers (24 ReLU)' in text and '9 activations stay analog' in text
+    assert 'gate' in text and "excluded by 'layer4.1.act2'" in text and '% binary' in text
+    assert 'does not apply' in text and 'applies' in str(convert_to_spiking(_Net()).spiking_report())
+    assert sum(report.macs()[:3]) == report.macs().total == sum(report.as_dict()['macs'].values())
+    assert json.dumps(report.as_dict()['macs'])
+
+
+def test_report_without_numbers_on_the_meta_device():
+    with torch.device('meta'):
+        model = timm.create_model('spiking_resnet18')
+    assert model.spiking_report().macs() is None and 'MACs' not in str(model.spiking_report())
