@@ -76,16 +76,26 @@ def test_summary_has_a_row_per_epoch_with_columns_per_layer(main_run):
     assert {'eval_top1', 'eval_loss', 'lr', 'train_task_loss', 'train_sscl_loss'} <= set(rows[0])
 
 
+def test_neurons_are_calibrated_and_the_report_is_printed_and_written(main_run):
+    cwd, log = main_run
+    assert '12 neuron layers calibrated' in log and 'MACs per image' in log and '% binary' in log
+    conversion = json.loads((run_of(cwd / 'out') / 'summary.json').read_text())['conversion']
+    assert len(conversion['activations']) == 12 and conversion['macs']['binary'] > conversion['macs']['analog'] > 0
+    assert all(record['now'] == 'LIF' for record in conversion['activations'])
+
+
 def test_checkpoint_gives_the_same_logits_through_create_model(main_run):
     file = run_of(main_run[0] / 'out') / 'last.pth.tar'
     model = timm.create_model('spiking_test_resnet', num_classes=10, checkpoint_path=file).eval()
     assert (model.timesteps, model.settings.tau, model.settings.v_threshold) == (2, 0.5, 0.75)
     # independent of the checkpoint's settings: an ANN converted by hand, with the weights alone
     weights = torch.load(file, weights_only=False)['state_dict']
-    weights = {k: v for k, v in weights.items() if k != 'spiking_settings'}
+    ann_weights = {k: v for k, v in weights.items() if 'spiking_' not in k}
     by_hand = timm.create_model('test_resnet', num_classes=10)
-    by_hand.load_state_dict(weights)
+    by_hand.load_state_dict(ann_weights)
     timm_sscl.convert_to_spiking(by_hand.eval(), timesteps=2, tau=0.5, v_threshold=0.75)
+    for name, lif in by_hand.neurons().items():
+        lif.set_gain(weights[f'{name}.spiking_gain'])
     x = torch.randn(3, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(model(x), by_hand(x))
@@ -197,6 +207,46 @@ def test_teacher_from_a_file_is_used_as_it_is(tmp_path, monkeypatch):
     assert facts['teacher']['source'] == 'teacher.safetensors' and not (tmp_path / 'out' / 'teachers').exists()
 
 
+def test_thresholds_from_an_ann(main_run, tmp_path, monkeypatch, caplog):
+    teacher = min((main_run[0] / 'out' / 'teachers').glob('test_resnet-*'))
+    run_here([*TINY, '--epochs', '1', '--output', 'out', '--distill', 'none', '--initial-checkpoint', teacher / 'last.pth.tar',
+              '--neuron-init', 'ann', '--ann-percentile', '99'], tmp_path, monkeypatch)
+    model = timm.create_model('spiking_test_resnet', num_classes=10,
+                              checkpoint_path=run_of(tmp_path / 'out') / 'last.pth.tar')
+    assert (model.settings.tau, model.settings.v_reset, model.settings.v_init) == (1., None, .5)
+    assert model.timesteps == 2 and all(lif.scale is not None for lif in model.neurons().values())
+
+
+def test_teacher_of_another_family_size_and_normalisation(tmp_path, monkeypatch):
+    teacher = timm.create_model('test_vit', num_classes=10, img_size=48)
+    torch.save(teacher.state_dict(), tmp_path / 'teacher.pth')
+    run_here([*TINY, '--epochs', '1', '--output', 'out', '--teacher', 'test_vit', '--teacher-checkpoint', 'teacher.pth',
+              '--teacher-size', '48', '48', '--teacher-mean', '0.4', '--teacher-std', '0.3', '0.3', '0.3',
+              '--neuron-init', 'none', '--neuron-exclude', 'layer1', 'act1'], tmp_path, monkeypatch)
+    run = run_of(tmp_path / 'out')
+    model = timm.create_model('spiking_test_resnet', num_classes=10, checkpoint_path=run / 'last.pth.tar')
+    assert model.settings.exclude == ('layer1', 'act1') and type(model.act1).__name__ == 'ReLU'
+    assert all(lif.gain is None for lif in model.neurons().values())
+    assert np.isfinite(float(rows_of(run)[0]['train_nce_layer4']))
+
+
+def test_teacher_that_cannot_be_built_for_the_images_sees_them_resized(tmp_path, monkeypatch):
+    args = parse_args([*TINY, '--teacher', 'test_nfnet'])[0]
+    made = []
+
+    def create(**given):
+        made.append(given['pretrained_cfg']['architecture'])
+        if len(made) == 1:
+            raise AssertionError('not for this size')
+        return timm.models.create_model(given.pop('model_name'), **given)
+
+    monkeypatch.setattr(train.timm, 'create_model', create)
+    config = dict(input_size=(3, 32, 32), mean=(.5,) * 3, std=(.5,) * 3)
+    teacher, teacher_input = train.create_teacher(args, 10, config)
+    assert teacher_input.size == timm.get_pretrained_cfg('test_nfnet').input_size[1:]
+    assert teacher_input(torch.zeros(2, 3, 32, 32)).shape[-2:] == teacher_input.size
+
+
 class _Attack:
     def __reduce__(self):
         return Path.touch, (Path('unpickled'),)
@@ -248,6 +298,12 @@ def files(tmp_path):
     (['--amp'], ['bfloat16']),
     (['--sync-bn'], ['--sync-bn', 'CPU']),
     (['--batch-size', '2000'], ['--batch-size 2000', 'larger than the training set']),
+    (['--neuron-init', 'ann'], ['--neuron-init ann', '--pretrained-path']),
+    (['--neuron-init', 'ann', '--initial-checkpoint', 'other.pth', '--model', 'spiking_test_vit',
+      '--img-size', '160'], ['GELU', 'initialisation']),
+    (['--neuron-exclude', 'layer9'], ["'layer9' matches no activation", 'act1']),
+    (['--teacher-mean', '0.1', '0.2'], ['--teacher-mean', '2 values for 3 channels']),
+    (['--teacher-size', '0', '32'], ['--teacher-size', '0']),
     (['--model', 'test_resnet', '--tau', '0.5'], ['does not spike', 'spiking_test_resnet']),
 ])
 def test_bad_input_is_one_line_that_says_what_to_do(args, words, files, monkeypatch, capsys):

@@ -436,6 +436,10 @@ def _check(args: argparse.Namespace, given: set) -> None:
         value = getattr(args, name)
         if value is not None and value < least:
             raise OptionError(f"--{name.replace('_', '-')} {value}: must be {least} or more.")
+    if args.teacher_size and min(args.teacher_size) < 1:
+        raise OptionError(f'--teacher-size {args.teacher_size[0]} {args.teacher_size[1]}: must be 1 pixel or more.')
+    if not 0 < args.ann_percentile <= 100:
+        raise OptionError(f'--ann-percentile {args.ann_percentile}: must be above 0 and at most 100.')
     if 'loss' in given and 'distill' in given:
         raise OptionError('--distill and --loss both say what is added to cross-entropy; use one.')
     if args.kd_model_name and args.teacher and args.kd_model_name != args.teacher:

@@ -5,6 +5,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any, Callable, Dict, Optional, Sequence, Tuple, Union
 
+import torch
 import torch.nn as nn
 
 from timm.models import list_models, load_state_dict, model_entrypoint, register_model
@@ -13,7 +14,7 @@ from timm.models._pretrained import DefaultCfg, PretrainedCfg
 from timm.models._registry import _model_default_cfgs, _model_pretrained_cfgs, is_model
 
 from .convert import convert_to_spiking
-from .spiking import SETTINGS_KEY, split_spiking_state
+from .spiking import SETTINGS_KEY, SpikingSettings, split_spiking_state
 
 __all__ = ['register_spiking_models', 'PREFIX']
 
@@ -60,6 +61,19 @@ def _split_pretrained(
     return {**overlay, 'state_dict': state_dict, 'source': ''}, spiking_state
 
 
+def _fill_forgotten(base: str, kwargs: Dict[str, Any], state_dict: Dict[str, Any], stored: Dict[str, Any]) -> None:
+    """Parameters of activations that the checkpoint's neurons replaced: the ANN that loads it first has them."""
+    kwargs = {k: v for k, v in kwargs.items() if k not in ('features_only', 'out_indices', 'feature_cls')}
+    with torch.device('meta'):
+        ann = model_entrypoint(base)(**kwargs)
+    shapes = {name: p.shape for name, p in ann.named_parameters()}
+    settings = SpikingSettings.from_tensor(stored[SETTINGS_KEY])
+    convert_to_spiking(ann, include=settings.include, exclude=settings.exclude)
+    for name, module in ann.named_modules():
+        for parameter in getattr(module, 'forgotten', ()):
+            state_dict.setdefault(f'{name}.{parameter}', torch.ones(shapes[f'{name}.{parameter}']))
+
+
 def _entrypoint(base: str) -> Callable[..., nn.Module]:
     def create(
             pretrained: bool = False,
@@ -78,6 +92,8 @@ def _entrypoint(base: str) -> Callable[..., nn.Module]:
         stored = None
         if pretrained:
             pretrained_cfg_overlay, stored = _split_pretrained(pretrained_cfg, pretrained_cfg_overlay)
+            if stored is not None:
+                _fill_forgotten(base, kwargs, pretrained_cfg_overlay['state_dict'], stored)
         model = model_entrypoint(base)(
             pretrained=pretrained, pretrained_cfg=pretrained_cfg, pretrained_cfg_overlay=pretrained_cfg_overlay,
             **kwargs)

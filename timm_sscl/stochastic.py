@@ -170,6 +170,8 @@ def rand_over_time(timesteps: int, *size: Any, **kwargs: Any) -> torch.Tensor:
     """torch.rand of (T * B, ...) numbers: drawn once per sample; another first axis is drawn as it is."""
     size = tuple(kwargs.pop('size', size))
     size = tuple(size[0]) if len(size) == 1 and not isinstance(size[0], int) else size
-    if not size or size[0] % timesteps:
-        return torch.rand(size, **kwargs)
-    return repeat_over_time(torch.rand((size[0] // timesteps, *size[1:]), **kwargs), timesteps)
+    steps = 1 if not size or size[0] % timesteps else timesteps
+    generator = kwargs.pop('generator', None)
+    # not by torch.rand: the mode of an enclosing call would see that again
+    drawn = torch.empty((size[0] // steps, *size[1:]) if size else (), **kwargs).uniform_(generator=generator)
+    return repeat_over_time(drawn, steps) if steps > 1 else drawn
