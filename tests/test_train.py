@@ -300,7 +300,7 @@ def files(tmp_path):
     (['--batch-size', '2000'], ['--batch-size 2000', 'larger than the training set']),
     (['--neuron-init', 'ann'], ['--neuron-init ann', '--pretrained-path']),
     (['--neuron-init', 'ann', '--initial-checkpoint', 'other.pth', '--model', 'spiking_test_vit',
-      '--img-size', '160'], ['GELU', 'initialisation']),
+      '--input-size', '3', '160', '160'], ['GELU', 'initialisation']),
     (['--neuron-exclude', 'layer9'], ["'layer9' matches no activation", 'act1']),
     (['--teacher-mean', '0.1', '0.2'], ['--teacher-mean', '2 values for 3 channels']),
     (['--teacher-size', '0', '32'], ['--teacher-size', '0']),
