@@ -14,7 +14,7 @@ import json
 import multiprocessing
 import time
 from datetime import timedelta
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Tuple
 
@@ -80,6 +80,7 @@ SHRUNK: Dict[str, Dict[str, Any]] = {
     'naflexvit_base_patch16_parfac_gap': dict(depth=4),
     'qwen3_vit_88m': dict(depth=4),
     'qwen3_vit_88m_enc': dict(depth=4),
+    'mobilenetv5_300m_enc': dict(channel_multiplier=.25),
 }
 
 
@@ -171,7 +172,7 @@ def forward(s: Subject) -> Result:
     out, steps = model(s.images), model(s.images, per_step=True)
     if logits(out).shape[1:] != expected.shape[1:] or steps.shape[:2] != (T, B):
         return Result('no', f'{tuple(logits(out).shape)} instead of {tuple(expected.shape)}')
-    if hasattr(model, 'forward_head'):
+    if not name_has_no_head(s.name):
         parts = model.forward_head(model.forward_features(s.images))
         if not torch.equal(logits(parts), logits(out)):
             return Result('no', 'forward is not forward_head(forward_features)')
@@ -243,6 +244,8 @@ def zero_inputs(ann: nn.Module, images: torch.Tensor) -> set:
 
 def taps(s: Subject) -> Result:
     """Hooks see what forward_intermediates(per_step=True) returns, with checkpointing off and on."""
+    if name_has_no_head(s.name):
+        return Result('upstream', 'no pooled feature: an encoder without a head')
     model = copy.deepcopy(s.spiking)
     found = find_taps(model, input_size=s.images.shape[1:])
     model.train()
@@ -334,12 +337,13 @@ def run_meta(name: str) -> Dict[str, Any]:
     return row
 
 
-def run_all(function: Callable, tasks: List[Any], jobs: int, what: str) -> List[Dict[str, Any]]:
-    """Map with progress."""
+def run_all(function: Callable, tasks: List[Any], jobs: int, what: str, keep: Callable) -> List[Dict[str, Any]]:
+    """Map with progress; keep(rows) after each, so that a long run that is stopped leaves what it found."""
     rows, began = [], time.time()
     with multiprocessing.get_context('fork').Pool(jobs, maxtasksperchild=8) as pool:
         for row in pool.imap_unordered(function, tasks, chunksize=1):
             rows.append(row)
+            keep(rows)
             if len(rows) % max(1, len(tasks) // 25) == 0 or len(rows) == len(tasks):
                 rate = len(rows) / (time.time() - began)
                 eta = timedelta(seconds=round((len(tasks) - len(rows)) / rate))
@@ -372,7 +376,7 @@ def totals(rows: List[Dict[str, Any]]) -> Dict[str, str]:
     return result
 
 
-def write_csv(rows: List[Dict[str, Any]], file: Path) -> None:
+def write_csv(file: Path, rows: List[Dict[str, Any]]) -> None:
     fields = list(dict.fromkeys(key for row in rows for key in row))
     with file.open('w', newline='') as stream:
         writer = csv.DictWriter(stream, fields)
@@ -395,16 +399,14 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     began, summary = time.time(), dict(timm=timm.__version__, torch=torch.__version__)
     if not args.skip_meta:
-        meta = run_all(run_meta, names, args.jobs, 'meta')
-        write_csv(meta, args.output / 'meta.csv')
+        meta = run_all(run_meta, names, args.jobs, 'meta', partial(write_csv, args.output / 'meta.csv'))
         for row in meta:
             if not row['ok']:
                 print(f'no: {row["model"]}: {row.get("detail", "nothing spikes")}')
         summary['meta'] = f'{sum(row["ok"] for row in meta)} of {len(meta)}'
     tasks = [(f, REPRESENTATIVES[f]) for f in families]
     tasks += [(_model_to_module[n], n) for n in HARD_CASES if _model_to_module[n] in families]
-    rows = run_all(run_family, tasks, args.jobs, 'families')
-    write_csv(rows, args.output / 'families.csv')
+    rows = run_all(run_family, tasks, args.jobs, 'families', partial(write_csv, args.output / 'families.csv'))
     print_table(rows)
     summary.update(totals(rows), models=len(rows), seconds=round(time.time() - began))
     (args.output / 'summary.json').write_text(json.dumps(summary, indent=2) + '\n')

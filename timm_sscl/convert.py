@@ -8,11 +8,11 @@ import torch.nn as nn
 
 from .adapters import give_neuron, hidden_activation, split_over_samples, take_neuron, why_no_adapter
 from .batch_axis import without_batch_axis
-from .functional import (NEURON_NAME, called_activations, calls_noise, function_module, repeats_activations,
-                         replace_functions)
+from .functional import (NEURON_NAME, called_activations, calls_noise, function_module, only_raises,
+                         repeats_activations, replace_functions)
 from .neurons import LIF
 from .policy import GROUPS, HEAD, Policy
-from .spiking import SpikingModel, SpikingModule, SpikingSettings, spiking_class
+from .spiking import SpikingEncoder, SpikingModel, SpikingModule, SpikingSettings, spiking_class
 from .stochastic import share_mask_over_time, why_no_shared_mask
 
 __all__ = ['convert_to_spiking', 'ConversionRecord', 'SOFT_RESET']
@@ -333,14 +333,20 @@ def convert_to_spiking(
     plan.apply(model, settings)
     model._calls_noise = calls_noise(type(model))
     model._repeats_activations = repeats_activations(model)
-    is_timm_model = hasattr(model, 'forward_features') and hasattr(model, 'forward_head')
-    model.__class__ = spiking_class(SpikingModel if is_timm_model else SpikingModule, type(model))
+    model.__class__ = spiking_class(_mixin(model), type(model))
     model.settings = settings
     model._explicit = frozenset(explicit)
     model._report = plan.records
     _logger.info(f'{type(model).__name__}: {sum(swapped.values())} activations became LIF '
                  f'({", ".join(f"{n} {kind}" for kind, n in swapped.most_common())}), {settings}')
     return model
+
+
+def _mixin(model: nn.Module) -> type:
+    """Which of a converted model's methods fold and decode."""
+    if not (hasattr(model, 'forward_features') and hasattr(model, 'forward_head')):
+        return SpikingModule
+    return SpikingEncoder if only_raises(type(model).forward_head) else SpikingModel
 
 
 def _patterns(patterns: Union[str, Sequence[str], None]) -> Optional[Tuple[str, ...]]:

@@ -18,7 +18,7 @@ from .neurons import LIF
 from .neurons.lif import check_neuron
 from .stochastic import OverTime
 
-__all__ = ['SpikingSettings', 'SpikingModule', 'SpikingModel', 'SETTINGS_KEY', 'encode_input', 'decode']
+__all__ = ['SpikingSettings', 'SpikingModule', 'SpikingModel', 'SpikingEncoder', 'SETTINGS_KEY', 'encode_input', 'decode']
 
 _logger = logging.getLogger(__name__)
 
@@ -293,3 +293,26 @@ class SpikingModel(SpikingModule):
         from .convert import swap_modules  # the conversion knows this module, not the other way round
         known = {record.name for record in self._report}
         self._report += [record for record in swap_modules(self, self.settings) if record.name not in known]
+
+
+class SpikingEncoder(SpikingModel):
+    """Mixin for a converted encoder, whose forward_head raises: forward returns features, decoded.
+
+    Its forward may or may not go through its forward_features, so that the input is folded once, by whichever is called.
+    """
+    _folded: bool = False  # inside forward, where the input is (T * B, ...) already
+
+    def forward(self, x: torch.Tensor, *args, per_step: bool = False, **kwargs) -> Any:
+        self._folded = True
+        try:
+            with self._functions():
+                out = super(SpikingModule, self).forward(encode_input(x, self.timesteps), *args, **kwargs)
+        finally:
+            self._folded = False
+        return decode(out, self.timesteps, per_step)
+
+    def forward_features(self, x: torch.Tensor, *args, **kwargs) -> Any:
+        """Features of all time steps, (T * B, ...)."""
+        if self._folded:
+            return super(SpikingModel, self).forward_features(x, *args, **kwargs)
+        return super().forward_features(x, *args, **kwargs)
