@@ -118,7 +118,7 @@ class FunctionsOverTime(TorchFunctionMode):
     def _fire(self, name, input, *args, inplace=False, **kwargs):
         # for the functions whose second argument is inplace: relu, relu6, silu, mish, hardswish
         inplace = inplace or name.endswith('_') or args[:1] == (True,)
-        spikes = self.neuron(input)
+        spikes = self.neuron(input.clone() if inplace else input)  # which it keeps for its backward
         return input.copy_(spikes) if inplace else spikes
 
 

@@ -5,16 +5,16 @@ forward_features / forward_head, `(SpikingModule, Base)` for anything else. Insi
 """
 import json
 import logging
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
-from typing import Any, Dict, FrozenSet, List, Optional, Tuple, Type
+from typing import Any, Dict, FrozenSet, Iterator, List, Optional, Tuple, Type
 
 import torch
 import torch.nn as nn
 
 from .functional import NEURON_NAME, FunctionsOverTime
-from .neurons import LIF
+from .neurons import LIF, packed_spikes
 from .neurons.lif import check_neuron
 from .stochastic import OverTime
 
@@ -150,9 +150,15 @@ class SpikingModule:
             x: Images (B, C, H, W), or event frames (B, T, C, H, W).
             per_step: Whether to return every step's output, (T, B, ...), instead of their mean, (B, ...).
         """
-        with self._functions():
+        with self._running():
             out = super().forward(encode_input(x, self.timesteps), *args, **kwargs)
         return decode(out, self.timesteps, per_step)
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """Around a forward: functions are the neuron's and noise's over time, and spikes are kept as bits."""
+        with self._functions(), packed_spikes():
+            yield
 
     def _functions(self):
         """Functions that the model's own methods call become the neuron and noise with one mask over time."""
@@ -259,24 +265,24 @@ class SpikingModel(SpikingModule):
 
     def forward_features(self, x: torch.Tensor, *args, **kwargs) -> Any:
         """Features of all time steps, (T * B, ...)."""
-        with self._functions():
+        with self._running():
             return super().forward_features(encode_input(x, self.timesteps), *args, **kwargs)
 
     def forward_head(self, x: torch.Tensor, *args, per_step: bool = False, **kwargs) -> Any:
         """Logits (or pre_logits) from features (T * B, ...): the mean over time, (B, ...), or (T, B, ...) per step."""
-        with self._functions():
+        with self._running():
             out = super().forward_head(x, *args, **kwargs)
         return decode(out, self.timesteps, per_step)
 
     def forward(self, x: torch.Tensor, *args, per_step: bool = False, **kwargs) -> Any:
         if per_step:
             return self.forward_head(self.forward_features(x, *args, **kwargs), per_step=True)
-        with self._functions():
+        with self._running():
             return super(SpikingModule, self).forward(x, *args, **kwargs)
 
     def forward_intermediates(self, x: torch.Tensor, *args, per_step: bool = False, **kwargs) -> Any:
         """timm's forward_intermediates on T steps: the final features stay (T * B, ...), intermediates are decoded."""
-        with self._functions():
+        with self._running():
             out = super().forward_intermediates(encode_input(x, self.timesteps), *args, **kwargs)
         if isinstance(out, dict):
             return {k: v if k == 'image_features' else decode(v, self.timesteps, per_step) for k, v in out.items()}
@@ -305,7 +311,7 @@ class SpikingEncoder(SpikingModel):
     def forward(self, x: torch.Tensor, *args, per_step: bool = False, **kwargs) -> Any:
         self._folded = True
         try:
-            with self._functions():
+            with self._running():
                 out = super(SpikingModule, self).forward(encode_input(x, self.timesteps), *args, **kwargs)
         finally:
             self._folded = False

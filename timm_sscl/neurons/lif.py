@@ -5,7 +5,10 @@ import torch
 import torch.nn as nn
 from torch.autograd.function import once_differentiable
 
-from .surrogate import rectangle_window
+from .backend import run
+from .flat import Flat
+from .packing import active_packing
+from .recursion import Neuron, backward_from_bits, backward_from_input, fire
 
 __all__ = ['lif', 'LIF', 'check_neuron']
 
@@ -23,46 +26,37 @@ def check_neuron(tau: float, v_threshold: float, v_reset: Optional[float], v_ini
         raise ValueError(f'v_init={v_init}: the initial potential must lie below v_threshold={v_threshold}.')
 
 
-def _membrane_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-
-
 class _LIF(torch.autograd.Function):
-    """The recursion of `lif` with its backward written out; saves the potentials U_pre, from which all else follows."""
+    """The recursion of `lif` with its backward written out.
+
+    Kept for the backward is the input, from which the potentials are computed again, or with a detached reset two bits
+    per element: whether it fired and whether it lay in the surrogate's window.
+    """
 
     @staticmethod
-    def forward(ctx, x, tau, v_threshold, v_reset, detach_reset, v_init):
-        dtype = _membrane_dtype(x.dtype)
-        spikes = torch.empty_like(x)
-        u = torch.empty_like(x, dtype=dtype)
-        v = torch.full_like(x[0], v_init, dtype=dtype)
-        for t in range(x.shape[0]):
-            u_t = v.mul_(tau).add_(x[t])
-            fired = u_t >= v_threshold
-            u[t] = u_t
-            spikes[t] = fired
-            v = u_t - v_threshold * fired if v_reset is None else u_t.masked_fill(fired, v_reset)
-        ctx.save_for_backward(u)
-        ctx.settings = tau, v_threshold, v_reset, detach_reset
-        ctx.input_dtype = x.dtype
+    def forward(ctx, x, gain, neuron, keep):
+        timesteps, flat = x.shape[0], Flat.of(x, gain)
+        packing = active_packing() if keep else None
+        two_bits = keep and neuron.detach_reset
+        spikes, fired, window = run(
+            fire, (flat.view(x), flat.gain), neuron, timesteps, two_bits or packing is not None, two_bits)
+        spikes = flat.restore(spikes)
+        if packing is not None:
+            packing.add(spikes, fired.flatten(1), timesteps)
+        ctx.save_for_backward(*((fired, window) if two_bits else (x,) if keep else ()))
+        ctx.settings = flat, neuron, timesteps
         return spikes
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_spikes):
-        u, = ctx.saved_tensors
-        tau, v_threshold, v_reset, detach_reset = ctx.settings
-        grad_x = torch.empty_like(u, dtype=ctx.input_dtype)
-        grad_v = torch.zeros_like(u[0])  # of the loss by V_t, the potential after the reset
-        for t in range(u.shape[0] - 1, -1, -1):
-            grad_o = grad_spikes[t].to(u.dtype)
-            if not detach_reset:  # dV/dO = r - U_pre (hard) or -U_th (soft)
-                grad_o = grad_o + grad_v * (-v_threshold if v_reset is None else v_reset - u[t])
-            through_v = grad_v if v_reset is None else grad_v.masked_fill(u[t] >= v_threshold, 0.)
-            grad_u = torch.where(rectangle_window(u[t], v_threshold), through_v + grad_o, through_v)
-            grad_x[t] = grad_u
-            grad_v = tau * grad_u
-        return grad_x, None, None, None, None, None
+    def backward(ctx, grad):
+        flat, neuron, timesteps = ctx.settings
+        if neuron.detach_reset:
+            grad_x = run(backward_from_bits, (flat.view(grad), *ctx.saved_tensors, flat.gain), neuron, timesteps)
+        else:
+            x, = ctx.saved_tensors
+            grad_x = run(backward_from_input, (flat.view(grad), flat.view(x), flat.gain), neuron, timesteps)
+        return flat.restore(grad_x), None, None, None
 
 
 def lif(
@@ -72,6 +66,7 @@ def lif(
         v_reset: Optional[float] = 0.,
         detach_reset: bool = False,
         v_init: Optional[float] = None,
+        gain: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
     """Leaky integrate-and-fire neuron over T time steps, Eq. 2, 3 and 21 of the SSCL paper.
 
@@ -81,7 +76,8 @@ def lif(
         U_t     = U_t,pre - v_threshold * O_t                soft reset (v_reset=None), U_0 = 0
         dO/dU   = 1 if 0 <= U_t,pre <= 2 * v_threshold else 0
 
-    The call holds no state: every call starts from U_0. Half precision input is integrated in float32.
+    The call holds no state: every call starts from U_0. Half precision input is integrated in float32. Large tensors run
+    through torch.compile where a compiler works, at about the cost of a ReLU; see `lif_backend`.
 
     Args:
         x: Input current, shape (T, ...), T >= 1, floating point, any strides.
@@ -91,6 +87,7 @@ def lif(
         detach_reset: Whether the gradient skips the reset, taking the spike in it as a constant.
         v_init: Initial potential U_0, where it is not the above; half the threshold rounds an integrate-and-fire
             neuron's spike count to the nearest instead of down.
+        gain: Factor on x that broadcasts against a step, without a gradient of its own.
 
     Returns:
         Spikes, 0 or 1, of x's shape, dtype and memory format.
@@ -103,8 +100,8 @@ def lif(
         raise ValueError(f'x has shape {tuple(x.shape)}: lif needs (T, ...) with at least one time step.')
     if not x.is_floating_point():
         raise ValueError(f'x has dtype {x.dtype}: lif integrates floating point currents.')
-    v_init = (v_reset or 0.) if v_init is None else v_init
-    return _LIF.apply(x, tau, v_threshold, v_reset, detach_reset, v_init)
+    neuron = Neuron(tau, v_threshold, v_reset, detach_reset, (v_reset or 0.) if v_init is None else v_init)
+    return _LIF.apply(x, gain, neuron, torch.is_grad_enabled() and x.requires_grad)
 
 
 class LIF(nn.Module):
@@ -157,10 +154,9 @@ class LIF(nn.Module):
             raise ValueError(
                 f'the first axis of {tuple(x.shape)} does not hold timesteps={self.timesteps} equal steps; '
                 f'a spiking neuron works on (timesteps * batch, ...).')
-        if self.gain is not None:
-            x = x * self.gain.to(x.dtype)
         x_t = x.reshape(self._fold(x.shape))
-        spikes = lif(x_t, self.tau, self.v_threshold, self.v_reset, self.detach_reset, self.v_init).reshape(x.shape)
+        spikes = lif(x_t, self.tau, self.v_threshold, self.v_reset, self.detach_reset, self.v_init, self.gain)
+        spikes = spikes.reshape(x.shape)
         return spikes if self.scale is None else spikes * self.scale.to(x.dtype)
 
     def _fold(self, shape: torch.Size) -> Tuple[int, ...]:

@@ -1,0 +1,76 @@
+"""Runs the neuron's code compiled where that pays and a compiler is there, and as it is elsewhere."""
+import logging
+import types
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any, Callable, Iterator, Tuple
+
+import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+__all__ = ['lif_backend', 'run']
+
+_logger = logging.getLogger(__name__)
+
+BACKENDS = ('auto', 'compiled', 'eager')
+_WORTH_COMPILING = 2 ** 18  # elements; below, the calls cost more than the arithmetic
+
+_chosen = 'auto'
+_broken = set()  # kinds of device whose compiler failed
+
+
+@contextmanager
+def lif_backend(name: str) -> Iterator[None]:
+    """Choose how neurons run inside the context.
+
+    Args:
+        name: 'auto' (the default: compiled for large tensors where a compiler works), 'compiled' (for small ones too)
+            or 'eager'. All give the same numbers.
+
+    Raises:
+        ValueError: name is none of these.
+    """
+    global _chosen
+    if name not in BACKENDS:
+        raise ValueError(f"backend '{name}': must be one of {', '.join(BACKENDS)}.")
+    before, _chosen = _chosen, name
+    try:
+        yield
+    finally:
+        _chosen = before
+
+
+def run(function: Callable, tensors: Tuple[torch.Tensor, ...], *settings: Any) -> Any:
+    """function(*tensors, *settings), compiled once per settings (which the compiler takes as constants) or as it is."""
+    x = tensors[0]
+    if _compiles(x):
+        compiled = _compiled(function, settings)
+        try:
+            with torch._C.DisableTorchFunction():  # a mode of the model's is not the kernel's business
+                return compiled(*tensors)
+        except (torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception as error:  # no compiler, or one that fails, in whatever way
+            _broken.add(x.device.type)
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            _logger.warning(f'Neurons on {x.device.type} run without torch.compile, several times slower: {reason}')
+    return function(*tensors, *settings)
+
+
+def _compiles(x: torch.Tensor) -> bool:
+    if _chosen == 'eager' or x.device.type in _broken or type(x) is not torch.Tensor or x.device.type == 'meta':
+        return False
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+        return False  # part of somebody else's graph
+    return _chosen == 'compiled' or x.numel() >= _WORTH_COMPILING
+
+
+@lru_cache(maxsize=None)
+def _compiled(function: Callable, settings: Tuple[Any, ...]) -> Callable:
+    def call(*tensors):
+        return function(*tensors, *settings)
+
+    # dynamo keeps its graphs per code object and stops at eight: a copy of the code has a limit of its own
+    call = types.FunctionType(call.__code__.replace(), call.__globals__, call.__name__, None, call.__closure__)
+    # sizes are symbols, so that another batch is no other graph; no pool of compiler processes for a small kernel
+    return torch.compile(call, dynamic=True, fullgraph=True, options=dict(compile_threads=1))

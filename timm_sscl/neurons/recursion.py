@@ -1,0 +1,141 @@
+"""The LIF recursion and its gradient as plain tensor code, the same for eager mode and for the compiler."""
+from typing import Iterator, List, NamedTuple, Optional, Tuple
+
+import torch
+
+from .surrogate import rectangle_window
+
+__all__ = ['Neuron', 'fire', 'backward_from_input', 'backward_from_bits', 'unpack_bits']
+
+_BYTE = 8
+
+
+class Neuron(NamedTuple):
+    """Settings of `lif`, resolved."""
+    tau: float
+    v_threshold: float
+    v_reset: Optional[float]
+    detach_reset: bool
+    v_init: float
+
+
+def _membrane_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def _steps(
+        x: torch.Tensor,
+        gain: Optional[torch.Tensor],
+        neuron: Neuron,
+        timesteps: int,
+) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
+    """Potential before the reset and whether it fires, step by step."""
+    tau, v_threshold, v_reset, _, v = neuron
+    dtype = _membrane_dtype(x.dtype)
+    for t in range(timesteps):
+        x_t = x[t].to(dtype)
+        u = v * tau + (x_t if gain is None else x_t * gain.to(dtype))
+        fired = u >= v_threshold
+        yield u, fired
+        v = torch.where(fired, u - v_threshold if v_reset is None else v_reset, u)
+
+
+def fire(
+        x: torch.Tensor,
+        gain: Optional[torch.Tensor],
+        neuron: Neuron,
+        timesteps: int,
+        fired_bits: bool,
+        window_bits: bool,
+) -> Tuple[torch.Tensor, Optional[torch.Tensor], Optional[torch.Tensor]]:
+    """Spikes, and as bits where asked for: which steps fired, and which lie in the surrogate's window.
+
+    Args:
+        x: Input current (T, ...).
+        gain: Factor on x, broadcast against a step; None is 1.
+        neuron: Settings.
+        timesteps: T, as a constant for the compiler.
+        fired_bits: Whether to return the spikes as bits as well.
+        window_bits: Whether to return the window as bits.
+
+    Returns:
+        Spikes (T, ...) and two uint8 tensors (ceil(T / 8), ...) or None: bit t % 8 of byte t // 8 is step t.
+    """
+    fired, window = [], []
+    for u, fires in _steps(x, gain, neuron, timesteps):
+        fired.append(fires)
+        if window_bits:
+            window.append(rectangle_window(u, neuron.v_threshold))
+    # where, not a cast: inductor turns a mask into bfloat16 element by element
+    spikes = torch.stack([torch.where(f, 1., 0.).to(x.dtype) for f in fired])
+    return spikes, _pack_bits(fired) if fired_bits else None, _pack_bits(window) if window_bits else None
+
+
+def backward_from_input(
+        grad: torch.Tensor,
+        x: torch.Tensor,
+        gain: Optional[torch.Tensor],
+        neuron: Neuron,
+        timesteps: int,
+) -> torch.Tensor:
+    """Gradient by x from the gradient by the spikes, both (T, ...); the potentials are computed again."""
+    steps = list(_steps(x, gain, neuron, timesteps))
+    windows = [rectangle_window(u, neuron.v_threshold) for u, _ in steps]
+    fired, potentials = [f for _, f in steps], [u for u, _ in steps]
+    return _backward(grad, windows, fired, potentials, gain, neuron)
+
+
+def backward_from_bits(
+        grad: torch.Tensor,
+        fired_bits: torch.Tensor,
+        window_bits: torch.Tensor,
+        gain: Optional[torch.Tensor],
+        neuron: Neuron,
+        timesteps: int,
+) -> torch.Tensor:
+    """The same with detached reset, where two bits per step say all."""
+    windows, fired = (_unpack(bits, timesteps) for bits in (window_bits, fired_bits))
+    return _backward(grad, windows, fired, None, gain, neuron)
+
+
+def _backward(grad, windows, fired, potentials, gain, neuron) -> torch.Tensor:
+    tau, v_threshold, v_reset, detach_reset, _ = neuron
+    dtype = _membrane_dtype(grad.dtype)
+    grads: List[torch.Tensor] = []
+    grad_v = None  # of the loss by V_t, the potential after the reset
+    for t in range(len(fired) - 1, -1, -1):
+        grad_o = grad[t].to(dtype)
+        if grad_v is None:
+            grad_u = torch.where(windows[t], grad_o, 0.)
+        else:
+            if not detach_reset:  # dV/dO = r - U_pre (hard) or -U_th (soft)
+                grad_o = grad_o + grad_v * (-v_threshold if v_reset is None else v_reset - potentials[t])
+            through_v = grad_v if v_reset is None else torch.where(fired[t], 0., grad_v)
+            grad_u = torch.where(windows[t], through_v + grad_o, through_v)
+        grads.append((grad_u if gain is None else grad_u * gain.to(dtype)).to(grad.dtype))
+        grad_v = tau * grad_u
+    return torch.stack(grads[::-1])
+
+
+def _pack_bits(flags: List[torch.Tensor]) -> torch.Tensor:
+    bytes_ = [sum(torch.where(flag, float(1 << bit), 0.) for bit, flag in enumerate(flags[i:i + _BYTE]))
+              for i in range(0, len(flags), _BYTE)]
+    return torch.stack([b.to(torch.uint8) for b in bytes_])
+
+
+def _unpack(bits: torch.Tensor, timesteps: int) -> List[torch.Tensor]:
+    """Masks of the steps. In float arithmetic: inductor takes bytes apart element by element."""
+    flags = []
+    for i, byte in enumerate(bits.unbind(0)):
+        rest, of_byte = byte.to(torch.float32), []
+        for bit in reversed(range(min(_BYTE, timesteps - i * _BYTE))):
+            flag = rest >= float(1 << bit)
+            rest = torch.where(flag, rest - float(1 << bit), rest)
+            of_byte.append(flag)
+        flags += of_byte[::-1]
+    return flags
+
+
+def unpack_bits(bits: torch.Tensor, dtype: torch.dtype, timesteps: int) -> torch.Tensor:
+    """Spikes (T, ...) of a dtype from their bits."""
+    return torch.stack([torch.where(fired, 1., 0.).to(dtype) for fired in _unpack(bits, timesteps)])
