@@ -9,6 +9,7 @@ from .neurons import LIF, lif
 from .representation import representation_bits
 from .similarity import cka, hsic
 from .sscl import SSCLLoss
+from .stem import share_stem
 from .task import SSCLTask
 
 __version__ = '0.1.0'

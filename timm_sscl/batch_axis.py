@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from .functional import ACTIVATION_FUNCTIONS
 from .taps import probe_sizes
 
-__all__ = ['without_batch_axis']
+__all__ = ['without_batch_axis', 'undisturbed']
 
 _BATCH_SIZES = 2, 3  # not 1, which broadcasts
 _HOOKS = ('_forward_hooks', '_forward_pre_hooks')
@@ -61,7 +61,7 @@ def _rows(
 
     watch = _WatchFunctions(saw)
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
-    with _undisturbed(model), torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), watch:
+    with undisturbed(model), torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), watch:
         for name, module in activations.items():
             module.register_forward_pre_hook(lambda m, args, name=name: saw(name, args[0]))
         for name, module in callers.items():
@@ -92,7 +92,7 @@ class _WatchFunctions(TorchFunctionMode):
 
 
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, and none of the user's hooks: they must not see the probe."""
     modules = list(model.modules())
     kept = [(module.training, {name: getattr(module, name) for name in _HOOKS}) for module in modules]

@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from .neurons import LIF
 from .spiking import SpikingModule
 
-__all__ = ['calibrate', 'LayerDrive']
+__all__ = ['calibrate', 'normalising_by_batch', 'LayerDrive']
 
 _logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def calibrate(model: nn.Module, images: torch.Tensor) -> List[LayerDrive]:
         handles += [lif.register_forward_pre_hook(drive.measure), lif.register_forward_hook(drive.count)]
         drives[name] = drive
     try:
-        with _normalising_by_batch(model), torch.no_grad():
+        with normalising_by_batch(model), torch.no_grad():
             model(images)
     finally:
         for handle in handles:
@@ -124,7 +124,7 @@ class _Drive:
 
 
 @contextmanager
-def _normalising_by_batch(model: nn.Module) -> Iterator[None]:
+def normalising_by_batch(model: nn.Module) -> Iterator[None]:
     """Norms with running statistics in training mode, all else in evaluation mode; statistics stay as they were."""
     modes = {module: module.training for module in model.modules()}
     norms = [module for module in modes if isinstance(module, _NormBase)]

@@ -37,6 +37,7 @@ class SpikingSettings:
     v_init: Optional[float] = None
     include: Optional[Tuple[str, ...]] = None  # which activations became neurons, see Policy
     exclude: Optional[Tuple[str, ...]] = None
+    stem: Optional[str] = None  # neuron before which all runs once per image, see share_stem
 
     def __post_init__(self):
         if isinstance(self.timesteps, bool) or not isinstance(self.timesteps, int) or self.timesteps < 1:
@@ -45,7 +46,7 @@ class SpikingSettings:
 
     def neuron(self) -> Dict[str, Any]:
         """Arguments of a LIF."""
-        return {k: v for k, v in asdict(self).items() if k not in ('include', 'exclude')}
+        return {k: v for k, v in asdict(self).items() if k not in ('include', 'exclude', 'stem')}
 
     def to_tensor(self) -> torch.Tensor:
         return torch.tensor(list(json.dumps(asdict(self)).encode()), dtype=torch.uint8)
@@ -63,20 +64,27 @@ def split_spiking_state(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.
     return {key: state_dict.pop(key) for key in keys}
 
 
-def encode_input(x: Any, timesteps: int) -> torch.Tensor:
+def encode_input(x: Any, timesteps: int, stem: Optional[str] = None) -> torch.Tensor:
     """Direct encoding: images (B, C, H, W) are repeated, event frames (B, T, C, H, W) are folded, to (T * B, ...).
+
+    Images stay (B, C, H, W) where the neuron named stem repeats its current instead.
 
     Raises:
         TypeError: x is no tensor.
-        ValueError: The number of event frames is not timesteps.
+        ValueError: The number of event frames is not timesteps, or they meet a stem that runs once.
     """
     if not isinstance(x, torch.Tensor):
         raise TypeError(f'a spiking model takes a tensor of images or event frames, got {type(x).__name__}.')
     if x.ndim == 5:
+        if stem is not None:
+            raise ValueError(f'event frames differ in time, but what comes before {stem} runs once per sample '
+                             f'(share_stem); set_stem(None) undoes it.')
         if x.shape[1] != timesteps:
             raise ValueError(f'the input holds {x.shape[1]} frames per sample, the model runs timesteps={timesteps}; '
                              f'set_timesteps({x.shape[1]}) makes them agree.')
         return x.transpose(0, 1).flatten(0, 1)
+    if stem is not None:
+        return x
     return torch.cat([x] * timesteps)  # cat keeps channels_last, expand and reshape would not
 
 
@@ -151,8 +159,15 @@ class SpikingModule:
             per_step: Whether to return every step's output, (T, B, ...), instead of their mean, (B, ...).
         """
         with self._running():
-            out = super().forward(encode_input(x, self.timesteps), *args, **kwargs)
+            out = super().forward(self._encode(x), *args, **kwargs)
         return decode(out, self.timesteps, per_step)
+
+    def set_stem(self, name: Optional[str]) -> None:
+        """Let the neuron of this name repeat its current over time; None repeats the input. `share_stem` checks first."""
+        self._set_settings(SpikingSettings(**{**asdict(self.settings), 'stem': name}))
+
+    def _encode(self, x: Any) -> torch.Tensor:
+        return encode_input(x, self.timesteps, self.settings.stem)
 
     @contextmanager
     def _running(self) -> Iterator[None]:
@@ -176,10 +191,11 @@ class SpikingModule:
 
     def _set_settings(self, settings: SpikingSettings) -> None:
         self.settings = settings
-        for module in self.modules():
+        for module_name, module in self.named_modules():
             if isinstance(module, LIF):
                 for name, value in settings.neuron().items():
                     setattr(module, name, value)
+                module.encodes = module_name == settings.stem
             elif isinstance(module, OverTime):
                 module.timesteps = settings.timesteps
 
@@ -266,7 +282,7 @@ class SpikingModel(SpikingModule):
     def forward_features(self, x: torch.Tensor, *args, **kwargs) -> Any:
         """Features of all time steps, (T * B, ...)."""
         with self._running():
-            return super().forward_features(encode_input(x, self.timesteps), *args, **kwargs)
+            return super().forward_features(self._encode(x), *args, **kwargs)
 
     def forward_head(self, x: torch.Tensor, *args, per_step: bool = False, **kwargs) -> Any:
         """Logits (or pre_logits) from features (T * B, ...): the mean over time, (B, ...), or (T, B, ...) per step."""
@@ -283,7 +299,7 @@ class SpikingModel(SpikingModule):
     def forward_intermediates(self, x: torch.Tensor, *args, per_step: bool = False, **kwargs) -> Any:
         """timm's forward_intermediates on T steps: the final features stay (T * B, ...), intermediates are decoded."""
         with self._running():
-            out = super().forward_intermediates(encode_input(x, self.timesteps), *args, **kwargs)
+            out = super().forward_intermediates(self._encode(x), *args, **kwargs)
         if isinstance(out, dict):
             return {k: v if k == 'image_features' else decode(v, self.timesteps, per_step) for k, v in out.items()}
         if isinstance(out, tuple):
@@ -312,7 +328,7 @@ class SpikingEncoder(SpikingModel):
         self._folded = True
         try:
             with self._running():
-                out = super(SpikingModule, self).forward(encode_input(x, self.timesteps), *args, **kwargs)
+                out = super(SpikingModule, self).forward(self._encode(x), *args, **kwargs)
         finally:
             self._folded = False
         return decode(out, self.timesteps, per_step)

@@ -13,7 +13,7 @@ class Flat(NamedTuple):
     Without a shape, tensors stay as they are: in a graph that is being compiled, and where a gain fits no one axis.
     """
     size: Tuple[int, ...]
-    stride: Tuple[int, ...]  # of the input; of a contiguous copy where it has gaps, or time is not its outermost axis
+    stride: Tuple[int, ...]  # of the spikes: the input's, or contiguous where it has gaps or time is not outermost
     shape: Optional[Tuple[int, ...]]
     gain: Optional[torch.Tensor]  # broadcasts against a step in the new shape
 
@@ -22,7 +22,7 @@ class Flat(NamedTuple):
         as_it_is = cls(x.size(), x.stride(), None, gain)
         if torch.compiler.is_compiling() or type(x) is not torch.Tensor:
             return as_it_is
-        stride = x.stride() if _is_dense(x) else _contiguous_stride(x.shape)
+        stride = _dense_stride(x) or _contiguous_stride(x.shape)
         if gain is None or gain.numel() == 1:
             shape, gain = (x.shape[0], prod(x.shape[1:])), None if gain is None else gain.view(())
             return cls(x.size(), stride, shape, gain)
@@ -38,9 +38,12 @@ class Flat(NamedTuple):
         """x, of the input's size, in the flat shape; a copy where its strides are others."""
         if self.shape is None:
             return x
+        stride = _contiguous_stride(self.shape)
+        if x.stride(0) == 0 and x.stride()[1:] == self.stride[1:]:  # a current that is the same at every step
+            return x.as_strided(self.shape, (0, *stride[1:]))
         if x.stride() != self.stride:
             x = torch.empty_strided(self.size, self.stride, dtype=x.dtype, device=x.device).copy_(x)
-        return x.as_strided(self.shape, _contiguous_stride(self.shape))
+        return x.as_strided(self.shape, stride)
 
     def restore(self, flat: torch.Tensor) -> torch.Tensor:
         """A fresh tensor of the flat shape, in place, with the input's size and strides; no view of another."""
@@ -51,11 +54,14 @@ def _contiguous_stride(shape: Sequence[int]) -> Tuple[int, ...]:
     return tuple(prod(shape[i + 1:]) for i in range(len(shape)))
 
 
-def _is_dense(x: torch.Tensor) -> bool:
-    """Whether x fills its memory without gaps or overlaps, time step after time step."""
-    expected = 1
+def _dense_stride(x: torch.Tensor) -> Optional[Tuple[int, ...]]:
+    """Strides of spikes in x's memory format: x's own where it fills its memory, step after step, or repeats one step;
+    None where it has gaps or another order."""
+    step = 1
     for stride, size in sorted((x.stride(a), x.shape[a]) for a in range(1, x.ndim) if x.shape[a] != 1):
-        if stride != expected:
-            return False
-        expected *= size
-    return x.shape[0] == 1 or x.stride(0) == expected
+        if stride != step:
+            return None
+        step *= size
+    if x.shape[0] > 1 and x.stride(0) not in (0, step):
+        return None
+    return step, *x.stride()[1:]

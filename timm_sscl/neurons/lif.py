@@ -111,6 +111,7 @@ class LIF(nn.Module):
 
     Gain and scale are None (1) unless a calibration or an ANN's conversion sets them (`set_gain`); they broadcast
     against a sample: 0-d, or (C, 1, 1) for channels of NCHW maps and (C,) for channels of tokens. They are not trained.
+    A neuron that `encodes` takes a current (B, ...) that is the same at every step, and returns (T * B, ...).
 
     Args:
         timesteps: Number of time steps T that the first axis of the input holds.
@@ -140,6 +141,7 @@ class LIF(nn.Module):
         self.v_reset = v_reset
         self.detach_reset = detach_reset
         self.v_init = v_init
+        self.encodes = False
         # the converted model saves them: a plain buffer would be missing from an ANN's state_dict
         self.register_buffer('gain', None, persistent=False)
         self.register_buffer('scale', None, persistent=False)
@@ -150,13 +152,16 @@ class LIF(nn.Module):
         self.scale = scale
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.ndim == 0 or x.shape[0] % self.timesteps:
+        if self.encodes:
+            x_t = x.expand(self.timesteps, *x.shape)
+        elif x.ndim == 0 or x.shape[0] % self.timesteps:
             raise ValueError(
                 f'the first axis of {tuple(x.shape)} does not hold timesteps={self.timesteps} equal steps; '
                 f'a spiking neuron works on (timesteps * batch, ...).')
-        x_t = x.reshape(self._fold(x.shape))
+        else:
+            x_t = x.reshape(self._fold(x.shape))
         spikes = lif(x_t, self.tau, self.v_threshold, self.v_reset, self.detach_reset, self.v_init, self.gain)
-        spikes = spikes.reshape(x.shape)
+        spikes = spikes.flatten(0, 1)
         return spikes if self.scale is None else spikes * self.scale.to(x.dtype)
 
     def _fold(self, shape: torch.Size) -> Tuple[int, ...]:
