@@ -5,16 +5,16 @@ forward_features / forward_head, `(SpikingModule, Base)` for anything else. Insi
 """
 import json
 import logging
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
-from typing import Any, Dict, FrozenSet, Iterator, List, Optional, Tuple, Type
+from typing import Any, Dict, FrozenSet, List, Optional, Tuple, Type
 
 import torch
 import torch.nn as nn
 
 from .functional import NEURON_NAME, FunctionsOverTime
-from .neurons import LIF, packed_spikes
+from .neurons import LIF
 from .neurons.lif import check_neuron
 from .stochastic import OverTime
 
@@ -158,7 +158,7 @@ class SpikingModule:
             x: Images (B, C, H, W), or event frames (B, T, C, H, W).
             per_step: Whether to return every step's output, (T, B, ...), instead of their mean, (B, ...).
         """
-        with self._running():
+        with self._functions():
             out = super().forward(self._encode(x), *args, **kwargs)
         return decode(out, self.timesteps, per_step)
 
@@ -168,12 +168,6 @@ class SpikingModule:
 
     def _encode(self, x: Any) -> torch.Tensor:
         return encode_input(x, self.timesteps, self.settings.stem)
-
-    @contextmanager
-    def _running(self) -> Iterator[None]:
-        """Around a forward: functions are the neuron's and noise's over time, and spikes are kept as bits."""
-        with self._functions(), packed_spikes():
-            yield
 
     def _functions(self):
         """Functions that the model's own methods call become the neuron and noise with one mask over time."""
@@ -281,24 +275,24 @@ class SpikingModel(SpikingModule):
 
     def forward_features(self, x: torch.Tensor, *args, **kwargs) -> Any:
         """Features of all time steps, (T * B, ...)."""
-        with self._running():
+        with self._functions():
             return super().forward_features(self._encode(x), *args, **kwargs)
 
     def forward_head(self, x: torch.Tensor, *args, per_step: bool = False, **kwargs) -> Any:
         """Logits (or pre_logits) from features (T * B, ...): the mean over time, (B, ...), or (T, B, ...) per step."""
-        with self._running():
+        with self._functions():
             out = super().forward_head(x, *args, **kwargs)
         return decode(out, self.timesteps, per_step)
 
     def forward(self, x: torch.Tensor, *args, per_step: bool = False, **kwargs) -> Any:
         if per_step:
             return self.forward_head(self.forward_features(x, *args, **kwargs), per_step=True)
-        with self._running():
+        with self._functions():
             return super(SpikingModule, self).forward(x, *args, **kwargs)
 
     def forward_intermediates(self, x: torch.Tensor, *args, per_step: bool = False, **kwargs) -> Any:
         """timm's forward_intermediates on T steps: the final features stay (T * B, ...), intermediates are decoded."""
-        with self._running():
+        with self._functions():
             out = super().forward_intermediates(self._encode(x), *args, **kwargs)
         if isinstance(out, dict):
             return {k: v if k == 'image_features' else decode(v, self.timesteps, per_step) for k, v in out.items()}
@@ -327,7 +321,7 @@ class SpikingEncoder(SpikingModel):
     def forward(self, x: torch.Tensor, *args, per_step: bool = False, **kwargs) -> Any:
         self._folded = True
         try:
-            with self._running():
+            with self._functions():
                 out = super(SpikingModule, self).forward(self._encode(x), *args, **kwargs)
         finally:
             self._folded = False

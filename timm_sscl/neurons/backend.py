@@ -3,7 +3,7 @@ import logging
 import types
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any, Callable, Iterator, Tuple
+from typing import Any, Callable, Iterator, Optional, Tuple
 
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
@@ -40,11 +40,11 @@ def lif_backend(name: str) -> Iterator[None]:
         _chosen = before
 
 
-def run(function: Callable, tensors: Tuple[torch.Tensor, ...], *settings: Any) -> Any:
+def run(function: Callable, tensors: Tuple[Optional[torch.Tensor], ...], *settings: Any) -> Any:
     """function(*tensors, *settings), compiled once per settings (which the compiler takes as constants) or as it is."""
     x = tensors[0]
     if _compiles(x):
-        compiled = _compiled(function, settings)
+        compiled = _compiled(function, settings, tuple(map(_signature, tensors)))
         try:
             with torch._C.DisableTorchFunction():  # a mode of the model's is not the kernel's business
                 return compiled(*tensors)
@@ -52,7 +52,7 @@ def run(function: Callable, tensors: Tuple[torch.Tensor, ...], *settings: Any) -
             raise
         except Exception as error:  # no compiler, or one that fails, in whatever way
             _broken.add(x.device.type)
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            reason = ' '.join(f'{type(error).__name__}: {error}'.split())[:300]
             _logger.warning(f'Neurons on {x.device.type} run without torch.compile, several times slower: {reason}')
     return function(*tensors, *settings)
 
@@ -65,12 +65,17 @@ def _compiles(x: torch.Tensor) -> bool:
     return _chosen == 'compiled' or x.numel() >= _WORTH_COMPILING
 
 
+def _signature(x: Optional[torch.Tensor]) -> Any:
+    """What the compiler makes another graph for, even with sizes as symbols."""
+    return None if x is None else (x.dtype, x.device.type, tuple(n == 1 for n in x.shape))
+
+
 @lru_cache(maxsize=None)
-def _compiled(function: Callable, settings: Tuple[Any, ...]) -> Callable:
+def _compiled(function: Callable, settings: Tuple[Any, ...], signature: Tuple[Any, ...]) -> Callable:
     def call(*tensors):
         return function(*tensors, *settings)
 
-    # dynamo keeps its graphs per code object and stops at eight: a copy of the code has a limit of its own
+    # dynamo keeps its graphs per code object and stops at eight: a copy of the code per signature has its own
     call = types.FunctionType(call.__code__.replace(), call.__globals__, call.__name__, None, call.__closure__)
     # sizes are symbols, so that another batch is no other graph; no pool of compiler processes for a small kernel
     return torch.compile(call, dynamic=True, fullgraph=True, options=dict(compile_threads=1))

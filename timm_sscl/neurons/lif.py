@@ -7,8 +7,9 @@ from torch.autograd.function import once_differentiable
 
 from .backend import run
 from .flat import Flat
+from .norm_source import NormSource
 from .packing import active_packing
-from .recursion import Neuron, backward_from_bits, backward_from_input, fire
+from .recursion import Neuron, backward_from_bits, backward_from_input, backward_from_norm, fire
 
 __all__ = ['lif', 'LIF', 'check_neuron']
 
@@ -29,34 +30,49 @@ def check_neuron(tau: float, v_threshold: float, v_reset: Optional[float], v_ini
 class _LIF(torch.autograd.Function):
     """The recursion of `lif` with its backward written out.
 
-    Kept for the backward is the input, from which the potentials are computed again, or with a detached reset two bits
-    per element: whether it fired and whether it lay in the surrogate's window.
+    Kept for the backward are two bits per element: whether it fired, and whether it lay in the surrogate's window. A hard
+    reset that passes gradients needs the potentials besides. They are computed again from what the batch norm before the
+    neuron keeps; elsewhere the input is kept, and nothing else.
     """
 
     @staticmethod
-    def forward(ctx, x, gain, neuron, keep):
+    def forward(ctx, x, gain, neuron, keep, norm):
         timesteps, flat = x.shape[0], Flat.of(x, gain)
         packing = active_packing() if keep else None
-        two_bits = keep and neuron.detach_reset
+        ctx.needs_potential = neuron.v_reset is not None and not neuron.detach_reset and timesteps > 1
+        norm = norm if flat.by_channel() is not None else None
+        two_bits = keep and (norm is not None or not ctx.needs_potential)
         spikes, fired, window = run(
             fire, (flat.view(x), flat.gain), neuron, timesteps, two_bits or packing is not None, two_bits)
         spikes = flat.restore(spikes)
         if packing is not None:
             packing.add(spikes, fired.flatten(1), timesteps)
-        ctx.save_for_backward(*((fired, window) if two_bits else (x,) if keep else ()))
-        ctx.settings = flat, neuron, timesteps
+        if two_bits:
+            ctx.save_for_backward(fired, window, norm.bias if norm is not None else None)
+        elif keep:
+            ctx.save_for_backward(x)
+        ctx.settings = flat, neuron, timesteps, norm
         return spikes
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        flat, neuron, timesteps = ctx.settings
-        if neuron.detach_reset:
-            grad_x = run(backward_from_bits, (flat.view(grad), *ctx.saved_tensors, flat.gain), neuron, timesteps)
-        else:
+        flat, neuron, timesteps, norm = ctx.settings
+        if not ctx.needs_potential:
+            fired, window, _ = ctx.saved_tensors
+            grad_x = run(backward_from_bits, (flat.view(grad), fired, window, flat.gain), neuron, timesteps)
+        elif norm is None:
             x, = ctx.saved_tensors
             grad_x = run(backward_from_input, (flat.view(grad), flat.view(x), flat.gain), neuron, timesteps)
-        return flat.restore(grad_x), None, None, None
+        else:
+            fired, window, bias = ctx.saved_tensors
+            x, scale, shift = norm.affine(bias)
+            flat = flat.by_channel()
+            x = x.expand(flat.size) if x.shape == flat.size[1:] else x.view(flat.size)  # once for all steps, or folded
+            bits = (b.view(-1, *flat.shape[1:]) for b in (fired, window))
+            grad_x = run(backward_from_norm, (
+                flat.view(grad), *bits, flat.view(x), scale.view(-1, 1), shift.view(-1, 1), flat.gain), neuron, timesteps)
+        return flat.restore(grad_x), None, None, None, None
 
 
 def lif(
@@ -100,8 +116,11 @@ def lif(
         raise ValueError(f'x has shape {tuple(x.shape)}: lif needs (T, ...) with at least one time step.')
     if not x.is_floating_point():
         raise ValueError(f'x has dtype {x.dtype}: lif integrates floating point currents.')
-    neuron = Neuron(tau, v_threshold, v_reset, detach_reset, (v_reset or 0.) if v_init is None else v_init)
-    return _LIF.apply(x, gain, neuron, torch.is_grad_enabled() and x.requires_grad)
+    return _apply(x, gain, Neuron.of(tau, v_threshold, v_reset, detach_reset, v_init), None)
+
+
+def _apply(x: torch.Tensor, gain: Optional[torch.Tensor], neuron: Neuron, norm: Optional[NormSource]) -> torch.Tensor:
+    return _LIF.apply(x, gain, neuron, torch.is_grad_enabled() and x.requires_grad, norm)
 
 
 class LIF(nn.Module):
@@ -160,7 +179,8 @@ class LIF(nn.Module):
                 f'a spiking neuron works on (timesteps * batch, ...).')
         else:
             x_t = x.reshape(self._fold(x.shape))
-        spikes = lif(x_t, self.tau, self.v_threshold, self.v_reset, self.detach_reset, self.v_init, self.gain)
+        neuron = Neuron.of(self.tau, self.v_threshold, self.v_reset, self.detach_reset, self.v_init)
+        spikes = _apply(x_t, self.gain, neuron, NormSource.of(x))
         spikes = spikes.flatten(0, 1)
         return spikes if self.scale is None else spikes * self.scale.to(x.dtype)
 

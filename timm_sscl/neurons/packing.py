@@ -8,7 +8,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from .backend import run
 from .recursion import unpack_bits
 
-__all__ = ['packed_spikes', 'active_packing', 'SpikePacking']
+__all__ = ['packed_spikes', 'active_packing', 'only_packing_hooks', 'SpikePacking']
 
 _active: Optional['SpikePacking'] = None
 
@@ -64,20 +64,26 @@ class SpikePacking:
 
 
 def active_packing() -> Optional[SpikePacking]:
-    """The packing of the forward that runs now, if any."""
+    """The packing that is on, if any."""
     return _active
+
+
+def only_packing_hooks() -> bool:
+    """Whether no hooks on saved tensors are active but those of a packing."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is None or (_active is not None and hooks[0] == _active.pack)
 
 
 @contextmanager
 def packed_spikes() -> Iterator[None]:
-    """Inside, autograd keeps neurons' spikes as bits.
+    """Run a spiking model's forward inside, and its layers keep spikes as bits for the backward.
 
-    Does nothing without gradients, in a forward that is being compiled (the compiler decides what to keep), or where
-    somebody's own hooks on saved tensors are active (checkpointing, offloading).
+    A convolution's or linear map's input then takes 1 / 32 of the memory (float32, T = 8; a byte is the least for up to 8
+    steps) and the backward has to make the floats again. Has no effect on a model that is compiled as a whole, and gives
+    way to other hooks on saved tensors (checkpointing, offloading) that are active around it or inside.
     """
     global _active
-    if (_active is not None or not torch.is_grad_enabled() or torch.compiler.is_compiling()
-            or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None):
+    if not only_packing_hooks():
         yield
         return
     _active = SpikePacking()

@@ -5,7 +5,7 @@ import torch
 
 from .surrogate import rectangle_window
 
-__all__ = ['Neuron', 'fire', 'backward_from_input', 'backward_from_bits', 'unpack_bits']
+__all__ = ['Neuron', 'fire', 'backward_from_input', 'backward_from_norm', 'backward_from_bits', 'unpack_bits']
 
 _BYTE = 8
 
@@ -18,9 +18,26 @@ class Neuron(NamedTuple):
     detach_reset: bool
     v_init: float
 
+    @classmethod
+    def of(
+            cls,
+            tau: float,
+            v_threshold: float,
+            v_reset: Optional[float],
+            detach_reset: bool,
+            v_init: Optional[float],
+    ) -> 'Neuron':
+        """Settings whose initial potential is given, or the reset potential."""
+        return cls(tau, v_threshold, v_reset, detach_reset, (v_reset or 0.) if v_init is None else v_init)
+
 
 def _membrane_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def _at(x: torch.Tensor, t: int) -> torch.Tensor:
+    """Step t of (T, ...), or of (1, ...) where all steps are one (a static current; the gradient of a mean over time)."""
+    return x[0 if x.shape[0] == 1 else t]
 
 
 def _steps(
@@ -33,7 +50,7 @@ def _steps(
     tau, v_threshold, v_reset, _, v = neuron
     dtype = _membrane_dtype(x.dtype)
     for t in range(timesteps):
-        x_t = x[t].to(dtype)
+        x_t = _at(x, t).to(dtype)
         u = v * tau + (x_t if gain is None else x_t * gain.to(dtype))
         fired = u >= v_threshold
         yield u, fired
@@ -51,7 +68,7 @@ def fire(
     """Spikes, and as bits where asked for: which steps fired, and which lie in the surrogate's window.
 
     Args:
-        x: Input current (T, ...).
+        x: Input current (T, ...), or (1, ...) that is the same at every step.
         gain: Factor on x, broadcast against a step; None is 1.
         neuron: Settings.
         timesteps: T, as a constant for the compiler.
@@ -78,7 +95,10 @@ def backward_from_input(
         neuron: Neuron,
         timesteps: int,
 ) -> torch.Tensor:
-    """Gradient by x from the gradient by the spikes, both (T, ...); the potentials are computed again."""
+    """Gradient by the current at every step, (T, ...), from the gradient by the spikes and the current, (T, ...) or (1, ...).
+
+    The potentials are computed again from x.
+    """
     steps = list(_steps(x, gain, neuron, timesteps))
     windows = [rectangle_window(u, neuron.v_threshold) for u, _ in steps]
     fired, potentials = [f for _, f in steps], [u for u, _ in steps]
@@ -93,9 +113,35 @@ def backward_from_bits(
         neuron: Neuron,
         timesteps: int,
 ) -> torch.Tensor:
-    """The same with detached reset, where two bits per step say all."""
+    """The same where two bits per step say all: with a soft reset, or a detached one."""
     windows, fired = (_unpack(bits, timesteps) for bits in (window_bits, fired_bits))
     return _backward(grad, windows, fired, None, gain, neuron)
+
+
+def backward_from_norm(
+        grad: torch.Tensor,
+        fired_bits: torch.Tensor,
+        window_bits: torch.Tensor,
+        x: torch.Tensor,
+        scale: torch.Tensor,
+        shift: torch.Tensor,
+        gain: Optional[torch.Tensor],
+        neuron: Neuron,
+        timesteps: int,
+) -> torch.Tensor:
+    """The same from what the norm before the neuron keeps: the current is scale * x + shift, to round-off.
+
+    Round-off could carry a potential over the threshold or an end of the window: which steps fired and lay in it is
+    taken from the bits.
+    """
+    windows, fired = (_unpack(bits, timesteps) for bits in (window_bits, fired_bits))
+    dtype = _membrane_dtype(x.dtype)
+    potentials, v = [], neuron.v_init
+    for t in range(timesteps):
+        current = _at(x, t).to(dtype) * scale.to(dtype) + shift.to(dtype)
+        potentials.append(v * neuron.tau + (current if gain is None else current * gain.to(dtype)))
+        v = torch.where(fired[t], neuron.v_reset, potentials[-1])
+    return _backward(grad, windows, fired, potentials, gain, neuron)
 
 
 def _backward(grad, windows, fired, potentials, gain, neuron) -> torch.Tensor:
@@ -104,7 +150,7 @@ def _backward(grad, windows, fired, potentials, gain, neuron) -> torch.Tensor:
     grads: List[torch.Tensor] = []
     grad_v = None  # of the loss by V_t, the potential after the reset
     for t in range(len(fired) - 1, -1, -1):
-        grad_o = grad[t].to(dtype)
+        grad_o = _at(grad, t).to(dtype)
         if grad_v is None:
             grad_u = torch.where(windows[t], grad_o, 0.)
         else:

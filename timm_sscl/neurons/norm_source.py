@@ -1,0 +1,37 @@
+"""A neuron behind a batch norm keeps no copy of its current: the norm keeps its own input, of which it is made again."""
+from typing import NamedTuple, Optional, Tuple
+
+import torch
+
+from .packing import only_packing_hooks
+
+__all__ = ['NormSource']
+
+
+class NormSource(NamedTuple):
+    """The batch norm that a current comes from, as autograd knows it."""
+    node: torch.autograd.graph.Node
+    bias: Optional[torch.Tensor]
+
+    @classmethod
+    def of(cls, x: torch.Tensor) -> Optional['NormSource']:
+        """The source of x; None where that is no batch norm in training mode, or its saved tensors are not to be had.
+
+        Hooks on saved tensors, as checkpointing has, hand a tensor out once only.
+        """
+        if type(x.grad_fn).__name__ != 'NativeBatchNormBackward0' or not x.grad_fn._saved_training:
+            return None
+        if torch.compiler.is_compiling() or not only_packing_hooks():
+            return None
+        node, (bias, _) = x.grad_fn, x.grad_fn.next_functions[2]
+        if node._saved_weight is None and bias is None:
+            return cls(node, None)
+        bias = getattr(bias, 'variable', None)  # of a leaf; the node itself does not keep it
+        return None if bias is None or node._saved_weight is None else cls(node, bias)
+
+    def affine(self, bias: Optional[torch.Tensor]) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The norm's input, and scale and shift per channel that make its output of it, to round-off."""
+        node = self.node
+        scale = node._saved_result2 if bias is None else node._saved_result2 * node._saved_weight
+        shift = -node._saved_result1 * scale
+        return node._saved_input, scale, shift if bias is None else shift + bias
