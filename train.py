@@ -46,8 +46,9 @@ from timm.utils.clip_grad import dispatch_clip_grad
 from timm.utils.summary import trim_summary
 from torchvision.utils import save_image
 
-from timm_sscl import SSCLTask, calibrate, convert_ann
+from timm_sscl import SSCLTask, calibrate, convert_ann, share_stem
 from timm_sscl.data import create_dataset
+from timm_sscl.neurons import packed_spikes
 from timm_sscl.options import ARGS_FILE, OptionError, parse_args
 from timm_sscl.registry import PREFIX
 from timm_sscl.report import FiringRates, SpikingReport
@@ -184,6 +185,8 @@ def create_student(args: Namespace, num_classes: int) -> nn.Module:
     student = timm.create_model(pretrained=args.pretrained or bool(args.pretrained_path), **kwargs)
     if args.initial_checkpoint:
         load_weights(student, args.initial_checkpoint, '--initial-checkpoint')
+    if args.share_stem:
+        _share_stem(student)
     with torch.no_grad():
         if args.head_init_scale is not None:
             student.get_classifier().weight.mul_(args.head_init_scale)
@@ -195,6 +198,13 @@ def create_student(args: Namespace, num_classes: int) -> nn.Module:
     if args.sync_bn:
         student = convert_sync_batchnorm(student)
     return _placed(args, student)
+
+
+def _share_stem(student: nn.Module) -> None:
+    try:
+        share_stem(student)
+    except ValueError as error:
+        raise OptionError(f'--share-stem: {error}') from error
 
 
 def _placed(args: Namespace, model: nn.Module) -> nn.Module:
@@ -552,7 +562,7 @@ class Fit:
         with accelerator.accumulate(self.module):
             if self.loaders.mixup is not None:
                 input, target = self.loaders.mixup(input, target)
-            with accelerator.autocast():
+            with accelerator.autocast(), packed_spikes() if args.pack_spikes else nullcontext():
                 result = task(self._cast(input), target)
             accelerator.backward(result['loss'])
             if args.clip_grad is not None and accelerator.sync_gradients:

@@ -1140,3 +1140,17 @@ def test_plain_training_loop():
     # two thirds and less here; guessing alone would leave the terms at 5 * (log 16 + 15 log 16/15) = 18.7
     assert losses[-1] < 0.85 * losses[0]
     assert terms[-1] < 0.85 * terms[0] and terms[-1] < 17
+
+
+def test_student_compiled_after_the_loss_was_built():
+    """Hooks are part of the graph where they were there first, also when a twin without hooks was compiled before."""
+    student, teacher = _resnets()
+    x = _images()
+    torch.compile(copy.deepcopy(student), fullgraph=True, backend='aot_eager')(x)
+    sscl = _attach(student, teacher)
+    student(x)
+    expected = sscl(x)
+    compiled = torch.compile(student, backend='aot_eager')
+    for _ in range(2):
+        compiled(x)
+        torch.testing.assert_close(sscl(x), expected, rtol=1e-12, atol=0)

@@ -561,3 +561,25 @@ def test_gathered_rows_come_in_order_and_their_gradients_go_home(two_processes):
 def test_one_process_gathers_nothing():
     rows = torch.randn(3, 2)
     assert gather_rows(rows) is rows
+
+
+# ------------------------------------------------------------------------------------------------------------- compile
+
+def test_task_compiles_as_one_graph():
+    """Student, taps and losses without a graph break, in float64; the backend is dynamo's and autograd's part only."""
+    tasks = [_task(dtype=torch.float64) for _ in range(2)]
+    tasks[1].trainable_module = torch.compile(tasks[1].trainable_module, fullgraph=True, backend='aot_eager')
+    x, y = _batch(dtype=torch.float64)
+    results = []
+    for task in tasks:
+        task.to(torch.float64).train()
+        loss = task(x, y)['loss']
+        loss.backward()
+        results.append((loss.detach(), [p.grad for p in task.trainable_module.parameters()], task.stats))
+    (loss, grads, stats), (compiled_loss, compiled_grads, compiled_stats) = results
+    torch.testing.assert_close(compiled_loss, loss, rtol=1e-12, atol=0)
+    for got, expected in zip(compiled_grads, grads):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+    assert compiled_stats.keys() == stats.keys()
+    for layer in stats:
+        assert compiled_stats[layer] == pytest.approx(stats[layer], rel=1e-5)

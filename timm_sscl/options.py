@@ -117,6 +117,10 @@ def _add_spiking(parser: argparse.ArgumentParser) -> None:
                             'weights\' own ANN (ReLU networks, integrate-and-fire); or nothing')
     group.add_argument('--ann-percentile', type=float, default=100., metavar='P',
                        help='--neuron-init ann: percentile of the ANN\'s activations that is the threshold')
+    group.add_argument('--share-stem', action='store_true',
+                       help='run what comes before the first neuron once per image, where a probe finds that legal')
+    group.add_argument('--pack-spikes', action='store_true',
+                       help='keep spikes as bits for the backward: less memory, more time')
     group.add_argument('--neuron-include', nargs='+', default=None, metavar='PATTERN',
                        help='only these activations become neurons: names or classes, of modules around them too')
     group.add_argument('--neuron-exclude', nargs='+', default=None, metavar='PATTERN',

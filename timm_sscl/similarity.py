@@ -27,7 +27,7 @@ def gram_matrix(x: torch.Tensor) -> torch.Tensor:
         x = x.flatten(2) if x.ndim > 2 else x.unsqueeze(2)
         x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         x = x - x[:, :1]  # exact zeros for a constant feature, which the mean alone does not promise
-        x = x - x.mean(1, keepdim=True)
+        x.sub_(x.mean(1, keepdim=True))  # on the difference just made: no second copy
         return torch.bmm(x, x.mT).sum(0)
 
 
@@ -165,9 +165,11 @@ class RunningCKA(nn.Module):
         else:
             terms = hsic_terms(gram_matrix(student), gram_matrix(teacher))
         terms = _mean_over_processes(terms)
-        if self.training and not torch.isnan(terms).any():
-            self.mean_terms.lerp_(terms.to(self.mean_terms.dtype), self.momentum)
-            self.mean_weight.lerp_(torch.ones_like(self.mean_weight), self.momentum)
+        if self.training:
+            known = ~torch.isnan(terms).any()  # no branch on it: it would break a compiled graph
+            share = self.momentum * known.to(self.mean_terms.dtype)
+            self.mean_terms.lerp_(terms.nan_to_num().to(self.mean_terms.dtype), share)
+            self.mean_weight.lerp_(torch.ones_like(self.mean_weight), share)
         return _ratio(terms), self.value
 
     def extra_repr(self) -> str:

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
+import torch._dynamo
 import torch.nn as nn
 
 from .neurons import LIF
@@ -105,8 +106,7 @@ def fold_feature(x: torch.Tensor, timesteps: int, channel_axis: int = 1, prefix_
 def _probing(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, no gradient, and neurons that all but pass their input on, so that no feature is silent."""
     modes = {module: module.training for module in model.modules()}
-    # not the identity: what comes before and after a neuron must differ
-    handles = [m.register_forward_hook(lambda mod, args, out: 1.01 * args[0] + .01) for m in modes if isinstance(m, LIF)]
+    handles = [m.register_forward_hook(_pass_on) for m in modes if isinstance(m, LIF)]
     model.eval()
     try:
         with torch.no_grad():
@@ -116,6 +116,12 @@ def _probing(model: nn.Module) -> Iterator[None]:
             handle.remove()
         for module, training in modes.items():
             module.training = training
+
+
+def _pass_on(lif: LIF, args: Tuple[torch.Tensor], spikes: torch.Tensor) -> torch.Tensor:
+    """Not the identity: what comes before and after a neuron must differ."""
+    x = args[0].repeat(lif.timesteps, *(1,) * (args[0].ndim - 1)) if lif.encodes else args[0]
+    return 1.01 * x + .01
 
 
 def _is_spiking(model: nn.Module) -> bool:
@@ -475,6 +481,16 @@ class FeatureReader:
 
 # ---- reading by hooks, in somebody else's loop
 
+def _guard_on_hooks() -> None:
+    """Let torch.compile tell a model with hooks from its twin without.
+
+    By default it takes a graph that it made of one for the other, whose taps then never fire (or fire in its place).
+    """
+    torch._dynamo.config.skip_nnmodule_hook_guards = False
+    torch._dynamo.reset()  # graphs from before do not check
+
+
+
 class _Hook:
     """Forward hook that tells a recorder; in a copy or a pickle of the model it is a detached no-op."""
 
@@ -557,6 +573,7 @@ class Recorder:
         self.taps = list(taps)
         self.training_only = training_only
         self.enabled = True
+        _guard_on_hooks()
         self.records: List[_Record] = []
         self.open: Optional[_Record] = None
         modules = dict(model.named_modules())

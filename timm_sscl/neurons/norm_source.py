@@ -19,9 +19,9 @@ class NormSource(NamedTuple):
 
         Hooks on saved tensors, as checkpointing has, hand a tensor out once only.
         """
-        if type(x.grad_fn).__name__ != 'NativeBatchNormBackward0' or not x.grad_fn._saved_training:
+        if torch.compiler.is_compiling() or type(x.grad_fn).__name__ != 'NativeBatchNormBackward0':
             return None
-        if torch.compiler.is_compiling() or not only_packing_hooks():
+        if not x.grad_fn._saved_training or not only_packing_hooks():
             return None
         node, (bias, _) = x.grad_fn, x.grad_fn.next_functions[2]
         if node._saved_weight is None and bias is None:
