@@ -1,6 +1,8 @@
 """`spiking_<name>` in timm's registry: names, tags, configs, and how settings travel with a checkpoint."""
 import copy
+import inspect
 import logging
+import sys
 import warnings
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 import torch.nn as nn
 from timm.models import get_pretrained_cfg, register_model
 
-from timm_sscl import LIF, convert_to_spiking
+from timm_sscl import LIF, convert_to_spiking, spiking
 from timm_sscl.registry import register_spiking_models
 
 K = 5
@@ -353,3 +355,16 @@ def test_features_only_from_a_pretrained_file(tmp_path):
     with torch.no_grad():
         features = model(x)
         assert torch.equal(features[-1], source.forward_intermediates(x, intermediates_only=True)[-1])
+
+
+def test_no_method_of_a_spiking_model_hides_one_of_timms():
+    """gemma4 has an _encode of its own, for example."""
+    own = {name for mixin in (spiking.SpikingModule, spiking.SpikingModel, spiking.SpikingEncoder) for name in vars(mixin)
+           if not name.startswith('__')}
+    meant = {'forward', 'forward_features', 'forward_head', 'forward_intermediates', 'reset_classifier',
+             '_save_to_state_dict', '_load_from_state_dict'}
+    models = {timm.models._registry._model_entrypoints[name].__module__ for name in timm.list_models()}
+    hidden = [(module, name, own & set(vars(base))) for module in models for name, cls in vars(sys.modules[module]).items()
+              if inspect.isclass(cls) and issubclass(cls, torch.nn.Module) for base in cls.__mro__
+              if base.__module__.startswith('timm.models.') and (own - meant) & set(vars(base))]
+    assert hidden == []

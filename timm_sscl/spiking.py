@@ -159,14 +159,14 @@ class SpikingModule:
             per_step: Whether to return every step's output, (T, B, ...), instead of their mean, (B, ...).
         """
         with self._functions():
-            out = super().forward(self._encode(x), *args, **kwargs)
+            out = super().forward(self._repeat_over_time(x), *args, **kwargs)
         return decode(out, self.timesteps, per_step)
 
     def set_stem(self, name: Optional[str]) -> None:
         """Let the neuron of this name repeat its current over time; None repeats the input. `share_stem` checks first."""
         self._set_settings(SpikingSettings(**{**asdict(self.settings), 'stem': name}))
 
-    def _encode(self, x: Any) -> torch.Tensor:
+    def _repeat_over_time(self, x: Any) -> torch.Tensor:
         return encode_input(x, self.timesteps, self.settings.stem)
 
     def _functions(self):
@@ -276,7 +276,7 @@ class SpikingModel(SpikingModule):
     def forward_features(self, x: torch.Tensor, *args, **kwargs) -> Any:
         """Features of all time steps, (T * B, ...)."""
         with self._functions():
-            return super().forward_features(self._encode(x), *args, **kwargs)
+            return super().forward_features(self._repeat_over_time(x), *args, **kwargs)
 
     def forward_head(self, x: torch.Tensor, *args, per_step: bool = False, **kwargs) -> Any:
         """Logits (or pre_logits) from features (T * B, ...): the mean over time, (B, ...), or (T, B, ...) per step."""
@@ -293,7 +293,7 @@ class SpikingModel(SpikingModule):
     def forward_intermediates(self, x: torch.Tensor, *args, per_step: bool = False, **kwargs) -> Any:
         """timm's forward_intermediates on T steps: the final features stay (T * B, ...), intermediates are decoded."""
         with self._functions():
-            out = super().forward_intermediates(self._encode(x), *args, **kwargs)
+            out = super().forward_intermediates(self._repeat_over_time(x), *args, **kwargs)
         if isinstance(out, dict):
             return {k: v if k == 'image_features' else decode(v, self.timesteps, per_step) for k, v in out.items()}
         if isinstance(out, tuple):
@@ -322,7 +322,7 @@ class SpikingEncoder(SpikingModel):
         self._folded = True
         try:
             with self._functions():
-                out = super(SpikingModule, self).forward(self._encode(x), *args, **kwargs)
+                out = super(SpikingModule, self).forward(self._repeat_over_time(x), *args, **kwargs)
         finally:
             self._folded = False
         return decode(out, self.timesteps, per_step)

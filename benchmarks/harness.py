@@ -1,0 +1,141 @@
+"""What the speed benchmarks share: interleaved timing, peak memory in fresh processes, tables, JSON, the machine."""
+import argparse
+import ctypes
+import gc
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence
+
+import torch
+
+RESULTS = Path(__file__).resolve().parent / 'results'
+PACKAGES = 'torch', 'timm', 'spikingjelly', 'snntorch'
+
+# without this, glibc keeps freed blocks below 32 MiB, and what a process holds says more about holes than about tensors
+EXACT_MALLOC = {'MALLOC_MMAP_THRESHOLD_': '65536'}
+
+
+class Timing(NamedTuple):
+    """Seconds of one variant."""
+    median: float
+    low: float  # quartiles
+    high: float
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> 'Timing':
+        ordered = sorted(seconds)
+        at = [ordered[round(q * (len(ordered) - 1))] for q in (.5, .25, .75)]
+        return cls(*at)
+
+
+def create_parser(doc: str, rounds: int) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--rounds', type=int, default=rounds, help=f'times every variant runs (default: {rounds})')
+    parser.add_argument('--threads', type=int, default=os.cpu_count(), help='CPU threads (default: all cores)')
+    parser.add_argument('--output', type=Path, default=RESULTS, help='folder for JSON and figures')
+    parser.add_argument('--worker', help=argparse.SUPPRESS)  # one variant's memory, in a process of its own
+    return parser
+
+
+def has(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def interleave(variants: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 2) -> Dict[str, Timing]:
+    """Run every variant in turn, round after round: what disturbs the machine disturbs all alike."""
+    for name, run in variants.items():
+        began = time.time()
+        for _ in range(warmup):
+            run()
+        print(f'  warm: {name} ({time.time() - began:.1f} s)', flush=True)
+    seconds: Dict[str, List[float]] = {name: [] for name in variants}
+    began = time.time()
+    for i in range(rounds):
+        for name, run in variants.items():
+            gc.collect()
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+        if (i + 1) % max(1, rounds // 5) == 0:
+            eta = timedelta(seconds=round((time.time() - began) / (i + 1) * (rounds - i - 1)))
+            print(f'  round {i + 1}/{rounds}  ETA {eta}', flush=True)
+    return {name: Timing.of(values) for name, values in seconds.items()}
+
+
+# ---- memory
+
+def _resident(field: str) -> float:
+    """MiB of this process from /proc: VmRSS, or VmHWM, its highest since it was reset."""
+    with open('/proc/self/status') as status:
+        return next(int(line.split()[1]) / 1024 for line in status if line.startswith(field))
+
+
+def measure_peak(run: Callable[[], Any], warm: Callable[[], Any]) -> float:
+    """MiB that run() adds at its peak to what the process holds before; warm() is the same on a small input."""
+    warm()
+    gc.collect()
+    ctypes.CDLL('libc.so.6').malloc_trim(0)
+    with open('/proc/self/clear_refs', 'w') as refs:
+        refs.write('5')  # resets VmHWM
+    before = _resident('VmRSS')
+    run()
+    return _resident('VmHWM') - before
+
+
+def peak_in_fresh_process(script: str, variant: str, *options: str, exact: bool = True) -> Optional[float]:
+    """MiB that `script --worker variant` prints last, in its own process; None where it cannot run."""
+    command = [sys.executable, script, '--worker', variant, *options]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(EXACT_MALLOC if exact else {})})
+    if result.returncode:
+        print(f'  {variant}: no memory, {result.stderr.strip().splitlines()[-1][:120]}')
+        return None
+    return float(result.stdout.strip().splitlines()[-1])
+
+
+# ---- what comes out
+
+def machine() -> Dict[str, Any]:
+    with open('/proc/meminfo') as info:
+        memory = round(int(info.readline().split()[1]) / 2 ** 20)
+    with open('/proc/cpuinfo') as info:
+        model = next((line.split(':')[1].strip() for line in info if line.startswith('model name')), platform.machine())
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    return dict(cpu=model, cores=os.cpu_count(), memory_gib=memory, python=platform.python_version(), **versions)
+
+
+def show(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A table on the terminal."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    text = [[_cell(row.get(column)) for column in columns] for row in rows]
+    widths = [max(len(c), *(len(line[i]) for line in text)) for i, c in enumerate(columns)]
+    print(f'\n{title}')
+    print('  '.join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(columns, widths))))
+    for line in text:
+        print('  '.join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))))
+
+
+def _cell(value: Any) -> str:
+    return '-' if value is None else f'{value:.2f}' if isinstance(value, float) else str(value)
+
+
+def save(output: Path, name: str, tables: Mapping[str, Sequence[Mapping[str, Any]]], **facts: Any) -> None:
+    """All tables of a benchmark as JSON, with the machine; runs before stay in the file, the newest first."""
+    output.mkdir(parents=True, exist_ok=True)
+    file = output / f'{name}.json'
+    runs = json.loads(file.read_text()) if file.is_file() else []
+    newest = dict(machine=machine(), threads=torch.get_num_threads(), **facts, tables=tables)
+    file.write_text(json.dumps([newest, *runs][:2], indent=1) + '\n')  # two runs show how far they agree
+    print(f'\nfile: {file}')

@@ -1,0 +1,131 @@
+#!/usr/bin/env python3
+"""What a neuron costs: forward and backward of a LIF layer beside a ReLU's on the same tensor, and beside peers'.
+
+    python benchmarks/neuron.py
+
+T = 4 steps of a batch of 32 maps of 64 x 32 x 32 by default, in contiguous and channels_last layout, float32 and bfloat16.
+"""
+from typing import Any, Callable, Dict, Optional
+
+import torch
+from harness import create_parser, has, interleave, save, show
+
+from timm_sscl.neurons import LIF, lif_backend
+
+T = 4
+SHAPE = 32, 64, 32, 32
+LAYOUTS = {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}
+REFERENCE = 'ReLU'
+
+
+class _Window(torch.autograd.Function):
+    """Step with the closed rectangular window, for the recursion in plain torch."""
+
+    @staticmethod
+    def forward(ctx, u):
+        ctx.save_for_backward(u)
+        return (u >= .5).to(u.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        u, = ctx.saved_tensors
+        return grad * ((u >= 0) & (u <= 1))
+
+
+def plain(x: torch.Tensor) -> torch.Tensor:
+    """The recursion as one would write it."""
+    v, spikes = 0., []
+    for x_t in x.unflatten(0, (T, -1)):
+        u = .25 * v + x_t
+        o = _Window.apply(u)
+        v = u * (1 - o)
+        spikes.append(o)
+    return torch.cat(spikes)
+
+
+def spikingjelly_lif(detach_reset: bool) -> Optional[Callable]:
+    if not has('spikingjelly'):
+        return None
+    from spikingjelly.activation_based import functional, neuron, surrogate
+    node = neuron.LIFNode(tau=4 / 3, decay_input=False, v_threshold=.5, v_reset=0., detach_reset=detach_reset,
+                          surrogate_function=surrogate.Sigmoid(), step_mode='m')
+
+    def run(x):
+        functional.reset_net(node)
+        return node(x.unflatten(0, (T, -1))).flatten(0, 1)
+    return run
+
+
+def snntorch_leaky() -> Optional[Callable]:
+    if not has('snntorch'):
+        return None
+    import snntorch
+    leaky = snntorch.Leaky(beta=.25, threshold=.5, reset_mechanism='zero')
+
+    def run(x):
+        mem, spikes = leaky.reset_mem(), []
+        for x_t in x.unflatten(0, (T, -1)):
+            spike, mem = leaky(x_t, mem)
+            spikes.append(spike)
+        return torch.cat(spikes)
+    return run
+
+
+def eager(neuron: Callable) -> Callable:
+    def run(x):
+        with lif_backend('eager'):
+            return neuron(x)
+    run.backend = 'eager'
+    return run
+
+
+VARIANTS: Dict[str, Optional[Callable]] = {
+    REFERENCE: torch.relu,
+    'LIF': LIF(T),
+    'LIF, detached reset': LIF(T, detach_reset=True),
+    'LIF, soft reset': LIF(T, v_reset=None),
+    'LIF without a compiler': eager(LIF(T)),
+    'the recursion in plain torch': plain,
+    'SpikingJelly LIFNode': spikingjelly_lif(False),
+    'SpikingJelly LIFNode, detached reset': spikingjelly_lif(True),
+    'snnTorch Leaky in a loop': snntorch_leaky(),
+}
+
+
+def step(neuron: Callable, x: torch.Tensor, grad: torch.Tensor) -> None:
+    with lif_backend(getattr(neuron, 'backend', 'auto')):  # of the backward too
+        torch.autograd.grad(neuron(x), x, grad)
+
+
+def measure(layout: str, dtype: torch.dtype, rounds: int) -> Dict[str, Any]:
+    torch.manual_seed(0)
+    x = torch.randn(T * SHAPE[0], *SHAPE[1:]).to(dtype).contiguous(memory_format=LAYOUTS[layout]).requires_grad_()
+    grad = torch.randn_like(x)
+    return interleave({name: lambda n=neuron: step(n, x, grad) for name, neuron in VARIANTS.items() if neuron}, rounds)
+
+
+def main() -> None:
+    args = create_parser(__doc__, rounds=25).parse_args()
+    torch.set_num_threads(args.threads)
+    absent = [name for name, neuron in VARIANTS.items() if neuron is None]
+    rows = [dict(neuron=name) for name in VARIANTS]
+    times = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for layout in LAYOUTS:
+            column = f'{str(dtype).split(".")[1]}, {layout}'
+            print(column)
+            timings = measure(layout, dtype, args.rounds)
+            for row in rows:
+                timing = timings.get(row['neuron'])
+                row[column] = timing and timing.median / timings[REFERENCE].median
+                times.append(dict(neuron=row['neuron'], case=column, **({k: v * 1e3 for k, v in timing._asdict().items()}
+                                                                        if timing else {})))
+    show(f'forward + backward on [{T}, {", ".join(map(str, SHAPE))}], ReLU = 1', rows)
+    show('milliseconds: median and quartiles', times)
+    for name in absent:
+        print(f'absent: {name}')
+    save(args.output, 'neuron', {'ratios': rows, 'milliseconds': times})
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,110 @@
+#!/usr/bin/env python3
+"""Write README's performance section from the JSON that the speed benchmarks left.
+
+    python benchmarks/neuron.py && python benchmarks/train_step.py && python benchmarks/loss.py && \
+        python benchmarks/scaling.py && python benchmarks/readme.py
+"""
+import json
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Sequence, Tuple
+
+from harness import RESULTS
+
+README = Path(__file__).resolve().parent.parent / 'README.md'
+BEGIN, END = '<!-- performance: written by benchmarks/readme.py -->', '<!-- end of performance -->'
+
+
+def runs(name: str) -> List[Dict[str, Any]]:
+    file = RESULTS / f'{name}.json'
+    if not file.is_file():
+        raise SystemExit(f'{file} is missing: run python benchmarks/{name}.py first.')
+    return json.loads(file.read_text())
+
+
+def markdown(rows: Sequence[Mapping[str, Any]], columns: Sequence[Tuple[str, str, str]]) -> List[str]:
+    """columns: key, heading, format."""
+    lines = ['| ' + ' | '.join(heading for _, heading, _ in columns) + ' |', '|---' * len(columns) + '|']
+    for row in rows:
+        cells = ['-' if row.get(key) is None else format(row[key], spec) for key, _, spec in columns]
+        lines.append('| ' + ' | '.join(cells) + ' |')
+    return lines
+
+
+def both(name: str, table: str, key: str, value: str) -> Dict[str, List[float]]:
+    """Values of both runs, by row."""
+    values: Dict[str, List[float]] = {}
+    for run in runs(name):
+        for row in run['tables'][table]:
+            if row.get(value) is not None:
+                values.setdefault(row[key], []).append(row[value])
+    return values
+
+
+def agreement(name: str, table: str, key: str, value: str) -> str:
+    """How far two runs' ratios are apart, at most and in the median."""
+    pairs = [v for v in both(name, table, key, value).values() if len(v) == 2]
+    if not pairs:
+        return ''
+    apart = sorted(abs(a - b) / min(a, b) for a, b in pairs)
+    return (f' Two runs differ by {100 * apart[len(apart) // 2]:.0f} % in the median row and {100 * apart[-1]:.0f} % '
+            f'in the worst.')
+
+
+def neuron() -> List[str]:
+    newest = runs('neuron')[0]
+    rows = newest['tables']['ratios']
+    cases = [key for key in rows[0] if key != 'neuron']
+    return ['Forward and backward of one layer, T = 4 on a batch of 32 maps of 64 x 32 x 32; ReLU on the same tensor is 1:', '',
+            *markdown(rows, [('neuron', '', ''), *((case, case, '.2f') for case in cases)]), '',
+            f'`python benchmarks/neuron.py`.{agreement("neuron", "ratios", "neuron", cases[0])}']
+
+
+def train_step() -> List[str]:
+    newest = runs('train_step')[0]
+    batch = newest['batch_size']
+    return [f'Training step of a ResNet-18, T = 4, 112 x 112: time on {batch} images, peak memory on {2 * batch}; the '
+            f'ANN sees four times as many images and is 1:', '',
+            *markdown(newest['tables']['steps'], [
+                ('step', '', ''), ('time', 'time', '.2f'), ('memory', 'memory', '.2f'),
+                ('process_memory', 'memory of the process', '.2f'), ('seconds', 's', '.2f'), ('MiB', 'MiB', '.0f')]), '',
+            '"Memory" is that of tensors, measured with glibc giving every freed block back; "of the process" includes the '
+            'holes that it keeps by default. Under torch.compile the compiler\'s own memory would count, so it is left out. '
+            f'`python benchmarks/train_step.py`.{agreement("train_step", "steps", "step", "time")}']
+
+
+def loss() -> List[str]:
+    newest = runs('loss')[0]
+    return [f'What the losses add to a step (ResNet-18, T = 4, batch {newest["batch_size"]}, {newest["size"]} x '
+            f'{newest["size"]}), in percent of the step with cross-entropy alone:', '',
+            *markdown(newest['tables']['parts'], [
+                ('part', '', ''), ('percent_of_step', '% of the step', '.1f'), ('seconds', 's', '.3f')]), '',
+            '`python benchmarks/loss.py`.']
+
+
+def scaling() -> List[str]:
+    newest = runs('scaling')[0]
+    return ['Growth with T (batch 4, 112 x 112, channels_last), per further step beside the ANN\'s cost of as many further '
+            'images:', '',
+            *markdown(newest['tables']['growth'], [
+                ('what', '', ''), ('per_step_of_T', 'per step of T', '.3g'),
+                ('off_the_line_percent', 'off the line, %', '.1f')]), '',
+            '`python benchmarks/scaling.py`, which draws it over T, batch and resolution:', '',
+            '![Time and memory over T, batch and resolution](benchmarks/results/scaling.png)']
+
+
+def main() -> None:
+    machine, threads = runs('neuron')[0]['machine'], runs('neuron')[0]['threads']
+    versions = ', '.join(f'{k} {machine[k]}' for k in ('torch', 'timm', 'spikingjelly', 'snntorch') if machine[k])
+    lines = [BEGIN, f'Measured on {machine["cores"]} cores of {machine["cpu"]} ({threads} threads), '
+                    f'{machine["memory_gib"]} GiB, Python {machine["python"]}, {versions}; medians of interleaved runs, '
+                    f'as ratios.', '']
+    for section in (neuron, train_step, loss, scaling):
+        lines += [*section(), '']
+    text = README.read_text()
+    before, rest = text.split(BEGIN)
+    README.write_text(before + '\n'.join([*lines, END]) + rest.split(END)[1])
+    print(f'{README}: performance section written')
+
+
+if __name__ == '__main__':
+    main()
