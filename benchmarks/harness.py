@@ -21,6 +21,8 @@ PACKAGES = 'torch', 'timm', 'spikingjelly', 'snntorch'
 
 # without this, glibc keeps freed blocks below 32 MiB, and what a process holds says more about holes than about tensors
 EXACT_MALLOC = {'MALLOC_MMAP_THRESHOLD_': '65536'}
+# without this, it returns every block above 32 MiB at once, and a kernel's time is that of the page faults of its output
+STEADY_MALLOC = {'MALLOC_MMAP_MAX_': '0', 'MALLOC_TRIM_THRESHOLD_': str(2 ** 36)}
 
 
 class Timing(NamedTuple):
@@ -43,6 +45,12 @@ def create_parser(doc: str, rounds: int) -> argparse.ArgumentParser:
     parser.add_argument('--output', type=Path, default=RESULTS, help='folder for JSON and figures')
     parser.add_argument('--worker', help=argparse.SUPPRESS)  # one variant's memory, in a process of its own
     return parser
+
+
+def keep_freed_memory() -> None:
+    """Start this process again with glibc keeping what is freed: it reads these settings at its start."""
+    if any(os.environ.get(name) != value for name, value in STEADY_MALLOC.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **STEADY_MALLOC})
 
 
 def has(package: str) -> bool:

@@ -54,7 +54,8 @@ def neuron() -> List[str]:
     newest = runs('neuron')[0]
     rows = newest['tables']['ratios']
     cases = [key for key in rows[0] if key != 'neuron']
-    return ['Forward and backward of one layer, T = 4 on a batch of 32 maps of 64 x 32 x 32; ReLU on the same tensor is 1:', '',
+    return ['Forward and backward of one layer, T = 4 on a batch of 32 maps of 64 x 32 x 32, memory kept between calls; ReLU '
+            'on the same tensor is 1:', '',
             *markdown(rows, [('neuron', '', ''), *((case, case, '.2f') for case in cases)]), '',
             f'`python benchmarks/neuron.py`.{agreement("neuron", "ratios", "neuron", cases[0])}']
 

@@ -11,8 +11,6 @@ import torch
 from harness import create_parser, interleave, measure_peak, peak_in_fresh_process, save, show
 from train_step import Variant, create_step
 
-import train_step
-
 TIMESTEPS = 1, 2, 4, 8
 BATCHES = 2, 4, 8
 SIZES = 64, 112, 160
@@ -27,8 +25,8 @@ def cases() -> Dict[str, Dict[str, Any]]:
 
 
 def step_of(case: Dict[str, Any]):
-    train_step.T = case['timesteps']
-    return create_step(Variant(spiking=case['kind'] == 'spiking', channels_last=True), case['batch'], case['size'])
+    variant = Variant(spiking=case['kind'] == 'spiking', channels_last=True)
+    return create_step(variant, case['batch'], case['size'], case['timesteps'])
 
 
 def slope(x: Sequence[float], y: Sequence[float]) -> float:

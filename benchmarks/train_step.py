@@ -56,7 +56,7 @@ VARIANTS: Dict[str, Variant] = {
 }
 
 
-def spikingjelly_resnet18() -> nn.Module:
+def spikingjelly_resnet18(timesteps: int) -> nn.Module:
     from spikingjelly.activation_based import functional, neuron, surrogate
     from spikingjelly.activation_based.model import spiking_resnet
     model = spiking_resnet.spiking_resnet18(
@@ -71,16 +71,16 @@ def spikingjelly_resnet18() -> nn.Module:
 
         def forward(self, x):
             functional.reset_net(self.model)
-            return self.model(x.expand(T, *x.shape)).mean(0)
+            return self.model(x.expand(timesteps, *x.shape)).mean(0)
     return Mean()
 
 
-def create(variant: Variant) -> nn.Module:
+def create(variant: Variant, timesteps: int) -> nn.Module:
     torch.manual_seed(0)
     if variant.peer:
-        model = spikingjelly_resnet18()
+        model = spikingjelly_resnet18(timesteps)
     elif variant.spiking:
-        model = timm.create_model('spiking_resnet18', timesteps=T, num_classes=CLASSES, **variant.options)
+        model = timm.create_model('spiking_resnet18', timesteps=timesteps, num_classes=CLASSES, **variant.options)
     else:
         model = timm.create_model('resnet18', num_classes=CLASSES)
     if variant.stem:
@@ -92,17 +92,17 @@ def create(variant: Variant) -> nn.Module:
     return torch.compile(model.train()) if variant.compiled else model.train()
 
 
-def create_step(variant: Variant, batch: int, size: int = SIZE) -> Callable[[int], None]:
-    """step(batch): one training step on so many samples."""
-    model = create(variant)
+def create_step(variant: Variant, batch: int, size: int = SIZE, timesteps: int = T) -> Callable[[int], None]:
+    """step(batch): one training step on so many samples; an ANN sees timesteps times as many."""
+    model = create(variant, timesteps)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=.9)
-    rows = batch if variant.spiking else batch * T
+    rows = batch if variant.spiking else batch * timesteps
     images, labels = torch.randn(rows, 3, size, size), torch.randint(0, CLASSES, (rows,))
     if variant.channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
 
     def step(samples: int = batch) -> None:
-        n = samples if variant.spiking else samples * T
+        n = samples if variant.spiking else samples * timesteps
         optimizer.zero_grad()
         with torch.autocast('cpu', torch.bfloat16) if variant.bfloat16 else nullcontext():
             with packed_spikes() if variant.packed else nullcontext():
