@@ -16,6 +16,8 @@ from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Seq
 
 import torch
 
+from timm_sscl.neurons import lif_backend
+
 RESULTS = Path(__file__).resolve().parent / 'results'
 PACKAGES = 'torch', 'timm', 'spikingjelly', 'snntorch'
 
@@ -86,15 +88,16 @@ def _resident(field: str) -> float:
         return next(int(line.split()[1]) / 1024 for line in status if line.startswith(field))
 
 
-def measure_peak(run: Callable[[], Any], warm: Callable[[], Any]) -> float:
-    """MiB that run() adds at its peak to what the process holds before; warm() is the same on a small input."""
-    warm()
+def measure_peak(step: Callable[..., Any]) -> float:
+    """MiB that step() adds at its peak to what the process holds before, after a step(2) on two samples."""
+    with lif_backend('compiled'):  # small tensors too: the compiler's memory is not the step's
+        step(2)
     gc.collect()
     ctypes.CDLL('libc.so.6').malloc_trim(0)
     with open('/proc/self/clear_refs', 'w') as refs:
         refs.write('5')  # resets VmHWM
     before = _resident('VmRSS')
-    run()
+    step()
     return _resident('VmHWM') - before
 
 

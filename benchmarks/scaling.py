@@ -60,13 +60,15 @@ def draw(rows: List[Dict[str, Any]], file: str) -> None:
             for kind, style in (('ANN', 'o--'), ('spiking', 's-')):
                 points = sorted((r[key], r[value]) for r in rows if r['kind'] == kind and chosen(r) and r[value])
                 axis.plot(*zip(*points), style, label={'ANN': 'ANN, as many images', 'spiking': 'spiking'}[kind])
-            axis.set_ylim(bottom=0)
             axis.grid(alpha=.3)
+            axis.set_xticks(sorted({r[key] for r in rows if chosen(r)}))
             if column == 0:
                 axis.set_ylabel(name)
             if row == 1:
                 axis.set_xlabel(label)
     axes[0][0].legend()
+    for row in axes:
+        row[0].set_ylim(bottom=0)  # when all is drawn: the rows share it
     figure.suptitle('ResNet-18 training step, channels_last')
     figure.savefig(file, dpi=110)
     print(f'figure: {file}')
@@ -78,8 +80,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     all_cases = cases()
     if args.worker:
-        step = step_of(all_cases[args.worker])
-        print(measure_peak(step, lambda: step(2)))
+        print(measure_peak(step_of(all_cases[args.worker])))
         return
     timings = interleave({name: step_of(case) for name, case in all_cases.items()}, args.rounds)
     rows = []

@@ -113,8 +113,7 @@ def create_step(variant: Variant, batch: int, size: int = SIZE, timesteps: int =
 
 
 def worker(name: str, batch: int) -> None:
-    step = create_step(VARIANTS[name], batch)
-    print(measure_peak(step, lambda: step(2)))
+    print(measure_peak(create_step(VARIANTS[name], batch)))
 
 
 def main() -> None:

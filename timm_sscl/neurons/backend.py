@@ -14,6 +14,7 @@ _logger = logging.getLogger(__name__)
 
 BACKENDS = ('auto', 'compiled', 'eager')
 _WORTH_COMPILING = 2 ** 18  # elements; below, the calls cost more than the arithmetic
+_MAX_UNROLLED = 16  # time steps; each is code of its own, and the compiler takes its time over it
 
 _chosen = 'auto'
 _broken = set()  # kinds of device whose compiler failed
@@ -24,8 +25,8 @@ def lif_backend(name: str) -> Iterator[None]:
     """Choose how neurons run inside the context.
 
     Args:
-        name: 'auto' (the default: compiled for large tensors where a compiler works), 'compiled' (for small ones too)
-            or 'eager'. All give the same numbers.
+        name: 'auto' (the default: compiled for large tensors and up to 16 time steps, where a compiler works), 'compiled'
+            (whatever the size) or 'eager'. All give the same numbers.
 
     Raises:
         ValueError: name is none of these.
@@ -40,11 +41,11 @@ def lif_backend(name: str) -> Iterator[None]:
         _chosen = before
 
 
-def run(function: Callable, tensors: Tuple[Optional[torch.Tensor], ...], *settings: Any) -> Any:
-    """function(*tensors, *settings), compiled once per settings (which the compiler takes as constants) or as it is."""
+def run(function: Callable, tensors: Tuple[Optional[torch.Tensor], ...], timesteps: int, *settings: Any) -> Any:
+    """function(*tensors, timesteps, *settings), as it is or compiled, with all but the tensors as constants."""
     x = tensors[0]
-    if _compiles(x):
-        compiled = _compiled(function, settings, tuple(map(_signature, tensors)))
+    if _compiles(x, timesteps):
+        compiled = _compiled(function, (timesteps, *settings), tuple(map(_signature, tensors)))
         try:
             with torch._C.DisableTorchFunction():  # a mode of the model's is not the kernel's business
                 return compiled(*tensors)
@@ -54,15 +55,15 @@ def run(function: Callable, tensors: Tuple[Optional[torch.Tensor], ...], *settin
             _broken.add(x.device.type)
             reason = ' '.join(f'{type(error).__name__}: {error}'.split())[:300]
             _logger.warning(f'Neurons on {x.device.type} run without torch.compile, several times slower: {reason}')
-    return function(*tensors, *settings)
+    return function(*tensors, timesteps, *settings)
 
 
-def _compiles(x: torch.Tensor) -> bool:
+def _compiles(x: torch.Tensor, timesteps: int) -> bool:
     if _chosen == 'eager' or x.device.type in _broken or type(x) is not torch.Tensor or x.device.type == 'meta':
         return False
     if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
         return False  # part of somebody else's graph
-    return _chosen == 'compiled' or x.numel() >= _WORTH_COMPILING
+    return _chosen == 'compiled' or (x.numel() >= _WORTH_COMPILING and timesteps <= _MAX_UNROLLED)
 
 
 def _signature(x: Optional[torch.Tensor]) -> Any:

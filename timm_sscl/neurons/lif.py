@@ -43,7 +43,7 @@ class _LIF(torch.autograd.Function):
         norm = norm if flat.by_channel() is not None else None
         two_bits = keep and (norm is not None or not ctx.needs_potential)
         spikes, fired, window = run(
-            fire, (flat.view(x), flat.gain), neuron, timesteps, two_bits or packing is not None, two_bits)
+            fire, (flat.view(x), flat.gain), timesteps, neuron, two_bits or packing is not None, two_bits)
         spikes = flat.restore(spikes)
         if packing is not None:
             packing.add(spikes, fired.flatten(1), timesteps)
@@ -60,10 +60,10 @@ class _LIF(torch.autograd.Function):
         flat, neuron, timesteps, norm = ctx.settings
         if not ctx.needs_potential:
             fired, window, _ = ctx.saved_tensors
-            grad_x = run(backward_from_bits, (flat.view(grad), fired, window, flat.gain), neuron, timesteps)
+            grad_x = run(backward_from_bits, (flat.view(grad), fired, window, flat.gain), timesteps, neuron)
         elif norm is None:
             x, = ctx.saved_tensors
-            grad_x = run(backward_from_input, (flat.view(grad), flat.view(x), flat.gain), neuron, timesteps)
+            grad_x = run(backward_from_input, (flat.view(grad), flat.view(x), flat.gain), timesteps, neuron)
         else:
             fired, window, bias = ctx.saved_tensors
             x, scale, shift = norm.affine(bias)
@@ -71,7 +71,7 @@ class _LIF(torch.autograd.Function):
             x = x.expand(flat.size) if x.shape == flat.size[1:] else x.view(flat.size)  # once for all steps, or folded
             bits = (b.view(-1, *flat.shape[1:]) for b in (fired, window))
             grad_x = run(backward_from_norm, (
-                flat.view(grad), *bits, flat.view(x), scale.view(-1, 1), shift.view(-1, 1), flat.gain), neuron, timesteps)
+                flat.view(grad), *bits, flat.view(x), scale.view(-1, 1), shift.view(-1, 1), flat.gain), timesteps, neuron)
         return flat.restore(grad_x), None, None, None, None
 
 

@@ -54,7 +54,7 @@ class SpikePacking:
     @staticmethod
     def unpack(packed: Any) -> torch.Tensor:
         if isinstance(packed, _Packed):
-            flat = run(unpack_bits, (packed.spikes.bits,), packed.dtype, packed.spikes.timesteps).view(-1)
+            flat = run(unpack_bits, (packed.spikes.bits,), packed.spikes.timesteps, packed.dtype).view(-1)
             return flat.as_strided(packed.size, packed.stride, packed.offset)
         x, version = packed
         if x._version != version:  # autograd's own check does not look behind hooks

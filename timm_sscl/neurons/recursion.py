@@ -43,8 +43,8 @@ def _at(x: torch.Tensor, t: int) -> torch.Tensor:
 def _steps(
         x: torch.Tensor,
         gain: Optional[torch.Tensor],
-        neuron: Neuron,
         timesteps: int,
+        neuron: Neuron,
 ) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
     """Potential before the reset, and 1 where it fires, else 0, step by step."""
     dtype, v = _membrane_dtype(x.dtype), neuron.v_init
@@ -68,8 +68,8 @@ def _reset(u: torch.Tensor, o: torch.Tensor, neuron: Neuron) -> torch.Tensor:
 def fire(
         x: torch.Tensor,
         gain: Optional[torch.Tensor],
-        neuron: Neuron,
         timesteps: int,
+        neuron: Neuron,
         fired_bits: bool,
         window_bits: bool,
 ) -> Tuple[torch.Tensor, Optional[torch.Tensor], Optional[torch.Tensor]]:
@@ -78,8 +78,8 @@ def fire(
     Args:
         x: Input current (T, ...), or (1, ...) that is the same at every step.
         gain: Factor on x, broadcast against a step; None is 1.
-        neuron: Settings.
         timesteps: T, as a constant for the compiler.
+        neuron: Settings.
         fired_bits: Whether to return the spikes as bits as well.
         window_bits: Whether to return the window as bits.
 
@@ -87,7 +87,7 @@ def fire(
         Spikes (T, ...) and two uint8 tensors (ceil(T / 8), ...) or None: bit t % 8 of byte t // 8 is step t.
     """
     fired, windows = [], []
-    for u, o in _steps(x, gain, neuron, timesteps):
+    for u, o in _steps(x, gain, timesteps, neuron):
         fired.append(o)
         if window_bits:
             windows.append(_window(u, neuron))
@@ -99,14 +99,14 @@ def backward_from_input(
         grad: torch.Tensor,
         x: torch.Tensor,
         gain: Optional[torch.Tensor],
-        neuron: Neuron,
         timesteps: int,
+        neuron: Neuron,
 ) -> torch.Tensor:
     """Gradient by the current at every step, (T, ...), from the gradient by the spikes and the current, (T, ...) or (1, ...).
 
     The potentials are computed again from x.
     """
-    steps = list(_steps(x, gain, neuron, timesteps))
+    steps = list(_steps(x, gain, timesteps, neuron))
     windows = [_window(u, neuron) for u, _ in steps]
     return _backward(grad, windows, [o for _, o in steps], [u for u, _ in steps], gain, neuron)
 
@@ -116,8 +116,8 @@ def backward_from_bits(
         fired_bits: torch.Tensor,
         window_bits: torch.Tensor,
         gain: Optional[torch.Tensor],
-        neuron: Neuron,
         timesteps: int,
+        neuron: Neuron,
 ) -> torch.Tensor:
     """The same where two bits per step say all: with a soft reset, or a detached one."""
     dtype = _membrane_dtype(grad.dtype)
@@ -133,8 +133,8 @@ def backward_from_norm(
         scale: torch.Tensor,
         shift: torch.Tensor,
         gain: Optional[torch.Tensor],
-        neuron: Neuron,
         timesteps: int,
+        neuron: Neuron,
 ) -> torch.Tensor:
     """The same from what the norm before the neuron keeps: the current is scale * x + shift, to round-off.
 
@@ -199,6 +199,6 @@ def _unpack(bits: torch.Tensor, timesteps: int, dtype: torch.dtype) -> List[torc
     return flags
 
 
-def unpack_bits(bits: torch.Tensor, dtype: torch.dtype, timesteps: int) -> torch.Tensor:
+def unpack_bits(bits: torch.Tensor, timesteps: int, dtype: torch.dtype) -> torch.Tensor:
     """Spikes (T, ...) of a dtype from their bits."""
     return torch.stack([o.to(dtype) for o in _unpack(bits, timesteps, _membrane_dtype(dtype))])
