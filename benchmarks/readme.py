@@ -56,7 +56,7 @@ def neuron() -> List[str]:
     cases = [key for key in rows[0] if key != 'neuron']
     return ['Forward and backward of one layer, T = 4 on a batch of 32 maps of 64 x 32 x 32, memory kept between calls; ReLU '
             'on the same tensor is 1:', '',
-            *markdown(rows, [('neuron', '', ''), *((case, case, '.2f') for case in cases)]), '',
+            *markdown(rows, [('neuron', 'layer', ''), *((case, case, '.2f') for case in cases)]), '',
             f'`python benchmarks/neuron.py`.{agreement("neuron", "ratios", "neuron", cases[0])}']
 
 
@@ -66,7 +66,7 @@ def train_step() -> List[str]:
     return [f'Training step of a ResNet-18, T = 4, 112 x 112: time on {batch} images, peak memory on {2 * batch}; the '
             f'ANN sees four times as many images and is 1:', '',
             *markdown(newest['tables']['steps'], [
-                ('step', '', ''), ('time', 'time', '.2f'), ('memory', 'memory', '.2f'),
+                ('step', 'step', ''), ('time', 'time', '.2f'), ('memory', 'memory', '.2f'),
                 ('process_memory', 'memory of the process', '.2f'), ('seconds', 's', '.2f'), ('MiB', 'MiB', '.0f')]), '',
             '"Memory" is that of tensors, measured with glibc giving every freed block back; "of the process" includes the '
             'holes that it keeps by default. Under torch.compile the compiler\'s own memory would count, so it is left out. '
@@ -78,7 +78,7 @@ def loss() -> List[str]:
     return [f'What the losses add to a step (ResNet-18, T = 4, batch {newest["batch_size"]}, {newest["size"]} x '
             f'{newest["size"]}), in percent of the step with cross-entropy alone:', '',
             *markdown(newest['tables']['parts'], [
-                ('part', '', ''), ('percent_of_step', '% of the step', '.1f'), ('seconds', 's', '.3f')]), '',
+                ('part', 'part', ''), ('percent_of_step', '% of the step', '.1f'), ('seconds', 's', '.3f')]), '',
             '`python benchmarks/loss.py`.']
 
 
@@ -87,7 +87,7 @@ def scaling() -> List[str]:
     return ['Growth with T (batch 4, 112 x 112, channels_last), per further step beside the ANN\'s cost of as many further '
             'images:', '',
             *markdown(newest['tables']['growth'], [
-                ('what', '', ''), ('per_step_of_T', 'per step of T', '.3g'),
+                ('what', 'slope', ''), ('per_step_of_T', 'per step of T', '.3g'),
                 ('off_the_line_percent', 'off the line, %', '.1f')]), '',
             '`python benchmarks/scaling.py`, which draws it over T, batch and resolution:', '',
             '![Time and memory over T, batch and resolution](benchmarks/results/scaling.png)']
