@@ -23,7 +23,7 @@ PACKAGES = 'torch', 'timm', 'spikingjelly', 'snntorch'
 
 # without this, glibc keeps freed blocks below 32 MiB, and what a process holds says more about holes than about tensors
 EXACT_MALLOC = {'MALLOC_MMAP_THRESHOLD_': '65536'}
-# without this, it returns every block above 32 MiB at once, and a kernel's time is that of the page faults of its output
+# without this, it returns every block above 32 MiB at once, and a kernel's time is that of its output's page faults
 STEADY_MALLOC = {'MALLOC_MMAP_MAX_': '0', 'MALLOC_TRIM_THRESHOLD_': str(2 ** 36)}
 
 
@@ -104,7 +104,8 @@ def measure_peak(step: Callable[..., Any]) -> float:
 def peak_in_fresh_process(script: str, variant: str, *options: str, exact: bool = True) -> Optional[float]:
     """MiB that `script --worker variant` prints last, in its own process; None where it cannot run."""
     command = [sys.executable, script, '--worker', variant, *options]
-    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(EXACT_MALLOC if exact else {})})
+    env = {**os.environ, **(EXACT_MALLOC if exact else {})}
+    result = subprocess.run(command, capture_output=True, text=True, env=env)
     if result.returncode:
         print(f'  {variant}: no memory, {result.stderr.strip().splitlines()[-1][:120]}')
         return None

@@ -61,8 +61,9 @@ def main() -> None:
     parts = {'teacher, forward': teach, 'projections, critic and CKA, with backward': compare, 'CKA': cka}
     timings = interleave({**{m: lambda t=t: step(t) for m, t in tasks.items()}, **parts}, args.rounds, warmup=1)
     base = timings['cross-entropy'].median
-    rows: List[Dict[str, Any]] = [dict(part=name, seconds=t.median, low=t.low, high=t.high, percent_of_step=100 * t.median / base)
-                                  for name, t in timings.items()]
+    rows: List[Dict[str, Any]] = [
+        dict(part=name, seconds=t.median, low=t.low, high=t.high, percent_of_step=100 * t.median / base)
+        for name, t in timings.items()]
     added = timings['+ sscl'].median - base - timings['teacher, forward'].median
     rows.append(dict(part='sscl adds beyond the teacher', seconds=added, percent_of_step=100 * added / base))
     show(f'ResNet-18, batch {args.batch_size} x T={T}, {args.size} x {args.size}; cross-entropy step = 100', rows)

@@ -3,8 +3,7 @@
 
     python benchmarks/neuron.py
 
-T = 4 steps of a batch of 32 maps of 64 x 32 x 32 by default, in contiguous and channels_last layout, float32 and bfloat16.
-Memory that is freed stays with the process, as in a training whose tensors are of the same sizes at every step.
+T = 4 steps of a batch of 32 maps of 64 x 32 x 32, in contiguous and channels_last layout, float32 and bfloat16. Memory that is freed stays with the process, as in a training whose tensors are of the same sizes at every step.
 """
 from typing import Any, Callable, Dict, Optional
 
@@ -120,8 +119,8 @@ def main() -> None:
             for row in rows:
                 timing = timings.get(row['neuron'])
                 row[column] = timing and timing.median / timings[REFERENCE].median
-                times.append(dict(neuron=row['neuron'], case=column, **({k: v * 1e3 for k, v in timing._asdict().items()}
-                                                                        if timing else {})))
+                milliseconds = {k: v * 1e3 for k, v in timing._asdict().items()} if timing else {}
+                times.append(dict(neuron=row['neuron'], case=column, **milliseconds))
     show(f'forward + backward on [{T}, {", ".join(map(str, SHAPE))}], ReLU = 1', rows)
     show('milliseconds: median and quartiles', times)
     for name in absent:

@@ -86,7 +86,8 @@ def main() -> None:
     rows = []
     for name, case in all_cases.items():
         memory = peak_in_fresh_process(__file__, name, '--threads', str(args.threads))
-        rows.append(dict(**case, seconds=timings[name].median, low=timings[name].low, high=timings[name].high, MiB=memory))
+        median, low, high = timings[name]
+        rows.append(dict(**case, seconds=median, low=low, high=high, MiB=memory))
     show('training step', rows)
     growth = []
     for kind in ('spiking', 'ANN'):
@@ -94,7 +95,8 @@ def main() -> None:
         t = [r['timesteps'] for r in points]
         for value in ('seconds', 'MiB'):
             y = [r[value] for r in points]
-            growth.append(dict(what=f'{kind}, {value}', per_step_of_T=slope(t, y), off_the_line_percent=100 * linearity(t, y)))
+            growth.append(dict(
+                what=f'{kind}, {value}', per_step_of_T=slope(t, y), off_the_line_percent=100 * linearity(t, y)))
     for value, i in (('seconds', 0), ('MiB', 1)):
         growth.append(dict(what=f'slope, spiking / ANN, {value}',
                            per_step_of_T=growth[i]['per_step_of_T'] / growth[i + 2]['per_step_of_T']))

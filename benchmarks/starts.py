@@ -40,11 +40,11 @@ def main() -> None:
     parser.add_argument('runs', type=Path, nargs='+', metavar='RUN', help='folder of a finished run of train.py')
     runs = [read(run) for run in parser.parse_args().runs]
     goal = runs[0]['top1'][-1]
-    print(f'{"run":<14}{"T":>3}  {"start":<40}{"optimizer":>14}{"epochs":>8}{"last":>8}{"reached":>9}  top-1 after every epoch')
+    print(f'{"run":<14}{"T":>3}  {"start":<40}{"optimizer":>14}{"epochs":>8}{"last":>8}{"reached":>9}  every epoch')
     for r in runs:
         at = reached(r['top1'], goal) if r is not runs[0] else None
-        print(f'{r["run"]:<14}{r["T"]:>3}  {r["start"]:<40}{r["lr"]:>14}{r["epochs"]:>8}{r["top1"][-1]:>8.2f}{at or "-":>9}  '
-              + ' '.join(f'{value:.1f}' for value in r['top1']))
+        print(f'{r["run"]:<14}{r["T"]:>3}  {r["start"]:<40}{r["lr"]:>14}{r["epochs"]:>8}{r["top1"][-1]:>8.2f}'
+              f'{at or "-":>9}  ' + ' '.join(f'{value:.1f}' for value in r['top1']))
     teachers = sorted({r['teacher'] for r in runs if r['teacher'] is not None})
     print('teacher top-1: ' + ', '.join(f'{t:.2f}' for t in teachers))
 

@@ -4,7 +4,7 @@
     python benchmarks/train_step.py
 
 T = 4, 8 images of 112 x 112 for time (16 for memory); the ANN sees T times as many. A step is forward, cross-entropy,
-backward and SGD. Memory is that of tensors (glibc's holes kept out by MALLOC_MMAP_THRESHOLD_), and as the process has it.
+backward and SGD. Memory is that of tensors (glibc's holes kept out), and as the process has it.
 """
 from contextlib import nullcontext
 from typing import Any, Callable, Dict, NamedTuple
@@ -138,7 +138,7 @@ def main() -> None:
         row['time'] = row['seconds'] / rows[0]['seconds']
         for column, ratio in (('MiB', 'memory'), ('process_MiB', 'process_memory')):
             row[ratio] = row[column] and row[column] / rows[0][column]
-    show(f'ResNet-18, {args.batch_size} images x T={T}, {SIZE} x {SIZE}; {REFERENCE} on {args.batch_size * T} images = 1', rows)
+    show(f'ResNet-18, {args.batch_size} images x T={T}, {SIZE} x {SIZE}; {REFERENCE} on {args.batch_size * T} = 1', rows)
     if not has('spikingjelly'):
         print('absent: SpikingJelly')
     save(args.output, 'train_step', {'steps': rows}, batch_size=args.batch_size)

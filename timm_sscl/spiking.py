@@ -163,7 +163,7 @@ class SpikingModule:
         return decode(out, self.timesteps, per_step)
 
     def set_stem(self, name: Optional[str]) -> None:
-        """Let the neuron of this name repeat its current over time; None repeats the input. `share_stem` checks first."""
+        """Let the neuron of this name repeat its current over time (`share_stem` checks first); None repeats the input."""
         self._set_settings(SpikingSettings(**{**asdict(self.settings), 'stem': name}))
 
     def _repeat_over_time(self, x: Any) -> torch.Tensor:

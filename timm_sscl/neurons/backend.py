@@ -25,8 +25,8 @@ def lif_backend(name: str) -> Iterator[None]:
     """Choose how neurons run inside the context.
 
     Args:
-        name: 'auto' (the default: compiled for large tensors and up to 16 time steps, where a compiler works), 'compiled'
-            (whatever the size) or 'eager'. All give the same numbers.
+        name: 'auto' (the default: compiled for large tensors and up to 16 time steps, where a compiler works),
+            'compiled' (whatever the size) or 'eager'. All give the same numbers.
 
     Raises:
         ValueError: name is none of these.

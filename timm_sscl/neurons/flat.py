@@ -12,8 +12,8 @@ _CHANNELS = 2  # axis of the channels in (T, B, C, ...)
 class Flat(NamedTuple):
     """How an input (T, ...) and all that goes with it is seen as rows of time steps, and back.
 
-    The shape is (T, M), or (T, outer, n, inner) where a factor goes along one axis of n. Without a shape, tensors stay as
-    they are: in a graph that is being compiled, and where a gain fits no one axis.
+    The shape is (T, M), or (T, outer, n, inner) where a factor goes along one axis of n. Without a shape, tensors stay
+    as they are: in a graph that is being compiled, and where a gain fits no one axis.
     """
     size: Tuple[int, ...]
     stride: Tuple[int, ...]  # of the spikes: the input's, or contiguous where it has gaps or time is not outermost

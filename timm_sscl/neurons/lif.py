@@ -30,9 +30,9 @@ def check_neuron(tau: float, v_threshold: float, v_reset: Optional[float], v_ini
 class _LIF(torch.autograd.Function):
     """The recursion of `lif` with its backward written out.
 
-    Kept for the backward are two bits per element: whether it fired, and whether it lay in the surrogate's window. A hard
-    reset that passes gradients needs the potentials besides. They are computed again from what the batch norm before the
-    neuron keeps; elsewhere the input is kept, and nothing else.
+    Kept for the backward are two bits per element: whether it fired, and whether it lay in the surrogate's window. A
+    hard reset that passes gradients needs the potentials besides. They are computed again from what the batch norm
+    before the neuron keeps; elsewhere the input is kept, and nothing else.
     """
 
     @staticmethod
@@ -70,8 +70,9 @@ class _LIF(torch.autograd.Function):
             flat = flat.by_channel()
             x = x.expand(flat.size) if x.shape == flat.size[1:] else x.view(flat.size)  # once for all steps, or folded
             bits = (b.view(-1, *flat.shape[1:]) for b in (fired, window))
-            grad_x = run(backward_from_norm, (
-                flat.view(grad), *bits, flat.view(x), scale.view(-1, 1), shift.view(-1, 1), flat.gain), timesteps, neuron)
+            affine = scale.view(-1, 1), shift.view(-1, 1)
+            grad_x = run(
+                backward_from_norm, (flat.view(grad), *bits, flat.view(x), *affine, flat.gain), timesteps, neuron)
         return flat.restore(grad_x), None, None, None, None
 
 
@@ -92,8 +93,8 @@ def lif(
         U_t     = U_t,pre - v_threshold * O_t                soft reset (v_reset=None), U_0 = 0
         dO/dU   = 1 if 0 <= U_t,pre <= 2 * v_threshold else 0
 
-    The call holds no state: every call starts from U_0. Half precision input is integrated in float32. Large tensors run
-    through torch.compile where a compiler works, at about the cost of a ReLU; see `lif_backend`.
+    The call holds no state: every call starts from U_0. Half precision input is integrated in float32. Large tensors
+    run through torch.compile where a compiler works, at about the cost of a ReLU; see `lif_backend`.
 
     Args:
         x: Input current, shape (T, ...), T >= 1, floating point, any strides.

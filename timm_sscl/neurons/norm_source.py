@@ -1,4 +1,4 @@
-"""A neuron behind a batch norm keeps no copy of its current: the norm keeps its own input, of which it is made again."""
+"""A neuron behind a batch norm keeps no copy of its current, which is made again of what the norm keeps."""
 from typing import NamedTuple, Optional, Tuple
 
 import torch

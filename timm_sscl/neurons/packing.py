@@ -78,9 +78,9 @@ def only_packing_hooks() -> bool:
 def packed_spikes() -> Iterator[None]:
     """Run a spiking model's forward inside, and its layers keep spikes as bits for the backward.
 
-    A convolution's or linear map's input then takes 1 / 32 of the memory (float32, T = 8; a byte is the least for up to 8
-    steps) and the backward has to make the floats again. Has no effect on a model that is compiled as a whole, and gives
-    way to other hooks on saved tensors (checkpointing, offloading) that are active around it or inside.
+    A convolution's or linear map's input then takes 1 / 32 of the memory (float32, T = 8; a byte is the least for up
+    to 8 steps) and the backward has to make the floats again. Has no effect on a model that is compiled as a whole, and
+    gives way to other hooks on saved tensors (checkpointing, offloading) that are active around it or inside.
     """
     global _active
     if not only_packing_hooks():

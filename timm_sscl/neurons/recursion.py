@@ -36,7 +36,7 @@ def _membrane_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _at(x: torch.Tensor, t: int) -> torch.Tensor:
-    """Step t of (T, ...), or of (1, ...) where all steps are one (a static current; the gradient of a mean over time)."""
+    """Step t of (T, ...), or of (1, ...) where all steps are one: a static current, the gradient of a mean over time."""
     return x[0 if x.shape[0] == 1 else t]
 
 
@@ -102,9 +102,9 @@ def backward_from_input(
         timesteps: int,
         neuron: Neuron,
 ) -> torch.Tensor:
-    """Gradient by the current at every step, (T, ...), from the gradient by the spikes and the current, (T, ...) or (1, ...).
+    """Gradient by the current at every step, (T, ...), from the gradient by the spikes and the current.
 
-    The potentials are computed again from x.
+    Both are (T, ...), or (1, ...) where all steps are one. The potentials are computed again from x.
     """
     steps = list(_steps(x, gain, timesteps, neuron))
     windows = [_window(u, neuron) for u, _ in steps]
