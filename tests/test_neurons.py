@@ -570,3 +570,8 @@ def test_equals_snntorch(v_reset, mechanism, reset_delay, detach_reset, largest,
     assert torch.equal(spikes, expected)
     if own_surrogate:
         torch.testing.assert_close(grad_x, expected_grad, **GRAD_TOL)
+
+
+def test_module_refuses_integers_as_the_function_does():
+    with pytest.raises(ValueError, match='int64'):
+        LIF(2)(torch.ones(4, 3, dtype=torch.int64))

@@ -112,15 +112,16 @@ def lif(
     Raises:
         ValueError: x has no time steps or is not floating point, or a setting is out of its range.
     """
-    check_neuron(tau, v_threshold, v_reset, v_init)
-    if x.ndim == 0 or x.shape[0] < 1:
-        raise ValueError(f'x has shape {tuple(x.shape)}: lif needs (T, ...) with at least one time step.')
-    if not x.is_floating_point():
-        raise ValueError(f'x has dtype {x.dtype}: lif integrates floating point currents.')
     return _apply(x, gain, Neuron.of(tau, v_threshold, v_reset, detach_reset, v_init), None)
 
 
 def _apply(x: torch.Tensor, gain: Optional[torch.Tensor], neuron: Neuron, norm: Optional[NormSource]) -> torch.Tensor:
+    """The neuron on checked input; norm is what the input comes from, where that is known."""
+    check_neuron(neuron.tau, neuron.v_threshold, neuron.v_reset, neuron.v_init)
+    if x.ndim == 0 or x.shape[0] < 1:
+        raise ValueError(f'x has shape {tuple(x.shape)}: lif needs (T, ...) with at least one time step.')
+    if not x.is_floating_point():
+        raise ValueError(f'x has dtype {x.dtype}: lif integrates floating point currents.')
     return _LIF.apply(x, gain, neuron, torch.is_grad_enabled() and x.requires_grad, norm)
 
 

@@ -86,9 +86,9 @@ def packed_spikes() -> Iterator[None]:
     if not only_packing_hooks():
         yield
         return
-    _active = SpikePacking()
+    before, _active = _active, SpikePacking()
     try:
         with torch.autograd.graph.saved_tensors_hooks(_active.pack, _active.unpack):
             yield
     finally:
-        _active = None
+        _active = before
