@@ -30,9 +30,10 @@ def read_npz(file: str, sensor_size: Tuple[int, int], ordered: bool = False) -> 
 
 def _load(file: str) -> Dict[str, np.ndarray]:
     try:
-        with np.load(file, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise ValueError('one array, no .npz archive')
+        archive = np.load(file, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise ValueError('it is one array (.npy)')
+        with archive:
             return {name: archive[name] for name in archive.files if name in ('frames', *Events._fields)}
     except FileNotFoundError:
         raise
