@@ -150,12 +150,12 @@ def create_accelerator(args: Namespace) -> Accelerator:
         cpu=cpu, mixed_precision=precision, gradient_accumulation_steps=args.grad_accum_steps, log_with=args.report_to,
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=not args.no_ddp_bb)])
-    if accelerator.mixed_precision == 'fp16' and accelerator.device.type == 'cpu':
-        raise OptionError('--mixed_precision fp16 does not train on a CPU; bf16 does.')
     world = int(os.environ.get('WORLD_SIZE', 1))
     if world != accelerator.num_processes:
         raise OptionError(f'{world} processes were launched, but Accelerate runs {accelerator.num_processes}: they '
                           f'would train copies. On CPU launch with torchrun --nproc_per_node {world} train.py.')
+    if accelerator.mixed_precision == 'fp16' and accelerator.device.type == 'cpu':
+        raise OptionError('--mixed_precision fp16 does not train on a CPU; bf16 does.')
     return accelerator
 
 
