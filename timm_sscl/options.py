@@ -448,6 +448,9 @@ def _check(args: argparse.Namespace, given: set) -> None:
         value = getattr(args, name)
         if value is not None and value < least:
             raise OptionError(f"--{name.replace('_', '-')} {value}: must be {least} or more.")
+    if args.eval_timesteps and (not args.eval_only or min(args.eval_timesteps) < 1):
+        raise OptionError(f'--eval-timesteps {" ".join(map(str, args.eval_timesteps))}: goes with --eval-only, and takes numbers '
+                          f'of 1 or more.')
     if args.teacher_size and min(args.teacher_size) < 1:
         raise OptionError(f'--teacher-size {args.teacher_size[0]} {args.teacher_size[1]}: must be 1 pixel or more.')
     if not 0 < args.ann_percentile <= 100:
