@@ -66,6 +66,7 @@ from timm_sscl.report import FiringRates, SpikingReport, estimate_energy
 from timm_sscl.report.rows import append_row, keep_rows
 from timm_sscl.spiking import SpikingModule
 from timm_sscl.stop import Interrupted, StopRequest
+from timm_sscl.teacher_cache import TeacherCache
 from timm_sscl.teacher_input import TeacherInput
 
 _logger = logging.getLogger('train')
@@ -355,7 +356,7 @@ def prepare_neurons(
 def _first_images(loader: Any, n: int) -> torch.Tensor:
     """n training images, or as many as there are; timm's random state is set again before the training."""
     batches, count = [], 0
-    for input, _ in loader:
+    for input, *_ in loader:
         batches.append(input)
         count += len(input)
         if count >= n:
@@ -401,7 +402,8 @@ def guard_samples(args: Namespace, datasets: Tuple[Any, Any], data_config: Dict[
             guarded.append(dataset)
             continue
         check_labels(dataset, num_classes, split)
-        dataset = Samples(dataset, num_classes, training, args.seed, args.max_unreadable)
+        dataset = Samples(
+            dataset, num_classes, training, args.seed, args.max_unreadable, with_index=training and args.teacher_cache)
         check_channels(dataset, data_config['input_size'][0], split)
         guarded.append(dataset)
     return tuple(guarded)
@@ -568,6 +570,7 @@ class Fit:
         resume: Checkpoint file to continue from.
         ema: Whether --model-ema applies.
         prepare_input: What is done to a batch of images first.
+        teacher_cache: What the task's teacher said of every sample.
     """
 
     def __init__(
@@ -580,7 +583,9 @@ class Fit:
             resume: str = '',
             ema: bool = False,
             prepare_input: Optional[Callable[[torch.Tensor], torch.Tensor]] = None,
+            teacher_cache: Optional[TeacherCache] = None,
     ):
+        self.teacher_cache = teacher_cache
         self.prepare_input = prepare_input
         self.session = session
         self.accelerator = accelerator = session.accelerator
@@ -711,8 +716,8 @@ class Fit:
         self.task.train()
         steps, began, images, due = len(loader), time.time(), 0, False
         self.position = Position(epoch, done)
-        for step, (input, target) in enumerate(self._batches(loader, done), start=done):
-            n, stop = self._train_step(step, input, target)
+        for step, (input, target, *index) in enumerate(self._batches(loader, done), start=done):
+            n, stop = self._train_step(step, input, target, *index)
             images += n * accelerator.num_processes
             self.steps_done += 1
             if (step + 1) % args.log_interval == 0 or step + 1 == steps:
@@ -759,14 +764,22 @@ class Fit:
                                     f'this checkpoint was not written; those in {self.folder} are from before. A smaller '
                                     f'--lr or --clip-grad may help.')
 
-    def _train_step(self, step: int, input: torch.Tensor, target: torch.Tensor) -> Tuple[int, bool]:
+    def _train_step(
+            self,
+            step: int,
+            input: torch.Tensor,
+            target: torch.Tensor,
+            index: Optional[torch.Tensor] = None,
+    ) -> Tuple[int, bool]:
         """One batch: number of its images, and whether a process was told to stop."""
         args, accelerator, task = self.args, self.accelerator, self.task
         with accelerator.accumulate(self.module):
             if self.loaders.mixup is not None:
                 input, target = self.loaders.mixup(input, target)
             with accelerator.autocast(), packed_spikes() if args.pack_spikes else nullcontext():
-                result = task(self._cast(input), target)
+                input = self._cast(input)
+                taught = () if self.teacher_cache is None else (self._ask_teacher(input, index),)
+                result = task(input, target, *taught)
             accelerator.backward(result['loss'])
             nonfinite, stop = self.session.stop_if_asked(not math.isfinite(result['loss'].item()))
             if nonfinite:
@@ -786,6 +799,14 @@ class Fit:
             torch.cuda.synchronize()
         self.meters.update({**_terms(result), **self._layer_stats()}, len(input))
         return len(input), stop
+
+    def _ask_teacher(self, input: torch.Tensor, index: torch.Tensor) -> Any:
+        cache, accelerator = self.teacher_cache, self.accelerator
+        if not cache.is_open:
+            taught = self.task.teach(input)
+            with accelerator.local_main_process_first():
+                cache.open(taught)
+        return cache(index, partial(self.task.teach, input))
 
     def _raise_nonfinite(self, step: int, result: Dict[str, torch.Tensor]) -> None:
         """Name the terms of this process that are not finite."""
@@ -1149,8 +1170,12 @@ def train(job: Job, started: float) -> None:
     taught_by = None
     if job.teacher is not None:
         taught_by = obtain_teacher(job.session, job.teacher, job.teacher_input, job.num_classes, job.root)
-    result = Fit(
-        job.session, job.task, job.folder, args.epochs, 'student', resume=job.resume, ema=args.model_ema).run()
+    cache = None
+    if args.teacher_cache:
+        samples = len(job.session.make_loaders().train.dataset)
+        cache = TeacherCache(job.folder, samples, create=accelerator.is_local_main_process)
+    result = Fit(job.session, job.task, job.folder, args.epochs, 'student', resume=job.resume, ema=args.model_ema,
+                 teacher_cache=cache).run()
     if accelerator.is_main_process:
         summarize(args, job.folder, job.student, taught_by, result, job.report, time.time() - started)
 

@@ -145,6 +145,8 @@ def _add_distillation(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--teacher-mean', type=float, nargs='+', default=None, metavar='MEAN',
                        help='mean that the teacher\'s images were normalised by in its training (the student\'s)')
     group.add_argument('--teacher-std', type=float, nargs='+', default=None, metavar='STD', help='likewise, deviation')
+    group.add_argument('--teacher-cache', action='store_true',
+                       help='ask the teacher once per training image and keep its features on disk; needs --no-aug')
     group.add_argument('--teacher-kwargs', nargs='*', default={}, action=ParseKwargs,
                        help='model kwargs of the teacher (--model-kwargs where it is the student\'s own ANN)')
     group.add_argument('--distill', default=None, choices=list(PRESETS),
@@ -455,6 +457,11 @@ def _check(args: argparse.Namespace, given: set) -> None:
         raise OptionError(f'--teacher-size {args.teacher_size[0]} {args.teacher_size[1]}: must be 1 pixel or more.')
     if not 0 < args.ann_percentile <= 100:
         raise OptionError(f'--ann-percentile {args.ann_percentile}: must be above 0 and at most 100.')
+    if args.teacher_cache:
+        random = [f'--{name.replace("_", "-")}' for name in ('mixup', 'cutmix', 'cutmix_minmax') if getattr(args, name)]
+        if random or not args.no_aug:
+            raise OptionError(f'--teacher-cache: images must be the same in every epoch; '
+                              f'{"leave out " + ", ".join(random) if random else "give --no-aug"}.')
     if 'loss' in given and 'distill' in given:
         raise OptionError('--distill and --loss both say what is added to cross-entropy; use one.')
     if args.kd_model_name and args.teacher and args.kd_model_name != args.teacher:

@@ -186,17 +186,23 @@ class SSCLTask(TrainingTask):
                 merged.setdefault(layer, {}).update(values)
         return merged
 
-    def forward(self, input: torch.Tensor, target: torch.Tensor) -> Dict[str, torch.Tensor]:
+    def forward(
+            self,
+            input: torch.Tensor,
+            target: torch.Tensor,
+            taught: Optional[Tuple[Optional[torch.Tensor], Optional[List[torch.Tensor]]]] = None,
+    ) -> Dict[str, torch.Tensor]:
         """One training step's losses.
 
         Args:
             input: Images (B, C, H, W) or event frames (B, T, C, H, W).
             target: Labels (B,) or soft targets (B, K).
+            taught: What `teach` gave for these images, where it is known already.
 
         Returns:
             'loss' (weighted sum), 'output' (student logits (B, K)), 'task_loss', and '<name>_loss' per loss, as it is.
         """
-        result = self.trainable_module(input, target, *self._teach(input))
+        result = self.trainable_module(input, target, *(self.teach(input) if taught is None else taught))
         output = result.pop('output')
         task_loss = self.criterion(output, target)
         loss = self.task_loss_weight * task_loss
@@ -206,7 +212,7 @@ class SSCLTask(TrainingTask):
         return {'loss': loss, 'output': output, 'task_loss': task_loss, **terms}
 
     @torch.no_grad()
-    def _teach(self, input: torch.Tensor) -> Tuple[Optional[torch.Tensor], Optional[List[torch.Tensor]]]:
+    def teach(self, input: torch.Tensor) -> Tuple[Optional[torch.Tensor], Optional[List[torch.Tensor]]]:
         """Teacher logits (B, K) and features; static images need one forward, not T."""
         if self.teacher is None:
             return None, None
