@@ -1,6 +1,7 @@
 """Command line of train.py: timm's options with its defaults, ours, and the layers recipe < config < command line."""
 import argparse
 import difflib
+import os
 from importlib import resources
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
@@ -11,6 +12,7 @@ from timm.utils import ParseKwargs
 
 from .losses import create_loss, loss_needs
 from .losses.sscl import CRITICS, PROJECTIONS, WEIGHTINGS
+from .similarity import CKA_SCOPES
 from .task import PRESETS, resolve_losses
 
 __all__ = ['parse_args', 'create_parser', 'list_recipes', 'load_recipe', 'UNSUPPORTED', 'OptionError']
@@ -169,6 +171,8 @@ def _add_distillation(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--sscl-cka-floor', type=float, default=0.1, help='CKA is not taken below this')
     group.add_argument('--sscl-cka-momentum', type=float, default=0.1,
                        help='share of the newest batch in the running CKA')
+    group.add_argument('--sscl-cka-scope', default='process', choices=CKA_SCOPES,
+                       help='with several processes: the mean of their own CKA terms, or those of the global batch')
     group.add_argument('--kd-weight', '--distill-loss-weight', type=float, default=None,
                        help='weight of the kd loss (1)')
     group.add_argument('--kd-temperature', type=float, default=4., help='temperature of the kd loss')
@@ -480,12 +484,13 @@ def _losses(args: argparse.Namespace) -> Tuple[Dict[str, float], Dict[str, Dict[
         losses = resolve_losses(weights)
     except ValueError as error:
         raise OptionError(f'--{"loss" if args.loss else "distill"}: {error}') from error
-    if 'sscl' in losses and args.batch_size < 4 and args.sscl_weighting != 'uniform':
+    processes = int(os.environ.get('WORLD_SIZE', 1)) if args.sscl_cka_scope == 'global' else 1
+    if 'sscl' in losses and args.batch_size * processes < 4 and args.sscl_weighting != 'uniform':
         raise OptionError(f'--batch-size {args.batch_size} is too small for CKA weights, which need at least 4 '
                           f'samples; use a larger batch or --distill contrastive.')
     contrastive = dict(dim=args.sscl_dim, temperature=args.sscl_temperature, critic=args.sscl_critic,
                        cka_floor=args.sscl_cka_floor, cka_momentum=args.sscl_cka_momentum,
-                       projection=args.sscl_projection)
+                       cka_scope=args.sscl_cka_scope, projection=args.sscl_projection)
     options = dict(
         sscl=dict(contrastive, weighting=args.sscl_weighting), contrastive=contrastive,
         kd=dict(temperature=args.kd_temperature), kd_step=dict(temperature=args.kd_step_temperature),

@@ -10,7 +10,8 @@ from timm.task import TrainingTask
 from timm.task.classification import resolve_classification_loss
 from timm.utils import unwrap_model
 
-from .losses import TrainStep, create_loss, loss_needs
+from .distributed import batch_share, world_size
+from .losses import TrainStep, create_loss, loss_is_global, loss_needs
 from .neurons.rates import RateRecorder
 from .taps import FeatureReader, match_by_depth
 from .teacher_input import TeacherInput
@@ -168,6 +169,7 @@ class SSCLTask(TrainingTask):
             teacher_taps = taps if teacher_taps is None else teacher_taps
             self.teacher_reader = FeatureReader(teacher, teacher_taps, _teacher_shape(input_size, teacher_size))
             _match(reader, self.teacher_reader, cut=isinstance(taps, int))
+        self.global_losses = {name for name in self.weights if loss_is_global(name)}
         rate_recorder = RateRecorder(student) if any(n['firing_rates'] for n in needs) else None
         modules = {name: _create(name, (loss_options or {}).get(name, {}), reader, self.teacher_reader)
                    for name in self.weights}
@@ -207,15 +209,24 @@ class SSCLTask(TrainingTask):
 
         Returns:
             'loss' (weighted sum), 'output' (student logits (B, K)), 'task_loss', and '<name>_loss' per loss, as it is.
+            With several processes the terms are means over the process's own samples or, where a loss is registered so,
+            the global batch's; 'loss' weighs the former by the number of samples, so that the mean of its gradients
+            over the processes, as DDP takes it, is the global batch's.
         """
         result = self.trainable_module(input, target, *self._teach(input))
         output = result.pop('output')
         task_loss = self.criterion(output, target)
-        loss = self.task_loss_weight * task_loss
+        share = self._batch_share(output)
+        loss = self.task_loss_weight * share * task_loss
         for name, term in result.items():
-            loss = loss + self.weights[name] * term
+            loss = loss + self.weights[name] * (term if name in self.global_losses else share * term)
         terms = {f'{name}_loss': term for name, term in result.items()}
         return {'loss': loss, 'output': output, 'task_loss': task_loss, **terms}
+
+    @staticmethod
+    def _batch_share(output: torch.Tensor) -> Union[int, torch.Tensor]:
+        """Factor on means over a process's own samples, which DDP averages by process and not by sample."""
+        return batch_share(output.shape[0], output.device).to(output.dtype) if world_size() > 1 else 1
 
     @torch.no_grad()
     def _teach(self, input: torch.Tensor) -> Tuple[Optional[torch.Tensor], Optional[List[torch.Tensor]]]:

@@ -7,7 +7,7 @@ import torch.nn as nn
 
 from .step import TrainStep
 
-__all__ = ['register_loss', 'create_loss', 'list_losses', 'loss_needs']
+__all__ = ['register_loss', 'create_loss', 'list_losses', 'loss_is_global', 'loss_needs']
 
 _losses: Dict[str, Callable[..., nn.Module]] = {}
 _TAP_OPTIONS = ('names', 'student_channels', 'teacher_channels', 'student_shapes', 'teacher_shapes')
@@ -19,7 +19,6 @@ class _FunctionLoss(nn.Module):
     def __init__(self, fn: Callable[[TrainStep], torch.Tensor]):
         super().__init__()
         self.fn = fn
-        self.global_batch = fn.global_batch
 
     def forward(self, step: TrainStep) -> torch.Tensor:
         return self.fn(step)
@@ -87,6 +86,11 @@ def loss_needs(name: str) -> Dict[str, bool]:
     loss = _lookup(name)
     return dict(teacher=loss.needs_teacher, features=loss.needs_features, shapes=loss.needs_shapes,
                 firing_rates=loss.needs_firing_rates)
+
+
+def loss_is_global(name: str) -> bool:
+    """Whether a registered loss is that of the global batch on every process, see `register_loss`."""
+    return _lookup(name).global_batch
 
 
 def create_loss(name: str, **options: Any) -> nn.Module:

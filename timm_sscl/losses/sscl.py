@@ -6,7 +6,7 @@ from typing import Dict, List, Optional, Sequence, Tuple
 import torch
 import torch.nn as nn
 
-from timm_sscl.distributed import gather_rows, world_size
+from timm_sscl.distributed import batch_counts, gather_rows, world_size
 from timm_sscl.similarity import RunningCKA
 
 from .factory import register_loss
@@ -47,6 +47,8 @@ class SSCLCriterion(nn.Module):
             T * C * H * W numbers (25 M weights a layer at ImageNet size).
         student_shapes: (T, C, ...) of the student's feature per layer; needed where it is flattened.
         teacher_shapes: (T', C', ...) of the teacher's feature per layer; likewise.
+        cka_scope: With several processes, whether the CKA's terms are averaged over every 'process' and its own batch,
+            or those of the 'global' batch, for which features travel between the processes.
 
     Raises:
         ValueError: An option is out of range, or the numbers of layers differ.
@@ -66,6 +68,7 @@ class SSCLCriterion(nn.Module):
             projection: str = 'pooled',
             student_shapes: Optional[Sequence[Sequence[int]]] = None,
             teacher_shapes: Optional[Sequence[Sequence[int]]] = None,
+            cka_scope: str = 'process',
     ):
         super().__init__()
         if not len(names) == len(student_channels) == len(teacher_channels) >= 1:
@@ -89,12 +92,13 @@ class SSCLCriterion(nn.Module):
         self.weighting = weighting
         self.cka_floor = cka_floor
         self.projection = projection
+        self.cka_scope = cka_scope
         self.student_shapes = _input_shapes(projection, student_channels, student_shapes, 'student')
         self.teacher_shapes = _input_shapes(projection, teacher_channels, teacher_shapes, 'teacher')
         with torch.random.fork_rng(devices=[]):  # a run's other random numbers do not depend on this loss
             self.g_student = nn.ModuleList(nn.Linear(math.prod(shape), dim) for shape in self.student_shapes)
             self.g_teacher = nn.ModuleList(nn.Linear(math.prod(shape), dim) for shape in self.teacher_shapes)
-        self.running_cka = nn.ModuleList(RunningCKA(cka_momentum) for _ in names)
+        self.running_cka = nn.ModuleList(RunningCKA(cka_momentum, cka_scope) for _ in names)
         self._stats: Dict[str, Dict[str, torch.Tensor]] = {}
         self._floored: set = set()
 
@@ -128,7 +132,9 @@ class SSCLCriterion(nn.Module):
             ValueError: A feature does not fit its layer, or the batch is smaller than 4 with CKA weights.
         """
         self._check(student_features, teacher_features)
-        layers = [self._layer(i, s, a) for i, (s, a) in enumerate(zip(student_features, teacher_features))]
+        counts = batch_counts(student_features[0].shape[1], student_features[0].device)
+        self._check_batch(counts, student_features[0].shape[1])
+        layers = [self._layer(i, s, a, counts) for i, (s, a) in enumerate(zip(student_features, teacher_features))]
         weights = self._weights([stats for _, stats in layers])
         for (_, stats), weight in zip(layers, weights):
             stats['weight'] = weight
@@ -137,9 +143,16 @@ class SSCLCriterion(nn.Module):
             self._warn_floored()
         return torch.stack([weight * nce for weight, (nce, _) in zip(weights, layers)]).sum()
 
-    def _layer(self, i: int, s: torch.Tensor, a: torch.Tensor) -> Tuple[torch.Tensor, Dict[str, torch.Tensor]]:
+    def _layer(
+            self,
+            i: int,
+            s: torch.Tensor,
+            a: torch.Tensor,
+            counts: Sequence[int],
+    ) -> Tuple[torch.Tensor, Dict[str, torch.Tensor]]:
+        """Unweighted loss of a layer, and its statistics."""
         condense = _pooled if self.projection == 'pooled' else _flattened
-        projected = [gather_rows(g(condense(x))) for g, x in ((self.g_student[i], s), (self.g_teacher[i], a))]
+        projected = [gather_rows(g(condense(x)), counts) for g, x in ((self.g_student[i], s), (self.g_teacher[i], a))]
         if self.critic == 'infonce':
             nce = info_nce_loss(*projected, temperature=self.temperature)
         else:
@@ -147,7 +160,7 @@ class SSCLCriterion(nn.Module):
         stats = dict(nce=nce.detach(),
                      mi_bound=mi_lower_bound(nce.detach(), projected[0].shape[0], self.critic == 'infonce'))
         if s.shape[1] >= 4 or world_size() > 1:  # with uniform weights a tiny batch goes without this statistic
-            cka, running = self.running_cka[i](s.detach(), a.detach())
+            cka, running = self.running_cka[i](s.detach(), a.detach(), counts)
             stats.update(cka=cka, cka_running=running)
         return nce, stats
 
@@ -178,7 +191,9 @@ class SSCLCriterion(nn.Module):
             if s.shape[1] != a.shape[1]:
                 raise ValueError(f"'{name}': the student's feature holds {s.shape[1]} samples, "
                                  f"the teacher's {a.shape[1]}.")
-        batch = student_features[0].shape[1]
+
+    def _check_batch(self, counts: Sequence[int], own: int) -> None:
+        batch = sum(counts) if self.cka_scope == 'global' else own
         if self.weighting != 'uniform' and batch < 4:
             raise ValueError(f'a batch of {batch} is too small for CKA weights: the unbiased HSIC needs at least 4 '
                              f"samples. Use a larger batch (drop_last=True), or weighting='uniform'.")
