@@ -72,12 +72,13 @@ def batch_mean(values: torch.Tensor, count: int) -> torch.Tensor:
     return sums / sum(batch_counts(count, values.device))
 
 
-def batch_share(count: int, device: torch.device) -> torch.Tensor:
+def batch_share(count: int, like: torch.Tensor) -> torch.Tensor:
     """Factor that turns a mean over a process's own samples into its part of the mean over the global batch.
 
     DDP averages gradients over the processes, whatever the sizes of their batches: n * W / N makes that the mean over
-    the N samples of the W processes. 0-d, float32.
+    the N samples of the W processes. 0-d, of like's device and dtype, but float32 at least.
     """
-    total = torch.tensor(float(count), device=device)
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    total = torch.tensor(count, dtype=dtype, device=like.device)
     dist.all_reduce(total)
     return count * dist.get_world_size() / total

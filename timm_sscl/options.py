@@ -164,6 +164,8 @@ def _add_distillation(parser: argparse.ArgumentParser) -> None:
                        help='weights in the sscl loss: 1/CKA, 1, 1/CKA scaled to mean 1, the mean of 1/CKA for each')
     group.add_argument('--sscl-projection', default='pooled', choices=PROJECTIONS,
                        help='what the projections see: features pooled over space and time, or the whole of them')
+    group.add_argument('--sscl-queue', type=int, default=0, metavar='N',
+                       help='further negatives: the teacher\'s last N rows, also over accumulated micro-batches')
     group.add_argument('--sscl-taps', default='4', metavar='N|NAMES',
                        help='how many of the last stages to compare (and the pooled feature), or their names: '
                             'layer3,pooled')
@@ -490,7 +492,7 @@ def _losses(args: argparse.Namespace) -> Tuple[Dict[str, float], Dict[str, Dict[
                           f'samples; use a larger batch or --distill contrastive.')
     contrastive = dict(dim=args.sscl_dim, temperature=args.sscl_temperature, critic=args.sscl_critic,
                        cka_floor=args.sscl_cka_floor, cka_momentum=args.sscl_cka_momentum,
-                       cka_scope=args.sscl_cka_scope, projection=args.sscl_projection)
+                       cka_scope=args.sscl_cka_scope, projection=args.sscl_projection, queue_size=args.sscl_queue)
     options = dict(
         sscl=dict(contrastive, weighting=args.sscl_weighting), contrastive=contrastive,
         kd=dict(temperature=args.kd_temperature), kd_step=dict(temperature=args.kd_step_temperature),

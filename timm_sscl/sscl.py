@@ -37,7 +37,8 @@ class SSCLLoss(nn.Module):
         teacher_size: (H, W) of the teacher's images, which are resized from the student's; None leaves them.
         renormalize: (student mean, student std, teacher mean, teacher std) where the teacher was trained on images
             normalised in another way.
-        **options: dim, temperature, critic, weighting, cka_floor, cka_momentum, cka_scope, projection of SSCLCriterion.
+        **options: dim, temperature, critic, weighting, cka_floor, cka_momentum, cka_scope, projection, queue_size of
+            SSCLCriterion.
 
     Raises:
         ValueError: A tap does not exist, a model is compiled, student and teacher are one, or an option is wrong.

@@ -226,7 +226,7 @@ class SSCLTask(TrainingTask):
     @staticmethod
     def _batch_share(output: torch.Tensor) -> Union[int, torch.Tensor]:
         """Factor on means over a process's own samples, which DDP averages by process and not by sample."""
-        return batch_share(output.shape[0], output.device).to(output.dtype) if world_size() > 1 else 1
+        return batch_share(output.shape[0], output) if world_size() > 1 else 1
 
     @torch.no_grad()
     def _teach(self, input: torch.Tensor) -> Tuple[Optional[torch.Tensor], Optional[List[torch.Tensor]]]:

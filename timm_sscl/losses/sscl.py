@@ -49,6 +49,10 @@ class SSCLCriterion(nn.Module):
         teacher_shapes: (T', C', ...) of the teacher's feature per layer; likewise.
         cka_scope: With several processes, whether the CKA's terms are averaged over every 'process' and its own batch,
             or those of the 'global' batch, for which features travel between the processes.
+        queue_size: Number of past teacher rows, projected as they were then, that are further negatives of every
+            student row. With gradient accumulation over k micro-batches of n images, (k - 1) * n rows give a
+            micro-batch as many negatives as the whole batch has: those of the micro-batches before it, without a
+            gradient. A row may be of an image in the batch again, where the queue comes near the data set's size.
 
     Raises:
         ValueError: An option is out of range, or the numbers of layers differ.
@@ -69,6 +73,7 @@ class SSCLCriterion(nn.Module):
             student_shapes: Optional[Sequence[Sequence[int]]] = None,
             teacher_shapes: Optional[Sequence[Sequence[int]]] = None,
             cka_scope: str = 'process',
+            queue_size: int = 0,
     ):
         super().__init__()
         if not len(names) == len(student_channels) == len(teacher_channels) >= 1:
@@ -86,6 +91,8 @@ class SSCLCriterion(nn.Module):
             raise ValueError(f'temperature={temperature}: must be positive.')
         if dim < 1:
             raise ValueError(f'dim={dim}: the projections need at least one dimension.')
+        if queue_size != int(queue_size) or queue_size < 0:
+            raise ValueError(f'queue_size={queue_size}: must be a whole number of rows, 0 for no queue.')
         self.names = list(names)
         self.temperature = temperature
         self.critic = critic
@@ -99,6 +106,9 @@ class SSCLCriterion(nn.Module):
             self.g_student = nn.ModuleList(nn.Linear(math.prod(shape), dim) for shape in self.student_shapes)
             self.g_teacher = nn.ModuleList(nn.Linear(math.prod(shape), dim) for shape in self.teacher_shapes)
         self.running_cka = nn.ModuleList(RunningCKA(cka_momentum, cka_scope) for _ in names)
+        # buffers, so that a run resumes with the negatives it had; newest first
+        self.register_buffer('queue', torch.zeros(len(names), queue_size, dim) if queue_size else None)
+        self.register_buffer('queue_filled', torch.zeros((), dtype=torch.int64) if queue_size else None)
         self._stats: Dict[str, Dict[str, torch.Tensor]] = {}
         self._floored: set = set()
 
@@ -133,8 +143,19 @@ class SSCLCriterion(nn.Module):
         """
         self._check(student_features, teacher_features)
         counts = batch_counts(student_features[0].shape[1], student_features[0].device)
-        self._check_batch(counts, student_features[0].shape[1])
-        layers = [self._layer(i, s, a, counts) for i, (s, a) in enumerate(zip(student_features, teacher_features))]
+        samples = sum(counts) if self.cka_scope == 'global' else student_features[0].shape[1]
+        self._check_samples(samples)
+        layers, rows = [], []
+        for i, (s, a) in enumerate(zip(student_features, teacher_features)):
+            s_rows, a_rows = (gather_rows(g(self._condense(x)), counts)
+                              for g, x in ((self.g_student[i], s), (self.g_teacher[i], a)))
+            nce, stats = self._nce(i, s_rows, a_rows)
+            if samples >= 4 or world_size() > 1:  # with uniform weights a tiny batch goes without this statistic
+                stats['cka'], stats['cka_running'] = self.running_cka[i](s.detach(), a.detach(), counts)
+            layers.append((nce, stats))
+            rows.append(a_rows)
+        if self.queue is not None and self.training:
+            self._enqueue(rows)
         weights = self._weights([stats for _, stats in layers])
         for (_, stats), weight in zip(layers, weights):
             stats['weight'] = weight
@@ -143,26 +164,31 @@ class SSCLCriterion(nn.Module):
             self._warn_floored()
         return torch.stack([weight * nce for weight, (nce, _) in zip(weights, layers)]).sum()
 
-    def _layer(
-            self,
-            i: int,
-            s: torch.Tensor,
-            a: torch.Tensor,
-            counts: Sequence[int],
-    ) -> Tuple[torch.Tensor, Dict[str, torch.Tensor]]:
-        """Unweighted loss of a layer, and its statistics."""
-        condense = _pooled if self.projection == 'pooled' else _flattened
-        projected = [gather_rows(g(condense(x)), counts) for g, x in ((self.g_student[i], s), (self.g_teacher[i], a))]
+    def _condense(self, x: torch.Tensor) -> torch.Tensor:
+        """What the projections take of a feature."""
+        return _pooled(x) if self.projection == 'pooled' else _flattened(x)
+
+    def _nce(self, i: int, s: torch.Tensor, a: torch.Tensor) -> Tuple[torch.Tensor, Dict[str, torch.Tensor]]:
+        """Unweighted loss of a layer's projected rows, and its statistics."""
+        n, rivals, queue = s.shape[0], s.shape[0], {}
+        if self.queue is not None:
+            mask = torch.arange(self.queue.shape[1], device=s.device) < self.queue_filled  # no size depends on it
+            queue, rivals = dict(queue=self.queue[i], queue_mask=mask), n + self.queue_filled
         if self.critic == 'infonce':
-            nce = info_nce_loss(*projected, temperature=self.temperature)
+            nce = info_nce_loss(s, a, self.temperature, **queue)
+            rivals = (n * rivals) ** 0.5  # log of it is the mean of both directions' logs
         else:
-            nce = nce_loss(*projected, temperature=self.temperature, normalize=self.critic == 'normalized')
-        stats = dict(nce=nce.detach(),
-                     mi_bound=mi_lower_bound(nce.detach(), projected[0].shape[0], self.critic == 'infonce'))
-        if s.shape[1] >= 4 or world_size() > 1:  # with uniform weights a tiny batch goes without this statistic
-            cka, running = self.running_cka[i](s.detach(), a.detach(), counts)
-            stats.update(cka=cka, cka_running=running)
-        return nce, stats
+            nce = nce_loss(s, a, self.temperature, normalize=self.critic == 'normalized', **queue)
+        bound = mi_lower_bound(nce.detach(), rivals, self.critic == 'infonce')
+        return nce, dict(nce=nce.detach(), mi_bound=bound)
+
+    @torch.no_grad()
+    def _enqueue(self, rows: Sequence[torch.Tensor]) -> None:
+        """Take in the teacher rows of all processes, the same on each; the oldest go."""
+        newest = torch.stack([row.to(self.queue.dtype) for row in rows])
+        size = self.queue.shape[1]
+        self.queue.copy_(torch.cat([newest, self.queue], 1)[:, :size])
+        self.queue_filled.add_(newest.shape[1]).clamp_(max=size)
 
     def _weights(self, layers: Sequence[Dict[str, torch.Tensor]]) -> List[torch.Tensor]:
         """Weight of every layer, 0-d, without a gradient."""
@@ -192,10 +218,9 @@ class SSCLCriterion(nn.Module):
                 raise ValueError(f"'{name}': the student's feature holds {s.shape[1]} samples, "
                                  f"the teacher's {a.shape[1]}.")
 
-    def _check_batch(self, counts: Sequence[int], own: int) -> None:
-        batch = sum(counts) if self.cka_scope == 'global' else own
-        if self.weighting != 'uniform' and batch < 4:
-            raise ValueError(f'a batch of {batch} is too small for CKA weights: the unbiased HSIC needs at least 4 '
+    def _check_samples(self, samples: int) -> None:
+        if self.weighting != 'uniform' and samples < 4:
+            raise ValueError(f'a batch of {samples} is too small for CKA weights: the unbiased HSIC needs at least 4 '
                              f"samples. Use a larger batch (drop_last=True), or weighting='uniform'.")
 
     def _warn_floored(self) -> None:
