@@ -131,7 +131,7 @@ def global_hsic_terms(x: torch.Tensor, y: torch.Tensor, counts: Sequence[int]) -
 
 def _globally_centred(x: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
     """(T, n, p) less the mean over the samples of all processes, by way of one sample as in `gram_matrix`."""
-    first = x[:, :1].contiguous()
+    first = x[:, :1].clone(memory_format=torch.contiguous_format)  # written to: not a view of the features
     dist.broadcast(first, 0)
     x = x - first
     mean = x.sum(1, keepdim=True)
