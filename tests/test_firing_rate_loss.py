@@ -36,7 +36,8 @@ def _task(losses=None, student=None, target=(0.4, 0.45), **kwargs):
     losses = {'firing_rate': 1.} if losses is None else losses
     options = {'firing_rate': dict(target=target)} if 'firing_rate' in losses else {}
     student = _student() if student is None else student
-    return SSCLTask(student, None, losses, options, verbose=False, **kwargs).to(next(student.parameters()).dtype).train()
+    task = SSCLTask(student, None, losses, options, verbose=False, **kwargs)
+    return task.to(next(student.parameters()).dtype).train()
 
 
 def _batch(n=6, seed=0, dtype=torch.float64):

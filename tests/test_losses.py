@@ -42,7 +42,8 @@ def test_built_in_losses():
     names = list_losses()
     assert {'sscl', 'contrastive', 'kd'} <= set(names)
     assert names == sorted(names)
-    assert loss_needs('sscl') == loss_needs('contrastive') == dict(teacher=True, features=True, shapes=True, firing_rates=False)
+    assert loss_needs('sscl') == loss_needs('contrastive') == dict(
+        teacher=True, features=True, shapes=True, firing_rates=False)
     assert loss_needs('kd') == dict(teacher=True, features=False, shapes=False, firing_rates=False)
 
 

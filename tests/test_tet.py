@@ -44,10 +44,12 @@ def test_labels_against_loops(mse_share):
 def test_smoothing_and_soft_targets_against_loops():
     logits = 2 * _randn(3, 6, 5)
     smoothed = 0.8 * F.one_hot(LABELS, 5).double() + 0.2 / 5
-    assert tet_loss(logits, LABELS, smoothing=0.2).item() == pytest.approx(_reference(logits, smoothed, 0.05), rel=1e-12)
+    expected = _reference(logits, smoothed, 0.05)
+    assert tet_loss(logits, LABELS, smoothing=0.2).item() == pytest.approx(expected, rel=1e-12)
     soft = torch.softmax(_randn(6, 5, seed=1), 1)
+    expected = _reference(logits, soft, 0.05)
     for smoothing in (0., 0.2):  # mixup has smoothed them already
-        assert tet_loss(logits, soft, smoothing=smoothing).item() == pytest.approx(_reference(logits, soft, 0.05), rel=1e-12)
+        assert tet_loss(logits, soft, smoothing=smoothing).item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_one_step_without_the_level_is_cross_entropy():
@@ -64,9 +66,10 @@ def test_every_step_gets_its_own_gradient():
     assert logits.grad[0].abs().max() < 1e-7 < 0.05 < logits.grad[1].abs().max()
 
 
-@pytest.mark.parametrize('options,match', [(dict(mse_share=-0.1), 'mse_share=-0.1'), (dict(mse_share=1.1), 'mse_share=1.1'),
-                                           (dict(mse_share=math.nan), 'mse_share=nan'), (dict(smoothing=1.), 'smoothing=1.0'),
-                                           (dict(smoothing=-1.), 'smoothing=-1.0')], ids=str)
+@pytest.mark.parametrize('options,match', [
+    (dict(mse_share=-0.1), 'mse_share=-0.1'), (dict(mse_share=1.1), 'mse_share=1.1'),
+    (dict(mse_share=math.nan), 'mse_share=nan'), (dict(smoothing=1.), 'smoothing=1.0'),
+    (dict(smoothing=-1.), 'smoothing=-1.0')], ids=str)
 def test_options_out_of_range_raise(options, match):
     with pytest.raises(ValueError, match=match):
         create_loss('tet', **options)
