@@ -1,4 +1,4 @@
-"""CKA of the global batch: several processes give what one gives on the whole batch, and exchange no more than blocks."""
+"""CKA of the global batch: several processes give what one gives on the whole batch, and exchange blocks only."""
 import pytest
 import torch
 import torch.distributed as dist
@@ -42,7 +42,8 @@ def _run(sizes, rank=None):
         return x if rank is None else x.split(sizes, 1)[rank]
 
     n, results = sum(sizes), {}
-    cka, silent, single = RunningCKA(0.3, 'global').double(), RunningCKA(0.3, 'global').double(), RunningCKA(1., 'global')
+    cka, silent = (RunningCKA(0.3, 'global').double() for _ in range(2))
+    single = RunningCKA(1., 'global')
     criterion = _criterion(cka_scope='global')
     for step in range(2):
         student, teacher = ([part(x) for x in features] for features in _features(n, seed=10 * step))
