@@ -49,8 +49,9 @@ class TeacherCache:
             OSError: The disk has no room for it.
         """
         rows = self._rows(taught)
-        sizes = [math.prod(row.shape[1:]) * row.element_size() for row in rows]
-        total = self.num_samples * (1 + sum(sizes))
+        sizes = [self.num_samples * math.prod(row.shape[1:]) * row.element_size() for row in rows]
+        padded = [-(-size // 16) * 16 for size in (self.num_samples, *sizes)]  # parts are read as their own dtype
+        total = sum(padded)
         file = self.folder / self.FILE
         if self.create:
             file.unlink(missing_ok=True)
@@ -60,9 +61,9 @@ class TeacherCache:
                               f'{free / 2 ** 30:.1f} GiB are free.')
             _logger.info(f'Teacher cache: {total / 2 ** 20:.0f} MiB for {self.num_samples} samples in {file}.')
         bytes_ = torch.from_file(str(file), shared=True, size=total, dtype=torch.uint8)
-        bounds = torch.tensor([1, *sizes]).mul(self.num_samples).tolist()
-        self._known, *parts = bytes_.split(bounds)
-        self._parts = [part.view(row.dtype).view(self.num_samples, *row.shape[1:]) for part, row in zip(parts, rows)]
+        self._known, *parts = bytes_.split(padded)
+        self._parts = [part[:size].view(row.dtype).view(self.num_samples, *row.shape[1:])
+                       for part, size, row in zip(parts, sizes, rows)]
 
     def __call__(self, index: torch.Tensor, teach: Callable[[], Taught]) -> Taught:
         """What the teacher gives for these samples, from the (open) file where it holds all of them.
