@@ -69,7 +69,7 @@ def teacher_by_hand(teacher, frames, indices):
 def test_task_compares_with_the_teachers_means(frames):
     student, teacher = create('spiking_test_resnet', timesteps=T), create().eval()
     task = SSCLTask(student, teacher, losses={'sscl': 1., 'kd': 1.}, input_size=(2, 32, 32), verbose=False)
-    logits, features = task._teach(frames)
+    logits, features = task.teach(frames)
     expected, means = teacher_by_hand(teacher, frames, task.teacher_reader.indices)
     assert torch.allclose(logits, expected, atol=1e-6)
     assert [tuple(f.shape) for f in features] == [(1, *m.shape) for m in means]
@@ -83,14 +83,14 @@ def test_task_compares_with_the_teachers_means(frames):
 def test_kd_alone_reads_no_features(frames):
     student, teacher = create('spiking_test_resnet', timesteps=T), create().eval()
     task = SSCLTask(student, teacher, losses='kd', verbose=False)
-    logits, features = task._teach(frames)
+    logits, features = task.teach(frames)
     assert features is None and torch.allclose(logits, teacher_by_hand(teacher, frames, [0])[0], atol=1e-6)
 
 
 def test_a_spiking_teacher_takes_the_frames_as_steps(frames):
     student, teacher = create('spiking_test_resnet', timesteps=T), create('spiking_test_resnet', timesteps=T).eval()
     task = SSCLTask(student, teacher, losses='sscl', input_size=(2, 32, 32), verbose=False)
-    logits, features = task._teach(frames)
+    logits, features = task.teach(frames)
     with torch.no_grad():
         assert torch.allclose(logits, teacher(frames), atol=1e-6)
     assert all(f.shape[:2] == (T, B) for f in features)
