@@ -85,8 +85,12 @@ def test_spikingjellys_folders_are_found(tmp_path, caplog):
             data = EventFolder(str(root), False, 'last1')
             assert data.root == str(tmp_path / folder) and torch.equal(data[0][0], expected)
         assert f'reading {tmp_path / folder}' in caplog.text
+    for settings in (FrameSettings(4), FrameSettings(10, 'time')):
+        with pytest.raises(ValueError, match='holds 10 frames by number.*--timesteps, --event-frames'):
+            EventFolder(str(tmp_path / folder), False, 'last1', settings)
+    (tmp_path / folder).rename(tmp_path / 'frames')
     with pytest.raises(DamagedEventFile, match=r'cifar10_bird_3.npz.*\(10, 2, 128, 128\).*\(4, 2, 128, 128\)'):
-        EventFolder(str(tmp_path / folder), False, 'last1', FrameSettings(4))[0]
+        EventFolder(str(tmp_path / 'frames'), False, 'last1', FrameSettings(4))[0]
 
 
 def test_what_is_wrong_with_a_folder_is_said(tmp_path):

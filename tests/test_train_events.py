@@ -81,6 +81,11 @@ def test_aedat_files_go_in_and_a_trained_spiking_model_comes_out(bars, tmp_path,
     top1 = (logits.argmax(1) == torch.tensor(val.targets)).float().mean() * 100
     assert top1 == pytest.approx(facts['teacher']['top1'])
 
+    run_here(['--resume', run, '--eval-only', '--device', 'cpu'], tmp_path, monkeypatch)
+    with open(run / 'evaluation.csv') as f:
+        row, = csv.DictReader(f)
+    assert float(row['top1']) == pytest.approx(facts['student']['top1']) and row['timesteps'] == '3'
+
     # found again, also by its file, and the run goes on
     run_here([*EVENTS, *TINY, '--data-dir', bars, '--teacher-checkpoint', file, '--distill', 'kd', '--experiment', 'kd'],
              tmp_path, monkeypatch)

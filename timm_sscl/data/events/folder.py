@@ -18,6 +18,7 @@ __all__ = ['EventFolder']
 _logger = logging.getLogger(__name__)
 
 _EXTENSIONS = '.aedat', '.npz'
+_FRAMES_FOLDER = re.compile(r'frames_number_([0-9]+)_split_by_(number|time)')
 
 
 class EventFolder(EventDataset):
@@ -79,6 +80,10 @@ def _find_root(root: str, settings: FrameSettings) -> str:
         raise FileNotFoundError(f"data folder '{root}' does not exist; give --data-dir the folder that holds one sub-folder "
                                 f'of recordings per class.')
     if any(_class_folders(root).values()):
+        made = _FRAMES_FOLDER.fullmatch(os.path.basename(os.path.abspath(root)))
+        if made and (int(made[1]), made[2]) != (settings.timesteps, settings.by):
+            raise ValueError(f"'{root}' holds {made[1]} frames by {made[2]}, {settings.timesteps} by {settings.by} were asked for "
+                             f'(--timesteps, --event-frames).')
         return root
     for name in (f'frames_number_{settings.timesteps}_split_by_{settings.by}', 'events_np', 'extract'):
         folder = os.path.join(root, name)

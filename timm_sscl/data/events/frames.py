@@ -23,7 +23,7 @@ class FrameSettings:
             cuts the recording into T equal times, and an empty one gives an empty frame.
         mode: 'binary' is 1 where any event fell, as in the paper; 'count' is the number of events.
         size: Height and width of the frames in pixels; None keeps the sensor's.
-        axes: Convention of AEDAT 2.0 addresses, see `read_aedat`.
+        axes: Convention of AEDAT 2.0 addresses, see `read_aedat`; .npz files hold coordinates.
 
     Raises:
         ValueError: One of them is out of range.
