@@ -15,11 +15,13 @@ import logging
 import math
 import os
 import pickle
+import signal
 import sys
 import time
+import zipfile
 from argparse import Namespace
 from collections import OrderedDict
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial
@@ -30,8 +32,9 @@ import timm
 import torch
 import torch.nn as nn
 import yaml
-from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, broadcast
+from accelerate import Accelerator, skip_first_batches
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, broadcast, broadcast_object_list, gather_object
 from timm.data import Mixup, create_loader, resolve_data_config
 from timm.layers import convert_sync_batchnorm, set_fast_norm
 from timm.models import load_checkpoint, resolve_model_input_args, safe_model_name
@@ -41,18 +44,26 @@ from timm.task import ClassificationTask
 from timm.task._helpers import load_task_ema_checkpoint, resume_task_checkpoint
 from timm.task.evaluator import ClassificationEvaluator
 from timm.task.task import TrainingTask
-from timm.utils import CheckpointSaver, distribute_bn, random_seed, setup_default_logging, unwrap_model, update_summary
+from timm.utils import distribute_bn, random_seed, setup_default_logging, unwrap_model
 from timm.utils.clip_grad import dispatch_clip_grad
-from timm.utils.summary import trim_summary
+from torch.utils.data import IterableDataset
 from torchvision.utils import save_image
 
 from timm_sscl import SSCLTask, calibrate, convert_ann, set_stem_pool, share_stem
+from timm_sscl.checkpoint import (
+    LAST, Position, RunSaver, StorageError, find_newest, lock_folder, read_run_state, why_damaged, write_text)
 from timm_sscl.data import CIFAR_POLICY, augment_cifar, create_dataset
+from timm_sscl.data.checks import check_channels, check_classes, check_labels
+from timm_sscl.data.samples import Samples, UnreadableSample, WrongLabel
+from timm_sscl.losses import loss_needs
 from timm_sscl.neurons import packed_spikes
-from timm_sscl.options import ARGS_FILE, OptionError, parse_args
+from timm_sscl.options import ARGS_FILE, AUTO, OptionError, parse_args
+from timm_sscl.random_state import get_random_state, set_random_state
 from timm_sscl.registry import PREFIX
 from timm_sscl.report import FiringRates, SpikingReport
+from timm_sscl.report.rows import append_row, keep_rows
 from timm_sscl.spiking import SpikingModule
+from timm_sscl.stop import Interrupted, StopRequest
 from timm_sscl.teacher_input import TeacherInput
 
 _logger = logging.getLogger('train')
@@ -79,15 +90,50 @@ TEACHER_SETTINGS = (
 _NEWER_TEACHER_SETTINGS = ('crop_padding', 'cutout')  # counted where given, so that older teachers are found
 
 
+class NonFiniteLoss(RuntimeError):
+    """The loss of a step, or a weight, is nan or infinite; nothing of it was kept."""
+
+
+# these end a run with one line; all others keep their traceback
+INPUT_ERRORS = OptionError, FileNotFoundError, FileExistsError, NotImplementedError, ValueError
+RUN_ERRORS = StorageError, NonFiniteLoss, UnreadableSample, WrongLabel
+
+
+def _exit(error: Exception, code: int) -> None:
+    """End the script with one line that says what to do."""
+    rank = int(os.environ.get('RANK', 0))
+    lines = str(error).strip().split('\n') if isinstance(error, RUN_ERRORS) else [str(error)]
+    text = lines[-1].partition(f'{type(error).__name__}: ')[2] or ' '.join(lines)  # a loader's worker adds its traceback
+    print(f'error{f" (process {rank})" if rank else ""}: {" ".join(text.split())}', file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Wrong input ends the script with one line that says what to do; errors while training keep their traceback."""
+    """Wrong input ends the script with one line that says what to do."""
     try:
         yield
-    except (OptionError, FileNotFoundError, FileExistsError, NotImplementedError, ValueError) as error:
-        rank = int(os.environ.get('RANK', 0))
-        print(f'error{f" (process {rank})" if rank else ""}: {" ".join(str(error).split())}', file=sys.stderr, flush=True)
-        sys.exit(2)
+    except (*INPUT_ERRORS, *RUN_ERRORS) as error:
+        _exit(error, 2)
+
+
+@contextmanager
+def told_how_to_go_on(folder: Path, is_main_process: bool) -> Iterator[None]:
+    """What ends a training before its end is said in one line, with the command that continues it."""
+    try:
+        yield
+    except (Interrupted, *RUN_ERRORS) as error:
+        if is_main_process and not isinstance(error, StorageError):
+            _logger.info(f'To go on: {resume_command(folder)}')
+        _exit(error, 128 + error.signal_number if isinstance(error, Interrupted) else 1)
+
+
+def resume_command(folder: Path) -> str:
+    """Command that continues the run in this folder, started as this one was."""
+    processes = int(os.environ.get('WORLD_SIZE', 1))
+    torchrun = 'TORCHELASTIC_RUN_ID' in os.environ
+    launcher = f'torchrun --nproc_per_node {os.environ.get("LOCAL_WORLD_SIZE", processes)}' if torchrun else 'accelerate launch'
+    return f'{launcher} {os.path.relpath(__file__)} --resume {folder}'
 
 
 # ---- processes and threads
@@ -101,6 +147,7 @@ def create_accelerator(args: Namespace) -> Accelerator:
         raise OptionError('--amp on a CPU needs --amp-dtype bfloat16.')
     if args.sync_bn and cpu:
         raise OptionError('--sync-bn: PyTorch\'s SyncBatchNorm does not run on a CPU.')
+    _check_tracker(args.report_to)
     accelerator = Accelerator(
         cpu=cpu, mixed_precision=precision, gradient_accumulation_steps=args.grad_accum_steps, log_with=args.report_to,
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
@@ -109,7 +156,19 @@ def create_accelerator(args: Namespace) -> Accelerator:
     if world != accelerator.num_processes:
         raise OptionError(f'{world} processes were launched, but Accelerate runs {accelerator.num_processes}: they '
                           f'would train copies. On CPU launch with torchrun --nproc_per_node {world} train.py.')
+    if accelerator.mixed_precision == 'fp16' and accelerator.device.type == 'cpu':
+        raise OptionError('--mixed_precision fp16 does not train on a CPU; bf16 does.')
     return accelerator
+
+
+def _check_tracker(name: Optional[str]) -> None:
+    """Accelerate leaves out a tracker that is not installed, in silence."""
+    if name is None:
+        return
+    installed = sorted(str(tracker) for tracker in get_available_trackers())
+    if name not in installed:
+        raise OptionError(f"--report-to {name}: no such tracker is installed (pip install {name}); installed: "
+                          f"{', '.join(installed) or 'none'}.")
 
 
 def set_threads(args: Namespace, accelerator: Accelerator) -> None:
@@ -129,6 +188,8 @@ def load_weights(model: nn.Module, file: str, option: str) -> None:
     if not os.path.isfile(file):
         raise FileNotFoundError(f"{option}: file '{file}' does not exist.")
     expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    if zipfile.is_zipfile(file) and why_damaged(Path(file)):
+        raise ValueError(f"{option}: '{file}' is damaged ({why_damaged(Path(file))}).")
     try:
         load_checkpoint(model, file)
     except (pickle.UnpicklingError, EOFError, KeyError, AttributeError, TypeError, OSError) as error:
@@ -325,18 +386,47 @@ class Loaders(NamedTuple):
 
 
 def create_datasets(args: Namespace) -> Tuple[Any, Any]:
-    """Training and validation set."""
+    """Training and validation set; with --eval-only the validation set twice."""
     common = dict(
         root=args.data_dir, class_map=args.class_map, download=args.dataset_download, seed=args.seed,
         input_img_mode=args.input_img_mode or ('L' if args.in_chans == 1 else 'RGB'), input_key=args.input_key,
         target_key=args.target_key, trust_remote_code=args.dataset_trust_remote_code)
-    train = create_dataset(
-        args.dataset, split=args.train_split, is_training=True, batch_size=args.batch_size, repeats=args.epoch_repeats,
-        num_samples=args.train_num_samples, **common)
     val = create_dataset(
         args.dataset, split=args.val_split, is_training=False, batch_size=args.validation_batch_size or args.batch_size,
         num_samples=args.val_num_samples, **common)
+    if args.eval_only:
+        return val, val
+    train = create_dataset(
+        args.dataset, split=args.train_split, is_training=True, batch_size=args.batch_size, repeats=args.epoch_repeats,
+        num_samples=args.train_num_samples, **common)
+    if not args.class_map:
+        check_classes(train, val)
     return train, val
+
+
+def guard_samples(args: Namespace, datasets: Tuple[Any, Any], data_config: Dict[str, Any], num_classes: int) -> Tuple:
+    """The data sets with seeded samples and checked labels; streamed ones, which have no numbered samples, as they are."""
+    guarded = []
+    for dataset, training in zip(datasets, (not args.eval_only, False)):
+        split = 'training' if training else 'validation'
+        if isinstance(dataset, IterableDataset):
+            if training:
+                _logger.warning('The training data is a stream: a resumed run does not repeat its augmentation exactly.')
+            guarded.append(dataset)
+            continue
+        check_labels(dataset, num_classes, split)
+        dataset = Samples(dataset, num_classes, training, args.seed, args.max_unreadable)
+        check_channels(dataset, data_config['input_size'][0], split)
+        guarded.append(dataset)
+    return tuple(guarded)
+
+
+def check_normalisation(data_config: Dict[str, Any]) -> None:
+    """Raise where mean and std are not one value per channel."""
+    channels = data_config['input_size'][0]
+    for name in ('mean', 'std'):
+        if len(data_config[name]) != channels:
+            raise OptionError(f'--{name}: {len(data_config[name])} values for {channels} channels; give one per channel.')
 
 
 def resolve_num_classes(args: Namespace, dataset: Any) -> int:
@@ -381,6 +471,8 @@ def create_loaders(
     if hasattr(datasets[0], '__len__') and len(train) == 0:
         raise OptionError(f'--batch-size {args.batch_size} is larger than the training set '
                           f'({len(datasets[0])} images).')
+    for loader in (train, val):  # else the start of an epoch would draw from the generator that dropout draws from
+        loader.generator = torch.Generator().manual_seed(args.seed)
     return Loaders(train, val, _create_mixup(args, num_classes))
 
 
@@ -411,6 +503,17 @@ class Session:
     args: Namespace
     accelerator: Accelerator
     make_loaders: Callable[[], Loaders]
+    stop: StopRequest
+
+    def stop_if_asked(self, nonfinite: bool = False) -> Tuple[bool, bool]:
+        """(Did the loss of any process go wrong, was any process told to stop): all processes get the same answer."""
+        flags = nonfinite, self.stop.signal_number is not None
+        if self.accelerator.num_processes > 1:
+            flags = self.accelerator.reduce(torch.tensor(flags, device=self.accelerator.device).float(), 'sum').tolist()
+        return bool(flags[0]), bool(flags[1])
+
+    def interrupt(self) -> None:
+        raise Interrupted(self.stop.signal_number or signal.SIGTERM)
 
 
 class FitResult(NamedTuple):
@@ -418,6 +521,13 @@ class FitResult(NamedTuple):
     best: Optional[float]
     best_epoch: Optional[int]
     firing_rates: Dict[str, float]  # of the last epoch, on the validation set; empty for an ANN
+
+
+_TERMS = {'task_loss': 'the cross-entropy (task_loss)'}
+
+
+def _terms(result: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+    return {k: v for k, v in result.items() if isinstance(v, torch.Tensor) and v.ndim == 0}
 
 
 class Meters:
@@ -437,6 +547,12 @@ class Meters:
 
     def means(self) -> 'OrderedDict[str, float]':
         return OrderedDict((name, float(total) / self.counts[name]) for name, total in self.sums.items())
+
+    def state_dict(self) -> Dict[str, Any]:
+        return dict(sums={name: float(total) for name, total in self.sums.items()}, counts=dict(self.counts))
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        self.sums, self.counts = OrderedDict(state['sums']), dict(state['counts'])
 
 
 def resolve_lr(args: Namespace, num_processes: int) -> float:
@@ -486,6 +602,7 @@ class Fit:
             prepare_input: Optional[Callable[[torch.Tensor], torch.Tensor]] = None,
     ):
         self.prepare_input = prepare_input
+        self.session = session
         self.accelerator = accelerator = session.accelerator
         self.args = args = copy.copy(session.args)
         args.epochs = epochs
@@ -501,7 +618,7 @@ class Fit:
         if ema:
             task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup,
                            device=torch.device('cpu') if args.model_ema_force_cpu else None)
-        self.start_epoch = self._resume(resume, optimizer)
+        self.position, self.run_state = self._resume(resume, optimizer)
         if args.torchcompile and name == 'student':
             task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
         eval_model = task.__dict__.get('eval_model')
@@ -510,77 +627,160 @@ class Fit:
         task.trainable_module = self.module
         self.eval_model = eval_model if eval_model is not None else unwrap_model(task.get_eval_model())
         self.saver = self._create_saver(optimizer, resume)
-        self.num_updates = self.start_epoch * updates
-        if self.start_epoch and self.scheduler is not None:
-            if args.sched_on_updates:
-                self.scheduler.step_update(self.num_updates)
-            else:
-                self.scheduler.step(self.start_epoch)
+        self.meters = Meters()
+        self.num_updates = self.position.epoch * updates
+        self.odd_layers: Dict[str, str] = {}
+        self._restore_run_state()
 
-    def _resume(self, resume: str, optimizer: torch.optim.Optimizer) -> int:
+    def _resume(self, resume: str, optimizer: torch.optim.Optimizer) -> Tuple[Position, Dict[str, Any]]:
+        """Weights and optimizer of the checkpoint; where to go on, and what is restored after the rest is built."""
         args = self.args
         if not resume:
-            return args.start_epoch or 0
+            return Position(args.start_epoch or 0, 0), {}
         epoch = restore(self.task, resume, None if args.no_resume_opt else optimizer)
-        return args.start_epoch if args.start_epoch is not None else epoch or 0
+        if args.start_epoch is not None:
+            return Position(args.start_epoch, 0), {}
+        state = read_run_state(Path(resume))
+        if state is None:
+            return Position(epoch or 0, 0), {}
+        now = dict(processes=self.accelerator.num_processes, batch_size=args.batch_size)
+        then = {key: state[key] for key in now}
+        if now == then:
+            return state['position'], state
+        step = state['position'].step * math.prod(then.values()) // math.prod(now.values())
+        _logger.warning(f'The checkpoint was written with {then}, this run has {now}: it goes on at the same place of the '
+                        f'epoch, but not exactly as it would have.')
+        return Position(state['position'].epoch, step), {**state, 'random': None, 'meters': None}
 
-    def _create_saver(self, optimizer: torch.optim.Optimizer, resume: str) -> Optional[CheckpointSaver]:
+    def _restore_run_state(self) -> None:
+        state, scheduler = self.run_state, self.scheduler
+        self.num_updates = state.get('num_updates', self.num_updates)
+        if state.get('meters'):
+            self.meters.load_state_dict(state['meters'])
+        if state.get('scaler') and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state['scaler'])
+        if state.get('unreadable') and isinstance(self.loaders.train.dataset, Samples):
+            self.loaders.train.dataset.mark_unreadable(state['unreadable'])
+        if state.get('scheduler'):
+            scheduler.restore_lr = state['scheduler']['restore_lr']
+            scheduler.lr_scheduler.load_state_dict(state['scheduler']['plateau'])
+        elif scheduler is not None and self.position != (0, 0):  # timm's others are functions of epoch and update
+            if self.args.sched_on_updates:
+                scheduler.step_update(self.num_updates)
+            elif self.position.epoch:
+                scheduler.step(self.position.epoch)
+
+    def _collect_run_state(self) -> Dict[str, Any]:
+        """What a checkpoint of this script holds beyond timm's; called by all processes."""
+        plateau = getattr(self.scheduler, 'lr_scheduler', None)
+        scaler = self.accelerator.scaler
+        dataset = self.loaders.train.dataset
+        return dict(
+            num_updates=self.num_updates, processes=self.accelerator.num_processes, batch_size=self.args.batch_size,
+            random=gather_object([get_random_state()]), meters=self.meters.state_dict(),
+            scaler=scaler.state_dict() if scaler is not None else None,
+            scheduler=dict(restore_lr=self.scheduler.restore_lr, plateau=plateau.state_dict()) if plateau else None,
+            unreadable=dataset.unreadable if isinstance(dataset, Samples) else [])
+
+    def _create_saver(self, optimizer: torch.optim.Optimizer, resume: str) -> Optional[RunSaver]:
         if not self.accelerator.is_main_process:
             return None
-        self.folder.mkdir(parents=True, exist_ok=True)
-        trim_summary(str(self.folder / 'summary.csv'), self.start_epoch)
-        saver = CheckpointSaver(
-            model=unwrap_model(self.task.get_eval_model()), optimizer=optimizer, args=self.args, task=self.task,
-            checkpoint_dir=str(self.folder), recovery_dir=str(self.folder), decreasing=self.args.eval_metric == 'loss',
-            max_history=self.args.checkpoint_hist)
+        keep_rows(self.folder / 'summary.csv', lambda row: int(row['epoch']) < self.position.epoch)
+        saver = RunSaver(
+            self.folder, self.task, optimizer, self.args, self.args.checkpoint_hist, self.args.eval_metric == 'loss')
         if resume and Path(resume).parent.resolve() == self.folder.resolve():
             saver.load_state_dict_from_checkpoint(resume)
         return saver
 
     def run(self) -> FitResult:
         """Train to the end."""
-        if self.start_epoch >= self.epochs:
+        if self.position.epoch >= self.epochs:
             _logger.info(f'{self.name}: all {self.epochs} epochs are done already.')
         self.started, self.steps_done = time.time(), 0
         metrics, rates = OrderedDict(), {}
-        for epoch in range(self.start_epoch, self.epochs):
-            train_metrics = self._train_epoch(epoch)
+        if self.run_state.get('random'):
+            set_random_state(self.run_state['random'][self.accelerator.process_index])
+        for epoch in range(self.position.epoch, self.epochs):
+            self._train_epoch(epoch)
+            train_metrics = self.meters.means()
             last = epoch + 1 == self.epochs
             if last or (epoch + 1) % self.args.val_interval == 0:
-                metrics, rates = self._validate(last)
+                self._save_recovery()  # a fault in the validation loses nothing
+                metrics, rates = self._validate(epoch)
                 shown = '  '.join(f'{k} {v:.4g}' for k, v in metrics.items())
                 _logger.info(f'{self.name} epoch {epoch + 1}/{self.epochs} validation: {shown}')
-            self._finish_epoch(epoch, train_metrics, metrics)
+            self._finish_epoch(epoch, train_metrics, metrics, rates)
         if not metrics:
-            metrics, rates = self._validate(True)
+            metrics, rates = self._validate(self.epochs - 1)
         self.accelerator.wait_for_everyone()
         best, best_epoch = (self.saver.best_metric, self.saver.best_epoch) if self.saver else (None, None)
         return FitResult(dict(metrics), best, best_epoch, rates)
 
-    def _train_epoch(self, epoch: int) -> 'OrderedDict[str, float]':
-        args, accelerator = self.args, self.accelerator
-        if hasattr(self.train_loader, 'set_epoch'):
-            self.train_loader.set_epoch(epoch)
+    def _train_epoch(self, epoch: int) -> None:
+        """The steps of an epoch that are not done yet."""
+        args, accelerator, loader = self.args, self.accelerator, self.train_loader
+        done = self.position.step if epoch == self.position.epoch else 0
+        if not done:
+            self.meters = Meters()
+        if hasattr(loader, 'set_epoch'):
+            loader.set_epoch(epoch)
+        if isinstance(self.loaders.train.dataset, Samples):
+            self.loaders.train.dataset.set_epoch(epoch)
         if args.mixup_off_epoch and epoch >= args.mixup_off_epoch and self.loaders.mixup is not None:
             self.loaders.mixup.mixup_enabled = False
         self.task.train()
-        meters, steps = Meters(), len(self.train_loader)
-        began, images = time.time(), 0
-        for step, (input, target) in enumerate(self.train_loader):
-            result, n = self._train_step(epoch, input, target)
+        steps, began, images, due = len(loader), time.time(), 0, False
+        self.position = Position(epoch, done)
+        for step, (input, target) in enumerate(self._batches(loader, done), start=done):
+            n, stop = self._train_step(step, input, target)
             images += n * accelerator.num_processes
             self.steps_done += 1
-            terms = {k: v for k, v in result.items() if isinstance(v, torch.Tensor) and v.ndim == 0}
-            meters.update({**terms, **self._layer_stats()}, n)
             if (step + 1) % args.log_interval == 0 or step + 1 == steps:
-                self._log(epoch, step + 1, steps, meters, images / (time.time() - began))
+                self._log(step + 1, steps, images / (time.time() - began))
                 if args.save_images and accelerator.is_main_process:
                     save_image(input, self.folder / f'train-batch-{step}.jpg', padding=0, normalize=True)
-            if self.saver and args.recovery_interval and (step + 1) % args.recovery_interval == 0:
-                self.saver.save_recovery(epoch, batch_idx=step)
-        return meters.means()
+            due = due or bool(args.recovery_interval and (step + 1) % args.recovery_interval == 0)
+            if accelerator.sync_gradients:  # between accumulated steps there are gradients that no file keeps
+                self.position = Position(epoch, step + 1)
+                if stop or due:
+                    self._save_recovery()
+                    due = False
+                if stop:
+                    self.session.interrupt()
+        self._share_unreadable()
 
-    def _train_step(self, epoch: int, input: torch.Tensor, target: torch.Tensor) -> Tuple[Dict[str, torch.Tensor], int]:
+    def _batches(self, loader: Any, done: int) -> Iterator[Any]:
+        """The batches from the first that is not done; where one cannot be read, what was done is kept first."""
+        try:
+            yield from skip_first_batches(loader, done) if done else loader
+        except (UnreadableSample, WrongLabel):
+            if self.accelerator.num_processes == 1:  # the others would wait
+                self._save_recovery()
+            raise
+
+    def _share_unreadable(self) -> None:
+        """All processes count the samples that any of them could not read."""
+        dataset = self.loaders.train.dataset
+        if self.accelerator.num_processes > 1 and isinstance(dataset, Samples):
+            dataset.mark_unreadable(sorted(set(gather_object(dataset.unreadable))))
+            dataset.check_limit()
+
+    def _save_recovery(self) -> None:
+        """Keep this moment, called by all processes."""
+        self._check_weights()
+        state = self._collect_run_state()
+        if self.saver is not None:
+            self.saver.save_recovery(self.position, state)
+
+    def _check_weights(self) -> None:
+        for name, value in unwrap_model(self.module).state_dict().items():
+            if value.is_floating_point() and not torch.isfinite(value).all():
+                raise NonFiniteLoss(f"'{name}' is not finite at epoch {self.position.epoch + 1}, step {self.position.step}, so "
+                                    f'this checkpoint was not written; those in {self.folder} are from before. A smaller '
+                                    f'--lr or --clip-grad may help.')
+
+    def _train_step(self, step: int, input: torch.Tensor, target: torch.Tensor) -> Tuple[int, bool]:
+        """One batch: number of its images, and whether a process was told to stop."""
         args, accelerator, task = self.args, self.accelerator, self.task
         with accelerator.accumulate(self.module):
             if self.loaders.mixup is not None:
@@ -588,6 +788,9 @@ class Fit:
             with accelerator.autocast(), packed_spikes() if args.pack_spikes else nullcontext():
                 result = task(self._cast(input), target)
             accelerator.backward(result['loss'])
+            nonfinite, stop = self.session.stop_if_asked(not math.isfinite(result['loss'].item()))
+            if nonfinite:
+                self._raise_nonfinite(step, result)
             if args.clip_grad is not None and accelerator.sync_gradients:
                 accelerator.unscale_gradients()
                 dispatch_clip_grad(task.get_clip_parameters(exclude_head='agc' in args.clip_mode),
@@ -601,7 +804,17 @@ class Fit:
                 self.scheduler.step_update(num_updates=self.num_updates, metric=None)
         if args.synchronize_step and accelerator.device.type == 'cuda':
             torch.cuda.synchronize()
-        return result, input.shape[0]
+        self.meters.update({**_terms(result), **self._layer_stats()}, len(input))
+        return len(input), stop
+
+    def _raise_nonfinite(self, step: int, result: Dict[str, torch.Tensor]) -> None:
+        """Name the terms of this process that are not finite."""
+        values = {**{k: float(v) for k, v in _terms(result).items() if k != 'loss'}, **self._layer_stats()}
+        bad = [f'{_TERMS.get(k, k)} is {v}' for k, v in values.items() if not math.isfinite(v)]
+        raise NonFiniteLoss(
+            f'{self.name}: the loss is not finite at epoch {self.position.epoch + 1}, step {step + 1}: '
+            f'{", ".join(bad) or "on another process"}. The weights were left as they were before this step; the last '
+            f'checkpoint in {self.folder} is from before. A smaller --lr or --clip-grad may help.')
 
     def _cast(self, input: torch.Tensor) -> torch.Tensor:
         if self.args.model_dtype:
@@ -613,12 +826,9 @@ class Fit:
         stats = getattr(self.task, 'stats', {})
         return {f'{key}_{layer}': value for layer, values in stats.items() for key, value in values.items()}
 
-    def _log(self, epoch: int, step: int, steps: int, meters: Meters, rate: float) -> None:
-        means = meters.means()
-        if not math.isfinite(means['loss']):
-            bad = [k for k, v in means.items() if not math.isfinite(v)]
-            raise RuntimeError(f'the loss is not finite at epoch {epoch + 1}, step {step} ({", ".join(bad)}); the last '
-                               f'checkpoint in {self.folder} is from before. A smaller --lr or --clip-grad may help.')
+    def _log(self, step: int, steps: int, rate: float) -> None:
+        means = self.meters.means()
+        epoch = self.position.epoch
         per_step = (time.time() - self.started) / self.steps_done
         left = steps * (self.epochs - epoch) - step
         terms = '  '.join(f'{k} {v:.4g}' for k, v in means.items() if k == 'loss' or k.endswith('_loss'))
@@ -626,37 +836,63 @@ class Fit:
         _logger.info(f'{self.name} epoch {epoch + 1}/{self.epochs} [{step:>4}/{steps}]  {terms}  lr {lr:.3g}  '
                      f'{rate:.0f} img/s  ETA {timedelta(seconds=round(per_step * left))}')
 
-    def _validate(self, last: bool) -> Tuple['OrderedDict[str, float]', Dict[str, float]]:
+    def _validate(self, epoch: int) -> Tuple['OrderedDict[str, float]', Dict[str, float]]:
+        """Metrics on the validation set, and every neuron layer's firing rate there."""
         if self.accelerator.num_processes > 1 and self.args.dist_bn:
             distribute_bn(self.module, self.accelerator.num_processes, self.args.dist_bn == 'reduce')
-        model = self.eval_model
-        spiking = last and hasattr(model, 'set_timesteps')
+        model, spiking = self.eval_model, hasattr(unwrap_model(self.eval_model), 'set_timesteps')
+        if spiking and self.args.torchcompile:  # hooks would have it compiled anew at every validation
+            spiking = epoch + 1 >= self.epochs
+            model = unwrap_model(model) if spiking else model
         with FiringRates(model) if spiking else nullcontext() as rates:
-            metrics = evaluate(self.accelerator, model, self.eval_loader, self._cast)
+            metrics = evaluate(self.session, model, self.eval_loader, self._cast)
+        rates = rates.per_layer() if spiking else {}
+        self._warn_odd_layers(epoch, rates)
         if self.task.has_ema() and not self.args.model_ema_force_cpu:
             ema = self.task.get_eval_model(ema=True)
-            ema_metrics = evaluate(self.accelerator, ema, self.eval_loader, self._cast)
+            ema_metrics = evaluate(self.session, ema, self.eval_loader, self._cast)
             metrics = OrderedDict({**metrics, **{f'{k}_ema': v for k, v in ema_metrics.items()}})
-        return metrics, rates.per_layer() if spiking else {}
+        return metrics, rates
 
-    def _finish_epoch(self, epoch: int, train_metrics: Dict[str, float], metrics: Dict[str, float]) -> None:
+    def _warn_odd_layers(self, epoch: int, rates: Dict[str, float]) -> None:
+        """Name the layers that never or always fire, when they begin to."""
+        odd = {name: 'never' if rate == 0. else 'always' for name, rate in rates.items() if rate in (0., 1.)}
+        for name, what in odd.items():
+            if self.odd_layers.get(name) != what:
+                _logger.warning(f'Layer {name} {what} fires on the validation set (epoch {epoch + 1}).')
+        self.odd_layers = odd
+
+    def _finish_epoch(
+            self,
+            epoch: int,
+            train_metrics: Dict[str, float],
+            metrics: Dict[str, float],
+            rates: Dict[str, float],
+    ) -> None:
         metric = metrics.get(self.args.eval_metric)
         lr = sum(group['lr'] for group in self.optimizer.param_groups) / len(self.optimizer.param_groups)
-        if self.saver is not None:
-            file = str(self.folder / 'summary.csv')
-            update_summary(epoch, train_metrics, metrics, filename=file, lr=lr)
-            self.saver.save_checkpoint(epoch, metric=metric)
-        self.accelerator.log({**{f'{self.name}/{k}': v for k, v in {**train_metrics, **metrics}.items()}}, step=epoch)
+        columns = {**{f'train_{k}': v for k, v in train_metrics.items()}, **{f'eval_{k}': v for k, v in metrics.items()},
+                   **{f'firing_rate_{k}': v for k, v in rates.items()}, 'lr': lr}
+        self.accelerator.log({f'{self.name}/{k}': v for k, v in columns.items()}, step=epoch)
         if self.scheduler is not None:
             self.scheduler.step(epoch + 1, metric)
+        self.position = Position(epoch + 1, 0)
+        self._check_weights()
+        state = self._collect_run_state()
+        if self.saver is not None:
+            append_row(self.folder / 'summary.csv', {'epoch': epoch, **columns})
+            self.saver.save_epoch(self.position, state, metric=metric)
 
 
 @torch.no_grad()
-def evaluate(accelerator: Accelerator, model: nn.Module, loader: Any, cast: Callable) -> 'OrderedDict[str, float]':
+def evaluate(session: Session, model: nn.Module, loader: Any, cast: Callable) -> 'OrderedDict[str, float]':
     """Loss, top-1 and top-5 on a prepared validation loader, every image counted once."""
     model.eval()
+    accelerator = session.accelerator
     evaluator = ClassificationEvaluator(accelerator.device)
     for input, target in loader:
+        if session.stop_if_asked()[1]:
+            session.interrupt()
         with accelerator.autocast():
             output = model(cast(input))
         output = output[0] if isinstance(output, (tuple, list)) else output
@@ -694,12 +930,12 @@ def obtain_teacher(
             _logger.info(f'Teacher {name}: found {folder}, trained on the same data with the same settings.')
         else:
             train_teacher(session, name, teacher, teacher_input, folder)
-        load_weights(teacher, str(folder / 'last.pth.tar'), 'teacher')
+        load_weights(teacher, str(folder / LAST), 'teacher')
         source = f'{folder}, {json.loads((folder / TEACHER_FILE).read_text())["epochs"]} epochs'
     teacher.to(accelerator.device)
     loader = accelerator.prepare(session.make_loaders().eval)
     dtype = next(teacher.parameters()).dtype
-    metrics = evaluate(accelerator, teacher, loader, lambda x: teacher_input(x.to(dtype)))
+    metrics = evaluate(session, teacher, loader, lambda x: teacher_input(x.to(dtype)))
     _logger.info(f'Teacher {name}: {metrics["top1"]:.2f} top-1 on the validation set ({source}).')
     accelerator.free_memory()
     return TeacherResult(name, metrics['top1'], source)
@@ -735,53 +971,75 @@ def teacher_folder(args: Namespace, teacher: nn.Module, num_classes: int, root: 
 
 
 def train_teacher(session: Session, name: str, teacher: nn.Module, teacher_input: TeacherInput, folder: Path) -> None:
-    """Train a copy of the teacher and keep it; a training that was cut off goes on where its last epoch ended."""
+    """Train a copy of the teacher and keep it; a training that was cut off goes on from its newest whole checkpoint."""
     args, accelerator = session.args, session.accelerator
     epochs = args.teacher_epochs or args.epochs
-    resume = folder / 'last.pth.tar'
-    _logger.info(f'Teacher {name}: no weights for it, so it is trained first, for {epochs} epochs, and kept in {folder}'
-                 + (' (goes on from its last checkpoint)' if resume.is_file() else '') + '.')
-    model = copy.deepcopy(teacher).requires_grad_(True)
-    mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
-    task = ClassificationTask(
-        model, criterion_kwargs=criterion_kwargs(args, mixes), device=accelerator.device, verbose=False)
-    task.to(accelerator.device)
-    fit = Fit(session, task, folder, epochs, 'teacher', resume=str(resume) if resume.is_file() else '',
-              prepare_input=teacher_input)
-    result = fit.run()
-    if accelerator.is_main_process:
-        facts = dict(model=name, epochs=epochs, seed=args.seed, metrics=result.last, file='last.pth.tar')
-        (folder / TEACHER_FILE).write_text(json.dumps(facts, indent=2) + '\n')
-    accelerator.wait_for_everyone()
+    with lock_folder(folder, accelerator.is_main_process):
+        resume, = broadcast_object_list([find_newest(folder) if accelerator.is_main_process else None])
+        _logger.info(f'Teacher {name}: no weights for it, so it is trained first, for {epochs} epochs, and kept in {folder}'
+                     + (f' (goes on from {resume.name})' if resume else '') + '.')
+        model = copy.deepcopy(teacher).requires_grad_(True)
+        mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+        task = ClassificationTask(
+            model, criterion_kwargs=criterion_kwargs(args, mixes), device=accelerator.device, verbose=False)
+        task.to(accelerator.device)
+        result = Fit(session, task, folder, epochs, 'teacher', resume=str(resume or ''), prepare_input=teacher_input).run()
+        if accelerator.is_main_process:
+            facts = dict(model=name, epochs=epochs, seed=args.seed, metrics=result.last, file=LAST)
+            write_text(folder / TEACHER_FILE, json.dumps(facts, indent=2) + '\n')
+        accelerator.wait_for_everyone()
     accelerator.free_memory()
 
 
 # ---- the run
 
-def run_folder(args: Namespace, root: Path, data_config: Dict[str, Any], is_main_process: bool) -> Path:
-    """Folder of this run, which the main process writes; an existing one is continued by --resume or left alone."""
-    if args.resume and os.path.isdir(args.resume):
-        return Path(args.resume)
+def find_run(args: Namespace, root: Path, data_config: Dict[str, Any]) -> Tuple[Path, str]:
+    """Folder of this run, and the checkpoint that it goes on from ('' where it starts).
+
+    --resume FOLDER continues that one; auto the --experiment, or the newest run under --output with these very options,
+    where there is one. A folder that holds a run is left alone otherwise.
+    """
     size = data_config['input_size'][-1]
     name = args.experiment or '-'.join(
         [datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(args.model), str(size)])
     folder = root / name
-    if args.resume and Path(args.resume).parent.resolve() == folder.resolve():
-        return folder
-    if is_main_process and folder.exists() and any(folder.iterdir()):
+    if args.resume == AUTO:
+        folder = folder if args.experiment else _newest_run(args, root) or folder
+        return folder, _newest_file(folder)
+    if args.resume and os.path.isdir(args.resume):
+        folder = Path(args.resume)
+        checkpoint = _newest_file(folder)
+        if not checkpoint and not (folder / ARGS_FILE).is_file():
+            raise FileNotFoundError(f"--resume: '{folder}' holds no checkpoint that is whole, and no run.")
+        return folder, checkpoint
+    if args.resume:
+        file = Path(args.resume)
+        if not file.is_file():
+            raise FileNotFoundError(f"--resume: there is no checkpoint '{file}'.")
+        if why_damaged(file):
+            raise ValueError(f"--resume: '{file}' is damaged or no checkpoint ({why_damaged(file)}); --resume "
+                             f'{file.parent} takes the newest one that is whole.')
+        if file.parent.resolve() == folder.resolve():
+            return folder, str(file)
+    if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"--experiment: '{folder}' holds a run already; choose another name, "
                               f'or --resume {folder}.')
-    return folder
+    return folder, args.resume
 
 
-def resume_file(args: Namespace) -> str:
-    """Checkpoint file that --resume names."""
-    if not args.resume:
-        return ''
-    file = os.path.join(args.resume, 'last.pth.tar') if os.path.isdir(args.resume) else args.resume
-    if not os.path.isfile(file):
-        raise FileNotFoundError(f"--resume: there is no checkpoint '{file}'.")
-    return file
+def _newest_file(folder: Path) -> str:
+    """Newest whole checkpoint in a folder; one that timm's script wrote where this one wrote none."""
+    file = find_newest(folder) or folder / LAST
+    return str(file) if file.is_file() and not why_damaged(file) else ''
+
+
+def _newest_run(args: Namespace, root: Path) -> Optional[Path]:
+    """Newest run under root that was started with these options and did not end."""
+    options = yaml.safe_load(_arguments(args))
+    for file in sorted(root.glob(f'*/{ARGS_FILE}'), key=lambda f: f.stat().st_mtime, reverse=True):
+        if not (file.parent / SUMMARY_FILE).exists() and yaml.safe_load(file.read_text()) == options:
+            return file.parent
+    return None
 
 
 def parse_taps(text: Optional[str]) -> Any:
@@ -810,12 +1068,11 @@ def create_task(
         device=device, dtype=getattr(torch, args.model_dtype or 'float32'))
 
 
-def write_arguments(args: Namespace, folder: Path) -> None:
+def _arguments(args: Namespace) -> str:
     """The options as YAML; `--config` and `--resume` read them."""
     skip = ('losses', 'loss_options', 'data_config', 'resume', 'config')
-    folder.mkdir(parents=True, exist_ok=True)
     options = {name: value for name, value in sorted(vars(args).items()) if name not in skip}
-    (folder / ARGS_FILE).write_text(yaml.safe_dump(options, default_flow_style=False))
+    return yaml.safe_dump(options, default_flow_style=False)
 
 
 def summarize(
@@ -840,9 +1097,6 @@ def summarize(
                      f'the mean of {len(rates)} layers:')
         width = max(map(len, rates))
         lines += [f'          {name:<{width}}  {rate:.3f}' for name, rate in rates.items()]
-        for name, rate in rates.items():
-            if rate in (0., 1.):
-                _logger.warning(f'Layer {name} {"never" if rate == 0. else "always"} fires on the validation set.')
     lines += [f'Files     {folder}: last.pth.tar, model_best.pth.tar, summary.csv, {ARGS_FILE}, {SUMMARY_FILE}',
               f'Time      {timedelta(seconds=round(seconds))}']
     _logger.info('\n'.join(lines))
@@ -851,57 +1105,95 @@ def summarize(
         best={args.eval_metric: result.best, 'epoch': result.best_epoch},
         teacher=teacher._asdict() if teacher else None,
         firing_rates=result.firing_rates, conversion=report.as_dict() if report is not None else None, seconds=round(seconds, 1))
-    (folder / SUMMARY_FILE).write_text(json.dumps(facts, indent=2) + '\n')
+    write_text(folder / SUMMARY_FILE, json.dumps(facts, indent=2) + '\n')
+
+
+@dataclass
+class Job:
+    """A run that is ready: all that could be found wrong before it has been looked at."""
+    session: Session
+    task: SSCLTask
+    student: nn.Module
+    teacher: Optional[nn.Module]
+    teacher_input: TeacherInput
+    num_classes: int
+    root: Path  # of all runs and teachers
+    folder: Path
+    resume: str
+    report: Optional[SpikingReport] = None
+
+
+def prepare(args: Namespace, accelerator: Accelerator, stop: StopRequest, held: ExitStack) -> Job:
+    """Build data, student, teacher and task, and check them together; `held` keeps the folder locked."""
+    random_seed(args.seed, 0)  # the same initial weights on every process
+    datasets = create_datasets(args)
+    num_classes = resolve_num_classes(args, datasets[0])
+    student = create_student(args, num_classes)
+    data_config = args.data_config = resolve_data_config(vars(args), model=student)
+    check_normalisation(data_config)
+    datasets = guard_samples(args, datasets, data_config, num_classes)
+    teacher, teacher_input = None, TeacherInput()
+    if _needs_teacher(args):
+        teacher, teacher_input = create_teacher(args, num_classes, data_config)
+    session = Session(
+        args, accelerator, partial(create_loaders, args, datasets, data_config, num_classes), stop)
+    loaders = session.make_loaders()
+    task = create_task(
+        args, student, teacher, teacher_input, data_config, accelerator.device, loaders.mixup is not None)
+    root = Path(args.output or './output/train')
+    # one process looks: what it finds may change when it begins to write
+    found = [find_run(args, root, data_config) if accelerator.is_main_process else None]
+    folder, resume = broadcast_object_list(found)[0]
+    if teacher is not None:
+        check_teacher(args, teacher, num_classes, root)
+    if resume:
+        _logger.info(f'Goes on from {resume}.')
+        restore(task, resume)
+    held.enter_context(lock_folder(folder, accelerator.is_main_process))
+    job = Job(session, task, student, teacher, teacher_input, num_classes, root, folder, resume)
+    job.report = prepare_neurons(args, accelerator, student, loaders.train, bool(resume))
+    if accelerator.is_main_process:
+        write_text(folder / ARGS_FILE, _arguments(args))
+    if args.report_to:
+        accelerator.project_configuration.set_directories(str(folder))
+        accelerator.init_trackers('timm_sscl')
+    return job
+
+
+def train(job: Job, started: float) -> None:
+    """Train the teacher, where it has no weights yet, and the student."""
+    args, accelerator = job.session.args, job.session.accelerator
+    taught_by = None
+    if job.teacher is not None:
+        taught_by = obtain_teacher(job.session, job.teacher, job.teacher_input, job.num_classes, job.root)
+    result = Fit(
+        job.session, job.task, job.folder, args.epochs, 'student', resume=job.resume, ema=args.model_ema).run()
+    if accelerator.is_main_process:
+        summarize(args, job.folder, job.student, taught_by, result, job.report, time.time() - started)
 
 
 def main(argv: Optional[List[str]] = None) -> None:
     started = time.time()
-    with one_line_errors():
-        args, recipe = parse_args(argv)
-        for module in args.device_modules or []:
-            importlib.import_module(module)
-        accelerator = create_accelerator(args)
-        setup_logging(accelerator)
-        set_threads(args, accelerator)
-        if recipe:
-            _logger.info('No data named: using the bundled handwritten digits and the recipe digits: '
-                         + ', '.join(f'{k}={v}' for k, v in recipe.items()))
-        if args.fast_norm:
-            set_fast_norm()
-        resume = resume_file(args)
-        random_seed(args.seed, 0)  # the same initial weights on every process
-        datasets = create_datasets(args)
-        num_classes = resolve_num_classes(args, datasets[0])
-        student = create_student(args, num_classes)
-        data_config = args.data_config = resolve_data_config(vars(args), model=student)
-        teacher, teacher_input = None, TeacherInput()
-        if _needs_teacher(args):
-            teacher, teacher_input = create_teacher(args, num_classes, data_config)
-        session = Session(args, accelerator, partial(create_loaders, args, datasets, data_config, num_classes))
-        loaders = session.make_loaders()
-        task = create_task(
-            args, student, teacher, teacher_input, data_config, accelerator.device, loaders.mixup is not None)
-        root = Path(args.output or './output/train')
-        folder = run_folder(args, root, data_config, accelerator.is_main_process)
-        if teacher is not None:
-            check_teacher(args, teacher, num_classes, root)
-        if resume:
-            restore(task, resume)
-        report = prepare_neurons(args, accelerator, student, loaders.train, bool(resume))
-        if accelerator.is_main_process:
-            write_arguments(args, folder)
-        if args.report_to:
-            accelerator.project_configuration.set_directories(str(folder))
-            accelerator.init_trackers('timm_sscl')
-    taught_by = obtain_teacher(session, teacher, teacher_input, num_classes, root) if teacher is not None else None
-    result = Fit(session, task, folder, args.epochs, 'student', resume=resume, ema=args.model_ema).run()
-    if accelerator.is_main_process:
-        summarize(args, folder, student, taught_by, result, report, time.time() - started)
+    with ExitStack() as held:
+        with one_line_errors():
+            args, recipe = parse_args(argv)
+            for module in args.device_modules or []:
+                importlib.import_module(module)
+            accelerator = create_accelerator(args)
+            setup_logging(accelerator)
+            set_threads(args, accelerator)
+            if recipe:
+                _logger.info('No data named: using the bundled handwritten digits and the recipe digits: '
+                             + ', '.join(f'{k}={v}' for k, v in recipe.items()))
+            if args.fast_norm:
+                set_fast_norm()
+            job = prepare(args, accelerator, held.enter_context(StopRequest()), held)
+        with told_how_to_go_on(job.folder, accelerator.is_main_process):
+            train(job, started)
     accelerator.end_training()
 
 
 def _needs_teacher(args: Namespace) -> bool:
-    from timm_sscl.losses import loss_needs
     return any(loss_needs(name)['teacher'] for name in args.losses)
 
 
@@ -909,6 +1201,7 @@ def setup_logging(accelerator: Accelerator) -> None:
     """timm's logging on the main process; warnings only on the others."""
     setup_default_logging(logging.INFO if accelerator.is_main_process else logging.WARNING)
     logging.getLogger('timm.utils.checkpoint_saver').setLevel(logging.WARNING)  # a list of all files, every epoch
+    logging.getLogger('timm.data.dataset').setLevel(logging.ERROR)  # names a sample by number; Samples by its path
 
 
 if __name__ == '__main__':

@@ -16,6 +16,7 @@ __all__ = ['parse_args', 'create_parser', 'list_recipes', 'load_recipe', 'UNSUPP
 
 DIGITS_RECIPE = 'digits'
 ARGS_FILE = 'args.yaml'  # in a run's folder
+AUTO = 'auto'  # of --resume
 
 
 class OptionError(ValueError):
@@ -200,7 +201,9 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--pretrained', action='store_true', help='start the student from the ANN\'s pretrained weights')
     group.add_argument('--pretrained-path', default=None, type=str, help='pretrained weights from this file')
     group.add_argument('--initial-checkpoint', default='', type=str, metavar='PATH')
-    group.add_argument('--resume', default='', type=str, metavar='PATH', help='checkpoint file or folder of a run')
+    group.add_argument('--resume', default='', type=str, metavar='auto|PATH',
+                       help='folder of a run, or a checkpoint file, to go on from; auto: the run of --experiment, or the '
+                            'newest with these options, where there is one')
     group.add_argument('--no-resume-opt', action='store_true', help='do not resume the optimizer')
     group.add_argument('--num-classes', type=int, default=None, metavar='N', help='number of classes (the data set\'s)')
     group.add_argument('--gp', default=None, type=str, metavar='POOL', help='global pool type')
@@ -345,7 +348,12 @@ def _add_misc(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--worker-seeding', type=str, default='all')
     group.add_argument('--log-interval', type=int, default=50)
     group.add_argument('--val-interval', type=int, default=1)
-    group.add_argument('--recovery-interval', type=int, default=0)
+    group.add_argument('--recovery-interval', type=int, default=0, help='batches between checkpoints inside an epoch')
+    group.add_argument('--max-unreadable', type=int, default=10, metavar='N',
+                       help='training samples that may be replaced since they cannot be read; 0 stops at the first')
+    group.add_argument('--eval-only', action='store_true', help='evaluate the weights of --resume, train nothing')
+    group.add_argument('--eval-timesteps', type=int, nargs='+', default=None, metavar='T',
+                       help='with --eval-only: these numbers of time steps (the model\'s own)')
     group.add_argument('--checkpoint-hist', type=int, default=10)
     group.add_argument('-j', '--workers', type=int, default=4)
     group.add_argument('--save-images', action='store_true')
@@ -400,7 +408,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> Tuple[argparse.Namespace
 
 def _resumed_options(resume: str) -> Dict[str, Any]:
     """Options of the run whose folder is resumed, so that they need not be given again."""
-    if not resume or not (Path(resume) / ARGS_FILE).is_file():
+    if not resume or resume == AUTO or not (Path(resume) / ARGS_FILE).is_file():
         return {}
     options = load_recipe(str(Path(resume) / ARGS_FILE))
     return {name: value for name, value in options.items() if name != 'resume'}
@@ -444,7 +452,7 @@ def _check(args: argparse.Namespace, given: set) -> None:
     for name, least in (
             ('batch_size', 1), ('epochs', 1), ('grad_accum_steps', 1), ('timesteps', 1), ('teacher_epochs', 0),
             ('workers', 0), ('checkpoint_hist', 1), ('log_interval', 1), ('val_interval', 1), ('threads', 1),
-            ('num_classes', 1), ('validation_batch_size', 1)):
+            ('num_classes', 1), ('validation_batch_size', 1), ('max_unreadable', 0), ('recovery_interval', 0)):
         value = getattr(args, name)
         if value is not None and value < least:
             raise OptionError(f"--{name.replace('_', '-')} {value}: must be {least} or more.")

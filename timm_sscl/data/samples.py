@@ -1,0 +1,145 @@
+"""A data set whose samples do not depend on what was read before, and which says what it could not read."""
+import logging
+from typing import Any, Callable, List, Optional, Tuple
+
+import torch
+from torch.utils.data import Dataset, get_worker_info
+
+from timm_sscl.random_state import seeded
+
+__all__ = ['Samples', 'UnreadableSample', 'WrongLabel', 'sample_name']
+
+_logger = logging.getLogger(__name__)
+
+
+class UnreadableSample(RuntimeError):
+    """A sample that cannot be read, where it may not be replaced."""
+
+
+class WrongLabel(RuntimeError):
+    """A label that is no class of the model."""
+
+
+def sample_name(dataset: Any, index: int) -> str:
+    """Path of a sample where the data set tells it, else its number."""
+    if hasattr(dataset, 'filename'):
+        return str(dataset.filename(index, absolute=True))
+    paths = getattr(dataset, 'samples', None) or getattr(dataset, 'imgs', None)
+    return str(paths[index][0]) if paths else f'number {index}'
+
+
+class Samples(Dataset):
+    """Map-style data set around another: seeded samples, checked labels, a policy for those that cannot be read.
+
+    A training sample's augmentation draws from (seed, epoch, index) alone, so it is the same whichever worker makes it,
+    and after a resume. Where a sample cannot be read, its path and the reason are logged and the next one that can be
+    read takes its place, in training only and up to a limit of different samples, counted over all workers.
+
+    Args:
+        dataset: Data set of (image, label), read without its own transform.
+        num_classes: Labels must lie in [0, num_classes).
+        training: Whether samples are random and may be replaced.
+        seed: Seed of the run.
+        max_unreadable: How many different samples may be replaced; 0 stops at the first.
+
+    Raises:
+        UnreadableSample: While reading, by the policy above.
+        WrongLabel: While reading, a label is no class.
+    """
+
+    def __init__(
+            self,
+            dataset: Dataset,
+            num_classes: int,
+            training: bool,
+            seed: int = 0,
+            max_unreadable: int = 0,
+    ):
+        self.dataset = dataset
+        self.num_classes = num_classes
+        self.training = training
+        self.seed = seed
+        self.max_unreadable = max_unreadable if training else 0
+        self.transform: Optional[Callable] = None
+        # in shared memory: persistent workers see the epoch, and all count together
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._unreadable = torch.zeros(len(dataset), dtype=torch.uint8).share_memory_()
+        if hasattr(dataset, '_max_retries'):  # timm's own replacement, which names no file
+            dataset._max_retries = 1
+
+    def set_epoch(self, epoch: int) -> None:
+        """Epoch of the samples read from now on, also by workers that run already."""
+        self._epoch.fill_(epoch)
+
+    @property
+    def unreadable(self) -> List[int]:
+        """Indices of the samples that could not be read so far."""
+        return self._unreadable.nonzero().flatten().tolist()
+
+    def mark_unreadable(self, indices: List[int]) -> None:
+        """Count these as unreadable: met before a resume, or by another process."""
+        self._unreadable[indices] = 1
+
+    def check_limit(self) -> None:
+        """Raise UnreadableSample where more samples than allowed were unreadable."""
+        found = self.unreadable
+        if len(found) > self.max_unreadable:
+            self._stop(found[-1], 'see the warnings above')
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Tuple[Any, int]:
+        if not self.training:
+            return self._make(index)
+        with seeded((self.seed, int(self._epoch), index), restore=get_worker_info() is None):
+            return self._make(index)
+
+    def _make(self, index: int) -> Tuple[Any, int]:
+        at, (item, target) = self._read(index)
+        if target is None or not 0 <= int(target) < self.num_classes:
+            raise WrongLabel(f"'{sample_name(self.dataset, at)}' has the label {target}; the model has "
+                             f'{self.num_classes} classes, 0 to {self.num_classes - 1}.')
+        return (item if self.transform is None else self.transform(item)), target
+
+    def _read(self, index: int) -> Tuple[int, Tuple[Any, Any]]:
+        """The sample at index, or the next one that can be read, with its own index."""
+        for step in range(len(self)):
+            at = (index + step) % len(self)
+            try:
+                return at, self.dataset[at]
+            except MemoryError:
+                raise
+            except Exception as error:  # every decoder raises its own
+                self._count(at, error)
+        raise UnreadableSample(f'none of the {len(self)} samples can be read.')
+
+    def _count(self, index: int, error: Exception) -> None:
+        reason = ' '.join(str(self._reason(index, error)).split())[:200]
+        new = not self._unreadable[index]
+        self._unreadable[index] = 1
+        if not self.training or len(self.unreadable) > self.max_unreadable:
+            self._stop(index, reason)
+        if new:
+            _logger.warning(f"Training sample '{sample_name(self.dataset, index)}' cannot be read and is replaced by the "
+                            f'next one: {reason}')
+
+    def _reason(self, index: int, error: Exception) -> Exception:
+        """timm's data set does not pass on why it failed: read the file again for it."""
+        if not hasattr(self.dataset, 'reader'):
+            return error
+        try:
+            from PIL import Image
+            Image.open(self.dataset.reader[index][0]).load()
+        except Exception as reason:
+            return reason
+        return error
+
+    def _stop(self, index: int, reason: str) -> None:
+        name = sample_name(self.dataset, index)
+        if not self.training:
+            raise UnreadableSample(f"validation sample '{name}' cannot be read: {reason}. Validation samples are never "
+                                   f'replaced; repair it or take it out of the folder.')
+        raise UnreadableSample(
+            f"training sample '{name}' cannot be read: {reason}. That makes {len(self.unreadable)}, and --max-unreadable "
+            f'{self.max_unreadable} are replaced; repair the files, or allow more.')

@@ -1,0 +1,58 @@
+"""The state of all random number generators as plain tensors and numbers, and samples with random numbers of their own."""
+import random
+from contextlib import contextmanager
+from typing import Any, Dict, Iterator, Sequence
+
+import numpy as np
+import torch
+
+__all__ = ['get_random_state', 'set_random_state', 'seeded']
+
+
+def get_random_state() -> Dict[str, Any]:
+    """State of python's, numpy's and torch's global generators (and the current CUDA device's).
+
+    Holds nothing that `torch.load(..., weights_only=True)` refuses.
+    """
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    state = dict(
+        python=random.getstate(),
+        numpy=[name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+        torch=torch.get_rng_state(),
+    )
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state['cuda'] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: Dict[str, Any]) -> None:
+    """Put all generators where `get_random_state` found them."""
+    version, internal, gauss = state['python']
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, position, has_gauss, cached = state['numpy']
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state['torch'])
+    if 'cuda' in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state['cuda'])
+
+
+@contextmanager
+def seeded(numbers: Sequence[int], restore: bool = True) -> Iterator[None]:
+    """Inside, random, numpy and torch (on the CPU) draw what these numbers alone decide.
+
+    Args:
+        numbers: Non-negative numbers, e.g. (seed, epoch, index of the sample).
+        restore: Whether the generators go on afterwards as if nothing had been drawn.
+    """
+    saved = (random.getstate(), np.random.get_state(), torch.get_rng_state()) if restore else None
+    a, b, c = np.random.SeedSequence(numbers).generate_state(3)
+    random.seed(int(a))
+    np.random.seed(b)
+    torch.default_generator.manual_seed(int(c))  # torch.manual_seed would seed the GPU as well
+    try:
+        yield
+    finally:
+        if saved is not None:
+            random.setstate(saved[0])
+            np.random.set_state(saved[1])
+            torch.set_rng_state(saved[2])

@@ -1,0 +1,55 @@
+"""SIGINT and SIGTERM as a request that a training loop looks at between its steps."""
+import logging
+import os
+import signal
+import threading
+import time
+from typing import Optional
+
+__all__ = ['StopRequest', 'Interrupted']
+
+_logger = logging.getLogger(__name__)
+
+
+class Interrupted(RuntimeError):
+    """A signal asked the run to stop, and it did at a point from which it can go on.
+
+    Args:
+        signal_number: The signal.
+    """
+
+    def __init__(self, signal_number: int):
+        super().__init__(f'stopped by {signal.Signals(signal_number).name}')
+        self.signal_number = signal_number
+
+
+class StopRequest:
+    """Context manager that remembers a first SIGINT or SIGTERM; the same again, a second later, stops at once."""
+
+    signals = signal.SIGINT, signal.SIGTERM
+
+    def __init__(self):
+        self.signal_number: Optional[int] = None
+        self._process = os.getpid()
+        self._since = 0.
+        self._before = {}
+
+    def __enter__(self) -> 'StopRequest':
+        if threading.current_thread() is threading.main_thread():  # python allows handlers there only
+            self._before = {number: signal.signal(number, self._note) for number in self.signals}
+        return self
+
+    def __exit__(self, *exc) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: object) -> None:
+        if os.getpid() != self._process:  # a loader's worker that inherited the handler; its parent ends it
+            if number == signal.SIGTERM:
+                os._exit(0)
+            return
+        if self.signal_number is None:
+            self.signal_number, self._since = number, time.monotonic()
+            _logger.warning(f'{signal.Signals(number).name}: saving and stopping after this step; once more stops at once.')
+        elif number == self.signal_number and time.monotonic() - self._since > 1:
+            raise KeyboardInterrupt
