@@ -59,34 +59,48 @@ UNSUPPORTED: Dict[str, str] = {
 
 
 def list_recipes() -> List[str]:
-    """Names of the recipes that --config finds."""
+    """Names of the recipes that --config finds; names with an underscore in front are parts of recipes."""
     folder = resources.files('timm_sscl') / 'configs'
-    return sorted(f.name[:-len('.yaml')] for f in folder.iterdir() if f.name.endswith('.yaml'))
+    return sorted(f.name[:-len('.yaml')] for f in folder.iterdir() if f.name.endswith('.yaml') and f.name[0] != '_')
 
 
-def load_recipe(name: str) -> Dict[str, Any]:
+def load_recipe(name: str, inside: Tuple[str, ...] = ()) -> Dict[str, Any]:
     """Options of a recipe, by its name or as a YAML file.
 
+    `base: NAME` in it, or a list of names, stands for the options of other recipes; the later ones win, its own most.
+
+    Args:
+        name: Recipe or file.
+        inside: Recipes whose base this is.
+
     Raises:
-        OptionError: There is no such recipe or file, or it is no YAML mapping.
+        OptionError: There is no such recipe or file, it is no YAML mapping, or is its own base.
     """
-    path = Path(name)
-    if path.suffix in ('.yaml', '.yml') or path.is_file():
-        if not path.is_file():
-            raise OptionError(f"--config: file '{name}' does not exist.")
-        text = path.read_text()
-    elif name in list_recipes():
-        text = (resources.files('timm_sscl') / 'configs' / f'{name}.yaml').read_text()
-    else:
-        raise OptionError(f"--config: unknown recipe '{name}'; there are {', '.join(list_recipes())}, "
-                          f'or give a YAML file.')
+    if name in inside:
+        raise OptionError(f"--config: recipe '{name}' has itself as a base ({' -> '.join([*inside, name])}).")
+    text = _recipe_text(name)
     try:
         options = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
         raise OptionError(f"--config: '{name}' is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(options, dict):
         raise OptionError(f"--config: '{name}' must map option names to values.")
-    return {key.replace('-', '_'): value for key, value in options.items()}
+    bases = options.pop('base', [])
+    result: Dict[str, Any] = {}
+    for base in [bases] if isinstance(bases, str) else bases:
+        result.update(load_recipe(base, (*inside, name)))
+    return {**result, **{key.replace('-', '_'): value for key, value in options.items()}}
+
+
+def _recipe_text(name: str) -> str:
+    path, shipped = Path(name), resources.files('timm_sscl') / 'configs' / f'{name}.yaml'
+    if path.suffix in ('.yaml', '.yml') or path.is_file():
+        if not path.is_file():
+            raise OptionError(f"--config: file '{name}' does not exist.")
+        return path.read_text()
+    if path.name == name and shipped.is_file():
+        return shipped.read_text()
+    raise OptionError(f"--config: unknown recipe '{name}'; there are {', '.join(list_recipes())}, or give a YAML file.")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -390,9 +404,10 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> Tuple[argparse.Namespace
     parser = create_parser()
     given = _given(parser, argv)
     args = parser.parse_args(argv)
+    args.data_dir = args.data_dir or args.data
+    given |= {'data_dir'} if args.data else set()
     layers = load_recipe(args.config) if args.config else _resumed_options(args.resume)
     _apply(parser, args, layers, given, f'--config {args.config}' if args.config else f'--resume {args.resume}')
-    args.data_dir = args.data_dir or args.data
     recipe: Dict[str, Any] = {}
     if not args.data_dir and not args.dataset:
         options = load_recipe(DIGITS_RECIPE)
