@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from timm_sscl import convert_to_spiking, set_stem_pool, share_stem
+from timm_sscl import convert_ann, convert_to_spiking, set_stem_pool, share_stem
 
 K = 5
 
@@ -18,8 +18,9 @@ def _images(dtype=torch.float32, size=64):
     return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0), dtype=dtype)
 
 
-def _randomized(model):
+def _randomized(name, **kwargs):
     torch.manual_seed(1)
+    model = timm.create_model(name, num_classes=K, **kwargs)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(.05 * torch.randn_like(p))
@@ -37,7 +38,7 @@ def _by_hand(model, x):
 
 @pytest.mark.parametrize('name', ['resnet18', 'resnet34', 'resnet18d', 'seresnet18'])
 def test_average_of_the_same_windows(name):
-    model = _randomized(timm.create_model(name, num_classes=K)).double()
+    model = _randomized(name).double()
     x = _images(torch.float64)
     before = model(x)
     set_stem_pool(model, 'avg')
@@ -75,7 +76,7 @@ def test_hooks_of_the_pooling_stay():
 
 
 def _trained(**kwargs):
-    model = _randomized(timm.create_model('spiking_resnet18', num_classes=K, timesteps=2, **kwargs))
+    model = _randomized('spiking_resnet18', timesteps=2, **kwargs)
     for m in model.modules():
         if isinstance(m, nn.BatchNorm2d):
             m.momentum = None
@@ -126,6 +127,18 @@ def test_it_goes_with_a_shared_stem_and_features_only():
         torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-6)  # float32, another batch size
     features = timm.create_model('spiking_resnet18', features_only=True, stem_pool='avg')
     assert isinstance(features.maxpool, nn.AvgPool2d) and features(x)[1].shape == (2, 64, 16, 16)
+
+
+def test_thresholds_are_those_of_the_ann_that_pools_so():
+    model, x = _trained(stem_pool='avg').double(), _images(torch.float64)
+    ann = set_stem_pool(timm.create_model('resnet18', num_classes=K), 'avg').double().eval()
+    ann.load_state_dict({k: v for k, v in model.state_dict().items() if 'spiking_' not in k})
+    share_stem(model)
+    with torch.no_grad():
+        expected = ann(x)
+        error = [(convert_ann(model, x, timesteps)(x) - expected).norm() / expected.norm() for timesteps in (4, 256)]
+    assert model.settings.stem_pool == 'avg' and model.settings.stem == 'act1'  # they outlive the conversion
+    assert error[1] < .2 * error[0] and error[1] < .1  # approaches it: 64 times the steps
 
 
 @pytest.mark.parametrize('name', ['resnet20_cifar', 'test_vit', 'test_efficientnet', 'vgg16_cifar', 'resnetaa50'])
