@@ -62,34 +62,48 @@ UNSUPPORTED: Dict[str, str] = {
 
 
 def list_recipes() -> List[str]:
-    """Names of the recipes that --config finds."""
+    """Names of the recipes that --config finds; names with an underscore in front are parts of recipes."""
     folder = resources.files('timm_sscl') / 'configs'
-    return sorted(f.name[:-len('.yaml')] for f in folder.iterdir() if f.name.endswith('.yaml'))
+    return sorted(f.name[:-len('.yaml')] for f in folder.iterdir() if f.name.endswith('.yaml') and f.name[0] != '_')
 
 
-def load_recipe(name: str) -> Dict[str, Any]:
+def load_recipe(name: str, inside: Tuple[str, ...] = ()) -> Dict[str, Any]:
     """Options of a recipe, by its name or as a YAML file.
 
+    `base: NAME` in it, or a list of names, stands for the options of other recipes; the later ones win, its own most.
+
+    Args:
+        name: Recipe or file.
+        inside: Recipes whose base this is.
+
     Raises:
-        OptionError: There is no such recipe or file, or it is no YAML mapping.
+        OptionError: There is no such recipe or file, it is no YAML mapping, or is its own base.
     """
-    path = Path(name)
-    if path.suffix in ('.yaml', '.yml') or path.is_file():
-        if not path.is_file():
-            raise OptionError(f"--config: file '{name}' does not exist.")
-        text = path.read_text()
-    elif name in list_recipes():
-        text = (resources.files('timm_sscl') / 'configs' / f'{name}.yaml').read_text()
-    else:
-        raise OptionError(f"--config: unknown recipe '{name}'; there are {', '.join(list_recipes())}, "
-                          f'or give a YAML file.')
+    if name in inside:
+        raise OptionError(f"--config: recipe '{name}' has itself as a base ({' -> '.join([*inside, name])}).")
+    text = _recipe_text(name)
     try:
         options = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
         raise OptionError(f"--config: '{name}' is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(options, dict):
         raise OptionError(f"--config: '{name}' must map option names to values.")
-    return {key.replace('-', '_'): value for key, value in options.items()}
+    bases = options.pop('base', [])
+    result: Dict[str, Any] = {}
+    for base in [bases] if isinstance(bases, str) else bases:
+        result.update(load_recipe(base, (*inside, name)))
+    return {**result, **{key.replace('-', '_'): value for key, value in options.items()}}
+
+
+def _recipe_text(name: str) -> str:
+    path, shipped = Path(name), resources.files('timm_sscl') / 'configs' / f'{name}.yaml'
+    if path.suffix in ('.yaml', '.yml') or path.is_file():
+        if not path.is_file():
+            raise OptionError(f"--config: file '{name}' does not exist.")
+        return path.read_text()
+    if path.name == name and shipped.is_file():
+        return shipped.read_text()
+    raise OptionError(f"--config: unknown recipe '{name}'; there are {', '.join(list_recipes())}, or give a YAML file.")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -121,6 +135,10 @@ def _add_spiking(parser: argparse.ArgumentParser) -> None:
                             'weights\' own ANN (ReLU networks, integrate-and-fire); or nothing')
     group.add_argument('--ann-percentile', type=float, default=100., metavar='P',
                        help='--neuron-init ann: percentile of the ANN\'s activations that is the threshold')
+    group.add_argument('--norm', default=None, choices=['tdbn'],
+                       help='batch norms become tdBN, which scales by the threshold (best with --neuron-init none)')
+    group.add_argument('--stem-pool', default=None, choices=['avg'],
+                       help='average pooling in a ResNet\'s stem, as in the paper; the student\'s own ANN has it too')
     group.add_argument('--share-stem', action='store_true',
                        help='run what comes before the first neuron once per image, where a probe finds that legal')
     group.add_argument('--pack-spikes', action='store_true',
@@ -306,13 +324,17 @@ def _add_augmentation(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--train-crop-mode', type=str, default=None)
     group.add_argument('--scale', type=float, nargs='+', default=[0.08, 1.0])
     group.add_argument('--ratio', type=float, nargs='+', default=[3. / 4., 4. / 3.])
+    group.add_argument('--crop-padding', type=int, default=None, metavar='N',
+                       help='CIFAR\'s random crop, of the image padded by N, instead of a random resized crop')
+    group.add_argument('--cutout', type=int, default=None, metavar='N',
+                       help='black out a square of N x N pixels at a random place')
     group.add_argument('--hflip', type=float, default=0.5)
     group.add_argument('--vflip', type=float, default=0.)
     group.add_argument('--color-jitter', type=float, default=0.4)
     group.add_argument('--color-jitter-prob', type=float, default=None)
     group.add_argument('--grayscale-prob', type=float, default=None)
     group.add_argument('--gaussian-blur-prob', type=float, default=None)
-    group.add_argument('--aa', type=str, default=None)
+    group.add_argument('--aa', type=str, default=None, help='timm\'s policies, or cifar10: AutoAugment\'s for CIFAR-10')
     group.add_argument('--bce-loss', action='store_true')
     group.add_argument('--bce-sum', action='store_true')
     group.add_argument('--bce-target-thresh', type=float, default=None)
@@ -400,9 +422,10 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> Tuple[argparse.Namespace
     parser = create_parser()
     given = _given(parser, argv)
     args = parser.parse_args(argv)
+    args.data_dir = args.data_dir or args.data
+    given |= {'data_dir'} if args.data else set()
     layers = load_recipe(args.config) if args.config else _resumed_options(args.resume)
     _apply(parser, args, layers, given, f'--config {args.config}' if args.config else f'--resume {args.resume}')
-    args.data_dir = args.data_dir or args.data
     recipe: Dict[str, Any] = {}
     if not args.data_dir and not args.dataset:
         options = load_recipe(DIGITS_RECIPE)
