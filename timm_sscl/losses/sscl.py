@@ -117,7 +117,8 @@ class SSCLCriterion(nn.Module):
         return torch.stack([loss for loss, _ in layers]).sum()
 
     def _layer(self, i: int, s: torch.Tensor, a: torch.Tensor) -> Tuple[torch.Tensor, Dict[str, torch.Tensor]]:
-        projected = [gather_rows(g(_pooled(x))) for g, x in ((self.g_student[i], s), (self.g_teacher[i], a))]
+        pairs = (self.g_student[i], s), (self.g_teacher[i], a)
+        projected = [gather_rows(g(_pooled(x).to(g.weight.dtype))) for g, x in pairs]  # --model-dtype is the models'
         if self.critic == 'infonce':
             nce = info_nce_loss(*projected, temperature=self.temperature)
         else:
