@@ -34,11 +34,12 @@ import torch.nn as nn
 import yaml
 from accelerate import Accelerator, skip_first_batches
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, broadcast, broadcast_object_list, gather_object
+from accelerate.utils import (
+    DataLoaderConfiguration, DistributedDataParallelKwargs, ProjectConfiguration, broadcast, broadcast_object_list, gather_object)
 from timm.data import Mixup, create_loader, resolve_data_config
 from timm.data.loader import adapt_to_chs
 from timm.layers import convert_sync_batchnorm, set_fast_norm
-from timm.models import load_checkpoint, resolve_model_input_args, safe_model_name
+from timm.models import clean_state_dict, load_checkpoint, resolve_model_input_args, safe_model_name
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import ClassificationTask
@@ -46,6 +47,7 @@ from timm.task._helpers import load_task_ema_checkpoint, resume_task_checkpoint
 from timm.task.evaluator import ClassificationEvaluator
 from timm.task.task import TrainingTask
 from timm.utils import distribute_bn, random_seed, setup_default_logging, unwrap_model
+from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from timm.utils.clip_grad import dispatch_clip_grad
 from torch.utils.data import IterableDataset
 from torchvision.utils import save_image
@@ -61,10 +63,11 @@ from timm_sscl.neurons import packed_spikes
 from timm_sscl.options import ARGS_FILE, AUTO, OptionError, parse_args
 from timm_sscl.random_state import get_random_state, set_random_state
 from timm_sscl.registry import PREFIX
-from timm_sscl.report import FiringRates, SpikingReport
+from timm_sscl.report import FiringRates, SpikingReport, estimate_energy
 from timm_sscl.report.rows import append_row, keep_rows
 from timm_sscl.spiking import SpikingModule
 from timm_sscl.stop import Interrupted, StopRequest
+from timm_sscl.teacher_cache import TeacherCache
 from timm_sscl.teacher_input import TeacherInput
 
 _logger = logging.getLogger('train')
@@ -154,13 +157,14 @@ def create_accelerator(args: Namespace) -> Accelerator:
     accelerator = Accelerator(
         cpu=cpu, mixed_precision=precision, gradient_accumulation_steps=args.grad_accum_steps, log_with=args.report_to,
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+        project_config=ProjectConfiguration(logging_dir=args.output or '.') if args.report_to else None,
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=not args.no_ddp_bb)])
-    if accelerator.mixed_precision == 'fp16' and accelerator.device.type == 'cpu':
-        raise OptionError('--mixed_precision fp16 does not train on a CPU; bf16 does.')
     world = int(os.environ.get('WORLD_SIZE', 1))
     if world != accelerator.num_processes:
         raise OptionError(f'{world} processes were launched, but Accelerate runs {accelerator.num_processes}: they '
                           f'would train copies. On CPU launch with torchrun --nproc_per_node {world} train.py.')
+    if accelerator.mixed_precision == 'fp16' and accelerator.device.type == 'cpu':
+        raise OptionError('--mixed_precision fp16 does not train on a CPU; bf16 does.')
     return accelerator
 
 
@@ -362,7 +366,7 @@ def prepare_neurons(
 def _first_images(loader: Any, n: int) -> torch.Tensor:
     """n training images, or as many as there are; timm's random state is set again before the training."""
     batches, count = [], 0
-    for input, _ in loader:
+    for input, *_ in loader:
         batches.append(input)
         count += len(input)
         if count >= n:
@@ -408,7 +412,8 @@ def guard_samples(args: Namespace, datasets: Tuple[Any, Any], data_config: Dict[
             guarded.append(dataset)
             continue
         check_labels(dataset, num_classes, split)
-        dataset = Samples(dataset, num_classes, training, args.seed, args.max_unreadable)
+        dataset = Samples(
+            dataset, num_classes, training, args.seed, args.max_unreadable, with_index=training and args.teacher_cache)
         check_channels(dataset, data_config['input_size'][0], split)
         guarded.append(dataset)
     return tuple(guarded)
@@ -586,6 +591,7 @@ class Fit:
         resume: Checkpoint file to continue from.
         ema: Whether --model-ema applies.
         prepare_input: What is done to a batch of images first.
+        teacher_cache: What the task's teacher said of every sample.
     """
 
     def __init__(
@@ -598,7 +604,9 @@ class Fit:
             resume: str = '',
             ema: bool = False,
             prepare_input: Optional[Callable[[torch.Tensor], torch.Tensor]] = None,
+            teacher_cache: Optional[TeacherCache] = None,
     ):
+        self.teacher_cache = teacher_cache
         self.prepare_input = prepare_input
         self.session = session
         self.accelerator = accelerator = session.accelerator
@@ -733,8 +741,8 @@ class Fit:
         self.task.train()
         steps, began, images, due = len(loader), time.time(), 0, False
         self.position = Position(epoch, done)
-        for step, (input, target) in enumerate(self._batches(loader, done), start=done):
-            n, stop = self._train_step(step, input, target)
+        for step, (input, target, *index) in enumerate(self._batches(loader, done), start=done):
+            n, stop = self._train_step(step, input, target, *index)
             images += n * accelerator.num_processes
             self.steps_done += 1
             if (step + 1) % args.log_interval == 0 or step + 1 == steps:
@@ -781,14 +789,22 @@ class Fit:
                                     f'this checkpoint was not written; those in {self.folder} are from before. A smaller '
                                     f'--lr or --clip-grad may help.')
 
-    def _train_step(self, step: int, input: torch.Tensor, target: torch.Tensor) -> Tuple[int, bool]:
+    def _train_step(
+            self,
+            step: int,
+            input: torch.Tensor,
+            target: torch.Tensor,
+            index: Optional[torch.Tensor] = None,
+    ) -> Tuple[int, bool]:
         """One batch: number of its images, and whether a process was told to stop."""
         args, accelerator, task = self.args, self.accelerator, self.task
         with accelerator.accumulate(self.module):
             if self.loaders.mixup is not None:
                 input, target = self.loaders.mixup(input, target)
             with accelerator.autocast(), packed_spikes() if args.pack_spikes else nullcontext():
-                result = task(self._cast(input), target)
+                input = self._cast(input)
+                taught = () if self.teacher_cache is None else (self._ask_teacher(input, index),)
+                result = task(input, target, *taught)
             accelerator.backward(result['loss'] * self._share_of_update(step))
             nonfinite, stop = self.session.stop_if_asked(not math.isfinite(result['loss'].item()))
             if nonfinite:
@@ -815,9 +831,17 @@ class Fit:
         rest = steps % accumulated
         return accumulated / rest if rest and step >= steps - rest else 1.
 
+    def _ask_teacher(self, input: torch.Tensor, index: torch.Tensor) -> Any:
+        cache, accelerator = self.teacher_cache, self.accelerator
+        if not cache.is_open:
+            taught = self.task.teach(input)
+            with accelerator.local_main_process_first():
+                cache.open(taught)
+        return cache(index, partial(self.task.teach, input))
+
     def _raise_nonfinite(self, step: int, result: Dict[str, torch.Tensor]) -> None:
         """Name the terms of this process that are not finite."""
-        values = {**{k: float(v) for k, v in _terms(result).items() if k != 'loss'}, **self._layer_stats()}
+        values = {**{k: v.item() for k, v in _terms(result).items() if k != 'loss'}, **self._layer_stats()}
         bad = [f'{_TERMS.get(k, k)} is {v}' for k, v in values.items() if not math.isfinite(v)]
         raise NonFiniteLoss(
             f'{self.name}: the loss is not finite at epoch {self.position.epoch + 1}, step {step + 1}: '
@@ -825,10 +849,7 @@ class Fit:
             f'checkpoint in {self.folder} is from before. A smaller --lr or --clip-grad may help.')
 
     def _cast(self, input: torch.Tensor) -> torch.Tensor:
-        if self.args.model_dtype:
-            input = input.to(getattr(torch, self.args.model_dtype))
-        input = input if self.prepare_input is None else self.prepare_input(input)
-        return input.contiguous(memory_format=torch.channels_last) if self.args.channels_last else input
+        return _cast_input(self.args, input, self.prepare_input)
 
     def _layer_stats(self) -> Dict[str, float]:
         stats = getattr(self.task, 'stats', {})
@@ -861,7 +882,7 @@ class Fit:
             model = unwrap_model(model) if spiking else model
         with FiringRates(model) if spiking else nullcontext() as rates:
             metrics = evaluate(self.session, model, self.eval_loader, self._cast)
-        rates = rates.per_layer() if spiking else {}
+        rates = rates.sum_over_processes().per_layer() if spiking else {}
         self._warn_odd_layers(epoch, rates)
         if self.task.has_ema() and not self.args.model_ema_force_cpu:
             ema = self.task.get_eval_model(ema=True)
@@ -898,6 +919,13 @@ class Fit:
         if self.saver is not None:
             append_row(self.folder / 'summary.csv', {'epoch': epoch, **columns})
             self.saver.save_epoch(self.position, state, metric=metric)
+
+
+def _cast_input(args: Namespace, input: torch.Tensor, prepare_input: Optional[Callable] = None) -> torch.Tensor:
+    if args.model_dtype:
+        input = input.to(getattr(torch, args.model_dtype))
+    input = input if prepare_input is None else prepare_input(input)
+    return input.contiguous(memory_format=torch.channels_last) if args.channels_last and input.ndim == 4 else input
 
 
 @torch.no_grad()
@@ -974,6 +1002,7 @@ def check_teacher(args: Namespace, teacher: nn.Module, num_classes: int, root: P
 def teacher_folder(args: Namespace, teacher: nn.Module, num_classes: int, root: Path) -> Path:
     """Folder of the teacher for this data and these settings, named by a digest of them."""
     settings = {name: getattr(args, name) for name in TEACHER_SETTINGS}
+    settings = {name: float(v) if type(v) is int else v for name, v in settings.items()}  # a file may say 0 for 0.
     settings.update(
         model=teacher_name(args), num_classes=num_classes, kwargs=sorted(map(str, teacher._model_args.items())),
         data_dir=str(Path(args.data_dir).resolve()) if args.data_dir else None,
@@ -1167,8 +1196,9 @@ def prepare(args: Namespace, accelerator: Accelerator, stop: StopRequest, held: 
     if accelerator.is_main_process:
         write_text(folder / ARGS_FILE, _arguments(args))
     if args.report_to:
-        accelerator.project_configuration.set_directories(str(folder))
-        accelerator.init_trackers('timm_sscl')
+        accelerator.project_configuration.logging_dir = str(folder)
+        accelerator.init_trackers('timm_sscl', {k: v if isinstance(v, (int, float, str)) else str(v)
+                                                for k, v in yaml.safe_load(_arguments(args)).items()})
     return job
 
 
@@ -1178,10 +1208,134 @@ def train(job: Job, started: float) -> None:
     taught_by = None
     if job.teacher is not None:
         taught_by = obtain_teacher(job.session, job.teacher, job.teacher_input, job.num_classes, job.root)
-    result = Fit(
-        job.session, job.task, job.folder, args.epochs, 'student', resume=job.resume, ema=args.model_ema).run()
+    cache = None
+    if args.teacher_cache:
+        samples = len(job.session.make_loaders().train.dataset)
+        cache = TeacherCache(job.folder, samples, create=accelerator.is_local_main_process)
+    result = Fit(job.session, job.task, job.folder, args.epochs, 'student', resume=job.resume, ema=args.model_ema,
+                 teacher_cache=cache).run()
     if accelerator.is_main_process:
         summarize(args, job.folder, job.student, taught_by, result, job.report, time.time() - started)
+
+
+# ---- evaluation alone
+
+class Evaluation(NamedTuple):
+    """What one number of time steps gives on the validation set."""
+    weights: str  # 'model', or 'ema'
+    timesteps: Optional[int]
+    top1: float
+    top5: float
+    loss: float
+    firing_rate: Optional[float] = None  # spikes per neuron and step, the mean of the layers
+    entropy: Optional[float] = None  # of a spike, bits per neuron and step
+    energy_uj: Optional[float] = None  # of the arithmetic of one image
+    ann_energy_uj: Optional[float] = None
+
+
+_ENERGY_IMAGES = 32  # firing rates for the energy are those of so many images
+
+
+def evaluate_only(args: Namespace, accelerator: Accelerator, stop: StopRequest) -> None:
+    """--eval-only: accuracy, firing rates, entropy and energy of a checkpoint, at its own T or at others."""
+    with one_line_errors():
+        datasets = create_datasets(args)
+        num_classes = resolve_num_classes(args, datasets[1])
+        student = create_student(args, num_classes)
+        data_config = resolve_input(args, student)
+        datasets = guard_samples(args, datasets, data_config, num_classes)
+        session = Session(args, accelerator, partial(create_loaders, args, datasets, data_config, num_classes), stop)
+        folder, weights = _weights_to_evaluate(args)
+        if args.eval_timesteps and not isinstance(student, SpikingModule):
+            raise OptionError(f"--eval-timesteps: '{args.model}' does not spike and has no time steps.")
+    student.to(accelerator.device)
+    loader = accelerator.prepare(session.make_loaders().eval)
+    results, rates = [], {}
+    for name, state in weights.items():
+        with one_line_errors():
+            _load_student(student, state, args.resume)
+        for timesteps in args.eval_timesteps or [getattr(student, 'timesteps', None)]:
+            if timesteps is not None:
+                student.set_timesteps(timesteps)
+            result, rates[f'{name} T={timesteps}'] = _evaluate_one(session, student, loader, name, timesteps)
+            results.append(result)
+    if accelerator.is_main_process:
+        _report_evaluation(args, folder, results, rates)
+
+
+def _weights_to_evaluate(args: Namespace) -> Tuple[Path, Dict[str, Optional[Dict[str, torch.Tensor]]]]:
+    """Where the results go, and the weights by name: a checkpoint's and its EMA, or what the model was built with."""
+    if not args.resume:
+        if not (args.initial_checkpoint or args.pretrained or args.pretrained_path):
+            raise OptionError('--eval-only: no weights; give --resume FOLDER|FILE, --initial-checkpoint or --pretrained.')
+        return Path(args.output or './output/eval'), {'model': None}
+    file = args.resume if os.path.isfile(args.resume) else _newest_file(Path(args.resume))
+    if not file:
+        raise FileNotFoundError(f"--resume: '{args.resume}' is no checkpoint, and no folder that holds one that is whole.")
+    try:
+        checkpoint = load_checkpoint_metadata(file)
+        states = {'model': checkpoint['state_dict'], 'ema': checkpoint.get('state_dict_ema')}
+    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
+        raise ValueError(f"--resume: '{file}' is no checkpoint of a run: {error}") from error
+    return Path(file).parent, {name: state for name, state in states.items() if state}
+
+
+def _load_student(student: nn.Module, state: Optional[Dict[str, torch.Tensor]], source: str) -> None:
+    if state is None:
+        return
+    try:
+        student.load_state_dict(clean_state_dict(state))
+    except RuntimeError as error:
+        raise ValueError(f"--resume: '{source}' holds the weights of another model: "
+                         f'{" ".join(str(error).split())[:300]}') from error
+
+
+def _evaluate_one(
+        session: Session,
+        student: nn.Module,
+        loader: Any,
+        weights: str,
+        timesteps: Optional[int],
+) -> Tuple[Evaluation, Dict[str, Dict[str, float]]]:
+    cast = partial(_cast_input, session.args)
+    if timesteps is None:
+        return Evaluation(weights, None, **evaluate(session, student, loader, cast)), {}
+    with FiringRates(student, per_neuron=True) as firing:
+        metrics = evaluate(session, student, loader, cast)
+    firing.sum_over_processes()
+    rates, entropy = firing.per_layer(), firing.entropy()
+    images = broadcast(cast(next(iter(loader))[0][:_ENERGY_IMAGES]))
+    energy = estimate_energy(student, images)
+    layers = {name: dict(firing_rate=rates[name], entropy=entropy[name]) for name in rates}
+    mean = [sum(values.values()) / len(values) for values in (rates, entropy)]
+    return Evaluation(weights, timesteps, **metrics, firing_rate=mean[0], entropy=mean[1], energy_uj=energy.spiking,
+                      ann_energy_uj=energy.ann), layers
+
+
+def _report_evaluation(args: Namespace, folder: Path, results: List[Evaluation], rates: Dict[str, Any]) -> None:
+    """The table on the terminal; a row per result in evaluation.csv; all of it, with the layers, in a new JSON file."""
+    columns = [name for name in Evaluation._fields if any(getattr(r, name) is not None for r in results)]
+    rows = [[f'{v:.4g}' if isinstance(v, float) else str(v) for v in (getattr(r, c) for c in columns)] for r in results]
+    widths = [max(map(len, column)) for column in zip(columns, *rows)]
+    lines = ['', *('  '.join(f'{cell:>{w}}' for cell, w in zip(row, widths)) for row in (columns, *rows))]
+    if len(results) == 1:  # of several the JSON file has the layers
+        lines += [f'  {name:<30} {v["firing_rate"]:.3f} spikes, {v["entropy"]:.3f} bits per neuron and step'
+                  for layers in rates.values() for name, v in layers.items()]
+    if any(r.energy_uj is not None for r in results):
+        lines.append(f'Energy: microjoules of one image\'s arithmetic at 45 nm (4.6 pJ a MAC, 0.9 pJ an addition), with the '
+                     f'firing rates of {_ENERGY_IMAGES} images or one batch; layers without binary or whole input are MACs; the '
+                     f'stem counts {"once" if args.share_stem else "at every step"}.')
+    now = datetime.now()
+    with one_line_errors():
+        with lock_folder(folder):
+            file = folder / f'evaluation-{now.strftime("%Y%m%d-%H%M%S-%f")}.json'
+            write_text(file, json.dumps(dict(model=args.model, weights=args.resume or args.initial_checkpoint,
+                                             results=[r._asdict() for r in results], layers=rates), indent=2) + '\n')
+            for result in results:
+                append_row(folder / 'evaluation.csv', {'time': now.isoformat(timespec='seconds'), 'model': args.model,
+                                                       **result._asdict()})
+    lines.append(f'Files: {file}, {folder / "evaluation.csv"}')
+    _logger.info('\n'.join(lines))
 
 
 def main(argv: Optional[List[str]] = None) -> None:
@@ -1199,7 +1353,11 @@ def main(argv: Optional[List[str]] = None) -> None:
                              + ', '.join(f'{k}={v}' for k, v in recipe.items()))
             if args.fast_norm:
                 set_fast_norm()
-            job = prepare(args, accelerator, held.enter_context(StopRequest()), held)
+            stop = held.enter_context(StopRequest())
+            job = None if args.eval_only else prepare(args, accelerator, stop, held)
+        if args.eval_only:
+            evaluate_only(args, accelerator, stop)
+            return
         with told_how_to_go_on(job.folder, accelerator.is_main_process):
             train(job, started)
     accelerator.end_training()

@@ -58,18 +58,17 @@ def server():
     server.process.wait()
 
 
-def same(a, b, where='', skip=()):
+def same(a, b, where=''):
     """Whether two nested containers hold exactly the same, with the place of the first difference."""
     assert type(a) is type(b), where
     if isinstance(a, dict):
         assert list(a) == list(b), where
         for key in a:
-            if key not in skip:
-                same(a[key], b[key], f'{where}.{key}', skip)
+            same(a[key], b[key], f'{where}.{key}')
     elif isinstance(a, (list, tuple)):
         assert len(a) == len(b), where
         for i, (x, y) in enumerate(zip(a, b)):
-            same(x, y, f'{where}[{i}]', skip)
+            same(x, y, f'{where}[{i}]')
     elif isinstance(a, torch.Tensor):
         assert a.dtype == b.dtype and torch.equal(a, b), where
     elif a == a:  # not nan
@@ -84,8 +83,9 @@ def same_runs(one, other):
     for file in files:
         if file.name.endswith('.pth.tar'):
             a, b = (load_checkpoint_metadata(str(root / file)) for root in (one, other))
-            a['args'], b['args'] = vars(a['args']), vars(b['args'])
-            same(a, b, str(file), skip=('resume', 'max_unreadable'))
+            options = [{k: v for k, v in vars(x.pop('args')).items() if k != 'resume'} for x in (a, b)]
+            assert options[0] == options[1]
+            same(a, b, str(file))
         elif file.name == 'summary.csv':
             assert (one / file).read_text() == (other / file).read_text()
 
@@ -139,3 +139,133 @@ def test_killed_again_and_again_it_ends_bit_identical(server, whole, tmp_path):
     print(f'{kills} kills')
     assert kills >= 10  # of each of two runs
     same_runs(reference / 'out', tmp_path / 'out')
+
+
+# ---- checkpoints
+
+@pytest.fixture
+def run(server, whole, tmp_path):
+    """A copy of the finished run without workers, which a test may break."""
+    args, cwd = whole
+    shutil.copytree(cwd / 'out', tmp_path / 'out')
+    return [*args[:args.index('--resume')]], tmp_path
+
+
+def interrupted(server, cwd, args=(), number=signal.SIGTERM, after='epoch 2/3 validation'):
+    """Start a run and send it a signal when its log says so."""
+    pid = server.start(args, cwd)
+    deadline = time.monotonic() + 120
+    while not (server.log.exists() and after in server.log.read_text()) and running(pid):
+        time.sleep(0.005)
+        assert time.monotonic() < deadline
+    os.kill(pid, number)
+    return server.wait(), server.log.read_text()
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_stops_and_names_the_command_that_goes_on(server, whole, tmp_path, number):
+    args, reference = whole
+    code, log = interrupted(server, tmp_path, args, number, after='student epoch 1/3 validation')
+    assert code == 128 + number, log
+    assert f'error: stopped by {number.name}' in log and 'Traceback' not in log
+    command = next(line for line in log.splitlines() if line.startswith('To go on: '))
+    launcher, resume = command[len('To go on: '):].split('train.py ')
+    assert launcher.startswith('accelerate launch ') and resume == '--resume out/run'
+    code, log = server.run(resume.split(), tmp_path)
+    assert code == 0, log
+    same_runs(reference / 'out', tmp_path / 'out')
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def flip(file):
+    """One bit, in the middle of the weights."""
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize('damage', [cut, flip])
+def test_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(server, run, damage):
+    args, cwd = run
+    last, kept = cwd / 'out/run/last.pth.tar', sorted((cwd / 'out/run').glob('checkpoint-*'))
+    best = cwd / 'out/run/model_best.pth.tar'
+    shutil.copy(last, cwd / 'copy')  # not a hard link
+    last.unlink()
+    shutil.move(cwd / 'copy', last)
+    damage(last)
+    if (cwd / 'out/run/checkpoint-2.pth.tar').exists():  # else the same epoch is there a second time
+        (cwd / 'out/run/checkpoint-2.pth.tar').unlink()
+    if best.exists() and load_checkpoint_metadata(str(best))['epoch'] == 2:
+        best.unlink()
+    before = {file: file.read_bytes() for file in kept if file.exists()}
+    assert before
+    code, log = server.run(['--resume', 'out/run/last.pth.tar', *args], cwd)
+    assert code == 2 and "'out/run/last.pth.tar' is damaged" in log and '--resume out/run' in log
+    (cwd / 'log.txt').unlink()
+    code, log = server.run(['--resume', 'out/run'], cwd)
+    assert code == 0, log
+    assert "Checkpoint 'out/run/last.pth.tar' is damaged and skipped" in log
+    assert all(file.read_bytes() == data for file, data in before.items() if file.exists())
+    assert load_checkpoint_metadata(str(last))['epoch'] == 2  # trained again
+
+
+LIMIT = 'import resource, signal; resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0})); signal.signal(signal.SIGXFSZ, signal.SIG_IGN)'
+
+
+def test_full_disk_stops_with_a_message_and_leaves_the_earlier_checkpoints_whole(server, run):
+    args, cwd = run
+    files = {f: f.read_bytes() for f in (cwd / 'out/run').glob('*.pth.tar')}
+    room = max(map(len, files.values())) // 2
+    code, log = server.run(['--resume', 'out/run', '--epochs', '4'], cwd, setup=LIMIT.format(room))
+    assert code == 1, log
+    line = next(x for x in log.splitlines() if x.startswith('error: '))
+    assert "cannot write 'out/run/recovery-3-1.pth.tar'" in line and 'Free space' in line
+    assert {f: f.read_bytes() for f in (cwd / 'out/run').glob('*.pth.tar')} == files
+    assert not list((cwd / 'out').rglob('*.part'))
+
+
+def test_folder_that_cannot_be_written_is_found_before_training(server, tmp_path):
+    (tmp_path / 'file').write_text('mine')
+    code, log = server.run([*TINY, '--workers', '0', '--output', 'file'], tmp_path)
+    assert code == 2 and "cannot write to the folder 'file/run'" in log and 'epoch 1' not in log
+    assert (tmp_path / 'file').read_text() == 'mine'
+
+
+def test_second_process_in_the_same_folder_is_refused(server, run):
+    args, cwd = run
+    from timm_sscl.checkpoint import lock_folder
+    with lock_folder(cwd / 'out/run'):
+        code, log = server.run(['--resume', 'out/run', '--epochs', '4'], cwd)
+    assert code == 2 and "'out/run' is being written by another process" in log
+
+
+def test_resume_auto_finds_the_run_by_its_options(server, run):
+    args, cwd = run
+    at = args.index('--experiment')
+    unnamed = [*args[:at], *args[at + 2:]]
+    code, log = interrupted(server, cwd, [*unnamed, '--seed', '1'], after='student epoch 1/3 validation')
+    started, = [f for f in (cwd / 'out').iterdir() if f.name not in ('teachers', 'run')]
+    (cwd / 'log.txt').unlink()
+    code, log = server.run([*unnamed, '--seed', '1', '--resume', 'auto'], cwd)
+    assert code == 0 and f'Goes on from {started.relative_to(cwd)}' in log
+    assert len(list((cwd / 'out').iterdir())) == 3
+    with open(started / 'summary.csv') as f:
+        assert [row['epoch'] for row in csv.DictReader(f)] == ['0', '1', '2']
+
+
+def test_plateau_schedule_and_accumulation_go_on_exactly(server, tmp_path):
+    args = [*TINY, '--workers', '0', '--resume', 'auto', '--sched', 'plateau', '--patience-epochs', '0', '--warmup-epochs', '0',
+            '--grad-accum-steps', '2', '--clip-grad', '1', '--loss', 'sscl=0.1,kd=1', '--epochs', '4', '--teacher-epochs', '1']
+    assert server.run(args, tmp_path / 'whole')[0] == 0
+    code, log = interrupted(server, tmp_path / 'cut', args, after='student epoch 2/4 validation')
+    assert code == 128 + signal.SIGTERM, log
+    state = load_checkpoint_metadata(str(next((tmp_path / 'cut/out/run').glob('recovery-*'))))['run_state']
+    assert state['position'][1] % 2 == 0  # between two windows, not inside one
+    code, log = server.run(args, tmp_path / 'cut')
+    assert code == 0, log
+    same_runs(tmp_path / 'whole/out', tmp_path / 'cut/out')
+    with open(tmp_path / 'cut/out/run/summary.csv') as f:
+        assert len({row['lr'] for row in csv.DictReader(f)}) > 1  # the plateau was met

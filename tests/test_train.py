@@ -1,6 +1,7 @@
 """train.py itself, tiny: through accelerate launch and torchrun as a user starts it, and its errors in this process."""
 import csv
 import json
+import logging
 import os
 import pickle
 import subprocess
@@ -23,7 +24,7 @@ from timm_sscl.options import parse_args
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ['--model', 'spiking_test_resnet', '--timesteps', '2', '--epochs', '2', '--warmup-epochs', '0',
-        '--train-num-samples', '64', '--val-num-samples', '40', '--batch-size', '16', '--log-interval', '2']
+        '--train-num-samples', '64', '--val-num-samples', '40', '--batch-size', '16', '--log-interval', '2', '--threads', '1']
 
 
 def launch(args, cwd, launcher=('-m', 'accelerate.commands.launch'), **env):
@@ -168,11 +169,12 @@ def test_two_copies_that_do_not_know_of_each_other_are_an_error(monkeypatch):
 
 def run_here(args, cwd, monkeypatch):
     monkeypatch.chdir(cwd)
-    threads = torch.get_num_threads()
+    threads, handlers = torch.get_num_threads(), list(logging.root.handlers)
     try:
         train.main([str(a) for a in args])
     finally:
         torch.set_num_threads(threads)
+        logging.root.handlers = handlers
         AcceleratorState._reset_state(reset_partial_state=True)  # Accelerate's settings are the process's
 
 

@@ -1,6 +1,7 @@
 """Command line of train.py: timm's options with its defaults, ours, and the layers recipe < config < command line."""
 import argparse
 import difflib
+import os
 from importlib import resources
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
@@ -9,7 +10,9 @@ import yaml
 
 from timm.utils import ParseKwargs
 
-from .losses.sscl import CRITICS
+from .losses import create_loss, loss_needs
+from .losses.sscl import CRITICS, PROJECTIONS, WEIGHTINGS
+from .similarity import CKA_SCOPES
 from .task import PRESETS, resolve_losses
 
 __all__ = ['parse_args', 'create_parser', 'list_recipes', 'load_recipe', 'UNSUPPORTED', 'OptionError']
@@ -146,6 +149,8 @@ def _add_distillation(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--teacher-mean', type=float, nargs='+', default=None, metavar='MEAN',
                        help='mean that the teacher\'s images were normalised by in its training (the student\'s)')
     group.add_argument('--teacher-std', type=float, nargs='+', default=None, metavar='STD', help='likewise, deviation')
+    group.add_argument('--teacher-cache', action='store_true',
+                       help='ask the teacher once per training image and keep its features on disk; needs --no-aug')
     group.add_argument('--teacher-kwargs', nargs='*', default={}, action=ParseKwargs,
                        help='model kwargs of the teacher (--model-kwargs where it is the student\'s own ANN)')
     group.add_argument('--distill', default=None, choices=list(PRESETS),
@@ -159,6 +164,12 @@ def _add_distillation(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--sscl-temperature', type=float, default=0.1, help='temperature of the critic')
     group.add_argument('--sscl-dim', type=int, default=128, help='common dimension of the projections')
     group.add_argument('--sscl-critic', default='normalized', choices=CRITICS, help='contrastive critic')
+    group.add_argument('--sscl-weighting', default='cka', choices=WEIGHTINGS,
+                       help='weights in the sscl loss: 1/CKA, 1, 1/CKA scaled to mean 1, the mean of 1/CKA for each')
+    group.add_argument('--sscl-projection', default='pooled', choices=PROJECTIONS,
+                       help='what the projections see: features pooled over space and time, or the whole of them')
+    group.add_argument('--sscl-queue', type=int, default=0, metavar='N',
+                       help='further negatives: the teacher\'s last N rows, also over accumulated micro-batches')
     group.add_argument('--sscl-taps', default='4', metavar='N|NAMES',
                        help='how many of the last stages to compare (and the pooled feature), or their names: '
                             'layer3,pooled')
@@ -166,9 +177,16 @@ def _add_distillation(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--sscl-cka-floor', type=float, default=0.1, help='CKA is not taken below this')
     group.add_argument('--sscl-cka-momentum', type=float, default=0.1,
                        help='share of the newest batch in the running CKA')
+    group.add_argument('--sscl-cka-scope', default='process', choices=CKA_SCOPES,
+                       help='with several processes: the mean of their own CKA terms, or those of the global batch')
     group.add_argument('--kd-weight', '--distill-loss-weight', type=float, default=None,
                        help='weight of the kd loss (1, or 1 - --task-loss-weight where only that is given)')
     group.add_argument('--kd-temperature', type=float, default=4., help='temperature of the kd loss')
+    group.add_argument('--kd-step-temperature', type=float, default=3., help='temperature of the kd_step loss')
+    group.add_argument('--tet-lambda', type=float, default=0.05,
+                       help='share of the tet loss that holds the outputs near 1; 0 is cross-entropy per step')
+    group.add_argument('--firing-rate-target', type=float, nargs='+', default=[0.05, 0.25], metavar='RATE',
+                       help='of the firing_rate loss: the rate of every layer, or the ends of a band')
     group.add_argument('--task-loss-weight', type=float, default=None, help='weight of the classification loss (1)')
     group.add_argument('--kd-distill-type', default='logit', choices=['logit'],
                        help='timm\'s logit distillation is kd here')
@@ -451,10 +469,18 @@ def _check(args: argparse.Namespace, given: set) -> None:
         value = getattr(args, name)
         if value is not None and value < least:
             raise OptionError(f"--{name.replace('_', '-')} {value}: must be {least} or more.")
+    if args.eval_timesteps and (not args.eval_only or min(args.eval_timesteps) < 1):
+        raise OptionError(f'--eval-timesteps {" ".join(map(str, args.eval_timesteps))}: goes with --eval-only, and takes numbers '
+                          f'of 1 or more.')
     if args.teacher_size and min(args.teacher_size) < 1:
         raise OptionError(f'--teacher-size {args.teacher_size[0]} {args.teacher_size[1]}: must be 1 pixel or more.')
     if not 0 < args.ann_percentile <= 100:
         raise OptionError(f'--ann-percentile {args.ann_percentile}: must be above 0 and at most 100.')
+    if args.teacher_cache:
+        random = [f'--{name.replace("_", "-")}' for name in ('mixup', 'cutmix', 'cutmix_minmax') if getattr(args, name)]
+        if random or not args.no_aug:
+            raise OptionError(f'--teacher-cache: images must be the same in every epoch; '
+                              f'{"leave out " + ", ".join(random) if random else "give --no-aug"}.')
     if 'loss' in given and 'distill' in given:
         raise OptionError('--distill and --loss both say what is added to cross-entropy; use one.')
     if args.kd_model_name and args.teacher and args.kd_model_name != args.teacher:
@@ -489,13 +515,34 @@ def _losses(args: argparse.Namespace) -> Tuple[Dict[str, float], Dict[str, Dict[
         losses = resolve_losses(weights)
     except ValueError as error:
         raise OptionError(f'--{"loss" if args.loss else "distill"}: {error}') from error
-    if 'sscl' in losses and args.batch_size < 4:
+    processes = int(os.environ.get('WORLD_SIZE', 1)) if args.sscl_cka_scope == 'global' else 1
+    if 'sscl' in losses and args.batch_size * processes < 4 and args.sscl_weighting != 'uniform':
         raise OptionError(f'--batch-size {args.batch_size} is too small for CKA weights, which need at least 4 '
                           f'samples; use a larger batch or --distill contrastive.')
     contrastive = dict(dim=args.sscl_dim, temperature=args.sscl_temperature, critic=args.sscl_critic,
-                       cka_floor=args.sscl_cka_floor, cka_momentum=args.sscl_cka_momentum)
-    options = dict(sscl=contrastive, contrastive=contrastive, kd=dict(temperature=args.kd_temperature))
-    return losses, {name: dict(options[name]) for name in losses if name in options}
+                       cka_floor=args.sscl_cka_floor, cka_momentum=args.sscl_cka_momentum,
+                       cka_scope=args.sscl_cka_scope, projection=args.sscl_projection, queue_size=args.sscl_queue)
+    options = dict(
+        sscl=dict(contrastive, weighting=args.sscl_weighting), contrastive=contrastive,
+        kd=dict(temperature=args.kd_temperature), kd_step=dict(temperature=args.kd_step_temperature),
+        tet=dict(mse_share=args.tet_lambda, smoothing=args.smoothing),
+        firing_rate=dict(target=args.firing_rate_target))
+    options = {name: dict(options[name]) for name in losses if name in options}
+    _check_loss_options(options)
+    return losses, options
+
+
+def _check_loss_options(options: Dict[str, Dict[str, Any]]) -> None:
+    """Build the losses, on one channel, so that a wrong option is found before a teacher is trained."""
+    for name, of_loss in options.items():
+        needs = loss_needs(name)
+        taps = dict(names=['tap'], student_channels=[1], teacher_channels=[1]) if needs['features'] else {}
+        if needs['shapes']:
+            taps.update(student_shapes=[(1, 1)], teacher_shapes=[(1, 1)])
+        try:
+            create_loss(name, **taps, **of_loss)
+        except ValueError as error:
+            raise OptionError(f"loss '{name}': {error}") from error
 
 
 def _parse_losses(text: str) -> Dict[str, float]:

@@ -1,13 +1,15 @@
 """Similarity of two representations: HSIC, CKA and its running mini-batch form (Kornblith 2019, Nguyen 2020)."""
-from typing import Tuple
+from typing import Optional, Sequence, Tuple
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from .distributed import world_size
+from .distributed import batch_counts, blocks_in_turn, world_size
 
-__all__ = ['hsic', 'cka', 'gram_matrix', 'hsic_terms', 'RunningCKA']
+__all__ = ['hsic', 'cka', 'gram_matrix', 'hsic_terms', 'RunningCKA', 'CKA_SCOPES']
+
+CKA_SCOPES = ('process', 'global')
 
 
 def gram_matrix(x: torch.Tensor) -> torch.Tensor:
@@ -24,11 +26,16 @@ def gram_matrix(x: torch.Tensor) -> torch.Tensor:
         Symmetric matrix, shape (n, n), float32 at least, autocast or not.
     """
     with torch.autocast(x.device.type, enabled=False):
-        x = x.flatten(2) if x.ndim > 2 else x.unsqueeze(2)
-        x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        x = _flat(x)
         x = x - x[:, :1]  # exact zeros for a constant feature, which the mean alone does not promise
         x.sub_(x.mean(1, keepdim=True))  # on the difference just made: no second copy
         return torch.bmm(x, x.mT).sum(0)
+
+
+def _flat(x: torch.Tensor) -> torch.Tensor:
+    """(T, n, ...) as (T, n, p), float32 at least."""
+    x = x.flatten(2) if x.ndim > 2 else x.unsqueeze(2)
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def hsic(K: torch.Tensor, L: torch.Tensor, unbiased: bool = True) -> torch.Tensor:
@@ -59,10 +66,13 @@ def hsic(K: torch.Tensor, L: torch.Tensor, unbiased: bool = True) -> torch.Tenso
     K = K - torch.diag(K.diagonal())
     L = L - torch.diag(L.diagonal())
     rows_k, rows_l = K.sum(1), L.sum(1)
-    trace = (K * L.mT).sum()
-    totals = rows_k.sum() * rows_l.sum() / ((n - 1) * (n - 2))
-    cross = 2 / (n - 2) * (K.sum(0) * rows_l).sum()  # no matmul: autocast would round it
-    return (trace + totals - cross) / (n * (n - 3))
+    cross = (K.sum(0) * rows_l).sum()  # no matmul: autocast would round it
+    return _unbiased_hsic((K * L.mT).sum(), rows_k.sum(), rows_l.sum(), cross, n)
+
+
+def _unbiased_hsic(trace, total_k, total_l, cross, n: int) -> torch.Tensor:
+    """Eq. 9 from its sums over matrices without their diagonals: tr(K L), 1'K 1, 1'L 1 and 1'K L 1."""
+    return (trace + total_k * total_l / ((n - 1) * (n - 2)) - 2 / (n - 2) * cross) / (n * (n - 3))
 
 
 def hsic_terms(K: torch.Tensor, L: torch.Tensor, unbiased: bool = True) -> torch.Tensor:
@@ -71,14 +81,62 @@ def hsic_terms(K: torch.Tensor, L: torch.Tensor, unbiased: bool = True) -> torch
     A self term that is no more than round-off of its Gram matrix is 0: a silent tap, or one where a single sample is
     active, leaves exactly 0 in exact arithmetic.
     """
-    return torch.stack([hsic(K, L, unbiased), _self_term(K, unbiased), _self_term(L, unbiased)])
+    self_terms = [_above_noise(hsic(M, M, unbiased), M.abs().max()) for M in (K, L)]
+    return torch.stack([hsic(K, L, unbiased), *self_terms])
 
 
-def _self_term(K: torch.Tensor, unbiased: bool) -> torch.Tensor:
-    term = hsic(K, K, unbiased)
+def _above_noise(term: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
     # entries carry an error of some eps * max|K|; p random features leave max|K|^2 / p, which is far above
-    noise = 64 * torch.finfo(K.dtype).eps * K.abs().max()
+    noise = 64 * torch.finfo(largest.dtype).eps * largest
     return torch.where(term > noise * noise, term, torch.zeros_like(term))
+
+
+def global_hsic_terms(x: torch.Tensor, y: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+    """`hsic_terms`, unbiased, of the samples of all processes together, the same on every process.
+
+    Every process has its rows of the Gram matrices, block by block, as the others' features come by one process at a
+    time; only sums over the rows are exchanged besides. Neither all features nor a whole Gram matrix are ever held.
+
+    Args:
+        x: This process's features, shape (T, n, ...).
+        y: Likewise, shape (T', n, ...).
+        counts: n of every process, by rank; their sum N must be at least 4.
+
+    Returns:
+        Tensor of shape (3,).
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        x, y = _globally_centred(_flat(x), counts), _globally_centred(_flat(y), counts)
+        traces, rows, largest = x.new_zeros(3), x.new_zeros(2, x.shape[1]), x.new_zeros(2)
+        for rank, (x_block, y_block) in enumerate(zip(blocks_in_turn(x, counts), blocks_in_turn(y, counts))):
+            K, L = (torch.bmm(own, other.mT).sum(0) for own, other in ((x, x_block), (y, y_block)))
+            largest = torch.maximum(largest, torch.stack([K.abs().max(), L.abs().max()]))
+            if rank == dist.get_rank():
+                K.fill_diagonal_(0)
+                L.fill_diagonal_(0)
+            traces += torch.stack([(K * L).sum(), (K * K).sum(), (L * L).sum()])
+            rows += torch.stack([K.sum(1), L.sum(1)])
+        k, l = rows
+        sums = torch.cat([traces, rows.sum(1), torch.stack([(k * l).sum(), (k * k).sum(), (l * l).sum()])])
+    dist.all_reduce(sums)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    kl, kk, ll, total_k, total_l, cross_kl, cross_kk, cross_ll = sums
+    n = sum(counts)
+    return torch.stack([
+        _unbiased_hsic(kl, total_k, total_l, cross_kl, n),
+        _above_noise(_unbiased_hsic(kk, total_k, total_k, cross_kk, n), largest[0]),
+        _above_noise(_unbiased_hsic(ll, total_l, total_l, cross_ll, n), largest[1]),
+    ])
+
+
+def _globally_centred(x: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+    """(T, n, p) less the mean over the samples of all processes, by way of one sample as in `gram_matrix`."""
+    first = x[:, :1].clone(memory_format=torch.contiguous_format)  # written to: not a view of the features
+    dist.broadcast(first, 0)
+    x = x - first
+    mean = x.sum(1, keepdim=True)
+    dist.all_reduce(mean)
+    return x.sub_(mean / sum(counts))
 
 
 def _ratio(terms: torch.Tensor) -> torch.Tensor:
@@ -122,16 +180,23 @@ class RunningCKA(nn.Module):
     """CKA across mini-batches (Nguyen 2020): exponential means of the three HSIC terms, divided after averaging.
 
     The means are bias-corrected, buffers (so in the checkpoint), and move in training mode only. Where a process group
-    is running, each term is averaged over the processes' own batches first.
+    is running, each term is averaged over the processes' own batches first, or taken of the global batch, exactly.
 
     Args:
         momentum: Share of the newest batch in the means, in (0, 1]; 1 uses this batch only.
+        scope: 'process', or 'global', where every process's features travel to all others.
+
+    Raises:
+        ValueError: An argument is out of its range.
     """
 
-    def __init__(self, momentum: float = 0.1):
+    def __init__(self, momentum: float = 0.1, scope: str = 'process'):
         super().__init__()
         if not 0 < momentum <= 1:
             raise ValueError(f'momentum={momentum}: the share of the newest batch must lie in (0, 1].')
+        if scope not in CKA_SCOPES:
+            raise ValueError(f"scope='{scope}': must be one of {', '.join(CKA_SCOPES)}.")
+        self.scope = scope
         self.momentum = momentum
         self.register_buffer('mean_terms', torch.zeros(3))
         self.register_buffer('mean_weight', torch.zeros(()))
@@ -147,24 +212,27 @@ class RunningCKA(nn.Module):
         return _ratio(self.terms)
 
     @torch.no_grad()
-    def forward(self, student: torch.Tensor, teacher: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+            self,
+            student: torch.Tensor,
+            teacher: torch.Tensor,
+            counts: Optional[Sequence[int]] = None,
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
         """Take in one batch.
 
         Args:
             student: Student features, shape (T, n, ...).
             teacher: Teacher features, shape (T', n, ...).
+            counts: n of every process, where it is known (`batch_counts`).
 
         Returns:
             CKA of this batch and running CKA (in evaluation mode the running value as training left it), 0-d each.
 
         Raises:
-            ValueError: Fewer than 4 samples; one of several processes may have fewer, and leaves it to the others.
+            ValueError: Fewer than 4 samples. One of several processes may have fewer, and leaves it to the others; a
+                global batch of fewer gives nan and is not taken in.
         """
-        if student.shape[1] < 4 and world_size() > 1:  # too small for the unbiased HSIC, but others' batch may not be
-            terms = torch.full((3,), torch.nan, device=student.device)
-        else:
-            terms = hsic_terms(gram_matrix(student), gram_matrix(teacher))
-        terms = _mean_over_processes(terms)
+        terms = self._terms_of(student, teacher, counts)
         if self.training:
             known = ~torch.isnan(terms).any()  # no branch on it: it would break a compiled graph
             share = self.momentum * known.to(self.mean_terms.dtype)
@@ -172,5 +240,17 @@ class RunningCKA(nn.Module):
             self.mean_weight.lerp_(torch.ones_like(self.mean_weight), share)
         return _ratio(terms), self.value
 
+    def _terms_of(self, student: torch.Tensor, teacher: torch.Tensor, counts: Optional[Sequence[int]]) -> torch.Tensor:
+        """The three terms of this batch, the same on every process."""
+        if world_size() == 1:
+            return hsic_terms(gram_matrix(student), gram_matrix(teacher))
+        nothing = torch.full((3,), torch.nan, device=student.device)
+        if self.scope == 'global':
+            counts = batch_counts(student.shape[1], student.device) if counts is None else counts
+            return global_hsic_terms(student, teacher, counts) if sum(counts) >= 4 else nothing
+        # too small for the unbiased HSIC, but others' batch may not be
+        small = student.shape[1] < 4
+        return _mean_over_processes(nothing if small else hsic_terms(gram_matrix(student), gram_matrix(teacher)))
+
     def extra_repr(self) -> str:
-        return f'momentum={self.momentum}'
+        return f'momentum={self.momentum}, scope={self.scope}'

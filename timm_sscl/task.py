@@ -10,7 +10,9 @@ from timm.task import TrainingTask
 from timm.task.classification import resolve_classification_loss
 from timm.utils import unwrap_model
 
-from .losses import TrainStep, create_loss, loss_needs
+from .distributed import batch_share, world_size
+from .losses import TrainStep, create_loss, loss_is_global, loss_needs
+from .neurons.rates import RateRecorder
 from .taps import FeatureReader, match_by_depth
 from .teacher_input import TeacherInput
 
@@ -47,11 +49,18 @@ def resolve_losses(losses: Union[str, Mapping[str, float]]) -> Dict[str, float]:
 class SSCLTrainableModule(nn.Module):
     """All that is trained: the student and the losses' own parameters (projections); one forward, for DDP's sake."""
 
-    def __init__(self, student: nn.Module, losses: Mapping[str, nn.Module], reader: Optional[FeatureReader]):
+    def __init__(
+            self,
+            student: nn.Module,
+            losses: Mapping[str, nn.Module],
+            reader: Optional[FeatureReader],
+            rate_recorder: Optional[RateRecorder] = None,
+    ):
         super().__init__()
         self.student = student
         self.losses = nn.ModuleDict(losses)
         self.reader = reader
+        self.rate_recorder = rate_recorder
 
     def forward(
             self,
@@ -61,8 +70,11 @@ class SSCLTrainableModule(nn.Module):
             teacher_features: Optional[List[torch.Tensor]] = None,
     ) -> Dict[str, torch.Tensor]:
         """Student logits (B, K) under 'output', and every loss under its name, unweighted."""
+        if self.rate_recorder is not None:
+            self.rate_recorder.begin()
         step_logits, features = _read(self.student, self.reader, input)
-        step = TrainStep(input, target, step_logits, self.student, teacher_logits, features, teacher_features)
+        rates = self.rate_recorder.take() if self.rate_recorder is not None else None
+        step = TrainStep(input, target, step_logits, self.student, teacher_logits, features, teacher_features, rates)
         terms = {name: loss(step) for name, loss in self.losses.items()}
         return {'output': step.logits, **terms}
 
@@ -157,9 +169,11 @@ class SSCLTask(TrainingTask):
             teacher_taps = taps if teacher_taps is None else teacher_taps
             self.teacher_reader = FeatureReader(teacher, teacher_taps, _teacher_shape(input_size, teacher_size))
             _match(reader, self.teacher_reader, cut=isinstance(taps, int))
+        self.global_losses = {name for name in self.weights if loss_is_global(name)}
+        rate_recorder = RateRecorder(student) if any(n['firing_rates'] for n in needs) else None
         modules = {name: _create(name, (loss_options or {}).get(name, {}), reader, self.teacher_reader)
                    for name in self.weights}
-        self.trainable_module = SSCLTrainableModule(student, modules, reader).to(self.device)
+        self.trainable_module = SSCLTrainableModule(student, modules, reader, rate_recorder).to(self.device)
         self.teacher = teacher.to(self.device).requires_grad_(False).eval() if self.needs_teacher else None
         self.criterion = resolve_classification_loss(criterion, self.device, criterion_kwargs=criterion_kwargs)
         self.teacher_input = TeacherInput(teacher_size, renormalize)
@@ -186,27 +200,42 @@ class SSCLTask(TrainingTask):
                 merged.setdefault(layer, {}).update(values)
         return merged
 
-    def forward(self, input: torch.Tensor, target: torch.Tensor) -> Dict[str, torch.Tensor]:
+    def forward(
+            self,
+            input: torch.Tensor,
+            target: torch.Tensor,
+            taught: Optional[Tuple[Optional[torch.Tensor], Optional[List[torch.Tensor]]]] = None,
+    ) -> Dict[str, torch.Tensor]:
         """One training step's losses.
 
         Args:
             input: Images (B, C, H, W) or event frames (B, T, C, H, W).
             target: Labels (B,) or soft targets (B, K).
+            taught: What `teach` gave for these images, where it is known already.
 
         Returns:
             'loss' (weighted sum), 'output' (student logits (B, K)), 'task_loss', and '<name>_loss' per loss, as it is.
+            With several processes the terms are means over the process's own samples or, where a loss is registered so,
+            the global batch's; 'loss' weighs the former by the number of samples, so that the mean of its gradients
+            over the processes, as DDP takes it, is the global batch's.
         """
-        result = self.trainable_module(input, target, *self._teach(input))
+        result = self.trainable_module(input, target, *(self.teach(input) if taught is None else taught))
         output = result.pop('output')
         task_loss = self.criterion(output, target)
-        loss = self.task_loss_weight * task_loss
+        share = self._batch_share(output)
+        loss = self.task_loss_weight * share * task_loss
         for name, term in result.items():
-            loss = loss + self.weights[name] * term
+            loss = loss + self.weights[name] * (term if name in self.global_losses else share * term)
         terms = {f'{name}_loss': term for name, term in result.items()}
         return {'loss': loss, 'output': output, 'task_loss': task_loss, **terms}
 
+    @staticmethod
+    def _batch_share(output: torch.Tensor) -> Union[int, torch.Tensor]:
+        """Factor on means over a process's own samples, which DDP averages by process and not by sample."""
+        return batch_share(output.shape[0], output) if world_size() > 1 else 1
+
     @torch.no_grad()
-    def _teach(self, input: torch.Tensor) -> Tuple[Optional[torch.Tensor], Optional[List[torch.Tensor]]]:
+    def teach(self, input: torch.Tensor) -> Tuple[Optional[torch.Tensor], Optional[List[torch.Tensor]]]:
         """Teacher logits (B, K) and features; static images need one forward, not T."""
         if self.teacher is None:
             return None, None
@@ -287,7 +316,10 @@ def _create(
         student: Optional[FeatureReader],
         teacher: Optional[FeatureReader],
 ) -> nn.Module:
-    if not loss_needs(name)['features']:
-        return create_loss(name, **options)
-    return create_loss(
-        name, names=student.names, student_channels=student.channels, teacher_channels=teacher.channels, **options)
+    needs = loss_needs(name)
+    taps = {}
+    if needs['features']:
+        taps = dict(names=student.names, student_channels=student.channels, teacher_channels=teacher.channels)
+    if needs['shapes']:
+        taps.update(student_shapes=student.shapes, teacher_shapes=teacher.shapes)
+    return create_loss(name, **taps, **options)

@@ -32,7 +32,11 @@ def check_classes(train: Any, val: Any) -> None:
         return
     differ = sorted(map(str, set(ours) ^ set(theirs))) or sorted(str(c) for c in ours if ours[c] != theirs[c])
     raise ValueError(f'training data has {len(ours)} classes and validation data {len(theirs)}, so their labels do not mean '
-                     f'the same: {_some(differ)} differ(s). Give both the same folders, or --class-map FILE.')
+                     f'the same: {_some(differ)} differ. Give both the same folders, or --class-map FILE.')
+
+
+def _some(names: Sequence[str], shown: int = 5) -> str:
+    return ', '.join(names[:shown]) + (f' and {len(names) - shown} more' if len(names) > shown else '')
 
 
 def _empty_folders(dataset: Any) -> Sequence[str]:

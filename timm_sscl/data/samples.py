@@ -41,6 +41,7 @@ class Samples(Dataset):
         training: Whether samples are random and may be replaced.
         seed: Seed of the run.
         max_unreadable: How many different samples may be replaced; 0 stops at the first.
+        with_index: Whether a sample is (image, label, number of the sample that was read).
 
     Raises:
         UnreadableSample: While reading, by the policy above.
@@ -54,12 +55,14 @@ class Samples(Dataset):
             training: bool,
             seed: int = 0,
             max_unreadable: int = 0,
+            with_index: bool = False,
     ):
         self.dataset = dataset
         self.num_classes = num_classes
         self.training = training
         self.seed = seed
         self.max_unreadable = max_unreadable if training else 0
+        self.with_index = with_index
         self.transform: Optional[Callable] = None
         # in shared memory: persistent workers see the epoch, and all count together
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
@@ -89,18 +92,19 @@ class Samples(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> Tuple[Any, int]:
+    def __getitem__(self, index: int) -> Tuple:
         if not self.training:
             return self._make(index)
         with seeded((self.seed, int(self._epoch), index), restore=get_worker_info() is None):
             return self._make(index)
 
-    def _make(self, index: int) -> Tuple[Any, int]:
+    def _make(self, index: int) -> Tuple:
         at, (item, target) = self._read(index)
         if target is None or not 0 <= int(target) < self.num_classes:
             raise WrongLabel(f"'{sample_name(self.dataset, at)}' has the label {target}; the model has "
                              f'{self.num_classes} classes, 0 to {self.num_classes - 1}.')
-        return (item if self.transform is None else self.transform(item)), target
+        item = item if self.transform is None else self.transform(item)
+        return (item, target, at) if self.with_index else (item, target)
 
     def _read(self, index: int) -> Tuple[int, Tuple[Any, Any]]:
         """The sample at index, or the next one that can be read, with its own index."""

@@ -20,8 +20,8 @@ def kd_loss(logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: flo
     Returns:
         0-d tensor, the mean over the batch.
     """
-    student = F.log_softmax(logits.float() / temperature, dim=-1)
-    teacher = F.log_softmax(teacher_logits.float() / temperature, dim=-1)
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    student, teacher = (F.log_softmax(x.to(dtype) / temperature, dim=-1) for x in (logits, teacher_logits))
     return F.kl_div(student, teacher, reduction='batchmean', log_target=True) * temperature ** 2
 
 

@@ -1,6 +1,6 @@
 """Contrastive critics: each returns a loss to minimise for one pair of projected features."""
 import math
-from typing import Optional
+from typing import Optional, Union
 
 import torch
 import torch.nn.functional as F
@@ -8,13 +8,24 @@ import torch.nn.functional as F
 __all__ = ['nce_loss', 'info_nce_loss', 'mi_lower_bound']
 
 
-def _scores(s: torch.Tensor, a: torch.Tensor, temperature: float) -> torch.Tensor:
-    """s_i . a_j / temperature of the L2-normalised rows, (N, N), float32 at least; a zero row stays zero."""
+def _scores(
+        s: torch.Tensor,
+        a: torch.Tensor,
+        temperature: float,
+        queue: Optional[torch.Tensor] = None,
+) -> torch.Tensor:
+    """s_i . a_j / temperature of the L2-normalised rows, float32 at least; a zero row stays zero.
+
+    Shape (N, N), or (N, N + Q) with a queue's rows behind a's.
+    """
     if s.ndim != 2 or s.shape != a.shape or s.shape[0] < 1:
         raise ValueError(f's {tuple(s.shape)} and a {tuple(a.shape)} must both be (N, d), row i of one image.')
+    if queue is not None and (queue.ndim != 2 or queue.shape[1] != a.shape[1]):
+        raise ValueError(f'queue {tuple(queue.shape)} must be (Q, d) with the d of a {tuple(a.shape)}.')
     if not temperature > 0:
         raise ValueError(f'temperature={temperature}: must be positive.')
     with torch.autocast(s.device.type, enabled=False):
+        a = a if queue is None else torch.cat([a, queue.to(a.dtype)])
         s, a = (x.float() if x.dtype in (torch.float16, torch.bfloat16) else x for x in (s, a))
         return _unit_rows(s) @ _unit_rows(a).mT / temperature
 
@@ -30,11 +41,24 @@ def _need_negatives(n: int, what: str) -> None:
         raise ValueError(f'the {what} critic needs a batch of at least 2 samples (1 negative), got {n}.')
 
 
-def _log_mean_negative(scores: torch.Tensor) -> torch.Tensor:
-    """log of the mean of e^score over all off-diagonal pairs, without a gradient."""
+def _log(x: Union[float, torch.Tensor]) -> Union[float, torch.Tensor]:
+    return x.log() if isinstance(x, torch.Tensor) else math.log(x)
+
+
+def _log_mean(scores: torch.Tensor, of: torch.Tensor, count: Union[int, torch.Tensor]) -> torch.Tensor:
+    """log of the mean of e^score over the `count` pairs that `of` marks, without a gradient."""
+    return scores.detach().masked_fill(~of, -math.inf).flatten().logsumexp(0) - _log(count)
+
+
+def _counted(scores: torch.Tensor, queue_mask: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
+    """Which columns of the scores count, (N + Q,); None where all do."""
+    if queue_mask is None:
+        return None
     n = scores.shape[0]
-    negatives = scores.detach().masked_fill(torch.eye(n, dtype=torch.bool, device=scores.device), -math.inf)
-    return negatives.flatten().logsumexp(0) - math.log(n * (n - 1))
+    if queue_mask.shape != (scores.shape[1] - n,):
+        raise ValueError(f'queue_mask {tuple(queue_mask.shape)} must be ({scores.shape[1] - n},), one entry per row of '
+                         f'the queue.')
+    return torch.cat([queue_mask.new_ones(n), queue_mask])
 
 
 def nce_loss(
@@ -43,6 +67,8 @@ def nce_loss(
         temperature: float = 0.1,
         num_pairs: Optional[float] = None,
         normalize: bool = True,
+        queue: Optional[torch.Tensor] = None,
+        queue_mask: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
     """Noise-contrastive loss -L_NCE between student and teacher features, Eq. 17 with the critic of Eq. 19.
 
@@ -51,14 +77,18 @@ def nce_loss(
         literal     logit = s.a/t - log(N / num_pairs)                    Eq. 19 to the letter
         normalised  logit = s.a/t - log K - log m,   K = N - 1            the critic's source, CRD (Tian 2019)
 
-    with m the mean of e^{s.a/t} over all negatives, taken without a gradient; the data set's size cancels in it.
+    with m the mean of e^{s.a/t} over all negatives, taken without a gradient; the data set's size cancels in it. A
+    queue of Q further teacher rows gives every row Q more negatives: the sum runs over them too, K = N - 1 + Q, and N
+    in Eq. 19 becomes N + Q.
 
     Args:
         s: Projected student features, shape (N, d); rows are L2-normalised here.
         a: Projected teacher features, shape (N, d), row i of the same image as s's row i.
         temperature: t.
-        num_pairs: M of Eq. 19, "the total number of possible pairs"; N * N by default. Literal critic only.
+        num_pairs: M of Eq. 19, "the total number of possible pairs"; N * (N + Q) by default. Literal critic only.
         normalize: The normalised critic, or the literal one.
+        queue: Further negatives, projected teacher features of other images, shape (Q, d).
+        queue_mask: Which of the queue's rows count, boolean, shape (Q,); all by default.
 
     Returns:
         0-d tensor, to be minimised.
@@ -67,29 +97,44 @@ def nce_loss(
         ValueError: The shapes differ, temperature or num_pairs is not positive, num_pairs is given to the normalised
             critic, or the normalised critic has no negatives (N = 1).
     """
-    scores = _scores(s, a, temperature)
-    n = scores.shape[0]
+    scores = _scores(s, a, temperature, queue)
+    n, columns = scores.shape
+    positive = torch.eye(n, columns, dtype=torch.bool, device=scores.device)
+    counted = _counted(scores, queue_mask)
+    rivals = columns if counted is None else counted.sum().to(scores.dtype)  # of a row: its positive and negatives
     if normalize:
         if num_pairs is not None:
             raise ValueError(f'num_pairs={num_pairs}: the normalised critic has no M; use normalize=False with it.')
         _need_negatives(n, 'normalised')
-        logits = scores - math.log(n - 1) - _log_mean_negative(scores)
+        negative = ~positive if counted is None else ~positive & counted
+        logits = scores - _log(rivals - 1) - _log_mean(scores, negative, n * (rivals - 1))
     else:
-        num_pairs = n * n if num_pairs is None else num_pairs
+        num_pairs = n * rivals if num_pairs is None else num_pairs
         if not num_pairs > 0:
             raise ValueError(f'num_pairs={num_pairs}: must be positive.')
-        logits = scores - math.log(n / num_pairs)
-    positive = torch.eye(n, dtype=torch.bool, device=logits.device)
-    return -F.logsigmoid(torch.where(positive, logits, -logits)).sum() / n
+        logits = scores - _log(rivals / num_pairs)
+    terms = F.logsigmoid(torch.where(positive, logits, -logits))
+    terms = terms if counted is None else terms.masked_fill(~counted, 0.)
+    return -terms.sum() / n
 
 
-def info_nce_loss(s: torch.Tensor, a: torch.Tensor, temperature: float = 0.1) -> torch.Tensor:
+def info_nce_loss(
+        s: torch.Tensor,
+        a: torch.Tensor,
+        temperature: float = 0.1,
+        queue: Optional[torch.Tensor] = None,
+        queue_mask: Optional[torch.Tensor] = None,
+) -> torch.Tensor:
     """InfoNCE: softmax cross-entropy over the row, the mean of both directions (student to teacher and back).
+
+    A queue's teacher rows are negatives of the student's; the way back has the batch's student rows only.
 
     Args:
         s: Projected student features, shape (N, d); rows are L2-normalised here.
         a: Projected teacher features, shape (N, d).
         temperature: Temperature of the softmax.
+        queue: Further negatives, projected teacher features of other images, shape (Q, d).
+        queue_mask: Which of the queue's rows count, boolean, shape (Q,); all by default.
 
     Returns:
         0-d tensor, to be minimised.
@@ -97,21 +142,29 @@ def info_nce_loss(s: torch.Tensor, a: torch.Tensor, temperature: float = 0.1) ->
     Raises:
         ValueError: The shapes differ, temperature is not positive, or N = 1.
     """
-    scores = _scores(s, a, temperature)
-    _need_negatives(scores.shape[0], 'InfoNCE')
-    target = torch.arange(scores.shape[0], device=scores.device)
-    return (F.cross_entropy(scores, target) + F.cross_entropy(scores.mT, target)) / 2
+    scores = _scores(s, a, temperature, queue)
+    n = scores.shape[0]
+    _need_negatives(n, 'InfoNCE')
+    counted = _counted(scores, queue_mask)
+    forth = scores if counted is None else scores.masked_fill(~counted, -math.inf)
+    target = torch.arange(n, device=scores.device)
+    return (F.cross_entropy(forth, target) + F.cross_entropy(scores[:, :n].mT, target)) / 2
 
 
-def mi_lower_bound(loss: torch.Tensor, num_samples: int, info_nce: bool = False) -> torch.Tensor:
+def mi_lower_bound(
+        loss: torch.Tensor,
+        num_samples: Union[float, torch.Tensor],
+        info_nce: bool = False,
+) -> torch.Tensor:
     """Lower bound on the mutual information I(S; A) that a contrastive loss gives, Eq. 16, in nats.
 
     Args:
         loss: Value of `nce_loss` (bound log K - loss) or, with info_nce, of `info_nce_loss` (bound log(K + 1) - loss).
-        num_samples: Batch N of the loss; K = N - 1 negatives.
+        num_samples: Batch N of the loss, with a queue N + Q; K is one less.
         info_nce: Which of the two losses it is.
 
     Returns:
         0-d tensor; an estimate where the critic's mean comes from the same batch.
     """
-    return math.log(num_samples if info_nce else max(num_samples - 1, 1)) - loss
+    k = num_samples if info_nce else num_samples - 1
+    return _log(k.clamp(min=1) if isinstance(k, torch.Tensor) else max(k, 1)) - loss

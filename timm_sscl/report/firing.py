@@ -1,10 +1,13 @@
-"""Firing rate of every neuron layer, measured while a model runs."""
+"""Firing rate of every neuron layer, and entropy of its spikes, measured while a model runs."""
 from typing import Dict
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 
+from timm_sscl.distributed import world_size
 from timm_sscl.neurons import LIF
+from timm_sscl.representation import spike_entropy
 
 __all__ = ['FiringRates']
 
@@ -14,6 +17,7 @@ class FiringRates:
 
     Args:
         model: Spiking model.
+        per_neuron: Whether every neuron is counted by itself, which the entropy needs.
 
     Examples:
         ```python
@@ -23,10 +27,12 @@ class FiringRates:
         ```
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, per_neuron: bool = False):
         self.model = model
+        self.per_neuron = per_neuron
         self._spikes: Dict[str, torch.Tensor] = {}
         self._elements: Dict[str, int] = {}
+        self._neurons: Dict[str, torch.Tensor] = {}  # spikes of every neuron
         self._handles = []
 
     def __enter__(self) -> 'FiringRates':
@@ -42,11 +48,39 @@ class FiringRates:
 
     def _count(self, name: str):
         def hook(module, args, spikes):
-            total = spikes.detach().sum(dtype=torch.float64 if spikes.device.type != 'mps' else torch.float32)
+            spikes = spikes.detach() if module.scale is None else spikes.detach() != 0  # thresholds from an ANN scale them
+            dtype = torch.float64 if spikes.device.type != 'mps' else torch.float32
+            if self.per_neuron:
+                neurons = spikes.sum(0, dtype=dtype)
+                self._neurons[name] = self._neurons.get(name, 0) + neurons
+                total = neurons.sum()
+            else:
+                total = spikes.sum(dtype=dtype)
             self._spikes[name] = self._spikes.get(name, 0) + total
             self._elements[name] = self._elements.get(name, 0) + spikes.numel()
         return hook
 
+    def sum_over_processes(self) -> 'FiringRates':
+        """Add up what all processes counted; called by all of them."""
+        if world_size() > 1:
+            for name, count in self._spikes.items():
+                elements = count.new_tensor(self._elements[name])
+                for total in (count, elements, *([self._neurons[name]] if self.per_neuron else [])):
+                    dist.all_reduce(total)
+                self._elements[name] = int(elements)
+        return self
+
     def per_layer(self) -> Dict[str, float]:
         """Spikes per neuron and time step of every layer that ran, in the order of their first call."""
         return {name: float(count) / self._elements[name] for name, count in self._spikes.items()}
+
+    def entropy(self) -> Dict[str, float]:
+        """Mean entropy H(p) of every layer's neurons in bits per step, p each neuron's own firing rate; 1 at most.
+
+        Raises:
+            RuntimeError: The neurons were not counted one by one.
+        """
+        if not self.per_neuron:
+            raise RuntimeError('the entropy needs FiringRates(model, per_neuron=True).')
+        return {name: float(spike_entropy(count * count.numel() / self._elements[name]).mean())
+                for name, count in self._neurons.items()}

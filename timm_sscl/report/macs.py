@@ -27,6 +27,8 @@ class MacShares(NamedTuple):
     fractional: int  # sums or averages of spikes (k / n, n up to 1024): pooled spikes, residual sums
     analog: int
     by_module: Dict[str, Dict[str, int]]  # module -> kind -> MACs
+    whole: int = 0  # of the MACs, those whose input is spikes or sums of spikes: whole numbers, additions only
+    additions: float = 0.  # what these come to: MACs times the mean value of their input (its firing rate)
 
     @property
     def total(self) -> int:
@@ -54,6 +56,10 @@ def input_kind(x: torch.Tensor) -> str:
     return 'analog'
 
 
+def _is_whole(x: torch.Tensor) -> bool:
+    return bool(((x == x.round()) & (x >= 0)).all())
+
+
 class _CountMacs(TorchDispatchMode):
     def __init__(self, weights: Sequence[torch.Tensor]):
         super().__init__()
@@ -61,20 +67,26 @@ class _CountMacs(TorchDispatchMode):
         self.tracker = ModuleTracker()
         self.fired = False  # before the first neuron a fraction is a pixel (k / 255), not an average of spikes
         self.by_module: Dict[str, Dict[str, int]] = {}
+        self.whole, self.additions = 0, 0.
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         packet = func._overloadpacket
         if packet in flop_registry:
             flops = flop_registry[packet](*args, **(kwargs or {}), out_val=out)
-            self._add(self._kind(args[1:3] if packet in _ADDED else args[:2]), flops // 2)
+            self._count(args[1:3] if packet in _ADDED else args[:2], flops // 2)
         return out
 
-    def _kind(self, operands: Sequence[torch.Tensor]) -> str:
-        """The most spiking of a product's operands, weights apart."""
-        kinds = [input_kind(x) for x in operands if x.untyped_storage().data_ptr() not in self.weights]
+    def _count(self, operands: Sequence[torch.Tensor], macs: int) -> None:
+        """Count a product as its most spiking operand, weights apart."""
+        inputs = [x for x in operands if x.untyped_storage().data_ptr() not in self.weights]
+        kinds = [input_kind(x) for x in inputs]
         kind = min(kinds, key=KINDS.index, default='analog')
-        return 'analog' if kind == 'fractional' and not self.fired else kind
+        self._add('analog' if kind == 'fractional' and not self.fired else kind, macs)
+        x = inputs[kinds.index(kind)] if inputs else None
+        if x is not None and self.fired and (kind == 'binary' or _is_whole(x)):
+            self.whole += macs
+            self.additions += macs * x.double().mean().item()
 
     def saw_neuron(self, *_: Any) -> None:
         self.fired = True
@@ -129,4 +141,5 @@ def count_macs(model: nn.Module, images: torch.Tensor) -> MacShares:
     n = len(images)
     by_module = {name: {kind: macs // n for kind, macs in counts.items()} for name, counts in counter.by_module.items()}
     totals = {kind: sum(counts[kind] for counts in by_module.values()) for kind in KINDS}
-    return MacShares(**totals, by_module=by_module)
+    return MacShares(
+        **totals, by_module=by_module, whole=counter.whole // n, additions=counter.additions / n)
