@@ -36,6 +36,7 @@ UNSUPPORTED: Dict[str, str] = {
     'aug_repeats': 'repeated augmentation needs timm\'s distributed sampler; Accelerate shards the data here',
     'aug_splits': 'augmentation splits need split batch norm, which would split time steps',
     'jsd_loss': 'needs --aug-splits',
+    'resplit': 'needs --aug-splits: samples are augmented one by one, whatever their place in the batch',
     'split_bn': 'would split time steps instead of samples',
     'use_multi_epochs_loader': 'Accelerate owns the loaders; workers persist already',
     'tta': 'test time augmentation is not part of this script',
@@ -197,7 +198,7 @@ def _add_distillation(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--sscl-cka-scope', default='process', choices=CKA_SCOPES,
                        help='with several processes: the mean of their own CKA terms, or those of the global batch')
     group.add_argument('--kd-weight', '--distill-loss-weight', type=float, default=None,
-                       help='weight of the kd loss (1)')
+                       help='weight of the kd loss (1, or 1 - --task-loss-weight where only that is given)')
     group.add_argument('--kd-temperature', type=float, default=4., help='temperature of the kd loss')
     group.add_argument('--kd-step-temperature', type=float, default=3., help='temperature of the kd_step loss')
     group.add_argument('--tet-lambda', type=float, default=0.05,
@@ -342,7 +343,6 @@ def _add_augmentation(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--reprob', type=float, default=0.)
     group.add_argument('--remode', type=str, default='pixel')
     group.add_argument('--recount', type=int, default=1)
-    group.add_argument('--resplit', action='store_true')
     group.add_argument('--mixup', type=float, default=0.0)
     group.add_argument('--cutmix', type=float, default=0.0)
     group.add_argument('--cutmix-minmax', type=float, nargs='+', default=None)
@@ -457,6 +457,9 @@ def _given(parser: argparse.ArgumentParser, argv: Optional[Sequence[str]]) -> se
 
 def _apply(parser: argparse.ArgumentParser, args: argparse.Namespace, options: Dict[str, Any], given: set, source: str):
     known = {action.dest: action for action in parser._actions}
+    if options.get('input_size') and 'input_size' not in given and {'img_size', 'in_chans'} & given:
+        channels, size, _ = options['input_size']  # else it would win over what is given
+        options = {'in_chans': channels, 'img_size': size, **{k: v for k, v in options.items() if k != 'input_size'}}
     if 'model' in given:  # the architecture's own arguments go with it
         options = {name: value for name, value in options.items() if name not in ('model_kwargs', 'teacher_kwargs')}
     for name, value in options.items():
@@ -508,6 +511,11 @@ def _check(args: argparse.Namespace, given: set) -> None:
     args.teacher = args.teacher or args.kd_model_name
     if args.teacher_checkpoint and args.teacher_pretrained:
         raise OptionError('--teacher-checkpoint and --teacher-pretrained both name the teacher\'s weights; use one.')
+    if args.amp and args.model_dtype not in (None, 'float32'):
+        raise OptionError(f'--amp and --model-dtype {args.model_dtype} both set the precision; --amp is for '
+                          f'float32 models.')
+    if not args.val_split:
+        raise OptionError("--val-split '': every run is validated here; name the split.")
     if args.drop_path is None and args.drop_connect is not None:
         args.drop_path = args.drop_connect
 
@@ -520,7 +528,10 @@ def _losses(args: argparse.Namespace) -> Tuple[Dict[str, float], Dict[str, Dict[
     args.distill = None if args.loss else preset
     weights = _parse_losses(args.loss) if args.loss else dict(PRESETS[preset])
     if not args.loss:
-        for name, weight in (('sscl', args.sscl_weight), ('contrastive', args.sscl_weight), ('kd', args.kd_weight)):
+        kd_weight = args.kd_weight
+        if kd_weight is None and args.task_loss_weight is not None:
+            kd_weight = 1. - args.task_loss_weight  # timm's complementary mode
+        for name, weight in (('sscl', args.sscl_weight), ('contrastive', args.sscl_weight), ('kd', kd_weight)):
             if name in weights and weight is not None:
                 weights[name] = weight
     try:

@@ -34,7 +34,7 @@ def create_dataset(
         ValueError: The split does not exist or is empty.
     """
     if name == 'digits':
-        return DigitsDataset(split, num_samples)
+        return DigitsDataset(split, num_samples, input_img_mode=kwargs.get('input_img_mode') or 'RGB')
     local = not name.startswith(('hfds/', 'hfids/', 'tfds/', 'wds/'))
     if local and not kwargs.get('download') and not (root and os.path.exists(root)):
         raise FileNotFoundError(f"data folder '{root}' does not exist; give --data-dir the folder that holds "
