@@ -57,7 +57,9 @@ from timm_sscl.checkpoint import (
     LAST, Position, RunSaver, StorageError, find_newest, lock_folder, read_run_state, why_damaged, write_text)
 from timm_sscl.data import CIFAR_POLICY, augment_cifar, create_dataset
 from timm_sscl.data.checks import check_channels, check_classes, check_labels
+from timm_sscl.data.events import EventAugment, FrameSettings, create_event_loader, is_event_dataset
 from timm_sscl.data.samples import Samples, UnreadableSample, WrongLabel
+from timm_sscl.frames_ann import accept_frames
 from timm_sscl.losses import loss_needs
 from timm_sscl.neurons import packed_spikes
 from timm_sscl.options import ARGS_FILE, AUTO, OptionError, parse_args
@@ -94,6 +96,9 @@ TEACHER_SETTINGS = (
 )
 
 _NEWER_TEACHER_SETTINGS = ('crop_padding', 'cutout')  # counted where given, so that older teachers are found
+# and on event data these
+EVENT_SETTINGS = (
+    'timesteps', 'event_frames', 'event_mode', 'event_size', 'event_roll', 'event_split', 'event_axes')
 
 
 class NonFiniteLoss(RuntimeError):
@@ -239,6 +244,8 @@ def create_student(args: Namespace, num_classes: int) -> nn.Module:
     check_model_name(args.model, '--model')
     neuron = {name: getattr(args, name) for name in ('timesteps', 'tau', 'v_threshold', 'v_reset', 'detach_reset')}
     neuron.update(include=args.neuron_include, exclude=args.neuron_exclude, norm=args.norm)
+    if is_event_dataset(args.dataset) and not args.model.startswith(PREFIX):
+        neuron['timesteps'] = None  # the number of frames only
     neuron = {name: value for name, value in neuron.items() if value is not None}
     if args.neuron_init == 'ann' and (set(neuron) & {'tau', 'v_threshold', 'v_reset'} or not (
             args.initial_checkpoint or args.pretrained or args.pretrained_path)):
@@ -289,6 +296,8 @@ def _share_stem(student: nn.Module) -> None:
 
 
 def _placed(args: Namespace, model: nn.Module) -> nn.Module:
+    if is_event_dataset(args.dataset):
+        accept_frames(model)
     if args.model_dtype:
         model = model.to(getattr(torch, args.model_dtype))
     return model.to(memory_format=torch.channels_last) if args.channels_last else model
@@ -401,6 +410,8 @@ class Loaders(NamedTuple):
 
 def create_datasets(args: Namespace) -> Tuple[Any, Any]:
     """Training and validation set; with --eval-only the validation set twice."""
+    if is_event_dataset(args.dataset):
+        return _create_event_datasets(args)
     common = dict(
         root=args.data_dir, class_map=args.class_map, download=args.dataset_download, seed=args.seed,
         input_img_mode=args.input_img_mode or ('L' if _given_channels(args) == 1 else 'RGB'), input_key=args.input_key,
@@ -415,6 +426,23 @@ def create_datasets(args: Namespace) -> Tuple[Any, Any]:
         num_samples=args.train_num_samples, **common)
     if not args.class_map:
         check_classes(train, val)
+    return train, val
+
+
+def _create_event_datasets(args: Namespace) -> Tuple[Any, Any]:
+    """Event data; its frames, two polarities as they are, are what the models take."""
+    settings = FrameSettings(args.timesteps, args.event_frames, args.event_mode, args.event_size, args.event_axes)
+    common = dict(root=args.data_dir, settings=settings, event_split=args.event_split, download=args.dataset_download)
+    val = create_dataset(args.dataset, split=args.val_split, num_samples=args.val_num_samples, **common)
+    size = [2, *val.frame_size]
+    if args.input_size and list(args.input_size) != size:
+        raise OptionError(f'--input-size {" ".join(map(str, args.input_size))}: event frames are {" x ".join(map(str, size))}; '
+                          f'--event-size sets their size.')
+    args.in_chans, args.input_size, args.mean, args.std = 2, size, [0., 0.], [1., 1.]
+    if args.eval_only:
+        return val, val
+    train = create_dataset(args.dataset, split=args.train_split, num_samples=args.train_num_samples, **common)
+    check_classes(train, val)
     return train, val
 
 
@@ -471,7 +499,19 @@ def create_loaders(
         data_config: Dict[str, Any],
         num_classes: int,
 ) -> Loaders:
-    """timm's loaders, not sharded and without its prefetcher: Accelerate does both."""
+    """Loaders that are not sharded and do not move batches: Accelerate does both."""
+    make = _create_event_loaders if is_event_dataset(args.dataset) else _create_image_loaders
+    train, val = make(args, datasets, data_config)
+    if hasattr(datasets[0], '__len__') and len(train) == 0:
+        raise OptionError(f'--batch-size {args.batch_size} is larger than the training set '
+                          f'({len(datasets[0])} images).')
+    for loader in (train, val):  # else the start of an epoch would draw from the generator that dropout draws from
+        loader.generator = torch.Generator().manual_seed(args.seed)
+    return Loaders(train, val, _create_mixup(args, num_classes))
+
+
+def _create_image_loaders(args: Namespace, datasets: Tuple[Any, Any], data_config: Dict[str, Any]) -> Tuple[Any, Any]:
+    """timm's loaders, without its prefetcher."""
     common = dict(
         input_size=data_config['input_size'], mean=data_config['mean'], std=data_config['std'], use_prefetcher=False,
         distributed=False, num_workers=args.workers, persistent_workers=args.workers > 0, pin_memory=args.pin_mem,
@@ -494,12 +534,14 @@ def create_loaders(
     val = create_loader(
         datasets[1], batch_size=args.validation_batch_size or args.batch_size, is_training=False,
         interpolation=data_config['interpolation'], crop_pct=data_config['crop_pct'], **common)
-    if hasattr(datasets[0], '__len__') and len(train) == 0:
-        raise OptionError(f'--batch-size {args.batch_size} is larger than the training set '
-                          f'({len(datasets[0])} images).')
-    for loader in (train, val):  # else the start of an epoch would draw from the generator that dropout draws from
-        loader.generator = torch.Generator().manual_seed(args.seed)
-    return Loaders(train, val, _create_mixup(args, num_classes))
+    return train, val
+
+
+def _create_event_loaders(args: Namespace, datasets: Tuple[Any, Any], data_config: Dict[str, Any]) -> Tuple[Any, Any]:
+    common = dict(num_workers=args.workers, pin_memory=args.pin_mem)
+    augment = None if args.no_aug else EventAugment(args.hflip, args.event_roll)
+    return (create_event_loader(datasets[0], args.batch_size, is_training=True, transform=augment, **common),
+            create_event_loader(datasets[1], args.validation_batch_size or args.batch_size, **common))
 
 
 def _create_mixup(args: Namespace, num_classes: int) -> Optional[Mixup]:
@@ -1198,6 +1240,8 @@ def prepare(args: Namespace, accelerator: Accelerator, stop: StopRequest, held: 
     num_classes = resolve_num_classes(args, datasets[0])
     student = create_student(args, num_classes)
     data_config = args.data_config = resolve_input(args, student)
+    if is_event_dataset(args.dataset):  # a teacher depends on these as well
+        data_config['events'] = {name: getattr(args, name) for name in EVENT_SETTINGS}
     datasets = guard_samples(args, datasets, data_config, num_classes)
     teacher, teacher_input = None, TeacherInput()
     if _needs_teacher(args):

@@ -10,6 +10,9 @@ import yaml
 
 from timm.utils import ParseKwargs
 
+from .data.events.aedat import AXES
+from .data.events.factory import is_event_dataset
+from .data.events.frames import BY, MODES, FrameSettings
 from .losses import create_loss, loss_needs
 from .losses.sscl import CRITICS, PROJECTIONS, WEIGHTINGS
 from .similarity import CKA_SCOPES
@@ -60,6 +63,14 @@ UNSUPPORTED: Dict[str, str] = {
     'wandb_tags': 'Accelerate owns the trackers: --report-to wandb and wandb\'s own environment variables',
     'wandb_resume_id': 'Accelerate owns the trackers: --report-to wandb and wandb\'s own environment variables',
 }
+
+
+# options that say how images are read or changed, or what event frames cannot go through
+IMAGE_ONLY = (
+    'class_map', 'input_img_mode', 'input_key', 'target_key', 'img_size', 'crop_pct', 'interpolation', 'epoch_repeats',
+    'train_crop_mode', 'scale', 'ratio', 'vflip', 'color_jitter', 'color_jitter_prob', 'grayscale_prob',
+    'gaussian_blur_prob', 'aa', 'reprob', 'remode', 'recount', 'resplit', 'cutmix', 'cutmix_minmax', 'train_interpolation',
+    'share_stem', 'save_images', 'eval_timesteps')
 
 
 def list_recipes() -> List[str]:
@@ -118,7 +129,7 @@ def create_parser() -> argparse.ArgumentParser:
         description='Train a spiking timm model with its real-valued twin as the teacher (SSCL)', allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('--config', '-c', default=None, metavar='NAME|FILE', help='recipe by name, or a YAML file')
-    for add in (_add_spiking, _add_distillation, _add_dataset, _add_model, _add_device, _add_optimizer, _add_schedule,
+    for add in (_add_spiking, _add_distillation, _add_dataset, _add_events, _add_model, _add_device, _add_optimizer, _add_schedule,
                 _add_augmentation, _add_batch_norm, _add_ema, _add_misc, _add_refused):
         add(parser)
     return parser
@@ -228,6 +239,26 @@ def _add_dataset(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--dataset-trust-remote-code', action='store_true')
 
 
+def _add_events(parser: argparse.ArgumentParser) -> None:
+    default = FrameSettings()
+    group = parser.add_argument_group(
+        'Event data parameters', 'for --dataset events/digits, events/cifar10dvs and tonic/NAME; --timesteps is the number of '
+                                 f'frames ({default.timesteps}), --hflip mirrors a sequence')
+    group.add_argument('--event-frames', default=default.by, choices=BY,
+                       help='frames of equally many events, or of equal time')
+    group.add_argument('--event-mode', default=default.mode, choices=MODES,
+                       help='a pixel is 1 where any event fell, or the number of events')
+    group.add_argument('--event-size', type=int, default=default.size, metavar='N',
+                       help='height and width of the frames (the sensor\'s); binary takes the nearest pixel, count adds up')
+    group.add_argument('--event-roll', type=int, default=5, metavar='N',
+                       help='training sequences are shifted by up to so many pixels, around the edge')
+    group.add_argument('--event-split', default='last100', metavar='NAME',
+                       help='validation part of data without a split: last100 or first100 (or another number) of every '
+                            'class, or random, a tenth; random1, random2, ... are other draws')
+    group.add_argument('--event-axes', default=default.axes, choices=AXES,
+                       help='whose axes and polarity AEDAT 2.0 files are read with')
+
+
 def _add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group('Model parameters')
     group.add_argument('--model', default='spiking_resnet18', type=str, metavar='MODEL', help='student')
@@ -285,7 +316,7 @@ def _add_optimizer(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--clip-grad', type=float, default=None)
     group.add_argument('--clip-mode', type=str, default='norm', choices=['norm', 'value', 'agc'])
     group.add_argument('--layer-decay', type=float, default=None)
-    group.add_argument('--layer-decay-min-scale', type=float, default=0)
+    group.add_argument('--layer-decay-min-scale', type=float, default=0.)
     group.add_argument('--layer-decay-no-opt-scale', type=float, default=None)
     group.add_argument('--opt-kwargs', nargs='*', default={}, action=ParseKwargs)
 
@@ -306,12 +337,12 @@ def _add_schedule(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--lr-cycle-limit', type=int, default=1)
     group.add_argument('--lr-k-decay', type=float, default=1.0)
     group.add_argument('--warmup-lr', type=float, default=1e-5)
-    group.add_argument('--min-lr', type=float, default=0)
+    group.add_argument('--min-lr', type=float, default=0.)
     group.add_argument('--epochs', type=int, default=300)
     group.add_argument('--epoch-repeats', type=float, default=0.)
     group.add_argument('--start-epoch', default=None, type=int)
     group.add_argument('--decay-milestones', default=[90, 180, 270], type=int, nargs='+')
-    group.add_argument('--decay-epochs', type=float, default=90)
+    group.add_argument('--decay-epochs', type=float, default=90.)
     group.add_argument('--warmup-epochs', type=int, default=5)
     group.add_argument('--warmup-prefix', action='store_true')
     group.add_argument('--cooldown-epochs', type=int, default=0)
@@ -435,6 +466,8 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> Tuple[argparse.Namespace
         _apply(parser, args, recipe, given, DIGITS_RECIPE)
     del args.data
     _check(args, given | {name for name, value in layers.items() if value is not None})
+    if is_event_dataset(args.dataset):
+        _check_events(parser, args)
     args.losses, args.loss_options = _losses(args)
     return args, recipe
 
@@ -518,6 +551,25 @@ def _check(args: argparse.Namespace, given: set) -> None:
         raise OptionError("--val-split '': every run is validated here; name the split.")
     if args.drop_path is None and args.drop_connect is not None:
         args.drop_path = args.drop_connect
+
+
+def _check_events(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    given = [name for name in IMAGE_ONLY if getattr(args, name) != parser.get_default(name)]
+    # what train.py sets itself may come back from a run's arguments
+    given += [name for name, own in (('in_chans', 2), ('mean', [0., 0.]), ('std', [1., 1.]))
+              if getattr(args, name) not in (None, own)]
+    given += ['input_size'] if args.input_size and args.input_size[0] != 2 else []
+    given += ['mixup_mode'] if args.mixup > 0 and args.mixup_mode != 'batch' else []
+    if given:
+        raise OptionError(f'{", ".join("--" + name.replace("_", "-") for name in given)}: not for event data, whose samples are '
+                          f'frames (T, 2, H, W); see the event data parameters in --help.')
+    if args.neuron_init == 'ann':
+        raise OptionError('--neuron-init ann: measures an ANN on images; with event data use calibrated.')
+    for name, least in (('event_size', 1), ('event_roll', 0)):
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            raise OptionError(f'--{name.replace("_", "-")} {getattr(args, name)}: must be {least} or more.')
+    if args.timesteps is None:
+        args.timesteps = FrameSettings().timesteps
 
 
 def _losses(args: argparse.Namespace) -> Tuple[Dict[str, float], Dict[str, Dict[str, Any]]]:

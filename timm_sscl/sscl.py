@@ -7,6 +7,7 @@ import torch.nn as nn
 
 from timm.utils import unwrap_model
 
+from .frames_ann import fold_frames, takes_frames_folded
 from .losses.sscl import SSCLCriterion
 from .taps import Recorder, Tap, find_taps, fold_feature, match_by_depth, named_taps, tap_shapes
 from .teacher_input import TeacherInput
@@ -109,7 +110,8 @@ class SSCLLoss(nn.Module):
         """Loss between the features that student(x) showed and the teacher's on the same images.
 
         Args:
-            x: The tensor that the student was called on in this step, (B, ...).
+            x: The tensor that the student was called on in this step, (B, ...), or event frames (B, T, ...), each of which
+                an ANN teacher sees as an image.
             teacher_input: What the teacher sees, where that is not x, resized and renormalised as asked for.
 
         Returns:
@@ -160,8 +162,12 @@ class SSCLLoss(nn.Module):
         self._teacher_recorder.enabled = True
         try:
             with torch.no_grad():
-                self._teacher(x)
-                return self._teacher_recorder.take(x)
+                if not takes_frames_folded(unwrap_model(self._teacher), x):
+                    self._teacher(x)
+                    return self._teacher_recorder.take(x)
+                frames = fold_frames(x)  # an ANN's features are the means over the frames
+                self._teacher(frames)
+                return [a.unflatten(0, (x.shape[1], -1)).mean(0) for a in self._teacher_recorder.take(frames)]
         finally:
             self._teacher_recorder.enabled = False
 

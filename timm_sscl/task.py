@@ -11,6 +11,7 @@ from timm.task.classification import resolve_classification_loss
 from timm.utils import unwrap_model
 
 from .distributed import batch_share, world_size
+from .frames_ann import fold_frames, takes_frames_folded
 from .losses import TrainStep, create_loss, loss_is_global, loss_needs
 from .neurons.rates import RateRecorder
 from .taps import FeatureReader, match_by_depth
@@ -95,12 +96,24 @@ def _read(
         reader: Optional[FeatureReader],
         input: torch.Tensor,
 ) -> Tuple[torch.Tensor, Optional[List[torch.Tensor]]]:
-    """Logits per step (T, B, K), and the features where there is a reader for them."""
+    """Logits per step (T, B, K), and the features where there is a reader for them.
+
+    An ANN has T = 1; on event frames its logits and features are the means over the frames.
+    """
+    if takes_frames_folded(model, input):
+        logits, features = _read(model, reader, fold_frames(input))
+        logits, *features = (_mean_over_frames(x, input.shape[1]) for x in (logits, *(features or ())))
+        return logits, features if reader is not None else None
     if reader is not None:
         return reader(model, input)
     if hasattr(model, 'set_timesteps'):
         return model(input, per_step=True), None
     return model(input).unsqueeze(0), None
+
+
+def _mean_over_frames(x: torch.Tensor, timesteps: int) -> torch.Tensor:
+    """(1, T * B, ...) -> (1, B, ...)"""
+    return x.squeeze(0).unflatten(0, (timesteps, -1)).mean(0, keepdim=True)
 
 
 class SSCLTask(TrainingTask):
@@ -236,7 +249,7 @@ class SSCLTask(TrainingTask):
 
     @torch.no_grad()
     def teach(self, input: torch.Tensor) -> Tuple[Optional[torch.Tensor], Optional[List[torch.Tensor]]]:
-        """Teacher logits (B, K) and features; static images need one forward, not T."""
+        """Teacher logits (B, K) and features; images need one forward, not T, and of event frames it sees all T."""
         if self.teacher is None:
             return None, None
         step_logits, features = _read(self.teacher, self.teacher_reader, self.teacher_input(input))

@@ -33,7 +33,12 @@ class TeacherInput:
         self.scale_shift = None if renormalize is None else _scale_shift(*renormalize)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) as the student sees them -> (B, C, *size), renormalised; resized bicubically, antialiased."""
+        """(B, C, H, W) as the student sees them -> (B, C, *size), renormalised; resized bicubically, antialiased.
+
+        Event frames (B, T, C, H, W) likewise.
+        """
+        if x.ndim == 5:
+            return self(x.flatten(0, 1)).unflatten(0, x.shape[:2])
         if self.scale_shift is not None:
             scale, shift = (t.to(x) for t in self.scale_shift)
             x = x * scale + shift

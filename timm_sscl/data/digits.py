@@ -7,10 +7,24 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch.utils.data import Dataset
 
-__all__ = ['DigitsDataset']
+__all__ = ['DigitsDataset', 'digits_split']
 
 _SPLITS = {'train': 0, 'training': 0, 'validation': 1, 'val': 1, 'test': 1}
 _VALIDATION_IMAGES = 360
+
+
+def digits_split(split: str, num_samples: Optional[int] = None) -> Tuple[Any, np.ndarray]:
+    """scikit-learn's digits, and the indices of those in a split: 1,437 for training, 360 for validation, stratified.
+
+    Raises:
+        ValueError: The split does not exist.
+    """
+    if split not in _SPLITS:
+        raise ValueError(f"split '{split}': the digits have 'train' and 'validation'.")
+    digits = load_digits()
+    indices = train_test_split(
+        np.arange(len(digits.target)), test_size=_VALIDATION_IMAGES, random_state=0, stratify=digits.target)
+    return digits, indices[_SPLITS[split]][:num_samples]
 
 
 class DigitsDataset(Dataset):
@@ -35,12 +49,7 @@ class DigitsDataset(Dataset):
             transform: Optional[Callable] = None,
             input_img_mode: str = 'RGB',
     ):
-        if split not in _SPLITS:
-            raise ValueError(f"split '{split}': the digits have 'train' and 'validation'.")
-        digits = load_digits()
-        indices = train_test_split(
-            np.arange(len(digits.target)), test_size=_VALIDATION_IMAGES, random_state=0, stratify=digits.target)
-        chosen = indices[_SPLITS[split]][:num_samples]
+        digits, chosen = digits_split(split, num_samples)
         self.images: List[Image.Image] = [_to_image(digits.images[i], input_img_mode) for i in chosen]
         self.targets: List[int] = [int(t) for t in digits.target[chosen]]
         self.classes = [str(name) for name in digits.target_names]

@@ -6,6 +6,7 @@ from timm.data import create_dataset as create_timm_dataset
 from torch.utils.data import Dataset
 
 from .digits import DigitsDataset
+from .events import create_event_dataset, is_event_dataset
 
 __all__ = ['create_dataset']
 
@@ -17,17 +18,17 @@ def create_dataset(
         num_samples: Optional[int] = None,
         **kwargs: Any,
 ) -> Dataset:
-    """Data set by name: 'digits' is the bundled one, everything else timm's create_dataset.
+    """Data set by name: 'digits' is the bundled one, 'events/...' and 'tonic/...' are event data, all else is timm's.
 
     Args:
-        name: 'digits', or timm's name ('' for an image folder or tar, 'torch/cifar100', ...).
+        name: 'digits', a name of `create_event_dataset`, or timm's name ('' for an image folder or tar, 'torch/cifar100', ...).
         root: Folder or file of the data.
         split: Name of the split.
         num_samples: Only so many samples; None takes all.
-        **kwargs: For timm's create_dataset.
+        **kwargs: For create_event_dataset or timm's create_dataset.
 
     Returns:
-        Data set whose `transform` timm's create_loader sets.
+        Data set whose `transform` timm's create_loader sets (for event data create_event_loader).
 
     Raises:
         FileNotFoundError: root does not exist and nothing was to be downloaded.
@@ -35,6 +36,8 @@ def create_dataset(
     """
     if name == 'digits':
         return DigitsDataset(split, num_samples, input_img_mode=kwargs.get('input_img_mode') or 'RGB')
+    if is_event_dataset(name):
+        return create_event_dataset(name, root, split, num_samples, **kwargs)
     local = not name.startswith(('hfds/', 'hfids/', 'tfds/', 'wds/'))
     if local and not kwargs.get('download') and not (root and os.path.exists(root)):
         raise FileNotFoundError(f"data folder '{root}' does not exist; give --data-dir the folder that holds "

@@ -1,0 +1,88 @@
+"""Reader of AEDAT 2.0, the format of the original CIFAR10-DVS."""
+import re
+from typing import Tuple
+
+import numpy as np
+
+from .recording import DamagedEventFile, Events, find_invalid
+
+__all__ = ['read_aedat', 'AXES', 'DVS128_SIZE']
+
+AXES = 'spikingjelly', 'tonic'
+DVS128_SIZE = 128, 128  # (height, width)
+
+_LINE = re.compile(rb'#[\t\x20-\x7e]*\r?\n')
+_VERSION = re.compile(rb'#!AER-DAT([0-9.]*)')
+_EVENT = np.dtype([('address', '>u4'), ('t', '>u4')])
+_EXTERNAL = 0x8000  # bit 15: a synchronisation pulse, no pixel
+
+
+def read_aedat(file: str, axes: str = 'spikingjelly', ordered: bool = False) -> Events:
+    """Read a recording of a DVS128 (128 x 128 pixels) in AEDAT 2.0.
+
+    After header lines (printable ASCII that begins with '#' and ends in a newline) come pairs of big-endian uint32,
+    address and time in microseconds: polarity in bit 0 of the address, coordinates in bits 1-7 and 8-14. Pulses of the
+    camera's synchronisation input (bit 15) are no events of a pixel and are left out. Where the time passes 2^32, it goes
+    on.
+
+    Readers disagree about the axes:
+        spikingjelly: x = 127 - bits 8-14, y = 127 - bits 1-7, p = 1 - bit 0; as in SpikingJelly's .npz files.
+        tonic: x = bits 8-14, y = bits 1-7, p = bit 0; the same picture turned by 180 degrees, polarities swapped.
+
+    Args:
+        file: File to read.
+        axes: 'spikingjelly' or 'tonic'.
+        ordered: Whether time that runs backwards is damage; for frames by time.
+
+    Returns:
+        Events with int64 arrays; empty for a recording without events.
+
+    Raises:
+        DamagedEventFile: With the file, and the byte at which what stands there is no event of this format.
+        ValueError: axes does not exist.
+    """
+    if axes not in AXES:
+        raise ValueError(f"axes='{axes}': must be one of {', '.join(AXES)}.")
+    with open(file, 'rb') as f:
+        data = f.read()
+    start = _header_end(file, data)
+    end = start + (len(data) - start) // _EVENT.itemsize * _EVENT.itemsize
+    if end != len(data):
+        raise DamagedEventFile(f"'{file}' is cut off in the event at byte {end}: {len(data) - end} of 8 bytes are there.")
+    raw = np.frombuffer(data, _EVENT, offset=start)
+    address = raw['address'].astype(np.int64)
+    pixel = (address & _EXTERNAL) == 0
+    if (address > 0xffff).any():
+        i = int((address > 0xffff).argmax())
+        raise DamagedEventFile(f"'{file}', byte {start + 8 * i}: address {address[i]:#010x} is outside a sensor of 128 x 128 "
+                               f'pixels.')
+    events = _decode(address[pixel], _unwrapped(raw['t'])[pixel], axes)
+    wrong = find_invalid(events, DVS128_SIZE, ordered)
+    if wrong is not None:
+        raise DamagedEventFile(f"'{file}', byte {start + 8 * int(np.flatnonzero(pixel)[wrong[0]])}: {wrong[1]}.")
+    return events
+
+
+def _header_end(file: str, data: bytes) -> int:
+    """Position of the first event; data may begin with '#' as well, but is then no line of printable ASCII."""
+    if not data:
+        raise DamagedEventFile(f"'{file}' is empty: byte 0 should begin the header of an AEDAT file.")
+    end = 0
+    while line := _LINE.match(data, end):
+        version = _VERSION.match(line[0])
+        if version and not version[1].startswith(b'2'):
+            raise DamagedEventFile(f"'{file}', byte {end}: AEDAT {version[1].decode()}; this reads AEDAT 2.0.")
+        end = line.end()
+    return end
+
+
+def _unwrapped(t: np.ndarray) -> np.ndarray:
+    """Times as int64, going on where the counter of 32 bits began anew."""
+    t = t.astype(np.int64)
+    wraps = np.diff(t, prepend=t[:1]) < -2 ** 31
+    return t + (np.cumsum(wraps) << 32)
+
+
+def _decode(address: np.ndarray, t: np.ndarray, axes: str) -> Events:
+    x, y, p = (address >> 8) & 127, (address >> 1) & 127, address & 1
+    return Events(t, x, y, p) if axes == 'tonic' else Events(t, 127 - x, 127 - y, 1 - p)

@@ -1,0 +1,91 @@
+"""What the event data sets share: a recording becomes frames, augmented, with its label."""
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from .frames import FrameSettings, resize_frames, to_frames
+from .recording import DamagedEventFile, Events
+
+__all__ = ['EventDataset', 'spread_indices']
+
+
+class EventDataset(Dataset):
+    """Base of the event data sets; a subclass reads a recording.
+
+    An item is (frames, target): float32 frames (T, 2, H, W), and the class.
+
+    Args:
+        classes: Names of the classes, in the order of the labels.
+        targets: Label of every recording.
+        sensor_size: (height, width) of the sensor in pixels.
+        settings: How recordings become frames.
+        transform: Applied to the frames.
+    """
+
+    def __init__(
+            self,
+            classes: Sequence[str],
+            targets: Sequence[int],
+            sensor_size: Tuple[int, int],
+            settings: FrameSettings,
+            transform: Optional[Callable] = None,
+    ):
+        self.classes = list(classes)
+        self.class_to_idx: Dict[str, int] = {name: i for i, name in enumerate(self.classes)}
+        self.targets: List[int] = [int(t) for t in targets]
+        self.sensor_size = tuple(sensor_size)
+        self.settings = settings
+        self.transform = transform
+
+    @property
+    def frame_size(self) -> Tuple[int, int]:
+        """(height, width) of the frames in pixels."""
+        size = self.settings.size
+        return self.sensor_size if size is None else (size, size)
+
+    def read(self, index: int) -> Union[Events, np.ndarray]:
+        """The recording at index: its events, or frames (T, 2, H, W) of counts that were made before.
+
+        Raises:
+            DamagedEventFile: It cannot be read.
+        """
+        raise NotImplementedError
+
+    def extent(self, events: Events) -> Tuple[int, int]:
+        """(height, width) in pixels of the plane that these events lie on."""
+        return self.sensor_size
+
+    def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        """What names the recording at index in messages; timm's signature."""
+        return f'number {index}'
+
+    def frames(self, index: int) -> np.ndarray:
+        """The recording at index as frames (T, 2, H, W).
+
+        Raises:
+            DamagedEventFile: It cannot be read, or holds another number of frames.
+        """
+        recording = self.read(index)
+        if isinstance(recording, Events):
+            return to_frames(recording, self.settings, self.extent(recording))
+        expected = (self.settings.timesteps, 2, *self.sensor_size)
+        if recording.shape != expected:
+            raise DamagedEventFile(f"'{self.filename(index, absolute=True)}' holds frames of shape {recording.shape}, expected "
+                                   f'(T, 2, H, W) = {expected}.')
+        return resize_frames(recording, self.settings.size, self.settings.mode)
+
+    def __getitem__(self, index: int) -> Tuple[Any, int]:
+        frames = torch.from_numpy(self.frames(index).astype(np.float32))
+        return (frames if self.transform is None else self.transform(frames)), self.targets[index]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+
+def spread_indices(n: int, num_samples: Optional[int]) -> np.ndarray:
+    """Indices of num_samples of n recordings, evenly spread, since they lie class by class; None takes all."""
+    if num_samples is None or num_samples >= n:
+        return np.arange(n)
+    return np.arange(num_samples) * n // num_samples

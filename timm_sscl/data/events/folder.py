@@ -1,0 +1,116 @@
+"""Event recordings in one folder per class, as CIFAR10-DVS comes: AEDAT 2.0, or SpikingJelly's .npz."""
+import logging
+import os
+import re
+from typing import Any, Callable, Dict, List, Optional, Tuple, Union
+
+import numpy as np
+
+from .aedat import DVS128_SIZE, read_aedat
+from .dataset import EventDataset, spread_indices
+from .frames import FrameSettings
+from .npz import read_npz
+from .recording import Events
+from .splits import validation_mask
+
+__all__ = ['EventFolder']
+
+_logger = logging.getLogger(__name__)
+
+_EXTENSIONS = '.aedat', '.npz'
+_FRAMES_FOLDER = re.compile(r'frames_number_([0-9]+)_split_by_(number|time)')
+
+
+class EventFolder(EventDataset):
+    """Recordings of a DVS128 (128 x 128 pixels), `root/CLASS/RECORDING`, .aedat and .npz as they come.
+
+    root may be the folder that SpikingJelly makes: then its frames for these settings are read where there are some, else
+    its events. Classes are sorted by name, recordings by name with numbers by value (airplane_9 before airplane_10).
+
+    Args:
+        root: Folder with one sub-folder per class.
+        training: Whether to take the training or the validation part.
+        split: How they are parted, see `validation_mask`.
+        settings: How recordings become frames.
+        num_samples: Only so many recordings, evenly spread; None takes all.
+        transform: Applied to the frames.
+
+    Raises:
+        FileNotFoundError: root does not exist.
+        ValueError: There are no recordings, a class has none or one twice, or the split does not fit.
+    """
+
+    def __init__(
+            self,
+            root: str,
+            training: bool = True,
+            split: str = 'last100',
+            settings: FrameSettings = FrameSettings(),
+            num_samples: Optional[int] = None,
+            transform: Optional[Callable] = None,
+    ):
+        self.root = _find_root(root, settings)
+        recordings = _class_folders(self.root)
+        empty = [name for name, files in recordings.items() if not files]
+        if empty:
+            raise ValueError(f"'{self.root}': class {', '.join(empty)} holds no recordings ({' or '.join(_EXTENSIONS)}), which "
+                             f'would shift the labels of the classes after it; fill or remove it.')
+        files = [os.path.join(name, file) for name, members in recordings.items() for file in members]
+        targets = np.repeat(np.arange(len(recordings)), [len(members) for members in recordings.values()])
+        part = np.flatnonzero(validation_mask(targets, split) != training)
+        part = part[spread_indices(len(part), num_samples)]
+        super().__init__(list(recordings), targets[part], DVS128_SIZE, settings, transform)
+        self.files: List[str] = [files[i] for i in part]
+
+    def read(self, index: int) -> Union[Events, np.ndarray]:
+        file = self.filename(index, absolute=True)
+        ordered = self.settings.by == 'time'
+        if file.lower().endswith('.npz'):
+            return read_npz(file, self.sensor_size, ordered)
+        return read_aedat(file, self.settings.axes, ordered)
+
+    def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        file = self.files[index]
+        return os.path.basename(file) if basename else os.path.join(self.root, file) if absolute else file
+
+
+def _find_root(root: str, settings: FrameSettings) -> str:
+    """The folder with the class folders: root, or the one in SpikingJelly's layout that fits the settings."""
+    if not root or not os.path.isdir(root):
+        raise FileNotFoundError(f"data folder '{root}' does not exist; give --data-dir the folder that holds one sub-folder "
+                                f'of recordings per class.')
+    if any(_class_folders(root).values()):
+        made = _FRAMES_FOLDER.fullmatch(os.path.basename(os.path.abspath(root)))
+        if made and (int(made[1]), made[2]) != (settings.timesteps, settings.by):
+            raise ValueError(f"'{root}' holds {made[1]} frames by {made[2]}, {settings.timesteps} by {settings.by} were asked for "
+                             f'(--timesteps, --event-frames).')
+        return root
+    for name in (f'frames_number_{settings.timesteps}_split_by_{settings.by}', 'events_np', 'extract'):
+        folder = os.path.join(root, name)
+        if os.path.isdir(folder) and any(_class_folders(folder).values()):
+            _logger.info(f'Event data: reading {folder}.')
+            return folder
+    raise ValueError(f"data folder '{root}' holds no class folders with recordings ({' or '.join(_EXTENSIONS)}), and is no "
+                     f'folder of SpikingJelly that does.')
+
+
+def _class_folders(root: str) -> Dict[str, List[str]]:
+    """Recordings by class, both in order."""
+    names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith('.'))
+    return {name: _recordings(os.path.join(root, name)) for name in names}
+
+
+def _recordings(folder: str) -> List[str]:
+    files = [entry.name for entry in os.scandir(folder) if not entry.name.startswith('.') and entry.is_file()]
+    files = sorted((f for f in files if f.lower().endswith(_EXTENSIONS)), key=_natural)
+    stems = [os.path.splitext(f)[0] for f in files]
+    twice = sorted({stem for stem in stems if stems.count(stem) > 1}) if len(set(stems)) < len(stems) else []
+    if twice:
+        raise ValueError(f"'{folder}' holds '{twice[0]}' twice, as .aedat and as .npz, which training and validation could "
+                         f'share; keep one of them.')
+    return files
+
+
+def _natural(name: str) -> Tuple[Any, ...]:
+    """Sort key that takes runs of digits by their value."""
+    return tuple((int(part), '') if part.isdigit() else (-1, part) for part in re.split(r'([0-9]+)', name))

@@ -1,0 +1,107 @@
+"""From events to frames: what falls into a frame, what a pixel's value is, and how a frame changes its size."""
+from dataclasses import dataclass
+from typing import Optional, Tuple
+
+import numpy as np
+
+from .aedat import AXES
+from .recording import Events
+
+__all__ = ['FrameSettings', 'to_frames', 'count_events', 'resize_frames', 'BY', 'MODES']
+
+BY = 'number', 'time'
+MODES = 'binary', 'count'
+
+
+@dataclass(frozen=True)
+class FrameSettings:
+    """How a recording becomes T frames.
+
+    Args:
+        timesteps: Number of frames T.
+        by: 'number' puts N // T events into each frame and the rest into the last (SpikingJelly's convention); 'time'
+            cuts the recording into T equal times, and an empty one gives an empty frame.
+        mode: 'binary' is 1 where any event fell, as in the paper; 'count' is the number of events.
+        size: Height and width of the frames in pixels; None keeps the sensor's.
+        axes: Convention of AEDAT 2.0 addresses, see `read_aedat`; .npz files hold coordinates.
+
+    Raises:
+        ValueError: One of them is out of range.
+    """
+    timesteps: int = 10
+    by: str = 'number'
+    mode: str = 'binary'
+    size: Optional[int] = None
+    axes: str = 'spikingjelly'
+
+    def __post_init__(self):
+        if self.timesteps < 1:
+            raise ValueError(f'timesteps={self.timesteps}: must be 1 or more.')
+        if self.size is not None and self.size < 1:
+            raise ValueError(f'size={self.size}: must be 1 pixel or more.')
+        for name, known in (('by', BY), ('mode', MODES), ('axes', AXES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}='{getattr(self, name)}': must be one of {', '.join(known)}.")
+
+
+def to_frames(events: Events, settings: FrameSettings, sensor_size: Tuple[int, int]) -> np.ndarray:
+    """Frames of a recording.
+
+    Args:
+        events: Events inside the sensor; in order of time where frames are cut by time.
+        settings: How.
+        sensor_size: (height, width) in pixels.
+
+    Returns:
+        int64 array (T, 2, H, W), polarity 0 first; zeros for a recording without events.
+    """
+    index = _frame_by_number if settings.by == 'number' else _frame_by_time
+    frames = count_events(events, index(events, settings.timesteps), settings.timesteps, sensor_size)
+    return resize_frames(frames, settings.size, settings.mode)
+
+
+def _frame_by_number(events: Events, timesteps: int) -> np.ndarray:
+    n = len(events.t)
+    return np.minimum(np.arange(n) // max(n // timesteps, 1), timesteps - 1) if n >= timesteps else \
+        np.full(n, timesteps - 1)
+
+
+def _frame_by_time(events: Events, timesteps: int) -> np.ndarray:
+    since = events.t - events.t[:1]
+    duration = max(int(since[-1]) // timesteps, 1) if len(since) else 1
+    return np.minimum(since // duration, timesteps - 1)
+
+
+def count_events(events: Events, frame: np.ndarray, timesteps: int, sensor_size: Tuple[int, int]) -> np.ndarray:
+    """Events per frame, polarity and pixel, (T, 2, H, W), where frame (N,) says which frame each belongs to."""
+    height, width = sensor_size
+    place = ((frame * 2 + events.p) * height + events.y) * width + events.x
+    return np.bincount(place, minlength=timesteps * 2 * height * width).reshape(timesteps, 2, height, width)
+
+
+def resize_frames(frames: np.ndarray, size: Optional[int], mode: str) -> np.ndarray:
+    """Frames of event counts in another size, whole numbers before and after.
+
+    'binary' takes the nearest pixel (of 128 pixels, every second or third for 48): the share of ones stays, where the
+    maximum over a cell would saturate. 'count' adds up the cell of pixels that becomes one pixel, so that every event is
+    still counted; frames are enlarged by repeating pixels.
+
+    Args:
+        frames: (T, 2, H, W).
+        size: New height and width; None keeps them.
+        mode: 'binary' or 'count'.
+
+    Returns:
+        (T, 2, size, size), 0 and 1 where mode is 'binary'.
+    """
+    if mode == 'binary':
+        frames = (frames > 0).astype(frames.dtype)
+    for axis in (2, 3):
+        n = frames.shape[axis]
+        if size is None or size == n:
+            continue
+        if mode == 'count' and size < n:
+            frames = np.add.reduceat(frames, -(-np.arange(size) * n // size), axis)  # pixel i goes into i * size // n
+        else:
+            frames = frames.take((2 * np.arange(size) + 1) * n // (2 * size), axis)
+    return frames

@@ -1,0 +1,70 @@
+"""Reader of .npz recordings as SpikingJelly writes them: events, or frames."""
+import zipfile
+import zlib
+from typing import Dict, Tuple, Union
+
+import numpy as np
+
+from .recording import DamagedEventFile, Events, find_invalid
+
+__all__ = ['read_npz']
+
+
+def read_npz(file: str, sensor_size: Tuple[int, int], ordered: bool = False) -> Union[Events, np.ndarray]:
+    """Read the events (arrays t, x, y, p) or the frames (one array `frames`) of an .npz file; nothing is unpickled.
+
+    Args:
+        file: File to read.
+        sensor_size: (height, width) of the sensor in pixels.
+        ordered: Whether time that runs backwards is damage; for frames by time.
+
+    Returns:
+        Events with int64 arrays, or frames (T, 2, H, W) of the file's dtype.
+
+    Raises:
+        DamagedEventFile: With the file, and which array is missing or wrong, at which event.
+    """
+    arrays = _load(file)
+    return _frames(file, arrays['frames']) if 'frames' in arrays else _events(file, arrays, sensor_size, ordered)
+
+
+def _load(file: str) -> Dict[str, np.ndarray]:
+    try:
+        archive = np.load(file, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise ValueError('it is one array (.npy)')
+        with archive:
+            return {name: archive[name] for name in archive.files if name in ('frames', *Events._fields)}
+    except FileNotFoundError:
+        raise
+    # what zipfile, zlib and numpy raise on archives cut off, changed or made of something else
+    except (zipfile.BadZipFile, zlib.error, ValueError, KeyError, EOFError, OSError, NotImplementedError) as error:
+        raise DamagedEventFile(f"'{file}' is no .npz file that can be read: {error}") from error
+
+
+def _events(file: str, arrays: Dict[str, np.ndarray], sensor_size: Tuple[int, int], ordered: bool) -> Events:
+    missing = [name for name in Events._fields if name not in arrays]
+    if missing:
+        raise DamagedEventFile(f"'{file}' holds no array {', '.join(missing)}: events are t, x, y and p, frames are "
+                               f"'frames'.")
+    for name, array in arrays.items():
+        if array.ndim != 1 or array.dtype.kind not in 'iub' or len(array) != len(arrays['t']):
+            raise DamagedEventFile(f"'{file}': {name} is {array.dtype} of shape {array.shape}; t, x, y and p must be whole "
+                                   f'numbers, one per event ({len(np.atleast_1d(arrays["t"]))} in t).')
+    events = Events(*(arrays[name].astype(np.int64) for name in Events._fields))
+    wrong = find_invalid(events, sensor_size, ordered)
+    if wrong is not None:
+        raise DamagedEventFile(f"'{file}', event {wrong[0]}: {wrong[1]}.")
+    return events
+
+
+def _frames(file: str, frames: np.ndarray) -> np.ndarray:
+    if frames.ndim != 4 or frames.shape[1] != 2 or frames.dtype.kind not in 'iubf':
+        raise DamagedEventFile(f"'{file}': frames is {frames.dtype} of shape {frames.shape}; must be numbers (T, 2, H, W).")
+    with np.errstate(invalid='ignore'):
+        wrong = ~(np.isfinite(frames) & (frames >= 0) & (frames == np.floor(frames))) if frames.dtype.kind == 'f' else \
+            frames < 0
+    if wrong.any():
+        where = tuple(int(i) for i in np.argwhere(wrong)[0])
+        raise DamagedEventFile(f"'{file}': frames{list(where)} is {frames[where]}; must be a number of events.")
+    return frames

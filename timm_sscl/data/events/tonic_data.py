@@ -1,0 +1,143 @@
+"""Event data sets that tonic reads, as ours; tonic is the optional extra `events`."""
+import inspect
+import os
+import struct
+from typing import Any, Callable, Optional, Tuple
+
+import numpy as np
+
+from .dataset import EventDataset, spread_indices
+from .frames import FrameSettings
+from .recording import DamagedEventFile, Events, find_invalid
+from .splits import validation_mask
+
+__all__ = ['TonicDataset', 'create_tonic_dataset']
+
+
+class TonicDataset(EventDataset):
+    """A data set of tonic's interface, (events, target) with the fields t, x, y and p, as frames.
+
+    Args:
+        dataset: tonic's data set, without a transform; or any other with `targets` and such items.
+        settings: How recordings become frames.
+        indices: Which of its recordings; None takes all.
+        sensor_size: (width, height, polarities) as tonic has it; None is the data set's own. Where that is None too
+            (N-Caltech101), the frames' size must be set, and a recording's extent is its sensor.
+        transform: Applied to the frames.
+
+    Raises:
+        ValueError: It has no labels, or no events of two polarities on a plane.
+    """
+
+    def __init__(
+            self,
+            dataset: Any,
+            settings: FrameSettings = FrameSettings(),
+            indices: Optional[np.ndarray] = None,
+            sensor_size: Optional[Tuple[int, int, int]] = None,
+            transform: Optional[Callable] = None,
+    ):
+        name = type(dataset).__name__
+        targets = getattr(dataset, 'targets', None)
+        if targets is None or len(targets) != len(dataset) or not all(isinstance(t, (int, str, np.integer)) for t in targets):
+            raise ValueError(f'tonic\'s {name} has no list of labels (targets), one per recording: it is no data set for '
+                             f'classification.')
+        size = sensor_size or getattr(dataset, 'sensor_size', None)
+        if size is not None and (len(size) != 3 or size[1] == 1 or size[2] != 2):
+            raise ValueError(f'tonic\'s {name} has a sensor of {tuple(size)} (width, height, polarities): only cameras with '
+                             f'two polarities become frames.')
+        if size is None and settings.size is None:
+            raise ValueError(f'tonic\'s {name} has recordings of different sizes; set the size of the frames (--event-size).')
+        classes = _classes(dataset)
+        numbers = {label: i for i, label in enumerate(classes)}
+        self.dataset = dataset
+        self.indices = np.arange(len(dataset)) if indices is None else np.asarray(indices)
+        self.fixed_size = size is not None
+        labels = [targets[i] for i in self.indices]
+        super().__init__(
+            classes, [numbers[t] if isinstance(t, str) else int(t) for t in labels],
+            (size[1], size[0]) if size is not None else (settings.size,) * 2, settings, transform)
+
+    def read(self, index: int) -> Events:
+        try:
+            raw = self.dataset[int(self.indices[index])][0]
+        except (ValueError, IndexError, KeyError, struct.error) as error:  # tonic's readers check nothing
+            raise DamagedEventFile(f"'{self.filename(index)}' cannot be read by tonic: {error}") from error
+        events = Events(*(np.asarray(raw[name]).astype(np.int64) for name in Events._fields))
+        wrong = find_invalid(events, self.extent(events), ordered=self.settings.by == 'time')
+        if wrong is not None:
+            raise DamagedEventFile(f"'{self.filename(index)}', event {wrong[0]}: {wrong[1]}.")
+        return events
+
+    def extent(self, events: Events) -> Tuple[int, int]:
+        if self.fixed_size or not len(events.t):
+            return self.sensor_size
+        return int(events.y.max()) + 1, int(events.x.max()) + 1
+
+    def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        data = getattr(self.dataset, 'data', None)
+        at = int(self.indices[index])
+        if isinstance(data, list) and at < len(data) and isinstance(data[at], str):
+            return os.path.basename(data[at]) if basename else data[at]
+        return f'number {at} of {type(self.dataset).__name__}'
+
+
+def _classes(dataset: Any) -> list:
+    """Names of the classes in the order of their labels."""
+    classes = getattr(dataset, 'classes', None)
+    if isinstance(classes, dict):
+        return sorted(classes, key=classes.get)
+    if isinstance(dataset.targets[0], str):
+        return sorted(set(dataset.targets))
+    return list(classes) if classes else [str(i) for i in range(max(dataset.targets) + 1)]
+
+
+def create_tonic_dataset(
+        name: str,
+        root: str,
+        training: bool,
+        split: str,
+        settings: FrameSettings,
+        num_samples: Optional[int] = None,
+        download: bool = False,
+) -> TonicDataset:
+    """One of tonic's data sets by the name of its class: NMNIST, DVSGesture, CIFAR10DVS (its AEDAT4 repack), ...
+
+    Args:
+        name: Class in tonic.datasets.
+        root: Folder in which tonic keeps, or downloads to, a folder of that name.
+        training: Whether to take the training part.
+        split: How to part a data set that tonic does not part itself, see `validation_mask`.
+        settings: How recordings become frames.
+        num_samples: Only so many recordings, evenly spread; None takes all.
+        download: Whether tonic may download what is not there.
+
+    Raises:
+        FileNotFoundError: The data is not there, and may not be downloaded.
+        ValueError: tonic is not installed, has no such data set, or it does not become frames with labels.
+    """
+    try:
+        import tonic
+    except ImportError as error:
+        raise ValueError(f"data set 'tonic/{name}' needs tonic: pip install 'timm_sscl[events]'.") from error
+    cls = getattr(tonic.datasets, name, None)
+    if not inspect.isclass(cls):
+        known = [n for n in dir(tonic.datasets) if inspect.isclass(getattr(tonic.datasets, n))]
+        raise ValueError(f"tonic has no data set '{name}'; it has {', '.join(known)}.")
+    options = inspect.signature(cls).parameters
+    if 'save_to' not in options or not root:
+        raise FileNotFoundError(f"data set 'tonic/{name}': give --data-dir the folder that holds {name}/.")
+    if not download:
+        cls = type(cls.__name__, (cls,), {'download': _refuse_download, '__module__': cls.__module__})
+    if 'train' in options:
+        dataset = cls(save_to=root, train=training)
+        part = np.arange(len(dataset))
+    else:
+        dataset = cls(save_to=root)
+        part = np.flatnonzero(validation_mask(dataset.targets, split) != training)
+    return TonicDataset(dataset, settings, part[spread_indices(len(part), num_samples)])
+
+
+def _refuse_download(dataset: Any) -> None:
+    raise FileNotFoundError(f"'{dataset.location_on_system}' does not hold tonic's {type(dataset).__name__}; "
+                            f'--dataset-download lets tonic fetch it.')
