@@ -69,7 +69,7 @@ UNSUPPORTED: Dict[str, str] = {
 IMAGE_ONLY = (
     'class_map', 'input_img_mode', 'input_key', 'target_key', 'img_size', 'crop_pct', 'interpolation', 'epoch_repeats',
     'train_crop_mode', 'scale', 'ratio', 'vflip', 'color_jitter', 'color_jitter_prob', 'grayscale_prob',
-    'gaussian_blur_prob', 'aa', 'reprob', 'remode', 'recount', 'resplit', 'cutmix', 'cutmix_minmax', 'train_interpolation',
+    'gaussian_blur_prob', 'aa', 'reprob', 'remode', 'recount', 'cutmix', 'cutmix_minmax', 'train_interpolation',
     'share_stem', 'save_images', 'eval_timesteps')
 
 
