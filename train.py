@@ -37,6 +37,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
     DataLoaderConfiguration, DistributedDataParallelKwargs, ProjectConfiguration, broadcast, broadcast_object_list, gather_object)
 from timm.data import Mixup, create_loader, resolve_data_config
+from timm.data.loader import adapt_to_chs
 from timm.layers import convert_sync_batchnorm, set_fast_norm
 from timm.models import clean_state_dict, load_checkpoint, resolve_model_input_args, safe_model_name
 from timm.optim import create_optimizer_v2, optimizer_kwargs
@@ -51,10 +52,10 @@ from timm.utils.clip_grad import dispatch_clip_grad
 from torch.utils.data import IterableDataset
 from torchvision.utils import save_image
 
-from timm_sscl import SSCLTask, calibrate, convert_ann, share_stem
+from timm_sscl import SSCLTask, calibrate, convert_ann, set_stem_pool, share_stem
 from timm_sscl.checkpoint import (
     LAST, Position, RunSaver, StorageError, find_newest, lock_folder, read_run_state, why_damaged, write_text)
-from timm_sscl.data import create_dataset
+from timm_sscl.data import CIFAR_POLICY, augment_cifar, create_dataset
 from timm_sscl.data.checks import check_channels, check_classes, check_labels
 from timm_sscl.data.events import EventAugment, FrameSettings, create_event_loader, is_event_dataset
 from timm_sscl.data.samples import Samples, UnreadableSample, WrongLabel
@@ -82,16 +83,19 @@ SUMMARY_FILE = 'summary.json'  # in a run's folder, written at its end
 TEACHER_SETTINGS = (
     'dataset', 'train_split', 'train_num_samples', 'class_map', 'input_img_mode', 'input_key', 'target_key',
     'batch_size', 'grad_accum_steps', 'opt', 'opt_eps', 'opt_betas', 'momentum', 'weight_decay', 'clip_grad',
-    'clip_mode', 'layer_decay', 'opt_kwargs', 'sched', 'lr', 'lr_base', 'lr_base_size', 'lr_base_scale',
+    'clip_mode', 'layer_decay', 'layer_decay_min_scale', 'layer_decay_no_opt_scale', 'opt_kwargs', 'sched',
+    'sched_on_updates', 'lr', 'lr_base', 'lr_base_size', 'lr_base_scale', 'lr_noise', 'lr_noise_pct', 'lr_noise_std',
     'lr_cycle_mul', 'lr_cycle_decay', 'lr_cycle_limit', 'lr_k_decay', 'warmup_lr', 'min_lr', 'decay_milestones',
-    'decay_epochs', 'warmup_epochs', 'warmup_prefix', 'cooldown_epochs', 'decay_rate', 'epoch_repeats', 'no_aug',
-    'train_crop_mode', 'scale', 'ratio',
+    'decay_epochs', 'warmup_epochs', 'warmup_prefix', 'cooldown_epochs', 'patience_epochs', 'decay_rate',
+    'epoch_repeats', 'no_aug', 'train_crop_mode', 'scale', 'ratio',
     'hflip', 'vflip', 'color_jitter', 'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob', 'aa', 'bce_loss',
-    'bce_sum', 'bce_target_thresh', 'reprob', 'remode', 'recount', 'mixup', 'cutmix', 'cutmix_minmax', 'mixup_prob',
-    'mixup_switch_prob', 'mixup_mode', 'mixup_off_epoch', 'smoothing', 'train_interpolation', 'drop', 'drop_path',
-    'drop_block', 'bn_momentum', 'bn_eps', 'teacher_pretrained', 'teacher_size', 'teacher_mean', 'teacher_std',
+    'bce_sum', 'bce_target_thresh', 'bce_pos_weight', 'reprob', 'remode', 'recount', 'mixup', 'cutmix', 'cutmix_minmax',
+    'mixup_prob', 'mixup_switch_prob', 'mixup_mode', 'mixup_off_epoch', 'smoothing', 'train_interpolation', 'drop',
+    'drop_path', 'drop_block', 'bn_momentum', 'bn_eps', 'teacher_pretrained', 'teacher_size', 'teacher_mean',
+    'teacher_std',
 )
 
+_NEWER_TEACHER_SETTINGS = ('crop_padding', 'cutout')  # counted where given, so that older teachers are found
 # and on event data these
 EVENT_SETTINGS = (
     'timesteps', 'event_frames', 'event_mode', 'event_size', 'event_roll', 'event_split', 'event_axes')
@@ -150,6 +154,8 @@ def create_accelerator(args: Namespace) -> Accelerator:
     has_device = torch.cuda.is_available() or (hasattr(torch, 'accelerator') and torch.accelerator.is_available())
     precision = {'float16': 'fp16', 'bfloat16': 'bf16'}[args.amp_dtype] if args.amp else None
     cpu = args.device == 'cpu' or not has_device
+    if args.device not in (None, 'cpu') and not has_device:
+        raise OptionError(f'--device {args.device}: PyTorch sees no accelerator here; leave it, or give cpu.')
     if args.amp and cpu and precision == 'fp16':
         raise OptionError('--amp on a CPU needs --amp-dtype bfloat16.')
     if args.sync_bn and cpu:
@@ -237,7 +243,7 @@ def create_student(args: Namespace, num_classes: int) -> nn.Module:
     """The student, spiking where its name says so, with the weights that were asked for."""
     check_model_name(args.model, '--model')
     neuron = {name: getattr(args, name) for name in ('timesteps', 'tau', 'v_threshold', 'v_reset', 'detach_reset')}
-    neuron.update(include=args.neuron_include, exclude=args.neuron_exclude)
+    neuron.update(include=args.neuron_include, exclude=args.neuron_exclude, norm=args.norm)
     if is_event_dataset(args.dataset) and not args.model.startswith(PREFIX):
         neuron['timesteps'] = None  # the number of frames only
     neuron = {name: value for name, value in neuron.items() if value is not None}
@@ -249,13 +255,22 @@ def create_student(args: Namespace, num_classes: int) -> nn.Module:
         option = next(iter(neuron)).replace('_', '-').replace('include', 'neuron-include').replace('exclude', 'neuron-exclude')
         raise OptionError(f"--{option}: '{args.model}' does not spike; "
                           f"--model {PREFIX}{args.model} does.")
+    if args.norm is not None and args.sync_bn:
+        raise OptionError(f'--norm {args.norm}: --sync-bn would replace its norms by plain ones; use one.')
+    if args.stem_pool is not None and args.model.startswith(PREFIX):
+        neuron['stem_pool'] = args.stem_pool
     overlay = {}
     if args.pretrained_path:
         if not os.path.isfile(args.pretrained_path):
             raise FileNotFoundError(f"--pretrained-path: file '{args.pretrained_path}' does not exist.")
         overlay = dict(pretrained_cfg_overlay=dict(file=args.pretrained_path, num_classes=-1))  # -1: adapt the head
     kwargs = model_kwargs(args, args.model, num_classes, {**args.model_kwargs, **overlay, **neuron})
-    student = timm.create_model(pretrained=args.pretrained or bool(args.pretrained_path), **kwargs)
+    try:
+        student = timm.create_model(pretrained=args.pretrained or bool(args.pretrained_path), **kwargs)
+    except TypeError as error:  # --drop-block, --bn-momentum, --model-kwargs: not every architecture takes them
+        raise OptionError(f'--model {args.model} cannot be built with these options: {error}') from error
+    if args.stem_pool is not None:
+        set_stem_pool(student, args.stem_pool)
     if args.initial_checkpoint:
         load_weights(student, args.initial_checkpoint, '--initial-checkpoint')
     if args.share_stem:
@@ -303,6 +318,8 @@ def create_teacher(args: Namespace, num_classes: int, data_config: Dict[str, Any
     check_model_name(name, '--teacher')
     own = name == args.model.removeprefix(PREFIX)
     extra = {**(args.model_kwargs if own else {}), **args.teacher_kwargs}
+    if not own:  # what not every architecture takes is about the student's
+        args = Namespace(**{**vars(args), 'gp': None, 'drop_block': None, 'bn_momentum': None, 'bn_eps': None})
     channels, *size = data_config['input_size']
     wanted = tuple(args.teacher_size or size)
 
@@ -319,8 +336,17 @@ def create_teacher(args: Namespace, num_classes: int, data_config: Dict[str, Any
         teacher = create((channels, *wanted))
         _logger.info(f'Teacher {name} cannot be built for images of {size[0]} x {size[1]} ({error}): it sees them '
                      f'resized to {wanted[0]} x {wanted[1]}.')
+    if _pools_as_student(args):
+        set_stem_pool(teacher, args.stem_pool)
     return _placed(args, teacher), TeacherInput(
         wanted if wanted != tuple(size) else None, _renormalization(args, teacher, data_config))
+
+
+def _pools_as_student(args: Namespace) -> bool:
+    """Whether --stem-pool applies to the teacher: the student's own ANN, unless timm's weights, trained with max
+    pooling, are taken as they are."""
+    as_they_are = args.teacher_pretrained and not args.teacher_epochs
+    return args.stem_pool is not None and teacher_name(args) == args.model.removeprefix(PREFIX) and not as_they_are
 
 
 def _renormalization(args: Namespace, teacher: nn.Module, data_config: Dict[str, Any]) -> Optional[Tuple]:
@@ -388,7 +414,7 @@ def create_datasets(args: Namespace) -> Tuple[Any, Any]:
         return _create_event_datasets(args)
     common = dict(
         root=args.data_dir, class_map=args.class_map, download=args.dataset_download, seed=args.seed,
-        input_img_mode=args.input_img_mode or ('L' if args.in_chans == 1 else 'RGB'), input_key=args.input_key,
+        input_img_mode=args.input_img_mode or ('L' if _given_channels(args) == 1 else 'RGB'), input_key=args.input_key,
         target_key=args.target_key, trust_remote_code=args.dataset_trust_remote_code)
     val = create_dataset(
         args.dataset, split=args.val_split, is_training=False, batch_size=args.validation_batch_size or args.batch_size,
@@ -438,12 +464,23 @@ def guard_samples(args: Namespace, datasets: Tuple[Any, Any], data_config: Dict[
     return tuple(guarded)
 
 
-def check_normalisation(data_config: Dict[str, Any]) -> None:
-    """Raise where mean and std are not one value per channel."""
-    channels = data_config['input_size'][0]
+def _given_channels(args: Namespace) -> Optional[int]:
+    return args.input_size[0] if args.input_size else args.in_chans
+
+
+def resolve_input(args: Namespace, student: nn.Module) -> Dict[str, Any]:
+    """timm's data configuration for the channels that the student takes; the model's own mean and std follow them."""
+    channels = _given_channels(args)
     for name in ('mean', 'std'):
-        if len(data_config[name]) != channels:
-            raise OptionError(f'--{name}: {len(data_config[name])} values for {channels} channels; give one per channel.')
+        values = getattr(args, name)
+        if values and len(values) not in (1, channels or 3):
+            raise OptionError(f'--{name}: {len(values)} values for {channels or 3} channels; give one per channel.')
+    config = resolve_data_config(vars(args), model=student)
+    if channels is not None:
+        config['input_size'] = (channels, *config['input_size'][1:])
+    for name in ('mean', 'std'):
+        config[name] = tuple(adapt_to_chs(config[name], config['input_size'][0]))
+    return config
 
 
 def resolve_num_classes(args: Namespace, dataset: Any) -> int:
@@ -482,12 +519,18 @@ def _create_image_loaders(args: Namespace, datasets: Tuple[Any, Any], data_confi
     interpolation = args.train_interpolation
     if args.no_aug or not interpolation:
         interpolation = data_config['interpolation']
+    policy = args.aa == CIFAR_POLICY  # not timm's; color jitter is off beside it, as beside timm's
     train = create_loader(
         datasets[0], batch_size=args.batch_size, is_training=True, no_aug=args.no_aug, re_prob=args.reprob,
-        re_mode=args.remode, re_count=args.recount, re_split=args.resplit, train_crop_mode=args.train_crop_mode,
-        scale=args.scale, ratio=args.ratio, hflip=args.hflip, vflip=args.vflip, color_jitter=args.color_jitter,
-        color_jitter_prob=args.color_jitter_prob, grayscale_prob=args.grayscale_prob or 0.,
-        gaussian_blur_prob=args.gaussian_blur_prob or 0., auto_augment=args.aa, interpolation=interpolation, **common)
+        re_mode=args.remode, re_count=args.recount, train_crop_mode=args.train_crop_mode,
+        scale=args.scale, ratio=args.ratio, hflip=args.hflip, vflip=args.vflip,
+        color_jitter=None if policy else args.color_jitter, color_jitter_prob=args.color_jitter_prob,
+        grayscale_prob=args.grayscale_prob or 0., gaussian_blur_prob=args.gaussian_blur_prob or 0.,
+        auto_augment=None if policy else args.aa,
+        interpolation=interpolation, **common)
+    if not args.no_aug and (policy or args.crop_padding is not None or args.cutout is not None):
+        datasets[0].transform = augment_cifar(
+            datasets[0].transform, data_config['input_size'][1:], args.crop_padding, policy, args.cutout)
     val = create_loader(
         datasets[1], batch_size=args.validation_batch_size or args.batch_size, is_training=False,
         interpolation=data_config['interpolation'], crop_pct=data_config['crop_pct'], **common)
@@ -634,6 +677,8 @@ class Fit:
         self.accelerator = accelerator = session.accelerator
         self.args = args = copy.copy(session.args)
         args.epochs = epochs
+        if name == 'teacher':  # where the student's run starts
+            args.start_epoch, args.no_resume_opt = None, False
         args.lr = resolve_lr(args, accelerator.num_processes)
         self.task, self.folder, self.name = task, folder, name
         self.loaders = loaders = session.make_loaders()
@@ -685,7 +730,7 @@ class Fit:
         self.num_updates = state.get('num_updates', self.num_updates)
         if state.get('meters'):
             self.meters.load_state_dict(state['meters'])
-        if state.get('scaler') and self.accelerator.scaler is not None:
+        if state.get('scaler') and self.accelerator.scaler is not None and not self.args.no_resume_opt:
             self.accelerator.scaler.load_state_dict(state['scaler'])
         if state.get('unreadable') and isinstance(self.loaders.train.dataset, Samples):
             self.loaders.train.dataset.mark_unreadable(state['unreadable'])
@@ -730,7 +775,9 @@ class Fit:
             set_random_state(self.run_state['random'][self.accelerator.process_index])
         for epoch in range(self.position.epoch, self.epochs):
             self._train_epoch(epoch)
+            self._distribute_bn()
             train_metrics = self.meters.means()
+            metrics, rates = OrderedDict(), {}  # an epoch without validation has none
             last = epoch + 1 == self.epochs
             if last or (epoch + 1) % self.args.val_interval == 0:
                 self._save_recovery()  # a fault in the validation loses nothing
@@ -823,7 +870,7 @@ class Fit:
                 input = self._cast(input)
                 taught = () if self.teacher_cache is None else (self._ask_teacher(input, index),)
                 result = task(input, target, *taught)
-            accelerator.backward(result['loss'])
+            accelerator.backward(result['loss'] * self._share_of_update(step))
             nonfinite, stop = self.session.stop_if_asked(not math.isfinite(result['loss'].item()))
             if nonfinite:
                 self._raise_nonfinite(step, result)
@@ -842,6 +889,12 @@ class Fit:
             torch.cuda.synchronize()
         self.meters.update({**_terms(result), **self._layer_stats()}, len(input))
         return len(input), stop
+
+    def _share_of_update(self, step: int) -> float:
+        """Accelerate divides every loss by --grad-accum-steps; the last update of an epoch may have fewer."""
+        accumulated, steps = self.args.grad_accum_steps, len(self.train_loader)
+        rest = steps % accumulated
+        return accumulated / rest if rest and step >= steps - rest else 1.
 
     def _ask_teacher(self, input: torch.Tensor, index: torch.Tensor) -> Any:
         cache, accelerator = self.teacher_cache, self.accelerator
@@ -877,10 +930,17 @@ class Fit:
         _logger.info(f'{self.name} epoch {epoch + 1}/{self.epochs} [{step:>4}/{steps}]  {terms}  lr {lr:.3g}  '
                      f'{rate:.0f} img/s  ETA {timedelta(seconds=round(per_step * left))}')
 
+    def _distribute_bn(self) -> None:
+        """--dist-bn: the same running statistics on every process, the average's too where it is validated."""
+        processes = self.accelerator.num_processes
+        if processes == 1 or not self.args.dist_bn:
+            return
+        distribute_bn(self.module, processes, self.args.dist_bn == 'reduce')
+        if self.task.has_ema() and not self.args.model_ema_force_cpu:
+            distribute_bn(self.task.get_trainable_module(ema=True), processes, self.args.dist_bn == 'reduce')
+
     def _validate(self, epoch: int) -> Tuple['OrderedDict[str, float]', Dict[str, float]]:
         """Metrics on the validation set, and every neuron layer's firing rate there."""
-        if self.accelerator.num_processes > 1 and self.args.dist_bn:
-            distribute_bn(self.module, self.accelerator.num_processes, self.args.dist_bn == 'reduce')
         model, spiking = self.eval_model, hasattr(unwrap_model(self.eval_model), 'set_timesteps')
         if spiking and self.args.torchcompile:  # hooks would have it compiled anew at every validation
             spiking = epoch + 1 >= self.epochs
@@ -910,7 +970,8 @@ class Fit:
             metrics: Dict[str, float],
             rates: Dict[str, float],
     ) -> None:
-        metric = metrics.get(self.args.eval_metric)
+        name = self.args.eval_metric
+        metric = metrics.get(f'{name}_ema', metrics.get(name))  # the average's ranks, as in timm
         lr = sum(group['lr'] for group in self.optimizer.param_groups) / len(self.optimizer.param_groups)
         columns = {**{f'train_{k}': v for k, v in train_metrics.items()}, **{f'eval_{k}': v for k, v in metrics.items()},
                    **{f'firing_rate_{k}': v for k, v in rates.items()}, 'lr': lr}
@@ -1012,6 +1073,9 @@ def teacher_folder(args: Namespace, teacher: nn.Module, num_classes: int, root: 
         data_dir=str(Path(args.data_dir).resolve()) if args.data_dir else None,
         epochs=args.teacher_epochs or args.epochs,
         data_config={k: str(v) for k, v in sorted(args.data_config.items())})
+    settings.update({name: getattr(args, name) for name in _NEWER_TEACHER_SETTINGS if getattr(args, name) is not None})
+    if _pools_as_student(args):
+        settings['stem_pool'] = args.stem_pool
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:10]
     return root / 'teachers' / f'{safe_model_name(teacher_name(args))}-{digest}'
 
@@ -1175,10 +1239,9 @@ def prepare(args: Namespace, accelerator: Accelerator, stop: StopRequest, held: 
     datasets = create_datasets(args)
     num_classes = resolve_num_classes(args, datasets[0])
     student = create_student(args, num_classes)
-    data_config = args.data_config = resolve_data_config(vars(args), model=student)
+    data_config = args.data_config = resolve_input(args, student)
     if is_event_dataset(args.dataset):  # a teacher depends on these as well
         data_config['events'] = {name: getattr(args, name) for name in EVENT_SETTINGS}
-    check_normalisation(data_config)
     datasets = guard_samples(args, datasets, data_config, num_classes)
     teacher, teacher_input = None, TeacherInput()
     if _needs_teacher(args):
@@ -1249,8 +1312,7 @@ def evaluate_only(args: Namespace, accelerator: Accelerator, stop: StopRequest) 
         datasets = create_datasets(args)
         num_classes = resolve_num_classes(args, datasets[1])
         student = create_student(args, num_classes)
-        data_config = resolve_data_config(vars(args), model=student)
-        check_normalisation(data_config)
+        data_config = resolve_input(args, student)
         datasets = guard_samples(args, datasets, data_config, num_classes)
         session = Session(args, accelerator, partial(create_loaders, args, datasets, data_config, num_classes), stop)
         folder, weights = _weights_to_evaluate(args)

@@ -166,7 +166,7 @@ def other_class(images):
     (empty_split, [], ["split 'validation'"]),
     (other_class, [], ['class1', 'klass1', '--class-map']),
     (None, ['--num-classes', '2'], ['3 classes']),
-    (None, ['--in-chans', '1'], ['--mean', '3 values for 1 channels']),
+    (None, ['--mean', '0.1', '0.2'], ['--mean', '2 values for 3 channels']),
     (None, ['--in-chans', '4', '--mean', '0', '0', '0', '0', '--std', '1', '1', '1', '1'], ['3 channels', 'takes 4']),
     (None, ['--input-img-mode', 'RGBA'], ['4 channels (RGBA)', 'takes 3']),
     (None, ['--report-to', 'wandb'], ['--report-to wandb', 'installed']),

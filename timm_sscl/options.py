@@ -39,6 +39,7 @@ UNSUPPORTED: Dict[str, str] = {
     'aug_repeats': 'repeated augmentation needs timm\'s distributed sampler; Accelerate shards the data here',
     'aug_splits': 'augmentation splits need split batch norm, which would split time steps',
     'jsd_loss': 'needs --aug-splits',
+    'resplit': 'needs --aug-splits: samples are augmented one by one, whatever their place in the batch',
     'split_bn': 'would split time steps instead of samples',
     'use_multi_epochs_loader': 'Accelerate owns the loaders; workers persist already',
     'tta': 'test time augmentation is not part of this script',
@@ -68,39 +69,53 @@ UNSUPPORTED: Dict[str, str] = {
 IMAGE_ONLY = (
     'class_map', 'input_img_mode', 'input_key', 'target_key', 'img_size', 'crop_pct', 'interpolation', 'epoch_repeats',
     'train_crop_mode', 'scale', 'ratio', 'vflip', 'color_jitter', 'color_jitter_prob', 'grayscale_prob',
-    'gaussian_blur_prob', 'aa', 'reprob', 'remode', 'recount', 'resplit', 'cutmix', 'cutmix_minmax',
+    'gaussian_blur_prob', 'aa', 'reprob', 'remode', 'recount', 'cutmix', 'cutmix_minmax',
     'train_interpolation', 'share_stem', 'save_images', 'eval_timesteps')
 
 
 def list_recipes() -> List[str]:
-    """Names of the recipes that --config finds."""
+    """Names of the recipes that --config finds; names with an underscore in front are parts of recipes."""
     folder = resources.files('timm_sscl') / 'configs'
-    return sorted(f.name[:-len('.yaml')] for f in folder.iterdir() if f.name.endswith('.yaml'))
+    return sorted(f.name[:-len('.yaml')] for f in folder.iterdir() if f.name.endswith('.yaml') and f.name[0] != '_')
 
 
-def load_recipe(name: str) -> Dict[str, Any]:
+def load_recipe(name: str, inside: Tuple[str, ...] = ()) -> Dict[str, Any]:
     """Options of a recipe, by its name or as a YAML file.
 
+    `base: NAME` in it, or a list of names, stands for the options of other recipes; the later ones win, its own most.
+
+    Args:
+        name: Recipe or file.
+        inside: Recipes whose base this is.
+
     Raises:
-        OptionError: There is no such recipe or file, or it is no YAML mapping.
+        OptionError: There is no such recipe or file, it is no YAML mapping, or is its own base.
     """
-    path = Path(name)
-    if path.suffix in ('.yaml', '.yml') or path.is_file():
-        if not path.is_file():
-            raise OptionError(f"--config: file '{name}' does not exist.")
-        text = path.read_text()
-    elif name in list_recipes():
-        text = (resources.files('timm_sscl') / 'configs' / f'{name}.yaml').read_text()
-    else:
-        raise OptionError(f"--config: unknown recipe '{name}'; there are {', '.join(list_recipes())}, "
-                          f'or give a YAML file.')
+    if name in inside:
+        raise OptionError(f"--config: recipe '{name}' has itself as a base ({' -> '.join([*inside, name])}).")
+    text = _recipe_text(name)
     try:
         options = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
         raise OptionError(f"--config: '{name}' is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(options, dict):
         raise OptionError(f"--config: '{name}' must map option names to values.")
-    return {key.replace('-', '_'): value for key, value in options.items()}
+    bases = options.pop('base', [])
+    result: Dict[str, Any] = {}
+    for base in [bases] if isinstance(bases, str) else bases:
+        result.update(load_recipe(base, (*inside, name)))
+    return {**result, **{key.replace('-', '_'): value for key, value in options.items()}}
+
+
+def _recipe_text(name: str) -> str:
+    path, shipped = Path(name), resources.files('timm_sscl') / 'configs' / f'{name}.yaml'
+    if path.suffix in ('.yaml', '.yml') or path.is_file():
+        if not path.is_file():
+            raise OptionError(f"--config: file '{name}' does not exist.")
+        return path.read_text()
+    if path.name == name and shipped.is_file():
+        return shipped.read_text()
+    raise OptionError(f"--config: unknown recipe '{name}'; there are {', '.join(list_recipes())}, or give a YAML file.")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -132,6 +147,10 @@ def _add_spiking(parser: argparse.ArgumentParser) -> None:
                             'weights\' own ANN (ReLU networks, integrate-and-fire); or nothing')
     group.add_argument('--ann-percentile', type=float, default=100., metavar='P',
                        help='--neuron-init ann: percentile of the ANN\'s activations that is the threshold')
+    group.add_argument('--norm', default=None, choices=['tdbn'],
+                       help='batch norms become tdBN, which scales by the threshold (best with --neuron-init none)')
+    group.add_argument('--stem-pool', default=None, choices=['avg'],
+                       help='average pooling in a ResNet\'s stem, as in the paper; the student\'s own ANN has it too')
     group.add_argument('--share-stem', action='store_true',
                        help='run what comes before the first neuron once per image, where a probe finds that legal')
     group.add_argument('--pack-spikes', action='store_true',
@@ -190,7 +209,7 @@ def _add_distillation(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--sscl-cka-scope', default='process', choices=CKA_SCOPES,
                        help='with several processes: the mean of their own CKA terms, or those of the global batch')
     group.add_argument('--kd-weight', '--distill-loss-weight', type=float, default=None,
-                       help='weight of the kd loss (1)')
+                       help='weight of the kd loss (1, or 1 - --task-loss-weight where only that is given)')
     group.add_argument('--kd-temperature', type=float, default=4., help='temperature of the kd loss')
     group.add_argument('--kd-step-temperature', type=float, default=3., help='temperature of the kd_step loss')
     group.add_argument('--tet-lambda', type=float, default=0.05,
@@ -338,13 +357,17 @@ def _add_augmentation(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--train-crop-mode', type=str, default=None)
     group.add_argument('--scale', type=float, nargs='+', default=[0.08, 1.0])
     group.add_argument('--ratio', type=float, nargs='+', default=[3. / 4., 4. / 3.])
+    group.add_argument('--crop-padding', type=int, default=None, metavar='N',
+                       help='CIFAR\'s random crop, of the image padded by N, instead of a random resized crop')
+    group.add_argument('--cutout', type=int, default=None, metavar='N',
+                       help='black out a square of N x N pixels at a random place')
     group.add_argument('--hflip', type=float, default=0.5)
     group.add_argument('--vflip', type=float, default=0.)
     group.add_argument('--color-jitter', type=float, default=0.4)
     group.add_argument('--color-jitter-prob', type=float, default=None)
     group.add_argument('--grayscale-prob', type=float, default=None)
     group.add_argument('--gaussian-blur-prob', type=float, default=None)
-    group.add_argument('--aa', type=str, default=None)
+    group.add_argument('--aa', type=str, default=None, help='timm\'s policies, or cifar10: AutoAugment\'s for CIFAR-10')
     group.add_argument('--bce-loss', action='store_true')
     group.add_argument('--bce-sum', action='store_true')
     group.add_argument('--bce-target-thresh', type=float, default=None)
@@ -352,7 +375,6 @@ def _add_augmentation(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--reprob', type=float, default=0.)
     group.add_argument('--remode', type=str, default='pixel')
     group.add_argument('--recount', type=int, default=1)
-    group.add_argument('--resplit', action='store_true')
     group.add_argument('--mixup', type=float, default=0.0)
     group.add_argument('--cutmix', type=float, default=0.0)
     group.add_argument('--cutmix-minmax', type=float, nargs='+', default=None)
@@ -432,9 +454,10 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> Tuple[argparse.Namespace
     parser = create_parser()
     given = _given(parser, argv)
     args = parser.parse_args(argv)
+    args.data_dir = args.data_dir or args.data
+    given |= {'data_dir'} if args.data else set()
     layers = load_recipe(args.config) if args.config else _resumed_options(args.resume)
     _apply(parser, args, layers, given, f'--config {args.config}' if args.config else f'--resume {args.resume}')
-    args.data_dir = args.data_dir or args.data
     recipe: Dict[str, Any] = {}
     if not args.data_dir and not args.dataset:
         options = load_recipe(DIGITS_RECIPE)
@@ -468,6 +491,9 @@ def _given(parser: argparse.ArgumentParser, argv: Optional[Sequence[str]]) -> se
 
 def _apply(parser: argparse.ArgumentParser, args: argparse.Namespace, options: Dict[str, Any], given: set, source: str):
     known = {action.dest: action for action in parser._actions}
+    if options.get('input_size') and 'input_size' not in given and {'img_size', 'in_chans'} & given:
+        channels, size, _ = options['input_size']  # else it would win over what is given
+        options = {'in_chans': channels, 'img_size': size, **{k: v for k, v in options.items() if k != 'input_size'}}
     if 'model' in given:  # the architecture's own arguments go with it
         options = {name: value for name, value in options.items() if name not in ('model_kwargs', 'teacher_kwargs')}
     for name, value in options.items():
@@ -519,6 +545,11 @@ def _check(args: argparse.Namespace, given: set) -> None:
     args.teacher = args.teacher or args.kd_model_name
     if args.teacher_checkpoint and args.teacher_pretrained:
         raise OptionError('--teacher-checkpoint and --teacher-pretrained both name the teacher\'s weights; use one.')
+    if args.amp and args.model_dtype not in (None, 'float32'):
+        raise OptionError(f'--amp and --model-dtype {args.model_dtype} both set the precision; --amp is for '
+                          f'float32 models.')
+    if not args.val_split:
+        raise OptionError("--val-split '': every run is validated here; name the split.")
     if args.drop_path is None and args.drop_connect is not None:
         args.drop_path = args.drop_connect
 
@@ -551,7 +582,10 @@ def _losses(args: argparse.Namespace) -> Tuple[Dict[str, float], Dict[str, Dict[
     args.distill = None if args.loss else preset
     weights = _parse_losses(args.loss) if args.loss else dict(PRESETS[preset])
     if not args.loss:
-        for name, weight in (('sscl', args.sscl_weight), ('contrastive', args.sscl_weight), ('kd', args.kd_weight)):
+        kd_weight = args.kd_weight
+        if kd_weight is None and args.task_loss_weight is not None:
+            kd_weight = 1. - args.task_loss_weight  # timm's complementary mode
+        for name, weight in (('sscl', args.sscl_weight), ('contrastive', args.sscl_weight), ('kd', kd_weight)):
             if name in weights and weight is not None:
                 weights[name] = weight
     try:

@@ -28,7 +28,7 @@ def digits_split(split: str, num_samples: Optional[int] = None) -> Tuple[Any, np
 
 
 class DigitsDataset(Dataset):
-    """1,797 scans of handwritten digits, 8 x 8 with 17 grey levels (Alpaydin and Kaynak 1998), as 32 x 32 RGB images.
+    """1,797 scans of handwritten digits, 8 x 8 with 17 grey levels (Alpaydin and Kaynak 1998), as 32 x 32 images.
 
     The split is fixed and stratified: 1,437 for training, 360 for validation. timm's create_loader sets `transform`.
 
@@ -36,14 +36,21 @@ class DigitsDataset(Dataset):
         split: 'train' or 'validation'.
         num_samples: Only so many images; None takes all.
         transform: Applied to the PIL image.
+        input_img_mode: PIL mode of the images.
 
     Raises:
         ValueError: The split does not exist.
     """
 
-    def __init__(self, split: str = 'train', num_samples: Optional[int] = None, transform: Optional[Callable] = None):
+    def __init__(
+            self,
+            split: str = 'train',
+            num_samples: Optional[int] = None,
+            transform: Optional[Callable] = None,
+            input_img_mode: str = 'RGB',
+    ):
         digits, chosen = digits_split(split, num_samples)
-        self.images: List[Image.Image] = [_to_image(digits.images[i]) for i in chosen]
+        self.images: List[Image.Image] = [_to_image(digits.images[i], input_img_mode) for i in chosen]
         self.targets: List[int] = [int(t) for t in digits.target[chosen]]
         self.classes = [str(name) for name in digits.target_names]
         self.transform = transform
@@ -56,6 +63,6 @@ class DigitsDataset(Dataset):
         return len(self.images)
 
 
-def _to_image(scan: np.ndarray) -> Image.Image:
+def _to_image(scan: np.ndarray, mode: str) -> Image.Image:
     grey = Image.fromarray(np.round(scan * (255 / 16)).astype(np.uint8))
-    return grey.resize((32, 32), Image.Resampling.BICUBIC).convert('RGB')
+    return grey.resize((32, 32), Image.Resampling.BICUBIC).convert(mode)

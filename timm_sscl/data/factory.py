@@ -36,7 +36,7 @@ def create_dataset(
         ValueError: The split does not exist or is empty.
     """
     if name == 'digits':
-        return DigitsDataset(split, num_samples)
+        return DigitsDataset(split, num_samples, input_img_mode=kwargs.get('input_img_mode') or 'RGB')
     if is_event_dataset(name):
         return create_event_dataset(name, root, split, num_samples, **kwargs)
     local = not name.startswith(('hfds/', 'hfids/', 'tfds/', 'wds/'))

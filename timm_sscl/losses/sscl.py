@@ -147,7 +147,8 @@ class SSCLCriterion(nn.Module):
         self._check_samples(samples)
         layers, rows = [], []
         for i, (s, a) in enumerate(zip(student_features, teacher_features)):
-            s_rows, a_rows = (gather_rows(g(self._condense(x)), counts)
+            # the projections keep their own dtype where the models have another one
+            s_rows, a_rows = (gather_rows(g(self._condense(x).to(g.weight.dtype)), counts)
                               for g, x in ((self.g_student[i], s), (self.g_teacher[i], a)))
             nce, stats = self._nce(i, s_rows, a_rows)
             if samples >= 4 or world_size() > 1:  # with uniform weights a tiny batch goes without this statistic

@@ -1,0 +1,121 @@
+"""train.py on two processes on a CPU, as torchrun starts them: who trains on what, who writes, and how it goes on."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil  # Accelerate needs it too
+import pytest
+from test_resume import same_runs
+from test_train import rows_of, write_images
+
+ROOT = Path(__file__).resolve().parent.parent
+LAUNCHERS = {
+    'torchrun': [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2'],
+    'accelerate': [sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2',
+                   '--main_process_port', '0'],
+}
+# a loss that writes down which images each process sees
+SPY = '''
+import hashlib, json
+from accelerate.state import PartialState
+from timm_sscl import register_loss
+
+
+@register_loss('spy')
+def spy(step):
+    state = PartialState()
+    digests = [hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in step.input.detach()]
+    with open(f'seen-{state.process_index}.jsonl', 'a') as f:
+        f.write(json.dumps([state.num_processes, step.student.training, digests]) + '\\n')
+    return step.logits.sum() * 0
+'''
+ARGS = ['--data-dir', 'images', '--model', 'spiking_test_resnet', '-T', '2', '--img-size', '32', '--batch-size', '4',
+        '--epochs', '8', '--teacher-epochs', '1', '--warmup-epochs', '0', '--workers', '0', '--threads', '1', '--output', 'out',
+        '--experiment', 'run', '--recovery-interval', '1', '--lr', '0.01', '--checkpoint-hist', '1']
+
+
+def start(cwd, args, launcher='torchrun'):
+    env = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
+    if launcher == 'accelerate':
+        env['ACCELERATE_USE_CPU'] = 'true'
+    with open(cwd / 'log.txt', 'a') as log:
+        return subprocess.Popen([*LAUNCHERS[launcher], str(ROOT / 'train.py'), *args], cwd=cwd, env=env, stdout=log,
+                                stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def finish(process, cwd):
+    code = process.wait(timeout=300)
+    return code, (cwd / 'log.txt').read_text()
+
+
+def wait_for(process, cwd, pattern, timeout=120):
+    deadline = time.monotonic() + timeout
+    while not list(cwd.glob(pattern)):
+        assert process.poll() is None and time.monotonic() < deadline, (cwd / 'log.txt').read_text()
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    """A run on two processes that was not stopped, with what each saw."""
+    cwd = tmp_path_factory.mktemp('whole')
+    write_images(cwd / 'images', per_class=15)
+    (cwd / 'spy.py').write_text(SPY)
+    args = [*ARGS, '--no-aug', '--loss-file', 'spy.py', '--loss', 'sscl=0.1,spy=1']
+    code, log = finish(start(cwd, args), cwd)
+    assert code == 0, log
+    return cwd, log
+
+
+def test_processes_train_on_disjoint_samples_and_one_writes(whole):
+    cwd, log = whole
+    seen = [[json.loads(line) for line in (cwd / f'seen-{rank}.jsonl').read_text().splitlines()] for rank in (0, 1)]
+    for rank in (0, 1):
+        assert all(processes == 2 and training for processes, training, _ in seen[rank])
+    for epoch in range(8):  # 45 images, 5 whole batches of 2 x 4 per epoch
+        steps = [[digest for _, _, batch in seen[rank][5 * epoch:5 * epoch + 5] for digest in batch] for rank in (0, 1)]
+        assert [len(s) for s in steps] == [20, 20]
+        assert len({*steps[0], *steps[1]}) == 40
+    assert len(seen[0]) == len(seen[1]) == 40
+    assert log.count('Student   ') == 1 and log.count('student epoch 1/8 validation') == 1
+
+
+def test_metrics_count_exactly_the_validation_set(whole):
+    cwd, _ = whole
+    for row in rows_of(cwd / 'out/run'):
+        correct = float(row['eval_top1']) * 45 / 100
+        assert correct == pytest.approx(round(correct), abs=1e-6)
+
+
+def test_killed_on_two_processes_it_ends_bit_identical(whole, tmp_path):
+    (tmp_path / 'images').symlink_to(whole[0] / 'images')
+    (tmp_path / 'spy.py').write_text(SPY)
+    args = [*ARGS, '--no-aug', '--loss-file', 'spy.py', '--loss', 'sscl=0.1,spy=1', '--resume', 'auto']
+    process = start(tmp_path, args)
+    wait_for(process, tmp_path, 'out/run/recovery-0-1*')
+    for worker in [*psutil.Process(process.pid).children(recursive=True), process]:  # each has a session of its own
+        worker.kill()
+    process.wait()
+    process = start(tmp_path, args)
+    wait_for(process, tmp_path, 'out/run/recovery-4-1*')  # the killed one had not come so far
+    process.send_signal(signal.SIGTERM)  # torchrun hands it on
+    code, log = finish(process, tmp_path)
+    assert code != 0 and 'error: stopped by SIGTERM' in log
+    assert 'torchrun --nproc_per_node 2' in log and '--resume out/run' in log
+    code, log = finish(start(tmp_path, args), tmp_path)
+    assert code == 0, log
+    same_runs(whole[0] / 'out', tmp_path / 'out')
+
+
+def test_accelerate_launch_on_two_processes(tmp_path):
+    write_images(tmp_path / 'images', per_class=7)
+    (tmp_path / 'spy.py').write_text(SPY)
+    code, log = finish(start(tmp_path, [*ARGS, '--epochs', '1', '--loss-file', 'spy.py', '--loss', 'spy=1'], 'accelerate'),
+                       tmp_path)
+    assert code == 0, log
+    for rank in (0, 1):
+        assert json.loads((tmp_path / f'seen-{rank}.jsonl').read_text().splitlines()[0])[0] == 2
