@@ -63,6 +63,7 @@ from timm_sscl.frames_ann import accept_frames
 from timm_sscl.losses import loss_needs
 from timm_sscl.neurons import packed_spikes
 from timm_sscl.options import ARGS_FILE, AUTO, OptionError, parse_args
+from timm_sscl.progress import ProgressLine
 from timm_sscl.random_state import get_random_state, set_random_state
 from timm_sscl.registry import PREFIX
 from timm_sscl.report import FiringRates, SpikingReport, estimate_energy
@@ -197,8 +198,16 @@ def set_threads(args: Namespace, accelerator: Accelerator) -> None:
 
 # ---- models and their weights
 
+_WEIGHT_FILES = 'model.safetensors', 'pytorch_model.bin', LAST  # in a folder, as hubs and this script write them
+
+
 def load_weights(model: nn.Module, file: str, option: str) -> None:
-    """Load a weights file strictly; nothing in it is unpickled."""
+    """Load a weights file, or the one in a folder, strictly; nothing in it is unpickled."""
+    if os.path.isdir(file):
+        found = [name for name in _WEIGHT_FILES if os.path.isfile(os.path.join(file, name))]
+        if not found:
+            raise FileNotFoundError(f"{option}: folder '{file}' holds none of {', '.join(_WEIGHT_FILES)}.")
+        file = os.path.join(file, found[0])
     if not os.path.isfile(file):
         raise FileNotFoundError(f"{option}: file '{file}' does not exist.")
     expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
@@ -806,14 +815,16 @@ class Fit:
         self.task.train()
         steps, began, images, due = len(loader), time.time(), 0, False
         self.position = Position(epoch, done)
+        progress = ProgressLine(accelerator.is_main_process)
         for step, (input, target, *index) in enumerate(self._batches(loader, done), start=done):
             n, stop = self._train_step(step, input, target, *index)
             images += n * accelerator.num_processes
             self.steps_done += 1
-            if (step + 1) % args.log_interval == 0 or step + 1 == steps:
-                self._log(step + 1, steps, images / (time.time() - began))
-                if args.save_images and accelerator.is_main_process:
-                    save_image(input, self.folder / f'train-batch-{step}.jpg', padding=0, normalize=True)
+            logs = (step + 1) % args.log_interval == 0 or step + 1 == steps
+            rate = images / (time.time() - began)
+            progress.update(partial(self._progress, step + 1, steps, rate), logs, last=step + 1 == steps)
+            if logs and args.save_images and accelerator.is_main_process:
+                save_image(input, self.folder / f'train-batch-{step}.jpg', padding=0, normalize=True)
             due = due or bool(args.recovery_interval and (step + 1) % args.recovery_interval == 0)
             if accelerator.sync_gradients:  # between accumulated steps there are gradients that no file keeps
                 self.position = Position(epoch, step + 1)
@@ -920,15 +931,16 @@ class Fit:
         stats = getattr(self.task, 'stats', {})
         return {f'{key}_{layer}': value for layer, values in stats.items() for key, value in values.items()}
 
-    def _log(self, step: int, steps: int, rate: float) -> None:
+    def _progress(self, step: int, steps: int, rate: float) -> str:
+        """Losses so far in this epoch, rate and time left."""
         means = self.meters.means()
         epoch = self.position.epoch
         per_step = (time.time() - self.started) / self.steps_done
         left = steps * (self.epochs - epoch) - step
         terms = '  '.join(f'{k} {v:.4g}' for k, v in means.items() if k == 'loss' or k.endswith('_loss'))
         lr = max(group['lr'] for group in self.optimizer.param_groups)
-        _logger.info(f'{self.name} epoch {epoch + 1}/{self.epochs} [{step:>4}/{steps}]  {terms}  lr {lr:.3g}  '
-                     f'{rate:.0f} img/s  ETA {timedelta(seconds=round(per_step * left))}')
+        return (f'{self.name} epoch {epoch + 1}/{self.epochs} [{step:>4}/{steps}]  {terms}  lr {lr:.3g}  '
+                f'{rate:.0f} img/s  ETA {timedelta(seconds=round(per_step * left))}')
 
     def _distribute_bn(self) -> None:
         """--dist-bn: the same running statistics on every process, the average's too where it is validated."""

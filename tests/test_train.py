@@ -342,3 +342,24 @@ def test_help_names_the_options_in_timms_groups(capsys, monkeypatch, tmp_path):
     assert exit_.value.code == 0
     for word in ('Dataset parameters', 'Optimizer parameters', '--teacher', '--sscl-temperature', '--v-threshold'):
         assert word in text
+
+
+def test_teacher_from_a_folder(tmp_path, monkeypatch, capsys):
+    teacher = timm.create_model('test_resnet', num_classes=10)
+    folder = tmp_path / 'hub'
+    folder.mkdir()
+    args = [*TINY, '--epochs', '1', '--output', 'out', '--teacher-checkpoint', 'hub', '--teacher-epochs', '0']
+    with pytest.raises(SystemExit):
+        run_here(args, tmp_path, monkeypatch)
+    assert "folder 'hub' holds none of model.safetensors" in capsys.readouterr().err
+    save_file(teacher.state_dict(), folder / 'model.safetensors')
+    run_here(args, tmp_path, monkeypatch)
+    facts = json.loads((run_of(tmp_path / 'out') / 'summary.json').read_text())
+    # as timm saves for the hub, with its config: timm's own local-dir: names
+    config = dict(architecture='test_resnet', num_classes=10, pretrained_cfg=dict(
+        num_classes=10, input_size=[3, 160, 160], mean=[.4] * 3, std=[.3] * 3, first_conv='conv1.0', classifier='fc'))
+    (folder / 'config.json').write_text(json.dumps(config))
+    run_here([*TINY, '--epochs', '1', '--output', 'out2', '--teacher', 'local-dir:hub', '--teacher-pretrained',
+              '--teacher-mean', '0.5', '--teacher-std', '0.5'], tmp_path, monkeypatch)
+    same = json.loads((run_of(tmp_path / 'out2') / 'summary.json').read_text())
+    assert same['teacher']['top1'] == facts['teacher']['top1'] and not (tmp_path / 'out2' / 'teachers').exists()
