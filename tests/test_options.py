@@ -94,11 +94,7 @@ def test_errors(argv, words):
         parse_args([*DATA, *argv])
 
 
-# TO BE REMOVED once the parser knows --event-frames and its relatives: these recipes use them
-NOT_YET = [name for name in list_recipes() if name.startswith('cifar10dvs')]
-
-
-@pytest.mark.parametrize('name', [name for name in list_recipes() if name not in NOT_YET])
+@pytest.mark.parametrize('name', list_recipes())
 def test_every_recipe_parses(name):
     args, _ = parse_args(['--config', name, '--data-dir', 'somewhere'])
     assert all(getattr(args, k) == v or isinstance(v, str) for k, v in load_recipe(name).items())

@@ -31,11 +31,6 @@ ROWS = [
 DATASETS = {'cifar10': 'torch/cifar10', 'cifar100': 'torch/cifar100', 'imagenet': '', 'cifar10dvs': 'events/cifar10dvs'}
 CLASSES = {'cifar10': 10, 'cifar100': 100, 'imagenet': 1000, 'cifar10dvs': 10}
 
-# TO BE REMOVED once --dataset events/cifar10dvs and its options exist (test_options.py has the same line): these
-# recipes neither parse nor run before; then `place` must write recordings, and `_run` name their folder
-NOT_YET = [name for name in list_recipes() if name.startswith('cifar10dvs')]
-READY = [name for name in list_recipes() if name not in NOT_YET]
-
 
 def _resolved(name):
     return parse_args(['--config', name, '--data-dir', 'somewhere'])[0]
@@ -69,16 +64,16 @@ def test_the_other_modes_of_table_3_differ_in_the_mode_only(timesteps, mode):
 def test_there_is_no_recipe_without_a_row():
     named = {f'{data}_{net}_t{t}' for data, net, t in ROWS} | {
         f'cifar100_resnet20_t{t}_{mode}' for t, mode in product([2, 4], ['none', 'kd', 'contrastive'])}
-    assert {name.removesuffix('_small') for name in list_recipes()} == named | {'digits'}
+    assert {name.removesuffix('_small') for name in list_recipes()} == named | {'digits', 'events_digits'}
 
 
-@pytest.mark.parametrize('name', READY)
+@pytest.mark.parametrize('name', list_recipes())
 def test_every_recipe_says_where_its_numbers_come_from(name):
     text = (Path(timm_sscl.__file__).parent / 'configs' / f'{name}.yaml').read_text()
     assert text.startswith('# ')
     if name.endswith('_small'):
         assert '_small.yaml' in text
-    elif name != 'digits':
+    elif name not in ('digits', 'events_digits'):
         assert 'The paper, Table' in text and ('public recipes' in text or 'where its numbers come from' in text)
 
 
@@ -174,12 +169,22 @@ def _write_image_folder(folder, rng):
         image.save(folder / split / f'class{i}' / 'image.jpeg')
 
 
+def _write_recordings(folder, rng):
+    """CIFAR10-DVS's layout: AEDAT 2.0, two recordings of 60 events for each of ten classes."""
+    for c, i in product(range(10), range(2)):
+        addresses, times = rng.integers(0, 2 ** 15, 60), np.arange(60)
+        (folder / f'class{c}').mkdir(parents=True, exist_ok=True)
+        (folder / f'class{c}' / f'cifar10_class{c}_{i}.aedat').write_bytes(
+            b'#!AER-DAT2.0\r\n' + np.stack([addresses, times], 1).astype('>u4').tobytes())
+
+
 @pytest.fixture(scope='module')
 def place(tmp_path_factory):
     """A folder with tiny data sets, in which runs share their teachers."""
     folder, rng = tmp_path_factory.mktemp('recipes'), np.random.default_rng(0)
     _write_cifar(folder / 'data', rng)
     _write_image_folder(folder / 'imagenet', rng)
+    _write_recordings(folder / 'recordings', rng)
     yield folder
     shutil.rmtree(folder)
 
@@ -190,7 +195,9 @@ def _run(name, place):
     if name.startswith('imagenet'):
         # no synchronised batch norm and no float16 on a CPU; 224 pixels take ten times as long
         overlay.update(sync_bn=False, amp=False, data_dir='imagenet', input_size=[3, 64, 64])
-    if name == 'digits':
+    if name.startswith('cifar10dvs'):
+        overlay.update(data_dir='recordings', event_split='last1', train_num_samples=4, val_num_samples=4)
+    if name in ('digits', 'events_digits'):
         overlay.update(train_num_samples=4, val_num_samples=4)
     (place / f'{name}.yaml').write_text(yaml.safe_dump(overlay))
     try:
@@ -200,7 +207,7 @@ def _run(name, place):
         AcceleratorState._reset_state(reset_partial_state=True)  # Accelerate's settings are the process's
 
 
-@pytest.mark.parametrize('name', READY)
+@pytest.mark.parametrize('name', list_recipes())
 def test_every_recipe_takes_a_step(name, place, monkeypatch):
     monkeypatch.chdir(place)
     # the files' checksums are the real data's
@@ -221,4 +228,5 @@ def test_every_recipe_takes_a_step(name, place, monkeypatch):
 
 def _model(name):
     recipe = load_recipe(name)
-    return dict(model_name=recipe['model'], num_classes=recipe['num_classes'], **recipe.get('model_kwargs', {}))
+    channels = {'in_chans': 2} if recipe.get('dataset', '').startswith('events/') else {}
+    return dict(**channels, model_name=recipe['model'], num_classes=recipe['num_classes'], **recipe.get('model_kwargs', {}))
