@@ -445,8 +445,8 @@ def _create_event_datasets(args: Namespace) -> Tuple[Any, Any]:
     val = create_dataset(args.dataset, split=args.val_split, num_samples=args.val_num_samples, **common)
     size = [2, *val.frame_size]
     if args.input_size and list(args.input_size) != size:
-        raise OptionError(f'--input-size {" ".join(map(str, args.input_size))}: event frames are {" x ".join(map(str, size))}; '
-                          f'--event-size sets their size.')
+        raise OptionError(f'--input-size {" ".join(map(str, args.input_size))}: event frames are '
+                          f'{" x ".join(map(str, size))}; --event-size sets their size.')
     args.in_chans, args.input_size, args.mean, args.std = 2, size, [0., 0.], [1., 1.]
     if args.eval_only:
         return val, val

@@ -9,8 +9,8 @@ import torch
 
 from timm_sscl.data import DigitsDataset, create_dataset
 from timm_sscl.data.events import (
-    DamagedEventFile, EventAugment, EventDigits, EventFolder, Events, FrameSettings, TonicDataset, create_event_loader,
-    read_aedat, to_frames)
+    DamagedEventFile, EventAugment, EventDigits, EventFolder, FrameSettings, TonicDataset, create_event_loader, read_aedat,
+    to_frames)
 from timm_sscl.data.events.digits import record_digit
 from timm_sscl.data.samples import Samples, UnreadableSample, sample_name
 
@@ -41,7 +41,8 @@ def test_folder_of_classes_is_ordered_by_number_and_split_by_name(tmp_path):
     assert val.targets == [0, 0, 0, 1, 1, 1] and len(train) == 18 and not set(val.files) & set(train.files)
     first = EventFolder(str(tmp_path), training=False, split='first2')
     assert [first.filename(i, basename=True)[-8:] for i in range(2)] == ['_0.aedat', '_1.aedat']
-    assert np.bincount(EventFolder(str(tmp_path), split='last3', num_samples=7).targets).tolist() == [4, 3]  # of all classes
+    few = EventFolder(str(tmp_path), split='last3', num_samples=7)
+    assert np.bincount(few.targets).tolist() == [4, 3]  # of all classes
 
 
 def test_item_is_the_frames_of_its_file(tmp_path):
@@ -110,7 +111,8 @@ def test_what_is_wrong_with_a_folder_is_said(tmp_path):
     (tmp_path / 'bird' / 'cifar10_bird_1.npz').write_bytes(b'')
     with pytest.raises(ValueError, match="holds 'cifar10_bird_1' twice"):
         EventFolder(str(tmp_path), split='last1')
-    for args, words in ((('events/mnist',), 'events/digits, events/cifar10dvs'), (('events/digits', None, 'holdout'), 'holdout')):
+    for args, words in ((('events/mnist',), 'events/digits, events/cifar10dvs'),
+                        (('events/digits', None, 'holdout'), 'holdout')):
         with pytest.raises(ValueError, match=words):
             create_dataset(*args)
 
@@ -139,7 +141,8 @@ def test_loader_gives_frames_that_depend_on_seed_epoch_and_index_alone():
         return list(loader)
 
     first = epoch(0, 0)
-    assert [x.shape for x, _ in first] == [(4, 3, 2, 32, 32)] * 2 and first[0][1].dtype == torch.int64  # the rest is dropped
+    assert [x.shape for x, _ in first] == [(4, 3, 2, 32, 32)] * 2  # the rest is dropped
+    assert first[0][1].dtype == torch.int64
     again, other = epoch(2, 0), epoch(0, 1)
     assert all(torch.equal(a, b) for (a, _), (b, _) in zip(first, again))
     assert not torch.equal(first[0][0], other[0][0])
@@ -172,7 +175,7 @@ def test_event_digits_follow_their_seed():
 
 
 def test_digit_comes_back_to_where_it_began():
-    """The path is closed: the signed events of a pixel sum to less than a threshold's worth; and it stays on the sensor."""
+    """The path is closed, so a pixel's signed events sum to less than a threshold's worth; it stays on the sensor."""
     scan = EventDigits(num_samples=1).scans[0]
     events = record_digit(scan, 3, threshold=0.3)
     total = np.zeros((32, 32))

@@ -68,7 +68,8 @@ def test_empty_times_give_empty_frames():
 def test_binary_frames_take_the_nearest_pixel(size):
     frames = to_frames(random_events(60), FrameSettings(3, mode='count'), SENSOR)
     resized = resize_frames(frames, size, 'binary')
-    expected = torch.nn.functional.interpolate(torch.from_numpy(frames > 0).double(), (size, size), mode='nearest-exact')
+    ones = torch.from_numpy(frames > 0).double()
+    expected = torch.nn.functional.interpolate(ones, (size, size), mode='nearest-exact')
     assert set(np.unique(resized)) == {0, 1} and np.array_equal(resized, expected)
 
 
@@ -83,8 +84,8 @@ def test_count_frames_keep_every_event_when_they_shrink():
 
 
 @pytest.mark.parametrize('kwargs, words', [
-    (dict(timesteps=0), 'timesteps=0'), (dict(by='events'), "by='events'.*number, time"), (dict(mode='sum'), "mode='sum'"),
-    (dict(size=0), 'size=0'), (dict(axes='x'), "axes='x'")])
+    (dict(timesteps=0), 'timesteps=0'), (dict(by='events'), "by='events'.*number, time"),
+    (dict(mode='sum'), "mode='sum'"), (dict(size=0), 'size=0'), (dict(axes='x'), "axes='x'")])
 def test_settings_are_checked(kwargs, words):
     with pytest.raises(ValueError, match=words):
         FrameSettings(**kwargs)
@@ -170,7 +171,7 @@ def test_camera_fires_as_a_pixel_by_pixel_simulation():
 
 
 def test_camera_on_a_ramp_of_log_intensity():
-    """log I rises by 1.05 in 1,050 us and falls by 0.9 in 900: the reference crosses 0.3, 0.6, 0.9, then 0.6 and 0.3."""
+    """log I rises by 1.05 in 1,050 us and falls by 0.9 in 900: it crosses 0.3, 0.6 and 0.9, then 0.6 and 0.3."""
     levels = np.array([0., 1.05, 0.15])
     events = simulate_events((np.exp(levels) - 0.5)[:, None, None], np.array([0., 1050., 1950.]), 0.3, offset=0.5)
     assert events.p.tolist() == [1, 1, 1, 0, 0]

@@ -45,8 +45,8 @@ def _new(base: Type[nn.Module]) -> nn.Module:
 def accept_frames(model: nn.Module) -> nn.Module:
     """Let an ANN take event frames (B, T, C, H, W): each is an image, and the outputs are averaged over T, to (B, K).
 
-    The model stays what it is: its parameters keep their names, images go through as before. SSCLTask and SSCLLoss do the
-    same with their teacher by themselves.
+    The model stays what it is: its parameters keep their names, images go through as before. SSCLTask and SSCLLoss do
+    the same with their teacher by themselves.
 
     Args:
         model: ANN; a spiking model takes frames already and is left as it is.

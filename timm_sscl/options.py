@@ -69,8 +69,8 @@ UNSUPPORTED: Dict[str, str] = {
 IMAGE_ONLY = (
     'class_map', 'input_img_mode', 'input_key', 'target_key', 'img_size', 'crop_pct', 'interpolation', 'epoch_repeats',
     'train_crop_mode', 'scale', 'ratio', 'vflip', 'color_jitter', 'color_jitter_prob', 'grayscale_prob',
-    'gaussian_blur_prob', 'aa', 'reprob', 'remode', 'recount', 'cutmix', 'cutmix_minmax', 'train_interpolation',
-    'share_stem', 'save_images', 'eval_timesteps')
+    'gaussian_blur_prob', 'aa', 'reprob', 'remode', 'recount', 'cutmix', 'cutmix_minmax',
+    'train_interpolation', 'share_stem', 'save_images', 'eval_timesteps')
 
 
 def list_recipes() -> List[str]:
@@ -129,8 +129,8 @@ def create_parser() -> argparse.ArgumentParser:
         description='Train a spiking timm model with its real-valued twin as the teacher (SSCL)', allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('--config', '-c', default=None, metavar='NAME|FILE', help='recipe by name, or a YAML file')
-    for add in (_add_spiking, _add_distillation, _add_dataset, _add_events, _add_model, _add_device, _add_optimizer, _add_schedule,
-                _add_augmentation, _add_batch_norm, _add_ema, _add_misc, _add_refused):
+    for add in (_add_spiking, _add_distillation, _add_dataset, _add_events, _add_model, _add_device, _add_optimizer,
+                _add_schedule, _add_augmentation, _add_batch_norm, _add_ema, _add_misc, _add_refused):
         add(parser)
     return parser
 
@@ -242,14 +242,15 @@ def _add_dataset(parser: argparse.ArgumentParser) -> None:
 def _add_events(parser: argparse.ArgumentParser) -> None:
     default = FrameSettings()
     group = parser.add_argument_group(
-        'Event data parameters', 'for --dataset events/digits, events/cifar10dvs and tonic/NAME; --timesteps is the number of '
-                                 f'frames ({default.timesteps}), --hflip mirrors a sequence')
+        'Event data parameters', 'for --dataset events/digits, events/cifar10dvs and tonic/NAME; --timesteps is the number '
+                                 f'of frames ({default.timesteps}), --hflip mirrors a sequence')
     group.add_argument('--event-frames', default=default.by, choices=BY,
                        help='frames of equally many events, or of equal time')
     group.add_argument('--event-mode', default=default.mode, choices=MODES,
                        help='a pixel is 1 where any event fell, or the number of events')
     group.add_argument('--event-size', type=int, default=default.size, metavar='N',
-                       help='height and width of the frames (the sensor\'s); binary takes the nearest pixel, count adds up')
+                       help='height and width of the frames (the sensor\'s); binary takes the nearest pixel, count adds '
+                            'up')
     group.add_argument('--event-roll', type=int, default=5, metavar='N',
                        help='training sequences are shifted by up to so many pixels, around the edge')
     group.add_argument('--event-split', default='last100', metavar='NAME',
@@ -561,8 +562,9 @@ def _check_events(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     given += ['input_size'] if args.input_size and args.input_size[0] != 2 else []
     given += ['mixup_mode'] if args.mixup > 0 and args.mixup_mode != 'batch' else []
     if given:
-        raise OptionError(f'{", ".join("--" + name.replace("_", "-") for name in given)}: not for event data, whose samples are '
-                          f'frames (T, 2, H, W); see the event data parameters in --help.')
+        names = ', '.join('--' + name.replace('_', '-') for name in given)
+        raise OptionError(f'{names}: not for event data, whose samples are frames (T, 2, H, W); see the event data '
+                          f'parameters in --help.')
     if args.neuron_init == 'ann':
         raise OptionError('--neuron-init ann: measures an ANN on images; with event data use calibrated.')
     for name, least in (('event_size', 1), ('event_roll', 0)):

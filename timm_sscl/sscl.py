@@ -110,8 +110,8 @@ class SSCLLoss(nn.Module):
         """Loss between the features that student(x) showed and the teacher's on the same images.
 
         Args:
-            x: The tensor that the student was called on in this step, (B, ...), or event frames (B, T, ...), each of which
-                an ANN teacher sees as an image.
+            x: The tensor that the student was called on in this step, (B, ...), or event frames (B, T, ...), each of
+                which an ANN teacher sees as an image.
             teacher_input: What the teacher sees, where that is not x, resized and renormalised as asked for.
 
         Returns:

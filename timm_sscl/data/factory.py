@@ -21,7 +21,8 @@ def create_dataset(
     """Data set by name: 'digits' is the bundled one, 'events/...' and 'tonic/...' are event data, all else is timm's.
 
     Args:
-        name: 'digits', a name of `create_event_dataset`, or timm's name ('' for an image folder or tar, 'torch/cifar100', ...).
+        name: 'digits', a name of `create_event_dataset`, or timm's name ('' for an image folder or tar,
+            'torch/cifar100', ...).
         root: Folder or file of the data.
         split: Name of the split.
         num_samples: Only so many samples; None takes all.

@@ -1,6 +1,5 @@
 """Reader of AEDAT 2.0, the format of the original CIFAR10-DVS."""
 import re
-from typing import Tuple
 
 import numpy as np
 
@@ -22,8 +21,8 @@ def read_aedat(file: str, axes: str = 'spikingjelly', ordered: bool = False) -> 
 
     After header lines (printable ASCII that begins with '#' and ends in a newline) come pairs of big-endian uint32,
     address and time in microseconds: polarity in bit 0 of the address, coordinates in bits 1-7 and 8-14. Pulses of the
-    camera's synchronisation input (bit 15) are no events of a pixel and are left out. Where the time passes 2^32, it goes
-    on.
+    camera's synchronisation input (bit 15) are no events of a pixel and are left out. Where the time passes 2^32, it
+    goes on.
 
     Readers disagree about the axes:
         spikingjelly: x = 127 - bits 8-14, y = 127 - bits 1-7, p = 1 - bit 0; as in SpikingJelly's .npz files.
@@ -48,14 +47,15 @@ def read_aedat(file: str, axes: str = 'spikingjelly', ordered: bool = False) -> 
     start = _header_end(file, data)
     end = start + (len(data) - start) // _EVENT.itemsize * _EVENT.itemsize
     if end != len(data):
-        raise DamagedEventFile(f"'{file}' is cut off in the event at byte {end}: {len(data) - end} of 8 bytes are there.")
+        raise DamagedEventFile(f"'{file}' is cut off in the event at byte {end}: {len(data) - end} of 8 bytes are "
+                               f'there.')
     raw = np.frombuffer(data, _EVENT, offset=start)
     address = raw['address'].astype(np.int64)
     pixel = (address & _EXTERNAL) == 0
     if (address > 0xffff).any():
         i = int((address > 0xffff).argmax())
-        raise DamagedEventFile(f"'{file}', byte {start + 8 * i}: address {address[i]:#010x} is outside a sensor of 128 x 128 "
-                               f'pixels.')
+        raise DamagedEventFile(f"'{file}', byte {start + 8 * i}: address {address[i]:#010x} is outside a sensor of "
+                               f'128 x 128 pixels.')
     events = _decode(address[pixel], _unwrapped(raw['t'])[pixel], axes)
     wrong = find_invalid(events, DVS128_SIZE, ordered)
     if wrong is not None:

@@ -17,8 +17,8 @@ def simulate_events(
     """Events of an ideal dynamic vision sensor (Lichtsteiner et al. 2008, as ESIM samples it, Rebecq et al. 2018).
 
     A pixel holds a reference, log intensity at first, and emits an event whenever its log intensity has moved by the
-    threshold from it, up (polarity 1) or down (0); the reference moves by the threshold with each. Between two pictures the
-    log intensity is taken as linear in time, which gives every event its time.
+    threshold from it, up (polarity 1) or down (0); the reference moves by the threshold with each. Between two pictures
+    the log intensity is taken as linear in time, which gives every event its time.
 
     Args:
         intensity: Pictures (N, H, W), 0 or more.
@@ -34,8 +34,8 @@ def simulate_events(
     """
     intensity, times = np.asarray(intensity, np.float64), np.asarray(times, np.float64)
     if intensity.ndim != 3 or times.shape != intensity.shape[:1] or (np.diff(times) <= 0).any():
-        raise ValueError(f'intensity of shape {intensity.shape} and times of shape {times.shape}: must be pictures (N, H, W) '
-                         f'and as many increasing times.')
+        raise ValueError(f'intensity of shape {intensity.shape} and times of shape {times.shape}: must be pictures '
+                         f'(N, H, W) and as many increasing times.')
     if not (np.asarray(threshold) > 0).all() or not offset > 0 or not (intensity >= 0).all():
         raise ValueError('threshold and offset must be positive, intensity 0 or more.')
     levels = np.log(intensity + offset).reshape(len(times), -1)

@@ -72,8 +72,8 @@ class EventDataset(Dataset):
             return to_frames(recording, self.settings, self.extent(recording))
         expected = (self.settings.timesteps, 2, *self.sensor_size)
         if recording.shape != expected:
-            raise DamagedEventFile(f"'{self.filename(index, absolute=True)}' holds frames of shape {recording.shape}, expected "
-                                   f'(T, 2, H, W) = {expected}.')
+            raise DamagedEventFile(f"'{self.filename(index, absolute=True)}' holds frames of shape {recording.shape}, "
+                                   f'expected (T, 2, H, W) = {expected}.')
         return resize_frames(recording, self.settings.size, self.settings.mode)
 
     def __getitem__(self, index: int) -> Tuple[Any, int]:

@@ -23,8 +23,8 @@ _MISMATCH = 0.03  # relative deviation of a pixel's threshold from the nominal o
 def record_digit(scan: np.ndarray, seed: Union[int, Sequence[int]], threshold: float = 0.3) -> Events:
     """Recording of one digit that moves once around a square stood on its corner, in 100 ms.
 
-    The square's sides are CIFAR10-DVS's directions of movement. Where on it the recording begins, which way it goes, and
-    the pixels' thresholds (3 % of deviation, as sensors have) are drawn from the seed.
+    The square's sides are CIFAR10-DVS's directions of movement. Where on it the recording begins, which way it goes,
+    and the pixels' thresholds (3 % of deviation, as sensors have) are drawn from the seed.
 
     Args:
         scan: Grey levels of the digit, (8, 8), 0 to 16.
@@ -54,8 +54,8 @@ def _interpolation(shift: np.ndarray) -> np.ndarray:
 class EventDigits(EventDataset):
     """The 1,797 digits of `DigitsDataset`, in its split, each recorded once by `record_digit`.
 
-    A recording depends on (seed, number of the digit in scikit-learn's data) alone. It is made when it is first asked for
-    and its frames are kept (20 kB each at T = 10).
+    A recording depends on (seed, number of the digit in scikit-learn's data) alone. It is made when it is first asked
+    for and its frames are kept (20 kB each at T = 10).
 
     Args:
         split: 'train' or 'validation'.

@@ -24,8 +24,8 @@ _FRAMES_FOLDER = re.compile(r'frames_number_([0-9]+)_split_by_(number|time)')
 class EventFolder(EventDataset):
     """Recordings of a DVS128 (128 x 128 pixels), `root/CLASS/RECORDING`, .aedat and .npz as they come.
 
-    root may be the folder that SpikingJelly makes: then its frames for these settings are read where there are some, else
-    its events. Classes are sorted by name, recordings by name with numbers by value (airplane_9 before airplane_10).
+    root may be the folder that SpikingJelly makes: then its frames for these settings are read where there are some,
+    else its events. Classes are sorted by name, recordings by name with numbers by value (airplane_9 before airplane_10).
 
     Args:
         root: Folder with one sub-folder per class.
@@ -53,8 +53,9 @@ class EventFolder(EventDataset):
         recordings = _class_folders(self.root)
         empty = [name for name, files in recordings.items() if not files]
         if empty:
-            raise ValueError(f"'{self.root}': class {', '.join(empty)} holds no recordings ({' or '.join(_EXTENSIONS)}), which "
-                             f'would shift the labels of the classes after it; fill or remove it.')
+            raise ValueError(f"'{self.root}': class {', '.join(empty)} holds no recordings "
+                             f'({" or ".join(_EXTENSIONS)}), which would shift the labels of the classes after it; fill or '
+                             f'remove it.')
         files = [os.path.join(name, file) for name, members in recordings.items() for file in members]
         targets = np.repeat(np.arange(len(recordings)), [len(members) for members in recordings.values()])
         part = np.flatnonzero(validation_mask(targets, split) != training)
@@ -77,21 +78,21 @@ class EventFolder(EventDataset):
 def _find_root(root: str, settings: FrameSettings) -> str:
     """The folder with the class folders: root, or the one in SpikingJelly's layout that fits the settings."""
     if not root or not os.path.isdir(root):
-        raise FileNotFoundError(f"data folder '{root}' does not exist; give --data-dir the folder that holds one sub-folder "
-                                f'of recordings per class.')
+        raise FileNotFoundError(f"data folder '{root}' does not exist; give --data-dir the folder that holds one "
+                                f'sub-folder of recordings per class.')
     if any(_class_folders(root).values()):
         made = _FRAMES_FOLDER.fullmatch(os.path.basename(os.path.abspath(root)))
         if made and (int(made[1]), made[2]) != (settings.timesteps, settings.by):
-            raise ValueError(f"'{root}' holds {made[1]} frames by {made[2]}, {settings.timesteps} by {settings.by} were asked for "
-                             f'(--timesteps, --event-frames).')
+            raise ValueError(f"'{root}' holds {made[1]} frames by {made[2]}, {settings.timesteps} by {settings.by} "
+                             f'were asked for (--timesteps, --event-frames).')
         return root
     for name in (f'frames_number_{settings.timesteps}_split_by_{settings.by}', 'events_np', 'extract'):
         folder = os.path.join(root, name)
         if os.path.isdir(folder) and any(_class_folders(folder).values()):
             _logger.info(f'Event data: reading {folder}.')
             return folder
-    raise ValueError(f"data folder '{root}' holds no class folders with recordings ({' or '.join(_EXTENSIONS)}), and is no "
-                     f'folder of SpikingJelly that does.')
+    raise ValueError(f"data folder '{root}' holds no class folders with recordings ({' or '.join(_EXTENSIONS)}), and "
+                     f'is no folder of SpikingJelly that does.')
 
 
 def _class_folders(root: str) -> Dict[str, List[str]]:
@@ -106,8 +107,8 @@ def _recordings(folder: str) -> List[str]:
     stems = [os.path.splitext(f)[0] for f in files]
     twice = sorted({stem for stem in stems if stems.count(stem) > 1}) if len(set(stems)) < len(stems) else []
     if twice:
-        raise ValueError(f"'{folder}' holds '{twice[0]}' twice, as .aedat and as .npz, which training and validation could "
-                         f'share; keep one of them.')
+        raise ValueError(f"'{folder}' holds '{twice[0]}' twice, as .aedat and as .npz, which training and validation "
+                         f'could share; keep one of them.')
     return files
 
 

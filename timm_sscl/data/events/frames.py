@@ -83,8 +83,8 @@ def resize_frames(frames: np.ndarray, size: Optional[int], mode: str) -> np.ndar
     """Frames of event counts in another size, whole numbers before and after.
 
     'binary' takes the nearest pixel (of 128 pixels, every second or third for 48): the share of ones stays, where the
-    maximum over a cell would saturate. 'count' adds up the cell of pixels that becomes one pixel, so that every event is
-    still counted; frames are enlarged by repeating pixels.
+    maximum over a cell would saturate. 'count' adds up the cell of pixels that becomes one pixel, so that every event
+    is still counted; frames are enlarged by repeating pixels.
 
     Args:
         frames: (T, 2, H, W).

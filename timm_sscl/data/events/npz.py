@@ -48,9 +48,9 @@ def _events(file: str, arrays: Dict[str, np.ndarray], sensor_size: Tuple[int, in
         raise DamagedEventFile(f"'{file}' holds no array {', '.join(missing)}: events are t, x, y and p, frames are "
                                f"'frames'.")
     for name, array in arrays.items():
-        if array.ndim != 1 or array.dtype.kind not in 'iub' or len(array) != len(arrays['t']):
-            raise DamagedEventFile(f"'{file}': {name} is {array.dtype} of shape {array.shape}; t, x, y and p must be whole "
-                                   f'numbers, one per event ({len(np.atleast_1d(arrays["t"]))} in t).')
+        if array.ndim != 1 or array.dtype.kind not in 'iub' or array.shape != arrays['t'].shape:
+            raise DamagedEventFile(f"'{file}': {name} is {array.dtype} of shape {array.shape}; t, x, y and p must be "
+                                   f'whole numbers, one per event.')
     events = Events(*(arrays[name].astype(np.int64) for name in Events._fields))
     wrong = find_invalid(events, sensor_size, ordered)
     if wrong is not None:
@@ -60,7 +60,8 @@ def _events(file: str, arrays: Dict[str, np.ndarray], sensor_size: Tuple[int, in
 
 def _frames(file: str, frames: np.ndarray) -> np.ndarray:
     if frames.ndim != 4 or frames.shape[1] != 2 or frames.dtype.kind not in 'iubf':
-        raise DamagedEventFile(f"'{file}': frames is {frames.dtype} of shape {frames.shape}; must be numbers (T, 2, H, W).")
+        raise DamagedEventFile(f"'{file}': frames is {frames.dtype} of shape {frames.shape}; must be numbers "
+                               f'(T, 2, H, W).')
     with np.errstate(invalid='ignore'):
         wrong = ~(np.isfinite(frames) & (frames >= 0) & (frames == np.floor(frames))) if frames.dtype.kind == 'f' else \
             frames < 0

@@ -15,8 +15,8 @@ def validation_mask(targets: Sequence[int], split: str) -> np.ndarray:
     Args:
         targets: Label of every recording, in the order in which the recordings of a class are counted.
         split: 'last100': the last 100 of every class; 'first100': the first 100 (easier on CIFAR10-DVS); other numbers
-            likewise. 'random': a tenth of every class (at least one), the same in every run; 'random1', 'random2', ... are
-            other draws.
+            likewise. 'random': a tenth of every class (at least one), the same in every run; 'random1', 'random2', ...
+            are other draws.
 
     Returns:
         Boolean array (N,).
@@ -34,8 +34,9 @@ def validation_mask(targets: Sequence[int], split: str) -> np.ndarray:
         members = np.flatnonzero(targets == label)
         n = int(match[2]) if match[2] else max(1, len(members) // 10)
         if n >= len(members):
-            raise ValueError(f"split '{split}': class {label} has {len(members)} recordings, {n} for validation leave none "
-                             f'for training; last{max(1, len(members) // 10)} or random would do.')
-        chosen = generator.permutation(members)[:n] if not match[1] else members[:n] if match[1] == 'first' else members[-n:]
-        mask[chosen] = True
+            raise ValueError(f"split '{split}': class {label} has {len(members)} recordings, {n} for validation leave "
+                             f'none for training; last{max(1, len(members) // 10)} or random would do.')
+        if match[1] is None:
+            members = generator.permutation(members)
+        mask[members[-n:] if match[1] == 'last' else members[:n]] = True
     return mask

@@ -39,15 +39,17 @@ class TonicDataset(EventDataset):
     ):
         name = type(dataset).__name__
         targets = getattr(dataset, 'targets', None)
-        if targets is None or len(targets) != len(dataset) or not all(isinstance(t, (int, str, np.integer)) for t in targets):
-            raise ValueError(f'tonic\'s {name} has no list of labels (targets), one per recording: it is no data set for '
+        labelled = targets is not None and all(isinstance(t, (int, str, np.integer)) for t in targets)
+        if not labelled or len(targets) != len(dataset):
+            raise ValueError(f"tonic's {name} has no list of labels (targets), one per recording: it is no data set for "
                              f'classification.')
         size = sensor_size or getattr(dataset, 'sensor_size', None)
         if size is not None and (len(size) != 3 or size[1] == 1 or size[2] != 2):
-            raise ValueError(f'tonic\'s {name} has a sensor of {tuple(size)} (width, height, polarities): only cameras with '
-                             f'two polarities become frames.')
+            raise ValueError(f"tonic's {name} has a sensor of {tuple(size)} (width, height, polarities): only cameras "
+                             f'with two polarities become frames.')
         if size is None and settings.size is None:
-            raise ValueError(f'tonic\'s {name} has recordings of different sizes; set the size of the frames (--event-size).')
+            raise ValueError(f"tonic's {name} has recordings of different sizes; set the size of the frames "
+                             f'(--event-size).')
         classes = _classes(dataset)
         numbers = {label: i for i, label in enumerate(classes)}
         self.dataset = dataset
