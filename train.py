@@ -772,6 +772,8 @@ class Fit:
             self.folder, self.task, optimizer, self.args, self.args.checkpoint_hist, self.args.eval_metric == 'loss')
         if resume and Path(resume).parent.resolve() == self.folder.resolve():
             saver.load_state_dict_from_checkpoint(resume)
+            if self.position.step == 0:
+                saver.drop_recoveries_before(self.position)
         return saver
 
     def run(self) -> FitResult:

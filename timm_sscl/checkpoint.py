@@ -198,6 +198,13 @@ class RunSaver(CheckpointSaver):
         self._remove_recoveries(keep=(self.prev_recovery_file, self.curr_recovery_file))
         return file
 
+    def drop_recoveries_before(self, position: Position) -> None:
+        """Remove what a kill right after an epoch's checkpoint left over."""
+        for file in self.folder.glob(f'{self.recovery_prefix}-*{self.extension}'):
+            epoch, step = file.name[len(self.recovery_prefix) + 1:-len(self.extension)].split('-')
+            if (int(epoch), int(step)) < position:
+                file.unlink()
+
     def _remove_recoveries(self, keep: Tuple[str, ...]) -> None:
         for file in self.folder.glob(f'{self.recovery_prefix}-*{self.extension}'):
             if str(file) not in keep:

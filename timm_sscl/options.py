@@ -516,7 +516,7 @@ def _apply(parser: argparse.ArgumentParser, args: argparse.Namespace, options: D
 
 def _check(args: argparse.Namespace, given: set) -> None:
     for name, reason in UNSUPPORTED.items():
-        if getattr(args, name) is not None:
+        if getattr(args, name) not in (None, False):  # False: from an older run's options
             raise OptionError(f"--{name.replace('_', '-')} is not supported: {reason}.")
         delattr(args, name)
     for name, least in (
