@@ -35,7 +35,8 @@ import yaml
 from accelerate import Accelerator, skip_first_batches
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
-    DataLoaderConfiguration, DistributedDataParallelKwargs, ProjectConfiguration, broadcast, broadcast_object_list, gather_object)
+    DataLoaderConfiguration, DistributedDataParallelKwargs, ProjectConfiguration, broadcast, broadcast_object_list,
+    gather_object)
 from timm.data import Mixup, create_loader, resolve_data_config
 from timm.data.loader import adapt_to_chs
 from timm.layers import convert_sync_batchnorm, set_fast_norm
@@ -115,7 +116,8 @@ def _exit(error: Exception, code: int) -> None:
     """End the script with one line that says what to do."""
     rank = int(os.environ.get('RANK', 0))
     lines = str(error).strip().split('\n') if isinstance(error, RUN_ERRORS) else [str(error)]
-    text = lines[-1].partition(f'{type(error).__name__}: ')[2] or ' '.join(lines)  # a loader's worker adds its traceback
+    # a loader's worker adds its traceback
+    text = lines[-1].partition(f'{type(error).__name__}: ')[2] or ' '.join(lines)
     print(f'error{f" (process {rank})" if rank else ""}: {" ".join(text.split())}', file=sys.stderr, flush=True)
     sys.exit(code)
 
@@ -144,7 +146,8 @@ def resume_command(folder: Path) -> str:
     """Command that continues the run in this folder, started as this one was."""
     processes = int(os.environ.get('WORLD_SIZE', 1))
     torchrun = 'TORCHELASTIC_RUN_ID' in os.environ
-    launcher = f'torchrun --nproc_per_node {os.environ.get("LOCAL_WORLD_SIZE", processes)}' if torchrun else 'accelerate launch'
+    launcher = (f'torchrun --nproc_per_node {os.environ.get("LOCAL_WORLD_SIZE", processes)}' if torchrun
+                else 'accelerate launch')
     return f'{launcher} {os.path.relpath(__file__)} --resume {folder}'
 
 
@@ -261,7 +264,8 @@ def create_student(args: Namespace, num_classes: int) -> nn.Module:
         raise OptionError("--neuron-init ann: takes the thresholds from the ANN's weights and sets the neuron itself; "
                           'give the weights (--pretrained-path FILE) and leave --tau, --v-threshold and --v-reset.')
     if neuron and not args.model.startswith(PREFIX):
-        option = next(iter(neuron)).replace('_', '-').replace('include', 'neuron-include').replace('exclude', 'neuron-exclude')
+        option = (next(iter(neuron)).replace('_', '-').replace('include', 'neuron-include')
+                  .replace('exclude', 'neuron-exclude'))
         raise OptionError(f"--{option}: '{args.model}' does not spike; "
                           f"--model {PREFIX}{args.model} does.")
     if args.norm is not None and args.sync_bn:
@@ -340,7 +344,8 @@ def create_teacher(args: Namespace, num_classes: int, data_config: Dict[str, Any
         teacher = create((channels, *wanted))
     except (AssertionError, TypeError, RuntimeError, ValueError) as error:
         if args.teacher_size:
-            raise OptionError(f'--teacher-size {wanted[0]} {wanted[1]}: {name} cannot be built for it: {error}') from error
+            raise OptionError(
+                f'--teacher-size {wanted[0]} {wanted[1]}: {name} cannot be built for it: {error}') from error
         wanted = tuple(timm.get_pretrained_cfg(name).input_size[1:])
         teacher = create((channels, *wanted))
         _logger.info(f'Teacher {name} cannot be built for images of {size[0]} x {size[1]} ({error}): it sees them '
@@ -456,13 +461,14 @@ def _create_event_datasets(args: Namespace) -> Tuple[Any, Any]:
 
 
 def guard_samples(args: Namespace, datasets: Tuple[Any, Any], data_config: Dict[str, Any], num_classes: int) -> Tuple:
-    """The data sets with seeded samples and checked labels; streamed ones, which have no numbered samples, as they are."""
+    """The data sets with seeded samples and checked labels; streamed ones, which have no numbered samples, as is."""
     guarded = []
     for dataset, training in zip(datasets, (not args.eval_only, False)):
         split = 'training' if training else 'validation'
         if isinstance(dataset, IterableDataset):
             if training:
-                _logger.warning('The training data is a stream: a resumed run does not repeat its augmentation exactly.')
+                _logger.warning(
+                    'The training data is a stream: a resumed run does not repeat its augmentation exactly.')
             guarded.append(dataset)
             continue
         check_labels(dataset, num_classes, split)
@@ -730,8 +736,8 @@ class Fit:
         if now == then:
             return state['position'], state
         step = state['position'].step * math.prod(then.values()) // math.prod(now.values())
-        _logger.warning(f'The checkpoint was written with {then}, this run has {now}: it goes on at the same place of the '
-                        f'epoch, but not exactly as it would have.')
+        _logger.warning(f'The checkpoint was written with {then}, this run has {now}: it goes on at the same place of '
+                        f'the epoch, but not exactly as it would have.')
         return Position(state['position'].epoch, step), {**state, 'random': None, 'meters': None}
 
     def _restore_run_state(self) -> None:
@@ -863,9 +869,10 @@ class Fit:
     def _check_weights(self) -> None:
         for name, value in unwrap_model(self.module).state_dict().items():
             if value.is_floating_point() and not torch.isfinite(value).all():
-                raise NonFiniteLoss(f"'{name}' is not finite at epoch {self.position.epoch + 1}, step {self.position.step}, so "
-                                    f'this checkpoint was not written; those in {self.folder} are from before. A smaller '
-                                    f'--lr or --clip-grad may help.')
+                raise NonFiniteLoss(
+                    f"'{name}' is not finite at epoch {self.position.epoch + 1}, step {self.position.step}, so "
+                    f'this checkpoint was not written; those in {self.folder} are from before. A smaller '
+                    f'--lr or --clip-grad may help.')
 
     def _train_step(
             self,
@@ -987,8 +994,9 @@ class Fit:
         name = self.args.eval_metric
         metric = metrics.get(f'{name}_ema', metrics.get(name))  # the average's ranks, as in timm
         lr = sum(group['lr'] for group in self.optimizer.param_groups) / len(self.optimizer.param_groups)
-        columns = {**{f'train_{k}': v for k, v in train_metrics.items()}, **{f'eval_{k}': v for k, v in metrics.items()},
-                   **{f'firing_rate_{k}': v for k, v in rates.items()}, 'lr': lr}
+        columns = {
+            **{f'train_{k}': v for k, v in train_metrics.items()}, **{f'eval_{k}': v for k, v in metrics.items()},
+            **{f'firing_rate_{k}': v for k, v in rates.items()}, 'lr': lr}
         self.accelerator.log({f'{self.name}/{k}': v for k, v in columns.items()}, step=epoch)
         if self.scheduler is not None:
             self.scheduler.step(epoch + 1, metric)
@@ -1100,14 +1108,16 @@ def train_teacher(session: Session, name: str, teacher: nn.Module, teacher_input
     epochs = args.teacher_epochs or args.epochs
     with lock_folder(folder, accelerator.is_main_process):
         resume, = broadcast_object_list([find_newest(folder) if accelerator.is_main_process else None])
-        _logger.info(f'Teacher {name}: no weights for it, so it is trained first, for {epochs} epochs, and kept in {folder}'
-                     + (f' (goes on from {resume.name})' if resume else '') + '.')
+        _logger.info(
+            f'Teacher {name}: no weights for it, so it is trained first, for {epochs} epochs, and kept in {folder}'
+            + (f' (goes on from {resume.name})' if resume else '') + '.')
         model = copy.deepcopy(teacher).requires_grad_(True)
         mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
         task = ClassificationTask(
             model, criterion_kwargs=criterion_kwargs(args, mixes), device=accelerator.device, verbose=False)
         task.to(accelerator.device)
-        result = Fit(session, task, folder, epochs, 'teacher', resume=str(resume or ''), prepare_input=teacher_input).run()
+        result = Fit(
+            session, task, folder, epochs, 'teacher', resume=str(resume or ''), prepare_input=teacher_input).run()
         if accelerator.is_main_process:
             facts = dict(model=name, epochs=epochs, seed=args.seed, metrics=result.last, file=LAST)
             write_text(folder / TEACHER_FILE, json.dumps(facts, indent=2) + '\n')
@@ -1228,7 +1238,8 @@ def summarize(
         model=args.model, timesteps=timesteps, losses=args.losses, seed=args.seed, student=result.last,
         best={args.eval_metric: result.best, 'epoch': result.best_epoch},
         teacher=teacher._asdict() if teacher else None,
-        firing_rates=result.firing_rates, conversion=report.as_dict() if report is not None else None, seconds=round(seconds, 1))
+        firing_rates=result.firing_rates, conversion=report.as_dict() if report is not None else None,
+        seconds=round(seconds, 1))
     write_text(folder / SUMMARY_FILE, json.dumps(facts, indent=2) + '\n')
 
 
@@ -1351,11 +1362,13 @@ def _weights_to_evaluate(args: Namespace) -> Tuple[Path, Dict[str, Optional[Dict
     """Where the results go, and the weights by name: a checkpoint's and its EMA, or what the model was built with."""
     if not args.resume:
         if not (args.initial_checkpoint or args.pretrained or args.pretrained_path):
-            raise OptionError('--eval-only: no weights; give --resume FOLDER|FILE, --initial-checkpoint or --pretrained.')
+            raise OptionError(
+                '--eval-only: no weights; give --resume FOLDER|FILE, --initial-checkpoint or --pretrained.')
         return Path(args.output or './output/eval'), {'model': None}
     file = args.resume if os.path.isfile(args.resume) else _newest_file(Path(args.resume))
     if not file:
-        raise FileNotFoundError(f"--resume: '{args.resume}' is no checkpoint, and no folder that holds one that is whole.")
+        raise FileNotFoundError(
+            f"--resume: '{args.resume}' is no checkpoint, and no folder that holds one that is whole.")
     try:
         checkpoint = load_checkpoint_metadata(file)
         states = {'model': checkpoint['state_dict'], 'ema': checkpoint.get('state_dict_ema')}
@@ -1406,9 +1419,9 @@ def _report_evaluation(args: Namespace, folder: Path, results: List[Evaluation],
         lines += [f'  {name:<30} {v["firing_rate"]:.3f} spikes, {v["entropy"]:.3f} bits per neuron and step'
                   for layers in rates.values() for name, v in layers.items()]
     if any(r.energy_uj is not None for r in results):
-        lines.append(f'Energy: microjoules of one image\'s arithmetic at 45 nm (4.6 pJ a MAC, 0.9 pJ an addition), with the '
-                     f'firing rates of {_ENERGY_IMAGES} images or one batch; layers without binary or whole input are MACs; the '
-                     f'stem counts {"once" if args.share_stem else "at every step"}.')
+        lines.append(f'Energy: microjoules of one image\'s arithmetic at 45 nm (4.6 pJ a MAC, 0.9 pJ an addition), '
+                     f'with the firing rates of {_ENERGY_IMAGES} images or one batch; layers without binary or whole '
+                     f'input are MACs; the stem counts {"once" if args.share_stem else "at every step"}.')
     now = datetime.now()
     with one_line_errors():
         with lock_folder(folder):

@@ -67,7 +67,8 @@ REPRESENTATIVES: Dict[str, str] = {
 HARD_CASES = (  # more of a family where its smallest does not show it
     'mobilevitv2_050', 'test_efficientnet_evos', 'resnetv2_50d_evos', 'resnetv2_50d_frn', 'deepseek_vit_412m_enc',
     'gemma4_vit_167m_enc', 'mobilenetv5_300m_enc', 'qwen3_vit_88m_enc', 'caformer_s18', 'seresnet18',
-    'coatnet_rmlp_nano_rw_224', 'beitv2_base_patch16_224', 'vit_relpos_small_patch16_224', 'deit_tiny_distilled_patch16_224',
+    'coatnet_rmlp_nano_rw_224', 'beitv2_base_patch16_224', 'vit_relpos_small_patch16_224',
+    'deit_tiny_distilled_patch16_224',
 )
 SHRUNK: Dict[str, Dict[str, Any]] = {
     'deepseek_vit_412m': dict(depth=4, embed_dim=128, num_heads=2),
@@ -184,7 +185,8 @@ def backward(s: Subject) -> Result:
     gone = {name for name, module in s.spiking.named_modules() if getattr(module, 'forgotten', ())}
     missing = [n for n in wanted if n not in own and n.rpartition('.')[0] not in gone]
     infinite = [n for n, g in own.items() if not g.isfinite().all()]
-    return Result('no', f'no gradient {missing[:3]}, not finite {infinite[:3]}') if missing or infinite else Result('yes')
+    return (Result('no', f'no gradient {missing[:3]}, not finite {infinite[:3]}') if missing or infinite
+            else Result('yes'))
 
 
 @torch.no_grad()
@@ -262,7 +264,8 @@ def taps(s: Subject) -> Result:
             break
         recorder = Recorder(model, found)
         model(s.images)
-        seen = [fold_feature(x, T, tap.channel_axis, tap.prefix_tokens) for tap, x in zip(found, recorder.take(s.images))]
+        seen = [fold_feature(x, T, tap.channel_axis, tap.prefix_tokens)
+                for tap, x in zip(found, recorder.take(s.images))]
         recorder.close()
         for tap, x, y in zip(found, seen, expected):
             if not torch.allclose(x.reshape(y.shape), y, rtol=1e-4, atol=1e-5):

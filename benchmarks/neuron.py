@@ -3,7 +3,8 @@
 
     python benchmarks/neuron.py
 
-T = 4 steps of a batch of 32 maps of 64 x 32 x 32, in contiguous and channels_last layout, float32 and bfloat16. Memory that is freed stays with the process, as in a training whose tensors are of the same sizes at every step.
+T = 4 steps of a batch of 32 maps of 64 x 32 x 32, in contiguous and channels_last layout, float32 and bfloat16.
+Memory that is freed stays with the process, as in a training whose tensors are of the same sizes at every step.
 """
 from typing import Any, Callable, Dict, Optional
 

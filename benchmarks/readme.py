@@ -54,8 +54,8 @@ def neuron() -> List[str]:
     newest = runs('neuron')[0]
     rows = newest['tables']['ratios']
     cases = [key for key in rows[0] if key != 'neuron']
-    return ['Forward and backward of one layer, T = 4 on a batch of 32 maps of 64 x 32 x 32, memory kept between calls; ReLU '
-            'on the same tensor is 1:', '',
+    return ['Forward and backward of one layer, T = 4 on a batch of 32 maps of 64 x 32 x 32, memory kept between '
+            'calls; ReLU on the same tensor is 1:', '',
             *markdown(rows, [('neuron', 'layer', ''), *((case, case, '.2f') for case in cases)]), '',
             f'`python benchmarks/neuron.py`.{agreement("neuron", "ratios", "neuron", cases[0])}']
 
@@ -67,9 +67,11 @@ def train_step() -> List[str]:
             f'ANN sees four times as many images and is 1:', '',
             *markdown(newest['tables']['steps'], [
                 ('step', 'step', ''), ('time', 'time', '.2f'), ('memory', 'memory', '.2f'),
-                ('process_memory', 'memory of the process', '.2f'), ('seconds', 's', '.2f'), ('MiB', 'MiB', '.0f')]), '',
-            '"Memory" is that of tensors, measured with glibc giving every freed block back; "of the process" includes the '
-            'holes that it keeps by default. Under torch.compile the compiler\'s own memory would count, so it is left out. '
+                ('process_memory', 'memory of the process', '.2f'), ('seconds', 's', '.2f'),
+                ('MiB', 'MiB', '.0f')]), '',
+            '"Memory" is that of tensors, measured with glibc giving every freed block back; "of the process" '
+            'includes the holes that it keeps by default. Under torch.compile the compiler\'s own memory would count, '
+            'so it is left out. '
             f'`python benchmarks/train_step.py`.{agreement("train_step", "steps", "step", "time")}']
 
 
@@ -84,8 +86,8 @@ def loss() -> List[str]:
 
 def scaling() -> List[str]:
     newest = runs('scaling')[0]
-    return ['Growth with T (batch 4, 112 x 112, channels_last), per further step beside the ANN\'s cost of as many further '
-            'images:', '',
+    return ['Growth with T (batch 4, 112 x 112, channels_last), per further step beside the ANN\'s cost of as many '
+            'further images:', '',
             *markdown(newest['tables']['growth'], [
                 ('what', 'slope', ''), ('per_step_of_T', 'per step of T', '.3g'),
                 ('off_the_line_percent', 'off the line, %', '.1f')]), '',
@@ -97,8 +99,8 @@ def main() -> None:
     machine, threads = runs('neuron')[0]['machine'], runs('neuron')[0]['threads']
     versions = ', '.join(f'{k} {machine[k]}' for k in ('torch', 'timm', 'spikingjelly', 'snntorch') if machine[k])
     lines = [BEGIN, f'Measured on {machine["cores"]} cores of {machine["cpu"]} ({threads} threads), '
-                    f'{machine["memory_gib"]} GiB, Python {machine["python"]}, {versions}; medians of interleaved runs, '
-                    f'as ratios.', '']
+                    f'{machine["memory_gib"]} GiB, Python {machine["python"]}, {versions}; medians of interleaved '
+                    f'runs, as ratios.', '']
     for section in (neuron, train_step, loss, scaling):
         lines += [*section(), '']
     text = README.read_text()

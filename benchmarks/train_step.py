@@ -138,7 +138,8 @@ def main() -> None:
         row['time'] = row['seconds'] / rows[0]['seconds']
         for column, ratio in (('MiB', 'memory'), ('process_MiB', 'process_memory')):
             row[ratio] = row[column] and row[column] / rows[0][column]
-    show(f'ResNet-18, {args.batch_size} images x T={T}, {SIZE} x {SIZE}; {REFERENCE} on {args.batch_size * T} = 1', rows)
+    show(f'ResNet-18, {args.batch_size} images x T={T}, {SIZE} x {SIZE}; {REFERENCE} on {args.batch_size * T} = 1',
+         rows)
     if not has('spikingjelly'):
         print('absent: SpikingJelly')
     save(args.output, 'train_step', {'steps': rows}, batch_size=args.batch_size)

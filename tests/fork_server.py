@@ -1,7 +1,7 @@
 """Runs train.py in children of a process that has imported everything already, so that a test can start it many times.
 
-Reads one JSON object per line, {'args': [...], 'cwd': folder, 'log': file, 'setup': python code run first}; answers with the
-child's pid, and, when it has ended, with its status.
+Reads one JSON object per line, {'args': [...], 'cwd': folder, 'log': file, 'setup': python code run first}; answers
+with the child's pid, and, when it has ended, with its status.
 """
 import json
 import os

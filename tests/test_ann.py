@@ -141,8 +141,9 @@ def test_can_be_trained_on():
     assert model.conv1.weight.grad.any()
 
 
-@pytest.mark.parametrize('name,parts', [('test_vit', ['GELU', 'LayerNorm', 'Attention']), ('test_convnext', ['GELU', 'Norm']),
-                                        ('seresnet18', ['Sigmoid']), ('mobilenetv3_small_050', ['Hardswish'])])
+@pytest.mark.parametrize('name,parts', [
+    ('test_vit', ['GELU', 'LayerNorm', 'Attention']), ('test_convnext', ['GELU', 'Norm']),
+    ('seresnet18', ['Sigmoid']), ('mobilenetv3_small_050', ['Hardswish'])])
 def test_networks_that_are_no_relu_networks_are_refused_by_part(name, parts):
     kwargs = dict(img_size=32) if 'vit' in name else {}
     model = timm.create_model(f'spiking_{name}', num_classes=K, **kwargs)

@@ -15,8 +15,8 @@ from timm_sscl.data.checks import check_labels
 from timm_sscl.data.samples import Samples, UnreadableSample, WrongLabel
 
 IMAGES = ['--data-dir', 'images', '--model', 'spiking_test_resnet', '-T', '2', '--img-size', '32', '--batch-size', '8',
-          '--epochs', '2', '--warmup-epochs', '0', '--workers', '0', '--output', 'out', '--experiment', 'run', '--distill',
-          'none', '--lr', '0.01', '--log-interval', '1', '--scale', '0.5', '1', '--threads', '1']
+          '--epochs', '2', '--warmup-epochs', '0', '--workers', '0', '--output', 'out', '--experiment', 'run',
+          '--distill', 'none', '--lr', '0.01', '--log-interval', '1', '--scale', '0.5', '1', '--threads', '1']
 
 
 TAUGHT = [a for a in IMAGES if a not in ('--distill', 'none')]
@@ -54,7 +54,8 @@ def break_chunk(file):
 
 @pytest.mark.parametrize('workers', ['0', '2'])
 @pytest.mark.parametrize('damage', [truncate, to_text, break_chunk])
-def test_unreadable_training_images_are_named_replaced_and_counted(images, damage, workers, tmp_path, monkeypatch, capfd):
+def test_unreadable_training_images_are_named_replaced_and_counted(
+        images, damage, workers, tmp_path, monkeypatch, capfd):
     bad = [images / 'train' / 'class1' / f'{i}.png' for i in (2, 5)]
     for file in bad:
         damage(file)
@@ -88,7 +89,8 @@ def test_limit_of_one_is_exceeded_by_two(images, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize('workers', ['0', '1'])
-def test_unreadable_validation_image_is_never_replaced_and_the_epoch_is_kept(images, workers, tmp_path, monkeypatch, capsys):
+def test_unreadable_validation_image_is_never_replaced_and_the_epoch_is_kept(
+        images, workers, tmp_path, monkeypatch, capsys):
     file = images / 'validation' / 'class1' / '3.png'
     whole = file.read_bytes()
     truncate(file)
@@ -187,7 +189,8 @@ def test_found_before_training(images, change, args, words, tmp_path, monkeypatc
 def test_labels_that_are_known_are_checked_without_reading():
     dataset = SimpleNamespace(targets=[0, 2, 3, 1])
     check_labels(dataset, 4, 'training')
-    with pytest.raises(ValueError, match="training data: 'number 2' has the label 3; with --num-classes 3 labels are 0 to 2"):
+    with pytest.raises(
+            ValueError, match="training data: 'number 2' has the label 3; with --num-classes 3 labels are 0 to 2"):
         check_labels(dataset, 3, 'training')
 
 
@@ -233,7 +236,8 @@ def test_nonfinite_nce_and_cka_are_named_by_layer(images, tmp_path, monkeypatch,
 
 def test_diverging_weights_are_not_written(images, tmp_path, monkeypatch, capsys):
     """The loss of the last step is finite, what the step made of the weights is not."""
-    args = [*IMAGES, '--epochs', '1', '--batch-size', '24', '--opt', 'momentum', '--lr', '1e38', '--weight-decay', '1e3']
+    args = [
+        *IMAGES, '--epochs', '1', '--batch-size', '24', '--opt', 'momentum', '--lr', '1e38', '--weight-decay', '1e3']
     code, line = fails(args, tmp_path, monkeypatch, capsys)
     assert code == 1 and 'is not finite at epoch 1, step 1' in line and '--clip-grad' in line
     assert not list(tmp_path.rglob('*.pth.tar'))
@@ -243,13 +247,14 @@ def test_silent_and_always_firing_layers_are_named(images, tmp_path, monkeypatch
     with caplog.at_level(logging.WARNING):
         run_here([*IMAGES, '--neuron-init', 'none', '--v-threshold', '1000'], tmp_path, monkeypatch)
     text = caplog.text
-    assert text.count('Layer layer4.0.act2 never fires on the validation set (epoch 1)') == 1  # not at every epoch again
+    # not at every epoch again
+    assert text.count('Layer layer4.0.act2 never fires on the validation set (epoch 1)') == 1
     facts = json.loads((run_of(tmp_path / 'out') / 'summary.json').read_text())
     assert facts['firing_rates']['layer4.0.act2'] == 0
     caplog.clear()
     with caplog.at_level(logging.WARNING):
-        run_here([*IMAGES, '--neuron-init', 'none', '--v-threshold', '1e-30', '--neuron-include', 'act1', '--experiment', 'b',
-                  '--epochs', '1', '--mean', '-9', '-9', '-9'], tmp_path, monkeypatch)
+        run_here([*IMAGES, '--neuron-init', 'none', '--v-threshold', '1e-30', '--neuron-include', 'act1',
+                  '--experiment', 'b', '--epochs', '1', '--mean', '-9', '-9', '-9'], tmp_path, monkeypatch)
     assert 'act1 never fires' not in caplog.text
 
 
@@ -272,7 +277,8 @@ def test_rows_of_the_summary_keep_their_columns(images, tmp_path, monkeypatch):
     run_here([*IMAGES, '--epochs', '3', '--val-interval', '2'], tmp_path, monkeypatch)
     rows = rows_of(tmp_path / 'out/run')
     assert [bool(row['eval_top1']) for row in rows] == [False, True, True]
-    assert all(0 <= float(row['firing_rate_act1']) <= 1 for row in rows[1:]) and all(float(row['lr']) > 0 for row in rows)
+    assert (all(0 <= float(row['firing_rate_act1']) <= 1 for row in rows[1:])
+            and all(float(row['lr']) > 0 for row in rows))
 
 
 # ---- evaluation alone
@@ -288,8 +294,10 @@ def test_eval_only(images, tmp_path, monkeypatch):
     assert results[0]['top1'] == float(trained['eval_top1']) and results[2]['top1'] == float(trained['eval_top1_ema'])
     assert results[0]['loss'] == pytest.approx(float(trained['eval_loss']), rel=1e-6)
     for r in results:
-        assert 0 < r['entropy'] < 1 and 0 < r['firing_rate'] < 1 and 0 < r['energy_uj'] < r['timesteps'] * r['ann_energy_uj']
-    assert results[1]['energy_uj'] == pytest.approx(results[0]['energy_uj'] * 2.5, rel=0.2)  # rates differ a little with T
+        assert (0 < r['entropy'] < 1 and 0 < r['firing_rate'] < 1
+                and 0 < r['energy_uj'] < r['timesteps'] * r['ann_energy_uj'])
+    # rates differ a little with T
+    assert results[1]['energy_uj'] == pytest.approx(results[0]['energy_uj'] * 2.5, rel=0.2)
     shutil.rmtree(images / 'train')  # not needed
     run_here(['--eval-only', '--resume', 'out/run/last.pth.tar', *IMAGES], tmp_path, monkeypatch)
     assert len(list((tmp_path / 'out/run').glob('evaluation-*.json'))) == 2

@@ -1,4 +1,4 @@
-"""CIFAR's augmentation inside timm's training transform: each part against its definition, their order, their errors."""
+"""CIFAR's augmentation in timm's training transform: each part against its definition, their order, their errors."""
 import numpy as np
 import pytest
 import torch
@@ -72,7 +72,8 @@ def test_cutout_comes_before_the_normalisation():
     x = _transform(crop_padding=0, cutout=8)(_image())
     black = (_pixels(x) == 0).all(0)
     assert 16 <= black.sum() <= 64
-    torch.testing.assert_close(x[:, black], -(torch.tensor(MEAN) / torch.tensor(STD)).view(3, 1).expand(-1, black.sum()))
+    torch.testing.assert_close(
+        x[:, black], -(torch.tensor(MEAN) / torch.tensor(STD)).view(3, 1).expand(-1, black.sum()))
 
 
 def test_policy_is_torchvisions_in_its_place():

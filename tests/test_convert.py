@@ -23,8 +23,8 @@ T, B, K = 3, 2, 5
 ROUND_OFF = dict(rtol=1e-9, atol=1e-10)
 
 # by class name, as timm has several classes of one activation
-ANALOG = {'ReLU', 'ReLU6', 'LeakyReLU', 'PReLU', 'ELU', 'SELU', 'CELU', 'GELU', 'GELUTanh', 'QuickGELU', 'SiLU', 'Swish',
-          'Mish', 'Hardswish', 'HardSwish', 'HardMish', 'Hardtanh', 'Tanh', 'Softplus', 'Softsign'}
+ANALOG = {'ReLU', 'ReLU6', 'LeakyReLU', 'PReLU', 'ELU', 'SELU', 'CELU', 'GELU', 'GELUTanh', 'QuickGELU', 'SiLU',
+          'Swish', 'Mish', 'Hardswish', 'HardSwish', 'HardMish', 'Hardtanh', 'Tanh', 'Softplus', 'Softsign'}
 
 
 class Family(NamedTuple):
@@ -50,7 +50,8 @@ FAMILIES = {
     'efficientnet_b0': Family('efficientnet_b0'),
     'mobilenetv2_035': Family('mobilenetv2_035'),
     'mobilenetv3_small_050': Family('mobilenetv3_small_050'),
-    'densenet': Family('densenet121', dict(growth_rate=8, block_config=(2, 3, 2, 2)), 64),  # at 32 px nothing is left to pool
+    # at 32 px nothing is left to pool
+    'densenet': Family('densenet121', dict(growth_rate=8, block_config=(2, 3, 2, 2)), 64),
     'densenet121': Family('densenet121', {}, 64),
     'test_convnext': Family('test_convnext', {}, 32, LOW),
     'convnext_atto': Family('convnext_atto', {}, 32, LOW),
@@ -1100,7 +1101,8 @@ def test_exclude_by_name_class_and_surrounding():
 def test_groups_attention_and_head():
     model = timm.create_model('spiking_efficientvit_b0', exclude=['attention', 'head'])
     kernels = [n for n in _left(model) if 'context_module' in n]
-    assert kernels and any(n.startswith('head.') for n in _left(model)) and not any('local_module' in n for n in _left(model))
+    assert (kernels and any(n.startswith('head.') for n in _left(model))
+            and not any('local_module' in n for n in _left(model)))
     plain = timm.create_model('spiking_efficientvit_b0')
     assert not _left(plain)
     head = timm.create_model('spiking_mobilenetv3_small_050', exclude='head')

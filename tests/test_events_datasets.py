@@ -9,8 +9,8 @@ import torch
 
 from timm_sscl.data import DigitsDataset, create_dataset
 from timm_sscl.data.events import (
-    DamagedEventFile, EventAugment, EventDigits, EventFolder, FrameSettings, TonicDataset, create_event_loader, read_aedat,
-    to_frames)
+    DamagedEventFile, EventAugment, EventDigits, EventFolder, FrameSettings, TonicDataset, create_event_loader,
+    read_aedat, to_frames)
 from timm_sscl.data.events.digits import record_digit
 from timm_sscl.data.samples import Samples, UnreadableSample, sample_name
 

@@ -75,7 +75,8 @@ def test_class_as_a_loss_with_options():
     assert isinstance(create_loss('test_margin'), Margin)
     assert loss_needs('test_margin') == dict(teacher=True, features=False, shapes=False, firing_rates=False)
     logits, teacher = _randn(2, 3, 5), _randn(3, 5, seed=1)
-    difference = create_loss('test_margin')(_step(logits, teacher)) - create_loss('test_margin', margin=3.)(_step(logits, teacher))
+    difference = (create_loss('test_margin')(_step(logits, teacher))
+                  - create_loss('test_margin', margin=3.)(_step(logits, teacher)))
     assert difference.item() == pytest.approx(2., abs=1e-12)
     with pytest.raises(ValueError, match='test_margin.*margni'):
         create_loss('test_margin', margni=2)
@@ -130,7 +131,8 @@ def test_users_function_in_a_task():
 
     task = _task({'test_rate': 0.5}, teacher=False)
     result = task(_randn(4, 3, 32, 32).float(), torch.arange(4))
-    assert result['loss'].item() == pytest.approx(result['task_loss'].item() + 0.5 * result['test_rate_loss'].item(), rel=1e-6)
+    assert result['loss'].item() == pytest.approx(
+        result['task_loss'].item() + 0.5 * result['test_rate_loss'].item(), rel=1e-6)
     assert result['test_rate_loss'] > 0
 
 
@@ -186,7 +188,8 @@ def _kd_reference(logits, teacher, temperature):
 def test_kd_loss_against_loops(temperature):
     logits, teacher = 3 * _randn(6, 5), 3 * _randn(6, 5, seed=1)
     # computed in float32: 1e-7 relative, some ten times that after the difference of logarithms
-    assert kd_loss(logits, teacher, temperature).item() == pytest.approx(_kd_reference(logits, teacher, temperature), rel=1e-5)
+    assert kd_loss(logits, teacher, temperature).item() == pytest.approx(
+        _kd_reference(logits, teacher, temperature), rel=1e-5)
 
 
 def test_kd_loss_of_equal_logits_is_zero():
@@ -301,7 +304,8 @@ def test_literal_critic_is_another_loss_and_infonce_a_third():
 def test_floor_is_reported_when_a_layer_falls_under_it(caplog):
     criterion = _criterion(cka_floor=0.5, cka_momentum=1.)
     student, teacher = _features()
-    alike = [teacher[0].repeat(1, 1, 1, 1, 1)[:, :, :3], teacher[1][:, :, :4]]  # similar to the teacher: above the floor
+    # similar to the teacher: above the floor
+    alike = [teacher[0].repeat(1, 1, 1, 1, 1)[:, :, :3], teacher[1][:, :, :4]]
 
     def messages():
         return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]

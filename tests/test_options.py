@@ -20,7 +20,8 @@ TIMM_DEFAULTS = dict(
     color_jitter_prob=None, grayscale_prob=None, gaussian_blur_prob=None, aa=None, bce_loss=False, bce_sum=False,
     bce_target_thresh=None, bce_pos_weight=None, reprob=0.0, remode='pixel', recount=1, mixup=0.0,
     cutmix=0.0, cutmix_minmax=None, mixup_prob=1.0, mixup_switch_prob=0.5, mixup_mode='batch', mixup_off_epoch=0,
-    smoothing=0.1, train_interpolation='random', drop=0.0, drop_path=None, drop_block=None, bn_momentum=None, bn_eps=None,
+    smoothing=0.1, train_interpolation='random', drop=0.0, drop_path=None, drop_block=None, bn_momentum=None,
+    bn_eps=None,
     sync_bn=False, dist_bn='reduce', model_ema=False, model_ema_force_cpu=False, model_ema_decay=0.9998,
     model_ema_warmup=False, seed=42, worker_seeding='all', log_interval=50, val_interval=1, recovery_interval=0,
     checkpoint_hist=10, workers=4, save_images=False, pin_mem=False, output='', experiment='', eval_metric='top1',
@@ -71,8 +72,9 @@ def test_losses(argv, losses):
 
 
 def test_options_reach_their_loss():
-    args, _ = parse_args([*DATA, '--loss', 'sscl=1,kd=1', '--sscl-temperature', '0.07', '--sscl-dim', '64', '--sscl-critic',
-                          'literal', '--kd-temperature', '2', '--sscl-cka-floor', '0.2', '--sscl-cka-momentum', '1'])
+    args, _ = parse_args([
+        *DATA, '--loss', 'sscl=1,kd=1', '--sscl-temperature', '0.07', '--sscl-dim', '64', '--sscl-critic',
+        'literal', '--kd-temperature', '2', '--sscl-cka-floor', '0.2', '--sscl-cka-momentum', '1'])
     assert args.loss_options == {
         'sscl': dict(dim=64, temperature=0.07, critic='literal', cka_floor=0.2, cka_momentum=1., projection='pooled',
                      weighting='cka', cka_scope='process', queue_size=0),

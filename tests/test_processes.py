@@ -34,8 +34,8 @@ def spy(step):
     return step.logits.sum() * 0
 '''
 ARGS = ['--data-dir', 'images', '--model', 'spiking_test_resnet', '-T', '2', '--img-size', '32', '--batch-size', '4',
-        '--epochs', '8', '--teacher-epochs', '1', '--warmup-epochs', '0', '--workers', '0', '--threads', '1', '--output', 'out',
-        '--experiment', 'run', '--recovery-interval', '1', '--lr', '0.01', '--checkpoint-hist', '1']
+        '--epochs', '8', '--teacher-epochs', '1', '--warmup-epochs', '0', '--workers', '0', '--threads', '1',
+        '--output', 'out', '--experiment', 'run', '--recovery-interval', '1', '--lr', '0.01', '--checkpoint-hist', '1']
 
 
 def start(cwd, args, launcher='torchrun'):
@@ -114,8 +114,8 @@ def test_killed_on_two_processes_it_ends_bit_identical(whole, tmp_path):
 def test_accelerate_launch_on_two_processes(tmp_path):
     write_images(tmp_path / 'images', per_class=7)
     (tmp_path / 'spy.py').write_text(SPY)
-    code, log = finish(start(tmp_path, [*ARGS, '--epochs', '1', '--loss-file', 'spy.py', '--loss', 'spy=1'], 'accelerate'),
-                       tmp_path)
+    code, log = finish(
+        start(tmp_path, [*ARGS, '--epochs', '1', '--loss-file', 'spy.py', '--loss', 'spy=1'], 'accelerate'), tmp_path)
     assert code == 0, log
     for rank in (0, 1):
         assert json.loads((tmp_path / f'seen-{rank}.jsonl').read_text().splitlines()[0])[0] == 2

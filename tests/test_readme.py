@@ -32,8 +32,8 @@ def test_every_option_that_readme_names_exists():
 
 def test_every_refused_option_is_in_differences_or_its_family_is():
     text = README.split('## Differences')[1]
-    families = {'train_': '--train-img-sizes', 'variable_': '--train-img-sizes', 'naflex': 'NaFlex', 'wandb': '--log-wandb',
-                'kd_': 'Feature and token distillation'}
+    families = {'train_': '--train-img-sizes', 'variable_': '--train-img-sizes', 'naflex': 'NaFlex',
+                'wandb': '--log-wandb', 'kd_': 'Feature and token distillation'}
     for name in UNSUPPORTED:
         stated = '--' + name.replace('_', '-') in text
         family = next((words for prefix, words in families.items() if name.startswith(prefix)), None)

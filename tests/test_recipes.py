@@ -229,4 +229,5 @@ def test_every_recipe_takes_a_step(name, place, monkeypatch):
 def _model(name):
     recipe = load_recipe(name)
     channels = {'in_chans': 2} if recipe.get('dataset', '').startswith('events/') else {}
-    return dict(**channels, model_name=recipe['model'], num_classes=recipe['num_classes'], **recipe.get('model_kwargs', {}))
+    return dict(
+        **channels, model_name=recipe['model'], num_classes=recipe['num_classes'], **recipe.get('model_kwargs', {}))

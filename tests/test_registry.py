@@ -90,7 +90,8 @@ def test_no_config_names_a_repository_of_ours():
             continue
         ours, theirs = get_pretrained_cfg(name), get_pretrained_cfg(name[len('spiking_'):])
         assert ours.hf_hub_id == theirs.hf_hub_id and 'spiking' not in (ours.hf_hub_id or ''), name
-        assert (ours.url, ours.input_size, ours.num_classes) == (theirs.url, theirs.input_size, theirs.num_classes), name
+        assert (ours.url, ours.input_size, ours.num_classes) == (
+            theirs.url, theirs.input_size, theirs.num_classes), name
         assert ours.architecture == name.split('.')[0] and ours.tag == theirs.tag, name
 
 
@@ -359,12 +360,13 @@ def test_features_only_from_a_pretrained_file(tmp_path):
 
 def test_no_method_of_a_spiking_model_hides_one_of_timms():
     """gemma4 has an _encode of its own, for example."""
-    own = {name for mixin in (spiking.SpikingModule, spiking.SpikingModel, spiking.SpikingEncoder) for name in vars(mixin)
-           if not name.startswith('__')}
+    own = {name for mixin in (spiking.SpikingModule, spiking.SpikingModel, spiking.SpikingEncoder)
+           for name in vars(mixin) if not name.startswith('__')}
     meant = {'forward', 'forward_features', 'forward_head', 'forward_intermediates', 'reset_classifier',
              '_save_to_state_dict', '_load_from_state_dict'}
     models = {timm.models._registry._model_entrypoints[name].__module__ for name in timm.list_models()}
-    hidden = [(module, name, own & set(vars(base))) for module in models for name, cls in vars(sys.modules[module]).items()
+    hidden = [(module, name, own & set(vars(base)))
+              for module in models for name, cls in vars(sys.modules[module]).items()
               if inspect.isclass(cls) and issubclass(cls, torch.nn.Module) for base in cls.__mro__
               if base.__module__.startswith('timm.models.') and (own - meant) & set(vars(base))]
     assert hidden == []

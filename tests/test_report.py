@@ -21,7 +21,8 @@ def _spikes(*shape, p=.4):
 @pytest.mark.parametrize('x,kind', [
     (_spikes(4, 5), 'binary'), (torch.zeros(3, 3), 'binary'), (_spikes(4, 8, 8, 3).permute(0, 3, 1, 2), 'binary'),
     (F.avg_pool2d(_spikes(2, 3, 14, 14), 7), 'fractional'), (F.avg_pool2d(_spikes(2, 3, 8, 8), 2), 'fractional'),
-    (F.adaptive_avg_pool2d(_spikes(2, 3, 32, 32), 1), 'fractional'), (_spikes(4, 4) + _spikes(4, 4, p=.9), 'fractional'),
+    (F.adaptive_avg_pool2d(_spikes(2, 3, 32, 32), 1), 'fractional'),
+    (_spikes(4, 4) + _spikes(4, 4, p=.9), 'fractional'),
     (F.avg_pool2d(_spikes(2, 3, 8, 8), 2).bfloat16(), 'fractional'), (_spikes(9, 9) / 9, 'fractional'),
     (torch.randn(50, generator=torch.Generator().manual_seed(0)), 'analog'),
     (torch.rand(50, generator=torch.Generator().manual_seed(0)), 'analog'), (torch.full((3,), 1e9), 'analog'),

@@ -19,9 +19,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # everything that draws random numbers or keeps a state
 TINY = ['--model', 'spiking_test_resnet', '-T', '2', '--epochs', '3', '--teacher-epochs', '2', '--warmup-epochs', '1',
         '--train-num-samples', '48', '--val-num-samples', '20', '--batch-size', '8', '--log-interval', '100',
-        '--output', 'out', '--experiment', 'run', '--recovery-interval', '1', '--checkpoint-hist', '2', '--threads', '1',
-        '--drop', '0.1', '--drop-path', '0.1', '--aa', 'rand-m9-mstd0.5', '--reprob', '0.5', '--mixup', '0.2',
-        '--cutmix', '0.5', '--model-ema', '--model-ema-decay', '0.9']
+        '--output', 'out', '--experiment', 'run', '--recovery-interval', '1', '--checkpoint-hist', '2',
+        '--threads', '1', '--drop', '0.1', '--drop-path', '0.1', '--aa', 'rand-m9-mstd0.5', '--reprob', '0.5',
+        '--mixup', '0.2', '--cutmix', '0.5', '--model-ema', '--model-ema-decay', '0.9']
 
 
 class Server:
@@ -29,8 +29,8 @@ class Server:
 
     def __init__(self):
         self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / 'tests' / 'fork_server.py')], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env={**os.environ, 'OMP_NUM_THREADS': '1'})
+            [sys.executable, str(ROOT / 'tests' / 'fork_server.py')], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
 
     def start(self, args, cwd, **job):
         Path(cwd).mkdir(parents=True, exist_ok=True)
@@ -212,7 +212,8 @@ def test_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(server, run,
     assert load_checkpoint_metadata(str(last))['epoch'] == 2  # trained again
 
 
-LIMIT = 'import resource, signal; resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0})); signal.signal(signal.SIGXFSZ, signal.SIG_IGN)'
+LIMIT = ('import resource, signal; resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0})); '
+         'signal.signal(signal.SIGXFSZ, signal.SIG_IGN)')
 
 
 def test_full_disk_stops_with_a_message_and_leaves_the_earlier_checkpoints_whole(server, run):
@@ -257,8 +258,9 @@ def test_resume_auto_finds_the_run_by_its_options(server, run):
 
 
 def test_plateau_schedule_and_accumulation_go_on_exactly(server, tmp_path):
-    args = [*TINY, '--workers', '0', '--resume', 'auto', '--sched', 'plateau', '--patience-epochs', '0', '--warmup-epochs', '0',
-            '--grad-accum-steps', '2', '--clip-grad', '1', '--loss', 'sscl=0.1,kd=1', '--epochs', '4', '--teacher-epochs', '1']
+    args = [*TINY, '--workers', '0', '--resume', 'auto', '--sched', 'plateau', '--patience-epochs', '0',
+            '--warmup-epochs', '0', '--grad-accum-steps', '2', '--clip-grad', '1', '--loss', 'sscl=0.1,kd=1',
+            '--epochs', '4', '--teacher-epochs', '1']
     assert server.run(args, tmp_path / 'whole')[0] == 0
     code, log = interrupted(server, tmp_path / 'cut', args, after='student epoch 2/4 validation')
     assert code == 128 + signal.SIGTERM, log

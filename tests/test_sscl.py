@@ -50,7 +50,8 @@ def _create(name, seed=0, dtype=torch.float64, **kwargs):
         if name.startswith('spiking_'):
             kwargs.setdefault('timesteps', T)
         if name.endswith('test_resnet'):
-            kwargs.setdefault('zero_init_last', False)  # else a block is an identity at first, its convolutions without gradient
+            # else a block is an identity at first, its convolutions without gradient
+            kwargs.setdefault('zero_init_last', False)
         return timm.create_model(name, num_classes=5, **kwargs).to(dtype)
 
 
@@ -73,7 +74,8 @@ def _tapped(model):
 def _seen(*modules):
     """Outputs of modules during the block, by the test's own hooks; removed afterwards."""
     outputs = [None] * len(modules)
-    handles = [m.register_forward_hook(lambda _m, _a, out, i=i: outputs.__setitem__(i, out)) for i, m in enumerate(modules)]
+    handles = [m.register_forward_hook(lambda _m, _a, out, i=i: outputs.__setitem__(i, out))
+               for i, m in enumerate(modules)]
     try:
         yield outputs
     finally:
@@ -147,7 +149,7 @@ def _nce(s, a, critic, t=0.1):
 
 
 def _reference(sscl, steps, critic='normalized', weighting='cka', floor=0.1, momentum=0.1):
-    """Loss of the last of several steps, and per layer (cka, running cka, weight, nce); steps: (student, teacher) features."""
+    """Loss of the last of the steps, and per layer (cka, running cka, weight, nce); steps: (student, teacher)."""
     layers = []
     for i in range(len(steps[-1][0])):
         terms = [_hsic_terms(_rows(s[i], T), _rows(a[i], 1)) for s, a in steps]
@@ -179,8 +181,9 @@ def test_value_is_the_papers_formula(options):
     with _seen(*_tapped(student)) as features:
         student(x)
     value = sscl(x)
-    expected, layers = _reference(sscl, [(features, _teacher_features(teacher, x))], options.get('critic', 'normalized'),
-                                  options.get('weighting', 'cka'), floor=0.02)
+    expected, layers = _reference(
+        sscl, [(features, _teacher_features(teacher, x))], options.get('critic', 'normalized'),
+        options.get('weighting', 'cka'), floor=0.02)
     assert value.ndim == 0
     assert value.item() == pytest.approx(expected, **REFERENCE_TOL)
     # the batch must not sit on the floor everywhere, or a wrong CKA would pass
@@ -216,8 +219,9 @@ def test_value_in_float32_and_temperature_and_dim():
         student(x)
     value = sscl(x)
     a = _teacher_features(teacher, x)
-    expected = sum(_nce(_project(features[i], T, sscl.criterion.g_student[i]), _project(a[i], 1, sscl.criterion.g_teacher[i]),
-                        'normalized', t=0.5) for i in range(5))
+    expected = sum(
+        _nce(_project(features[i], T, sscl.criterion.g_student[i]), _project(a[i], 1, sscl.criterion.g_teacher[i]),
+             'normalized', t=0.5) for i in range(5))
     assert value.item() == pytest.approx(expected, rel=1e-5)  # float32's 1e-7 through two norms and a temperature
 
 
@@ -564,7 +568,8 @@ def _alive(references):
 def test_step_leaves_no_graph_behind():
     student, teacher = _resnets()
     sscl = _attach(student, teacher)
-    references = [r for m in (student.layer1[-1], student.layer4[-1], teacher.layer2[-1]) for r in [_references_in(m)[0]]]
+    references = [
+        r for m in (student.layer1[-1], student.layer4[-1], teacher.layer2[-1]) for r in [_references_in(m)[0]]]
     x = _images()
     student(x)
     assert all(_alive(r) for r in references[:2])  # held for the loss to come

@@ -186,7 +186,8 @@ def test_gradient_passes_the_mask():
         x = torch.ones(8, *IMAGE, requires_grad=True)
         out = _probe(drop)(x)
         out.sum().backward()
-        torch.testing.assert_close(x.grad, out.detach(), rtol=1e-6, atol=0.)  # the mask itself; a mean over T in float32
+        # the mask itself; a mean over T in float32
+        torch.testing.assert_close(x.grad, out.detach(), rtol=1e-6, atol=0.)
 
 
 @pytest.mark.parametrize('p', [0., 1.])

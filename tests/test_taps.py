@@ -1,4 +1,4 @@
-"""Taps: the hooked module returns the very feature that forward_intermediates and forward_head give, in every family."""
+"""Taps: a hooked module returns the very feature that forward_intermediates and forward_head give, in every family."""
 import copy
 import math
 
@@ -40,8 +40,9 @@ FAMILIES = {
     'convnext': ('test_convnext', {}, 32, True, ['stages.0', 'stages.1', 'stages.2', 'stages.3']),
     'byobnet': ('test_byobnet', {}, 32, True, ['stages.0.0', 'stages.1.0', 'stages.2.0', 'final_conv']),
     'nfnet': ('test_nfnet', {}, 32, True, ['stages.0.0', 'stages.1.0', 'stages.2.0', 'final_conv']),
-    'swin': ('swin_tiny_patch4_window7_224', dict(img_size=32, depths=(1, 1, 2, 1), embed_dim=24, num_heads=(1, 2, 2, 4),
-                                                  window_size=2), 32, True, ['layers.0', 'layers.1', 'layers.2', 'layers.3']),
+    'swin': ('swin_tiny_patch4_window7_224',
+             dict(img_size=32, depths=(1, 1, 2, 1), embed_dim=24, num_heads=(1, 2, 2, 4), window_size=2), 32, True,
+             ['layers.0', 'layers.1', 'layers.2', 'layers.3']),
     'vit': ('test_vit', dict(img_size=32), 32, True, ['blocks.1', 'blocks.2', 'blocks.4', 'blocks.5']),
     'deit distilled': ('deit_tiny_distilled_patch16_224', dict(img_size=32, depth=5, embed_dim=48), 32, True,
                        ['blocks.1', 'blocks.2', 'blocks.3', 'blocks.4']),
@@ -52,7 +53,8 @@ def _create(family, spiking, **kwargs):
     name, options, size, _, _ = FAMILIES[family]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = name(num_classes=5, **kwargs) if callable(name) else timm.create_model(name, num_classes=5, **options, **kwargs)
+        model = (name(num_classes=5, **kwargs) if callable(name)
+                 else timm.create_model(name, num_classes=5, **options, **kwargs))
         for p in model.parameters():
             if p.ndim == 1 and not p.any():
                 nn.init.normal_(p, std=0.5)  # biases and zero-initialised scales: no block is an identity
@@ -67,7 +69,8 @@ def _images(family, n=3, seed=0):
 def _functional(model, x, spiking, indices=None):
     """Stage features and pooled feature per step, by timm's own methods, each (T, B, C, ...)."""
     per_step = dict(per_step=True) if spiking else {}
-    final, stages = model.forward_intermediates(x, indices=stage_indices(model) if indices is None else indices, **per_step)
+    final, stages = model.forward_intermediates(
+        x, indices=stage_indices(model) if indices is None else indices, **per_step)
     features = [*stages, model.forward_head(final, pre_logits=True, **per_step)]
     return features if spiking else [f.unsqueeze(0) for f in features]
 
@@ -75,8 +78,9 @@ def _functional(model, x, spiking, indices=None):
 def _hooked(model, x, taps, spiking):
     """The taps' features in one plain model(x), as a user's own hooks would see them."""
     seen = {}
-    handles = [model.get_submodule(t.module).register_forward_hook(lambda _m, _a, out, n=t.name: seen.setdefault(n, out))
-               for t in taps]
+    handles = [
+        model.get_submodule(t.module).register_forward_hook(lambda _m, _a, out, n=t.name: seen.setdefault(n, out))
+        for t in taps]
     model(x)
     for handle in handles:
         handle.remove()
@@ -176,8 +180,9 @@ def test_stage_rule(family):
         math.ceil(len(reductions) * k / 2) - 1 for k in (1, 2)])
 
 
-@pytest.mark.parametrize('depth,expected', [(12, [2, 5, 8, 11]), (7, [1, 3, 5, 6]), (6, [1, 2, 4, 5]), (4, [0, 1, 2, 3]),
-                                            (3, [0, 1, 2]), (2, [0, 1]), (1, [0])])
+@pytest.mark.parametrize('depth,expected', [
+    (12, [2, 5, 8, 11]), (7, [1, 3, 5, 6]), (6, [1, 2, 4, 5]), (4, [0, 1, 2, 3]),
+    (3, [0, 1, 2]), (2, [0, 1]), (1, [0])])
 def test_isotropic_stages(depth, expected):
     model = timm.create_model('test_vit', img_size=32, depth=depth)
     assert stage_indices(model) == expected
@@ -315,8 +320,9 @@ def test_named_taps():
     assert not any(t.through_head for t in taps)
 
 
-@pytest.mark.parametrize('name,match', [('nothing', "'nothing' is no module of _Net.*body"), ('unused', "'unused'.*did not"),
-                                        ('pair', "'pair'.*tensor"), ('', 'no module')])
+@pytest.mark.parametrize('name,match', [
+    ('nothing', "'nothing' is no module of _Net.*body"), ('unused', "'unused'.*did not"),
+    ('pair', "'pair'.*tensor"), ('', 'no module')])
 def test_named_taps_that_cannot_be_read_raise(name, match):
     with pytest.raises(ValueError, match=match):
         named_taps(_Net(), ['body', name])

@@ -219,8 +219,9 @@ def test_renormalize_gives_the_teacher_its_own_statistics():
 
 
 def test_event_frames_and_a_spiking_teacher():
-    task = SSCLTask(_model('spiking_test_resnet'), _model('spiking_test_resnet', 1), {'sscl': 1., 'kd': 1.}, verbose=False,
-                    renormalize=([0.] * 3, [1.] * 3, [0.5] * 3, [0.5] * 3)).train()
+    task = SSCLTask(
+        _model('spiking_test_resnet'), _model('spiking_test_resnet', 1), {'sscl': 1., 'kd': 1.}, verbose=False,
+        renormalize=([0.] * 3, [1.] * 3, [0.5] * 3, [0.5] * 3)).train()
     frames = torch.stack([_batch(seed=0)[0], _batch(seed=1)[0]], 1)
     seen = []
     task.teacher.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
@@ -330,7 +331,8 @@ def test_ema():
             moved += not torch.equal(v, now[k])
     assert moved > 40
     _steps(task, 1)  # the average does not take part in training
-    assert all(torch.equal(v, averaged[f'student.{k}']) for k, v in task.get_checkpoint_state(ema=True)['state_dict_ema'].items())
+    assert all(torch.equal(v, averaged[f'student.{k}'])
+               for k, v in task.get_checkpoint_state(ema=True)['state_dict_ema'].items())
     other = _task(seed=4)
     with pytest.raises(RuntimeError, match='EMA'):
         other.load_checkpoint_state(state['state_dict_ema'], state['task_state_ema'], ema=True)
@@ -380,7 +382,8 @@ def test_weight_decay_exceptions_and_layer_decay_of_a_vit():
     settings = {id(p): (group.get('lr_scale', 1.), group['weight_decay'])
                 for group in optimizer.param_groups for p in group['params']}
     own = create_optimizer_v2(task.student, 'adamw', lr=0.1, weight_decay=0.05, layer_decay=0.5)
-    expected = {id(p): (group.get('lr_scale', 1.), group['weight_decay']) for group in own.param_groups for p in group['params']}
+    expected = {id(p): (group.get('lr_scale', 1.), group['weight_decay'])
+                for group in own.param_groups for p in group['params']}
     assert set(settings) == {id(p) for p in module.parameters()}
     for name, p in module.student.named_parameters():
         assert settings[id(p)] == expected[id(p)], name  # as for the student alone
@@ -398,7 +401,8 @@ def test_to_dtype_takes_everything_along():
     assert result['loss'].dtype == torch.float64
 
 
-@pytest.mark.parametrize('name,model_kwargs', [('test_resnet', dict(layers=(2, 1, 1, 2))), ('test_vit', dict(img_size=32))])
+@pytest.mark.parametrize('name,model_kwargs', [
+    ('test_resnet', dict(layers=(2, 1, 1, 2))), ('test_vit', dict(img_size=32))])
 def test_gradient_checkpointing(name, model_kwargs):
     results = []
     for checkpointing in (False, True):
@@ -430,7 +434,8 @@ def test_criterion_of_ones_own():
     smoothed = _task('none', criterion_kwargs=dict(smoothing=0.2)).train()
     x, y = _batch()
     result = smoothed(x, y)
-    assert result['loss'].item() == pytest.approx(F.cross_entropy(result['output'], y, label_smoothing=0.2).item(), rel=1e-5)
+    assert result['loss'].item() == pytest.approx(
+        F.cross_entropy(result['output'], y, label_smoothing=0.2).item(), rel=1e-5)
 
 
 def test_small_batch_says_what_to_do():
@@ -457,7 +462,8 @@ def test_training_lowers_the_loss():
 
 # a network without BatchNorm, so that what a sample gives does not depend on the rest of its batch
 DISTRIBUTED_MODEL = 'test_efficientnet_gn'
-DISTRIBUTED_BATCHES = [[4, 4], [5, 4], [4, 3]]  # the last is small enough for one process to leave the CKA statistic out
+# the last is small enough for one process to leave the CKA statistic out
+DISTRIBUTED_BATCHES = [[4, 4], [5, 4], [4, 3]]
 
 
 def _contrastive_task():
@@ -519,7 +525,8 @@ def two_processes(tmp_path_factory):
     return [torch.load(os.path.join(folder, f'{rank}.pt')) for rank in (0, 1)]
 
 
-# float64; the processes' gradients are summed in another order, and features of 8 images are not those of 4 to the last bit
+# float64; the processes' gradients are summed in another order, and features of 8 images are not those of 4 to the
+# last bit
 ROUND_OFF = dict(rtol=1e-9, atol=1e-12)
 
 

@@ -185,7 +185,8 @@ def test_settings_travel_and_the_threshold_with_them(tmp_path):
 
 def test_checkpoint_path_gives_the_same_logits(tmp_path):
     torch.manual_seed(0)
-    model = timm.create_model('spiking_resnet20_cifar', width=8, num_classes=K, norm='tdbn', v_threshold=.6, timesteps=2)
+    model = timm.create_model(
+        'spiking_resnet20_cifar', width=8, num_classes=K, norm='tdbn', v_threshold=.6, timesteps=2)
     x = torch.randn(4, 3, 32, 32)
     model.train()(x)
     torch.save(model.state_dict(), tmp_path / 'model.pth')

@@ -11,7 +11,8 @@ def teacher_says(batch, calls):
     def teach():
         calls.append(len(batch))
         x = torch.as_tensor(batch, dtype=torch.float32)
-        return x[:, None] * torch.ones(3), [x[None, :, None, None] * torch.ones(1, 1, 2, 4), x[None, :, None].bfloat16()]
+        return x[:, None] * torch.ones(3), [
+            x[None, :, None, None] * torch.ones(1, 1, 2, 4), x[None, :, None].bfloat16()]
     return teach
 
 

@@ -21,7 +21,8 @@ def _normalised(pixels, mean, std):
 def test_renormalisation_gives_the_pixels_in_the_teachers_normalisation():
     pixels = torch.rand(4, 3, 8, 8, dtype=torch.float64)
     expected = _normalised(pixels, *STATS[2:])
-    assert torch.allclose(TeacherInput(renormalize=STATS)(_normalised(pixels, *STATS[:2])), expected, rtol=0, atol=1e-12)
+    assert torch.allclose(
+        TeacherInput(renormalize=STATS)(_normalised(pixels, *STATS[:2])), expected, rtol=0, atol=1e-12)
     x = torch.randn(2, 3, 8, 8)
     assert TeacherInput()(x) is x and TeacherInput(size=(8, 8), renormalize=(*STATS[:2], *STATS[:2]))(x) is x
 
@@ -50,8 +51,9 @@ def test_stages_are_matched_by_relative_depth(n, k, expected):
     assert match_by_depth(n, k) == expected
 
 
-PAIRS = [('spiking_resnet18', 'test_convnext', {}), ('spiking_test_vit', 'resnet18', {}), ('spiking_test_vit', 'test_resnet', {}),
-         ('spiking_efficientvim_m1', 'test_resnet', {}), ('spiking_test_resnet', 'crossvit_tiny_240', dict(teacher_size=(240, 240)))]
+PAIRS = [('spiking_resnet18', 'test_convnext', {}), ('spiking_test_vit', 'resnet18', {}),
+         ('spiking_test_vit', 'test_resnet', {}), ('spiking_efficientvim_m1', 'test_resnet', {}),
+         ('spiking_test_resnet', 'crossvit_tiny_240', dict(teacher_size=(240, 240)))]
 
 
 def _pair(student, teacher):
@@ -66,7 +68,8 @@ def _pair(student, teacher):
 @pytest.mark.parametrize('student,teacher,options', PAIRS)
 def test_any_teacher_for_any_student(student, teacher, options, caplog):
     model, ann = _pair(student, teacher)
-    x, y = torch.randn(8, 3, 32, 32) if 'efficientvim' not in student else torch.randn(8, 3, 128, 128), torch.arange(8) % K
+    x, y = (torch.randn(8, 3, 32, 32) if 'efficientvim' not in student else torch.randn(8, 3, 128, 128),
+            torch.arange(8) % K)
     with caplog.at_level(logging.INFO, logger='timm_sscl'):
         sscl = SSCLLoss(model, ann, dim=8, **options)
     assert f'{len(sscl.taps)} pairs of taps' in caplog.text and sscl.taps[-1].name == 'pooled'

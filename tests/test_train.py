@@ -24,13 +24,14 @@ from timm_sscl.options import parse_args
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ['--model', 'spiking_test_resnet', '--timesteps', '2', '--epochs', '2', '--warmup-epochs', '0',
-        '--train-num-samples', '64', '--val-num-samples', '40', '--batch-size', '16', '--log-interval', '2', '--threads', '1']
+        '--train-num-samples', '64', '--val-num-samples', '40', '--batch-size', '16', '--log-interval', '2',
+        '--threads', '1']
 
 
 def launch(args, cwd, launcher=('-m', 'accelerate.commands.launch'), **env):
     result = subprocess.run(
-        [sys.executable, *launcher, str(ROOT / 'train.py'), *args], cwd=cwd, capture_output=True, text=True, timeout=600,
-        env={**os.environ, 'PYTHONPATH': str(ROOT), **env})
+        [sys.executable, *launcher, str(ROOT / 'train.py'), *args], cwd=cwd, capture_output=True, text=True,
+        timeout=600, env={**os.environ, 'PYTHONPATH': str(ROOT), **env})
     return result.returncode, result.stdout + result.stderr
 
 
@@ -119,7 +120,8 @@ def test_memory_options_change_no_accuracy(main_run):
 def test_second_run_finds_the_teacher_and_resume_goes_on(main_run):
     cwd, _ = main_run
     teachers = sorted((cwd / 'out' / 'teachers').iterdir())
-    code, log = launch([*TINY, '--output', 'out', '--experiment', 'second', '--teacher-epochs', '2', '--distill', 'kd'], cwd)
+    code, log = launch(
+        [*TINY, '--output', 'out', '--experiment', 'second', '--teacher-epochs', '2', '--distill', 'kd'], cwd)
     assert code == 0, log
     assert 'trained on the same data with the same settings' in log and 'teacher epoch' not in log
     assert sorted((cwd / 'out' / 'teachers').iterdir()) == teachers
@@ -146,8 +148,9 @@ def write_images(root, classes=3, per_class=8, size=40):
 
 def test_two_processes_train_on_an_image_folder(tmp_path):
     data = write_images(tmp_path / 'images', per_class=7)
-    args = ['--data-dir', str(data), '--model', 'spiking_test_resnet', '--timesteps', '2', '--epochs', '1', '--img-size', '32',
-            '--batch-size', '4', '--workers', '0', '--warmup-epochs', '0', '--output', 'out', '--lr', '0.01']
+    args = ['--data-dir', str(data), '--model', 'spiking_test_resnet', '--timesteps', '2', '--epochs', '1',
+            '--img-size', '32', '--batch-size', '4', '--workers', '0', '--warmup-epochs', '0', '--output', 'out',
+            '--lr', '0.01']
     code, log = launch(args, tmp_path, ('-m', 'torch.distributed.run', '--nproc_per_node', '2'), OMP_NUM_THREADS='1')
     assert code == 0, log
     run = run_of(tmp_path / 'out')
@@ -161,7 +164,8 @@ def test_two_processes_train_on_an_image_folder(tmp_path):
 def test_two_copies_that_do_not_know_of_each_other_are_an_error(monkeypatch):
     monkeypatch.setenv('WORLD_SIZE', '2')
     monkeypatch.setattr(train, 'Accelerator', lambda **kwargs: SimpleNamespace(num_processes=1))
-    with pytest.raises(ValueError, match='2 processes were launched, but Accelerate runs 1.*torchrun --nproc_per_node 2'):
+    with pytest.raises(
+            ValueError, match='2 processes were launched, but Accelerate runs 1.*torchrun --nproc_per_node 2'):
         train.create_accelerator(parse_args([])[0])
 
 
@@ -217,15 +221,17 @@ def test_own_loss_is_one_file_and_one_decorator(tmp_path, monkeypatch):
 def test_teacher_from_a_file_is_used_as_it_is(tmp_path, monkeypatch):
     teacher = timm.create_model('test_vit', num_classes=10, img_size=32)
     save_file(teacher.state_dict(), tmp_path / 'teacher.safetensors')
-    run_here([*TINY, '--epochs', '1', '--output', 'out', '--teacher', 'test_vit', '--teacher-checkpoint', 'teacher.safetensors',
-              '--teacher-epochs', '0', '--teacher-kwargs', 'img_size=32'], tmp_path, monkeypatch)
+    run_here([*TINY, '--epochs', '1', '--output', 'out', '--teacher', 'test_vit',
+              '--teacher-checkpoint', 'teacher.safetensors', '--teacher-epochs', '0',
+              '--teacher-kwargs', 'img_size=32'], tmp_path, monkeypatch)
     facts = json.loads((run_of(tmp_path / 'out') / 'summary.json').read_text())
     assert facts['teacher']['source'] == 'teacher.safetensors' and not (tmp_path / 'out' / 'teachers').exists()
 
 
 def test_thresholds_from_an_ann(main_run, tmp_path, monkeypatch, caplog):
     teacher = min((main_run[0] / 'out' / 'teachers').glob('test_resnet-*'))
-    run_here([*TINY, '--epochs', '1', '--output', 'out', '--distill', 'none', '--initial-checkpoint', teacher / 'last.pth.tar',
+    run_here([*TINY, '--epochs', '1', '--output', 'out', '--distill', 'none',
+              '--initial-checkpoint', teacher / 'last.pth.tar',
               '--neuron-init', 'ann', '--ann-percentile', '99'], tmp_path, monkeypatch)
     model = timm.create_model('spiking_test_resnet', num_classes=10,
                               checkpoint_path=run_of(tmp_path / 'out') / 'last.pth.tar')
@@ -310,7 +316,8 @@ def files(tmp_path):
     (['--loss', 'kd=-1'], ["'kd'", '-1']),
     (['--distill', 'magic'], ['--distill', 'magic']),
     (['--no-such-option'], ['--no-such-option']),
-    (['--share-stem', '--model', 'spiking_test_convnext'], ['--share-stem', 'stages.0.blocks.0.mlp.act', 'once per image']),
+    (['--share-stem', '--model', 'spiking_test_convnext'],
+     ['--share-stem', 'stages.0.blocks.0.mlp.act', 'once per image']),
     (['--torchscript'], ['--torchscript is not supported', '--torchcompile']),
     (['--amp'], ['bfloat16']),
     (['--sync-bn'], ['--sync-bn', 'CPU']),

@@ -53,7 +53,8 @@ def test_a_teachers_folder_depends_on_what_its_training_depends_on():
         return train.teacher_folder(args, _teacher(args), 5, Path('root'))
 
     plain = folder()
-    others = [folder('--stem-pool', 'avg'), folder('--crop-padding', '4'), folder('--cutout', '16'), folder('--aa', 'cifar10')]
+    others = [folder('--stem-pool', 'avg'), folder('--crop-padding', '4'), folder('--cutout', '16'),
+              folder('--aa', 'cifar10')]
     assert len({plain, *others}) == 5
     assert folder('--norm', 'tdbn') == plain  # the teacher's norms are plain ones
     assert folder('--teacher', 'resnet34', '--stem-pool', 'avg') == folder('--teacher', 'resnet34')

@@ -79,7 +79,8 @@ def give_neuron(module: nn.Module, neuron: nn.Module) -> None:
     """Make `act` the neuron of a norm that hid its activation; the activation's own parameters are dropped."""
     mixin, dropped = _adapter(module)
     module.__class__ = _adapted_class(mixin, type(module))
-    module.__dict__['_kept'] = {'act': getattr(module, 'act', None), **{name: getattr(module, name) for name in dropped}}
+    module.__dict__['_kept'] = {
+        'act': getattr(module, 'act', None), **{name: getattr(module, name) for name in dropped}}
     for name in dropped:
         setattr(module, name, None)
     module.act = neuron

@@ -39,7 +39,8 @@ def ann_obstacles(model: SpikingModule) -> List[str]:
     for name, module in model.named_modules():
         kind = type(module).__name__
         attends = 'attention' in kind.lower() and any(True for _ in module.children())
-        if ('norm' in kind.lower() and not isinstance(module, _BatchNorm) and module._parameters.get('weight') is not None) or attends:
+        if ('norm' in kind.lower() and not isinstance(module, _BatchNorm)
+                and module._parameters.get('weight') is not None) or attends:
             found.setdefault(kind, []).append(name)
     return [f'{len(names)} {kind} ({names[0]}{", ..." if len(names) > 1 else ""})' for kind, names in found.items()]
 

@@ -1,4 +1,4 @@
-"""Checkpoints that survive a kill: written aside and renamed, checked when they are read, the newest whole one found again."""
+"""Checkpoints that survive a kill: written aside and renamed, checked when read, the newest whole one found again."""
 import logging
 import os
 import shutil
@@ -13,8 +13,8 @@ from timm.task import TrainingTask
 from timm.utils import CheckpointSaver, unwrap_model
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
-__all__ = ['RunSaver', 'Position', 'find_newest', 'read_run_state', 'why_damaged', 'replacing', 'write_text', 'lock_folder',
-           'StorageError', 'LAST']
+__all__ = ['RunSaver', 'Position', 'find_newest', 'read_run_state', 'why_damaged', 'replacing', 'write_text',
+           'lock_folder', 'StorageError', 'LAST']
 
 _logger = logging.getLogger(__name__)
 
@@ -59,8 +59,8 @@ def replacing(file: Path, copy: bool = False) -> Iterator[Path]:
             aside.unlink(missing_ok=True)
         except OSError:
             pass
-        raise StorageError(f"cannot write '{file}': {' '.join(str(error).split())[:300]}. Free space or another --output is "
-                           f'needed; the files written before are whole.') from error
+        raise StorageError(f"cannot write '{file}': {' '.join(str(error).split())[:300]}. Free space or another "
+                           f'--output is needed; the files written before are whole.') from error
 
 
 def _flush(path: Path) -> None:
@@ -132,8 +132,8 @@ class RunSaver(CheckpointSaver):
             decreasing: bool = False,
     ):
         super().__init__(
-            model=unwrap_model(task.get_eval_model()), optimizer=optimizer, args=args, task=task, checkpoint_dir=str(folder),
-            recovery_dir=str(folder), decreasing=decreasing, max_history=max_history)
+            model=unwrap_model(task.get_eval_model()), optimizer=optimizer, args=args, task=task,
+            checkpoint_dir=str(folder), recovery_dir=str(folder), decreasing=decreasing, max_history=max_history)
         self.folder = folder
         for leftover in folder.glob(f'*{_ASIDE}'):
             leftover.unlink()

@@ -220,8 +220,8 @@ def _refuse_unsupported(model: nn.Module) -> None:
             raise NotImplementedError(f'{where} draws its dropout mask inside the fused kernel, another one at every '
                                       f'time step; set its dropout to 0.')
         if getattr(module, 'mix_token', False):
-            raise NotImplementedError(f'{where} mixes tokens of the batch in reverse order, which would reverse time as '
-                                      f'well; create it without mix_token.')
+            raise NotImplementedError(f'{where} mixes tokens of the batch in reverse order, which would reverse time '
+                                      f'as well; create it without mix_token.')
 
 
 def _make_plan(model: nn.Module, settings: SpikingSettings, input_size: Optional[Sequence[int]]) -> _Plan:

@@ -242,15 +242,15 @@ def _add_dataset(parser: argparse.ArgumentParser) -> None:
 def _add_events(parser: argparse.ArgumentParser) -> None:
     default = FrameSettings()
     group = parser.add_argument_group(
-        'Event data parameters', 'for --dataset events/digits, events/cifar10dvs and tonic/NAME; --timesteps is the number '
-                                 f'of frames ({default.timesteps}), --hflip mirrors a sequence')
+        'Event data parameters', 'for --dataset events/digits, events/cifar10dvs and tonic/NAME; --timesteps is the '
+                                 f'number of frames ({default.timesteps}), --hflip mirrors a sequence')
     group.add_argument('--event-frames', default=default.by, choices=BY,
                        help='frames of equally many events, or of equal time')
     group.add_argument('--event-mode', default=default.mode, choices=MODES,
                        help='a pixel is 1 where any event fell, or the number of events')
     group.add_argument('--event-size', type=int, default=default.size, metavar='N',
-                       help='height and width of the frames (the sensor\'s); binary takes the nearest pixel, count adds '
-                            'up')
+                       help='height and width of the frames (the sensor\'s); binary takes the nearest pixel, count '
+                            'adds up')
     group.add_argument('--event-roll', type=int, default=5, metavar='N',
                        help='training sequences are shifted by up to so many pixels, around the edge')
     group.add_argument('--event-split', default='last100', metavar='NAME',
@@ -267,8 +267,8 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--pretrained-path', default=None, type=str, help='pretrained weights from this file')
     group.add_argument('--initial-checkpoint', default='', type=str, metavar='PATH')
     group.add_argument('--resume', default='', type=str, metavar='auto|PATH',
-                       help='folder of a run, or a checkpoint file, to go on from; auto: the run of --experiment, or the '
-                            'newest with these options, where there is one')
+                       help='folder of a run, or a checkpoint file, to go on from; auto: the run of --experiment, or '
+                            'the newest with these options, where there is one')
     group.add_argument('--no-resume-opt', action='store_true', help='do not resume the optimizer')
     group.add_argument('--num-classes', type=int, default=None, metavar='N', help='number of classes (the data set\'s)')
     group.add_argument('--gp', default=None, type=str, metavar='POOL', help='global pool type')
@@ -527,8 +527,8 @@ def _check(args: argparse.Namespace, given: set) -> None:
         if value is not None and value < least:
             raise OptionError(f"--{name.replace('_', '-')} {value}: must be {least} or more.")
     if args.eval_timesteps and (not args.eval_only or min(args.eval_timesteps) < 1):
-        raise OptionError(f'--eval-timesteps {" ".join(map(str, args.eval_timesteps))}: goes with --eval-only, and takes numbers '
-                          f'of 1 or more.')
+        raise OptionError(f'--eval-timesteps {" ".join(map(str, args.eval_timesteps))}: goes with --eval-only, and '
+                          f'takes numbers of 1 or more.')
     if args.teacher_size and min(args.teacher_size) < 1:
         raise OptionError(f'--teacher-size {args.teacher_size[0]} {args.teacher_size[1]}: must be 1 pixel or more.')
     if not 0 < args.ann_percentile <= 100:

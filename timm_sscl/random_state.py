@@ -1,4 +1,4 @@
-"""The state of all random number generators as plain tensors and numbers, and samples with random numbers of their own."""
+"""The state of all random number generators as plain tensors and numbers, and samples with their own random numbers."""
 import random
 from contextlib import contextmanager
 from typing import Any, Dict, Iterator, Sequence

@@ -20,7 +20,8 @@ from .stem_pool import check_stem_pool, set_stem_pool
 from .stochastic import OverTime
 from .tdbn import check_norm, set_norm
 
-__all__ = ['SpikingSettings', 'SpikingModule', 'SpikingModel', 'SpikingEncoder', 'SETTINGS_KEY', 'encode_input', 'decode']
+__all__ = [
+    'SpikingSettings', 'SpikingModule', 'SpikingModel', 'SpikingEncoder', 'SETTINGS_KEY', 'encode_input', 'decode']
 
 _logger = logging.getLogger(__name__)
 
@@ -155,7 +156,8 @@ class SpikingModule:
         return SpikingReport(self._records(), self, ann_obstacles(self))
 
     def _records(self) -> List[Any]:
-        names = {name for name, _ in self.named_modules(remove_duplicate=False)}  # a new head may lack an old activation
+        # a new head may lack an old activation
+        names = {name for name, _ in self.named_modules(remove_duplicate=False)}
         return [r for r in self._report if (r.name if r.now == 'LIF' else r.name.rpartition('.')[0]) in names]
 
     def forward(self, x: torch.Tensor, *args, per_step: bool = False, **kwargs) -> Any:
@@ -170,7 +172,7 @@ class SpikingModule:
         return decode(out, self.timesteps, per_step)
 
     def set_stem(self, name: Optional[str]) -> None:
-        """Let the neuron of this name repeat its current over time (`share_stem` checks first); None repeats the input."""
+        """Let the neuron of this name repeat its current over T (`share_stem` checks first); None repeats the input."""
         self._set_settings(SpikingSettings(**{**asdict(self.settings), 'stem': name}))
 
     def _repeat_over_time(self, x: Any) -> torch.Tensor:
@@ -326,7 +328,8 @@ class SpikingModel(SpikingModule):
 class SpikingEncoder(SpikingModel):
     """Mixin for a converted encoder, whose forward_head raises: forward returns features, decoded.
 
-    Its forward may or may not go through its forward_features, so that the input is folded once, by whichever is called.
+    Its forward may or may not go through its forward_features, so that the input is folded once, by whichever is
+    called.
     """
     _folded: bool = False  # inside forward, where the input is (T * B, ...) already
 

@@ -50,6 +50,7 @@ class StopRequest:
             return
         if self.signal_number is None:
             self.signal_number, self._since = number, time.monotonic()
-            _logger.warning(f'{signal.Signals(number).name}: saving and stopping after this step; once more stops at once.')
+            _logger.warning(
+                f'{signal.Signals(number).name}: saving and stopping after this step; once more stops at once.')
         elif number == self.signal_number and time.monotonic() - self._since > 1:
             raise KeyboardInterrupt

@@ -342,8 +342,9 @@ class _Search:
             parts.append(_best(found, '')._replace(part_ndim=tensor.ndim))
         if not parts:
             return None
-        return parts[0]._replace(name=POOLED, channels=pooled.shape[1], channel_axis=1, prefix_tokens=0, part_ndim=0,
-                                 through_head=True, parts=tuple(parts), head_takes_list=not isinstance(final, torch.Tensor))
+        return parts[0]._replace(
+            name=POOLED, channels=pooled.shape[1], channel_axis=1, prefix_tokens=0, part_ndim=0,
+            through_head=True, parts=tuple(parts), head_takes_list=not isinstance(final, torch.Tensor))
 
     def _outputs(self, feature: torch.Tensor, exact: bool = False) -> List[Tap]:
         prefixes = (0,) if exact else self.prefixes

@@ -17,8 +17,8 @@ Taught = Tuple[Optional[torch.Tensor], Optional[List[torch.Tensor]]]  # logits (
 class TeacherCache:
     """Asks the teacher for a sample once; right only where a sample's image is the same in every epoch.
 
-    The file holds as many bytes per sample as the logits and the tapped features take, and is shared by the processes of a
-    machine. It begins empty whenever a run starts or goes on, since another teacher may have written it.
+    The file holds as many bytes per sample as the logits and the tapped features take, and is shared by the processes
+    of a machine. It begins empty whenever a run starts or goes on, since another teacher may have written it.
 
     Args:
         folder: Where the file goes.

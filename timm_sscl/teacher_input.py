@@ -26,8 +26,8 @@ class TeacherInput:
         if size is not None and (len(size) != 2 or not all(isinstance(n, int) and n > 0 for n in size)):
             raise ValueError(f'teacher_size={size}: must be (height, width) in pixels.')
         if renormalize is not None and len(renormalize) != 4:
-            raise ValueError(f'renormalize holds {len(renormalize)} entries: must be student mean, student std, teacher '
-                             f'mean, teacher std.')
+            raise ValueError(f'renormalize holds {len(renormalize)} entries: must be student mean, student std, '
+                             f'teacher mean, teacher std.')
         self.size = None if size is None else tuple(size)
         self.renormalize = renormalize
         self.scale_shift = None if renormalize is None else _scale_shift(*renormalize)

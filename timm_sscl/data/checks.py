@@ -25,14 +25,14 @@ def check_classes(train: Any, val: Any) -> None:
     for split, dataset in (('training', train), ('validation', val)):
         empty = _empty_folders(dataset)
         if empty:
-            raise ValueError(f'{split} data: {_some(empty)} of {dataset.reader.root} holds no images, which would shift the '
-                             f'labels of the classes after it; fill or remove it, or give --class-map.')
+            raise ValueError(f'{split} data: {_some(empty)} of {dataset.reader.root} holds no images, which would '
+                             f'shift the labels of the classes after it; fill or remove it, or give --class-map.')
     ours, theirs = _class_to_idx(train), _class_to_idx(val)
     if ours is None or theirs is None or ours == theirs:
         return
     differ = sorted(map(str, set(ours) ^ set(theirs))) or sorted(str(c) for c in ours if ours[c] != theirs[c])
-    raise ValueError(f'training data has {len(ours)} classes and validation data {len(theirs)}, so their labels do not mean '
-                     f'the same: {_some(differ)} differ. Give both the same folders, or --class-map FILE.')
+    raise ValueError(f'training data has {len(ours)} classes and validation data {len(theirs)}, so their labels do '
+                     f'not mean the same: {_some(differ)} differ. Give both the same folders, or --class-map FILE.')
 
 
 def _some(names: Sequence[str], shown: int = 5) -> str:

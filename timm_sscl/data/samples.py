@@ -125,8 +125,8 @@ class Samples(Dataset):
         if not self.training or len(self.unreadable) > self.max_unreadable:
             self._stop(index, reason)
         if new:
-            _logger.warning(f"Training sample '{sample_name(self.dataset, index)}' cannot be read and is replaced by the "
-                            f'next one: {reason}')
+            _logger.warning(f"Training sample '{sample_name(self.dataset, index)}' cannot be read and is replaced by "
+                            f'the next one: {reason}')
 
     def _reason(self, index: int, error: Exception) -> Exception:
         """timm's data set does not pass on why it failed: read the file again for it."""
@@ -145,5 +145,5 @@ class Samples(Dataset):
             raise UnreadableSample(f"validation sample '{name}' cannot be read: {reason}. Validation samples are never "
                                    f'replaced; repair it or take it out of the folder.')
         raise UnreadableSample(
-            f"training sample '{name}' cannot be read: {reason}. That makes {len(self.unreadable)}, and --max-unreadable "
-            f'{self.max_unreadable} are replaced; repair the files, or allow more.')
+            f"training sample '{name}' cannot be read: {reason}. That makes {len(self.unreadable)}, and "
+            f'--max-unreadable {self.max_unreadable} are replaced; repair the files, or allow more.')

@@ -36,7 +36,7 @@ def _membrane_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _at(x: torch.Tensor, t: int) -> torch.Tensor:
-    """Step t of (T, ...), or of (1, ...) where all steps are one: a static current, the gradient of a mean over time."""
+    """Step t of (T, ...), or of (1, ...) where all steps are one: a static current, the gradient of a mean over T."""
     return x[0 if x.shape[0] == 1 else t]
 
 

@@ -15,7 +15,8 @@ AC_PJ = 0.9  # an addition
 class Energy(NamedTuple):
     """Energy per image in microjoules; memory traffic, norms and neurons are not in it.
 
-        spiking = 4.6 pJ * MACs whose input is not whole numbers + 0.9 pJ * sum_l fr_l * MACs_l over the others, all T steps
+        spiking = 4.6 pJ * MACs whose input is not whole numbers
+                  + 0.9 pJ * sum_l fr_l * MACs_l over the others, all T steps
         ann     = 4.6 pJ * MACs of one step
 
     The analog stem counts T times, or once where `share_stem` has it run once. Layers with fractional input (average
@@ -52,4 +53,5 @@ def estimate_energy(model: nn.Module, images: torch.Tensor) -> Energy:
     finally:
         model.set_timesteps(timesteps)
     macs = shares.total - shares.whole
-    return Energy((MAC_PJ * macs + AC_PJ * shares.additions) * 1e-6, MAC_PJ * ann_macs * 1e-6, macs, shares.additions, ann_macs)
+    return Energy(
+        (MAC_PJ * macs + AC_PJ * shares.additions) * 1e-6, MAC_PJ * ann_macs * 1e-6, macs, shares.additions, ann_macs)

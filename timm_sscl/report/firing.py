@@ -48,7 +48,8 @@ class FiringRates:
 
     def _count(self, name: str):
         def hook(module, args, spikes):
-            spikes = spikes.detach() if module.scale is None else spikes.detach() != 0  # thresholds from an ANN scale them
+            # thresholds from an ANN scale them
+            spikes = spikes.detach() if module.scale is None else spikes.detach() != 0
             dtype = torch.float64 if spikes.device.type != 'mps' else torch.float32
             if self.per_neuron:
                 neurons = spikes.sum(0, dtype=dtype)

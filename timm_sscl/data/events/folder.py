@@ -25,7 +25,8 @@ class EventFolder(EventDataset):
     """Recordings of a DVS128 (128 x 128 pixels), `root/CLASS/RECORDING`, .aedat and .npz as they come.
 
     root may be the folder that SpikingJelly makes: then its frames for these settings are read where there are some,
-    else its events. Classes are sorted by name, recordings by name with numbers by value (airplane_9 before airplane_10).
+    else its events. Classes are sorted by name, recordings by name with numbers by value (airplane_9 before
+    airplane_10).
 
     Args:
         root: Folder with one sub-folder per class.
@@ -54,8 +55,8 @@ class EventFolder(EventDataset):
         empty = [name for name, files in recordings.items() if not files]
         if empty:
             raise ValueError(f"'{self.root}': class {', '.join(empty)} holds no recordings "
-                             f'({" or ".join(_EXTENSIONS)}), which would shift the labels of the classes after it; fill or '
-                             f'remove it.')
+                             f'({" or ".join(_EXTENSIONS)}), which would shift the labels of the classes after it; '
+                             f'fill or remove it.')
         files = [os.path.join(name, file) for name, members in recordings.items() for file in members]
         targets = np.repeat(np.arange(len(recordings)), [len(members) for members in recordings.values()])
         part = np.flatnonzero(validation_mask(targets, split) != training)

@@ -41,8 +41,8 @@ class TonicDataset(EventDataset):
         targets = getattr(dataset, 'targets', None)
         labelled = targets is not None and all(isinstance(t, (int, str, np.integer)) for t in targets)
         if not labelled or len(targets) != len(dataset):
-            raise ValueError(f"tonic's {name} has no list of labels (targets), one per recording: it is no data set for "
-                             f'classification.')
+            raise ValueError(f"tonic's {name} has no list of labels (targets), one per recording: it is no data set "
+                             f'for classification.')
         size = sensor_size or getattr(dataset, 'sensor_size', None)
         if size is not None and (len(size) != 3 or size[1] == 1 or size[2] != 2):
             raise ValueError(f"tonic's {name} has a sensor of {tuple(size)} (width, height, polarities): only cameras "
