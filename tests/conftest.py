@@ -1,8 +1,23 @@
+import logging
 import os
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # for `import train`, which is a script at the top and not part of the package
 
 os.environ.setdefault('OMP_NUM_THREADS', '2')
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was():
+    """train.py sets up logging for its process, which here is the tests'."""
+    root = logging.getLogger()
+    level, known = root.level, set(root.handlers)
+    yield
+    root.setLevel(level)
+    for handler in set(root.handlers) - known:
+        if type(handler) is logging.StreamHandler:  # not pytest's own
+            root.removeHandler(handler)

@@ -1,7 +1,6 @@
 """train.py itself, tiny: through accelerate launch and torchrun as a user starts it, and its errors in this process."""
 import csv
 import json
-import logging
 import os
 import pickle
 import subprocess
@@ -173,12 +172,11 @@ def test_two_copies_that_do_not_know_of_each_other_are_an_error(monkeypatch):
 
 def run_here(args, cwd, monkeypatch):
     monkeypatch.chdir(cwd)
-    threads, handlers = torch.get_num_threads(), list(logging.root.handlers)
+    threads = torch.get_num_threads()
     try:
         train.main([str(a) for a in args])
     finally:
         torch.set_num_threads(threads)
-        logging.root.handlers = handlers
         AcceleratorState._reset_state(reset_partial_state=True)  # Accelerate's settings are the process's
 
 
