@@ -96,8 +96,8 @@ def test_shapes_that_do_not_fit_raise(critic):
 
 def _criterion(critic='normalized', queue_size=7, **options):
     torch.manual_seed(0)
-    return SSCLCriterion(['a', 'b'], [3, 4], [5, 6], dim=8, critic=critic, weighting='uniform', queue_size=queue_size,
-                         **options).double().train()
+    return SSCLCriterion(['a', 'b'], [3, 4], [5, 6], dim=8, critic=critic, temperature=0.1, weighting='uniform',
+                         queue_size=queue_size, **options).double().train()
 
 
 def _features(n=4, seed=0):
@@ -190,7 +190,8 @@ def test_resumed_run_has_the_same_negatives():
 
 
 def test_no_queue_is_the_plain_loss():
-    plain = SSCLCriterion(['a', 'b'], [3, 4], [5, 6], dim=8, weighting='uniform').double().train()
+    plain = SSCLCriterion(
+        ['a', 'b'], [3, 4], [5, 6], dim=8, critic='normalized', temperature=0.1, weighting='uniform').double().train()
     criterion = _criterion(queue_size=0)
     plain.load_state_dict(criterion.state_dict())
     for seed in range(2):

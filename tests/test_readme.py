@@ -18,7 +18,8 @@ def test_code_runs(code, capsys, monkeypatch):
     losses = [float(x) for x in re.findall(r'loss (\d+\.\d+)', capsys.readouterr().out)]
     if 'SSCLLoss(student' in code:
         assert len(code.splitlines()) <= 22 and len(losses) == 8
-        assert sum(losses[4:]) < sum(losses[:4])  # the second pass over the same 64 images is better than the first
+        # the second pass over the same images is better than the first; step 0 has the weights of a single batch's CKA
+        assert sum(losses[5:]) < sum(losses[1:4])
     else:
         assert not losses
 

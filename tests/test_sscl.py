@@ -63,7 +63,7 @@ def _resnets(seed=0, dtype=torch.float64, layers=(2, 1, 1, 2)):
 
 def _attach(student, teacher, **options):
     dtype = next(student.parameters()).dtype
-    return SSCLLoss(student, teacher, **options).to(dtype)
+    return SSCLLoss(student, teacher, **{'temperature': 0.1, **options}).to(dtype)  # as _nce's
 
 
 def _tapped(model):
@@ -148,7 +148,7 @@ def _nce(s, a, critic, t=0.1):
                 for i in range(n) for j in range(n)) / n
 
 
-def _reference(sscl, steps, critic='normalized', weighting='cka', floor=0.1, momentum=0.1):
+def _reference(sscl, steps, critic='infonce', weighting='cka', floor=0.1, momentum=0.1):
     """Loss of the last of the steps, and per layer (cka, running cka, weight, nce); steps: (student, teacher)."""
     layers = []
     for i in range(len(steps[-1][0])):
@@ -172,7 +172,7 @@ REFERENCE_TOL = dict(rel=1e-8, abs=1e-12)
 # ---- the value
 
 @pytest.mark.parametrize('options', [
-    dict(), dict(critic='literal'), dict(critic='infonce'), dict(weighting='uniform'), dict(cka_momentum=1.),
+    dict(), dict(critic='literal'), dict(critic='normalized'), dict(weighting='uniform'), dict(cka_momentum=1.),
     dict(critic='literal', weighting='uniform')], ids=str)
 def test_value_is_the_papers_formula(options):
     student, teacher = _resnets()
@@ -182,7 +182,7 @@ def test_value_is_the_papers_formula(options):
         student(x)
     value = sscl(x)
     expected, layers = _reference(
-        sscl, [(features, _teacher_features(teacher, x))], options.get('critic', 'normalized'),
+        sscl, [(features, _teacher_features(teacher, x))], options.get('critic', 'infonce'),
         options.get('weighting', 'cka'), floor=0.02)
     assert value.ndim == 0
     assert value.item() == pytest.approx(expected, **REFERENCE_TOL)
@@ -221,7 +221,7 @@ def test_value_in_float32_and_temperature_and_dim():
     a = _teacher_features(teacher, x)
     expected = sum(
         _nce(_project(features[i], T, sscl.criterion.g_student[i]), _project(a[i], 1, sscl.criterion.g_teacher[i]),
-             'normalized', t=0.5) for i in range(5))
+             'infonce', t=0.5) for i in range(5))
     assert value.item() == pytest.approx(expected, rel=1e-5)  # float32's 1e-7 through two norms and a temperature
 
 
@@ -266,7 +266,7 @@ def test_statistics():
         assert set(values) == {'cka', 'cka_running', 'weight', 'nce', 'mi_bound'}
         assert all(isinstance(v, float) and math.isfinite(v) for v in values.values())
         assert values['weight'] == pytest.approx(1 / max(values['cka_running'], 0.3), rel=1e-6)
-        assert values['mi_bound'] == pytest.approx(math.log(len(x) - 1) - values['nce'], abs=1e-5)
+        assert values['mi_bound'] == pytest.approx(math.log(len(x)) - values['nce'], abs=1e-5)
     assert loss.item() == pytest.approx(sum(v['weight'] * v['nce'] for v in stats.values()), rel=1e-5)
     assert len({round(v['weight'], 3) for v in stats.values()}) > 1  # not all at the floor
 
@@ -962,7 +962,7 @@ def _plain(cls, seed):
 
 
 def _plain_value(sscl, s, a, weighting='uniform'):
-    return sum(_nce(_project(u, 1, g), _project(v, 1, h), 'normalized')
+    return sum(_nce(_project(u, 1, g), _project(v, 1, h), 'infonce')
                for u, v, g, h in zip(s, a, sscl.criterion.g_student, sscl.criterion.g_teacher))
 
 

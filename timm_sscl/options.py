@@ -190,9 +190,10 @@ def _add_distillation(parser: argparse.ArgumentParser) -> None:
                        help='Python file with your own @register_loss losses')
     group.add_argument('--sscl-weight', type=float, default=0.1,
                        help='weight of the sscl or contrastive loss (1: the paper)')
-    group.add_argument('--sscl-temperature', type=float, default=0.1, help='temperature of the critic')
+    group.add_argument('--sscl-temperature', type=float, default=0.2, help='temperature of the critic')
     group.add_argument('--sscl-dim', type=int, default=128, help='common dimension of the projections')
-    group.add_argument('--sscl-critic', default='normalized', choices=CRITICS, help='contrastive critic')
+    group.add_argument('--sscl-critic', default='infonce', choices=CRITICS,
+                       help='contrastive critic; normalized is the paper\'s, literal its formula to the letter')
     group.add_argument('--sscl-weighting', default='cka', choices=WEIGHTINGS,
                        help='weights in the sscl loss: 1/CKA, 1, 1/CKA scaled to mean 1, the mean of 1/CKA for each')
     group.add_argument('--sscl-projection', default='pooled', choices=PROJECTIONS,
