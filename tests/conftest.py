@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # for `import train`, which is a script at the top and not part of the package
@@ -21,3 +22,12 @@ def _logging_as_it_was():
     for handler in set(root.handlers) - known:
         if type(handler) is logging.StreamHandler:  # not pytest's own
             root.removeHandler(handler)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """These tensors are too small to share, and one thread sums in one order; train.py sets its process's number."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

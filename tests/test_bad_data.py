@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from test_train import run_here, run_of, rows_of, write_images
 from timm.data import create_dataset
 

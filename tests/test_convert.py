@@ -68,14 +68,6 @@ every_family = pytest.mark.parametrize('family', FAMILIES)
 small_families = pytest.mark.parametrize('family', SMALL)
 
 
-@pytest.fixture(autouse=True, scope='module')
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # the models are too small to gain from more
-    yield
-    torch.set_num_threads(before)
-
-
 def _images(family: str = 'test_resnet', batch: int = B, seed: int = 1, frames: Optional[int] = None) -> torch.Tensor:
     """Smooth like photographs: a max-pooled spike map of white noise is all ones, which kills DenseNet's stem."""
     size, generator = FAMILIES[family].size, torch.Generator().manual_seed(seed)

@@ -18,14 +18,6 @@ from timm_sscl.options import OptionError, parse_args
 T = 2
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def _student(name='spiking_test_resnet', dtype=torch.float64, **kwargs):
     with torch.random.fork_rng():
         torch.manual_seed(0)

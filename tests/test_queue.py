@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from processes import run_processes
-from timm_sscl.losses import SSCLCriterion, info_nce_loss, mi_lower_bound, nce_loss
+from timm_sscl.losses import SSCLCriterion, info_nce_loss, nce_loss
 from timm_sscl.options import OptionError, parse_args
 
 CRITICS = ['normalized', 'literal', 'infonce']

@@ -22,14 +22,6 @@ KWARGS = {'test_vit': dict(img_size=32)}
 __all__ = []  # timm.models.register_model appends to it
 
 
-@pytest.fixture(autouse=True, scope='module')
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # the models are too small to gain from more
-    yield
-    torch.set_num_threads(before)
-
-
 def _images(batch: int = 2, channels: int = 3) -> torch.Tensor:
     return 3 * torch.randn(batch, channels, 32, 32, generator=torch.Generator().manual_seed(1))
 

@@ -27,15 +27,6 @@ STAGES = ['layer1', 'layer2', 'layer3', 'layer4']
 BATCH_ONLY = dict(cka_momentum=1.)  # the loss then depends on this step's features alone
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    # these tensors are too small to share, and one thread sums in one order
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def _images(n=8, seed=0, size=32, dtype=torch.float64):
     """Noisy copies of three prototypes, so that features of two networks are similar at all."""
     generator = torch.Generator().manual_seed(seed)

@@ -20,14 +20,6 @@ T, K = 3, 5
 ROUND_OFF = dict(rtol=1e-9, atol=1e-10)
 
 
-@pytest.fixture(autouse=True, scope='module')
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # the models are too small to gain from more
-    yield
-    torch.set_num_threads(before)
-
-
 class _Probe(nn.Module):
     """Its output is what a dropout-like layer makes of the input; the neuron is there to make it convertible."""
 

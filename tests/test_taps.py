@@ -15,15 +15,6 @@ from timm_sscl.taps import POOLED, FeatureReader, find_taps, fold_feature, named
 T = 2
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    # these tensors are too small to share
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def _tiny_vgg(**kwargs):
     return VGG([8, 'M', 8, 'M', 16, 16, 'M', 16, 'M', 24, 'M'], norm_layer=nn.BatchNorm2d, **kwargs)
 

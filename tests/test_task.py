@@ -21,15 +21,6 @@ from timm_sscl.losses import kd_loss
 T = 2
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    # these tensors are too small to share, and one thread sums in one order
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def _model(name, seed=0, **kwargs):
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -172,11 +172,9 @@ def test_two_copies_that_do_not_know_of_each_other_are_an_error(monkeypatch):
 
 def run_here(args, cwd, monkeypatch):
     monkeypatch.chdir(cwd)
-    threads = torch.get_num_threads()
     try:
         train.main([str(a) for a in args])
     finally:
-        torch.set_num_threads(threads)
         AcceleratorState._reset_state(reset_partial_state=True)  # Accelerate's settings are the process's
 
 

@@ -8,9 +8,8 @@ import pytest
 import timm
 import torch
 import yaml
-from accelerate.state import AcceleratorState
+from test_train import run_here
 
-import train
 from timm_sscl.data.events import EventFolder, FrameSettings
 from timm_sscl.options import OptionError, parse_args
 
@@ -18,16 +17,6 @@ TINY = ['--model', 'spiking_test_resnet', '--epochs', '1', '--warmup-epochs', '0
         '--workers', '0', '--log-interval', '1', '--device', 'cpu', '--threads', '1', '--opt', 'adamw', '--lr', '0.003',
         '--output', 'out']
 HEADER = b'#!AER-DAT2.0\r\n# made by a test\r\n'
-
-
-def run_here(args, cwd, monkeypatch):
-    monkeypatch.chdir(cwd)
-    threads = torch.get_num_threads()
-    try:
-        train.main([str(a) for a in args])
-    finally:
-        torch.set_num_threads(threads)
-        AcceleratorState._reset_state(reset_partial_state=True)  # Accelerate's settings are the process's
 
 
 def write_aedat(file, seed, bar):
