@@ -55,7 +55,8 @@ from torchvision.utils import save_image
 
 from timm_sscl import SSCLTask, calibrate, convert_ann, set_stem_pool, share_stem
 from timm_sscl.checkpoint import (
-    LAST, Position, RunSaver, StorageError, find_newest, lock_folder, read_run_state, why_damaged, write_text)
+    LAST, LOCK, Position, RunSaver, StorageError, find_newest, lock_folder, put_aside_later, read_run_state, why_damaged,
+    write_text)
 from timm_sscl.data import CIFAR_POLICY, augment_cifar, create_dataset
 from timm_sscl.data.checks import check_channels, check_classes, check_labels
 from timm_sscl.data.events import EventAugment, FrameSettings, create_event_loader, is_event_dataset
@@ -132,22 +133,25 @@ def one_line_errors() -> Iterator[None]:
 
 
 @contextmanager
-def told_how_to_go_on(folder: Path, is_main_process: bool) -> Iterator[None]:
+def told_how_to_go_on(folder: Optional[Path] = None) -> Iterator[None]:
     """What ends a training before its end is said in one line, with the command that continues it."""
     try:
         yield
     except (Interrupted, *RUN_ERRORS) as error:
-        if is_main_process and not isinstance(error, StorageError):
-            _logger.info(f'To go on: {resume_command(folder)}')
+        if folder is not None:
+            print(f'To go on: {resume_command(folder)}', file=sys.stderr, flush=True)
         _exit(error, 128 + error.signal_number if isinstance(error, Interrupted) else 1)
 
 
 def resume_command(folder: Path) -> str:
     """Command that continues the run in this folder, started as this one was."""
-    processes = int(os.environ.get('WORLD_SIZE', 1))
-    torchrun = 'TORCHELASTIC_RUN_ID' in os.environ
-    launcher = (f'torchrun --nproc_per_node {os.environ.get("LOCAL_WORLD_SIZE", processes)}' if torchrun
-                else 'accelerate launch')
+    precision = os.environ.get('ACCELERATE_MIXED_PRECISION', 'no')
+    if 'TORCHELASTIC_RUN_ID' in os.environ:
+        processes = os.environ.get('LOCAL_WORLD_SIZE', os.environ.get('WORLD_SIZE', '1'))
+        launcher = f'torchrun --nproc_per_node {processes}'
+        launcher = launcher if precision == 'no' else f'ACCELERATE_MIXED_PRECISION={precision} {launcher}'
+    else:
+        launcher = 'accelerate launch' + ('' if precision == 'no' else f' --mixed_precision {precision}')
     return f'{launcher} {os.path.relpath(__file__)} --resume {folder}'
 
 
@@ -731,14 +735,24 @@ class Fit:
         state = read_run_state(Path(resume))
         if state is None:
             return Position(epoch or 0, 0), {}
-        now = dict(processes=self.accelerator.num_processes, batch_size=args.batch_size)
-        then = {key: state[key] for key in now}
+        now = self._settings()
+        then = {key: state.get(key, value) for key, value in now.items()}
         if now == then:
             return state['position'], state
-        step = state['position'].step * math.prod(then.values()) // math.prod(now.values())
-        _logger.warning(f'The checkpoint was written with {then}, this run has {now}: it goes on at the same place of '
-                        f'the epoch, but not exactly as it would have.')
+        changed = ', '.join(f'{key} {then[key]} -> {now[key]}' for key in now if now[key] != then[key])
+        _logger.warning(f'The checkpoint was written with other settings ({changed}): the run goes on at the same place '
+                        f'of the epoch, but not exactly as it would have.')
+        samples = state['position'].step * then['processes'] * then['batch_size']
+        step = samples // (now['processes'] * now['batch_size'])
+        step -= step % args.grad_accum_steps
         return Position(state['position'].epoch, step), {**state, 'random': None, 'meters': None}
+
+    def _settings(self) -> Dict[str, Any]:
+        """What a run must not change to go on exactly, beside its files and options."""
+        args, accelerator = self.args, self.accelerator
+        return dict(
+            processes=accelerator.num_processes, batch_size=args.batch_size, grad_accum_steps=args.grad_accum_steps,
+            seed=args.seed, mixed_precision=accelerator.mixed_precision)
 
     def _restore_run_state(self) -> None:
         state, scheduler = self.run_state, self.scheduler
@@ -764,7 +778,7 @@ class Fit:
         scaler = self.accelerator.scaler
         dataset = self.loaders.train.dataset
         return dict(
-            num_updates=self.num_updates, processes=self.accelerator.num_processes, batch_size=self.args.batch_size,
+            num_updates=self.num_updates, **self._settings(),
             random=gather_object([get_random_state()]), meters=self.meters.state_dict(),
             scaler=scaler.state_dict() if scaler is not None else None,
             scheduler=dict(restore_lr=self.scheduler.restore_lr, plateau=plateau.state_dict()) if plateau else None,
@@ -777,6 +791,7 @@ class Fit:
         saver = RunSaver(
             self.folder, self.task, optimizer, self.args, self.args.checkpoint_hist, self.args.eval_metric == 'loss')
         if resume and Path(resume).parent.resolve() == self.folder.resolve():
+            put_aside_later(self.folder, self.position, Path(resume))
             saver.load_state_dict_from_checkpoint(resume)
             if self.position.step == 0:
                 saver.drop_recoveries_before(self.position)
@@ -928,6 +943,7 @@ class Fit:
         """Name the terms of this process that are not finite."""
         values = {**{k: v.item() for k, v in _terms(result).items() if k != 'loss'}, **self._layer_stats()}
         bad = [f'{_TERMS.get(k, k)} is {v}' for k, v in values.items() if not math.isfinite(v)]
+        self._check_weights()  # where the step before has spoilt them, that is what there is to say
         raise NonFiniteLoss(
             f'{self.name}: the loss is not finite at epoch {self.position.epoch + 1}, step {step + 1}: '
             f'{", ".join(bad) or "on another process"}. The weights were left as they were before this step; the last '
@@ -979,7 +995,7 @@ class Fit:
     def _warn_odd_layers(self, epoch: int, rates: Dict[str, float]) -> None:
         """Name the layers that never or always fire, when they begin to."""
         odd = {name: 'never' if rate == 0. else 'always' for name, rate in rates.items() if rate in (0., 1.)}
-        for name, what in odd.items():
+        for name, what in odd.items() if self.accelerator.is_main_process else ():
             if self.odd_layers.get(name) != what:
                 _logger.warning(f'Layer {name} {what} fires on the validation set (epoch {epoch + 1}).')
         self.odd_layers = odd
@@ -1057,7 +1073,7 @@ def obtain_teacher(
         source = f"timm's pretrained weights ({teacher.pretrained_cfg.get('tag') or 'default'})"
     else:
         folder = teacher_folder(args, teacher, num_classes, root)
-        if (folder / TEACHER_FILE).is_file():
+        if broadcast_object_list([_is_trained(folder) if accelerator.is_main_process else None])[0]:
             _logger.info(f'Teacher {name}: found {folder}, trained on the same data with the same settings.')
         else:
             train_teacher(session, name, teacher, teacher_input, folder)
@@ -1072,6 +1088,16 @@ def obtain_teacher(
     return TeacherResult(name, metrics['top1'], source)
 
 
+def _is_trained(folder: Path) -> bool:
+    """Whether a teacher's folder holds a training to its end, whole."""
+    if not (folder / TEACHER_FILE).is_file():
+        return False
+    reason = why_damaged(folder / LAST)
+    if reason:
+        _logger.warning(f"The teacher's '{folder / LAST}' is damaged ({reason}): it is trained again from what is whole.")
+    return not reason
+
+
 def check_teacher(args: Namespace, teacher: nn.Module, num_classes: int, root: Path) -> None:
     """Find what is wrong with the teacher before anything is trained."""
     if args.teacher_checkpoint:
@@ -1081,7 +1107,7 @@ def check_teacher(args: Namespace, teacher: nn.Module, num_classes: int, root: P
         if classes != num_classes:
             raise OptionError(f'--teacher-pretrained: the pretrained {teacher_name(args)} knows {classes} classes, the '
                               f'data has {num_classes}; --teacher-epochs N fine-tunes it first.')
-    elif args.teacher_epochs == 0 and not (teacher_folder(args, teacher, num_classes, root) / TEACHER_FILE).is_file():
+    elif args.teacher_epochs == 0 and not _is_trained(teacher_folder(args, teacher, num_classes, root)):
         raise OptionError('--teacher-epochs 0: there are no weights for the teacher, and an untrained one teaches '
                           'nothing; give --teacher-checkpoint FILE or --teacher-pretrained, or let it train.')
 
@@ -1155,7 +1181,7 @@ def find_run(args: Namespace, root: Path, data_config: Dict[str, Any]) -> Tuple[
                              f'{file.parent} takes the newest one that is whole.')
         if file.parent.resolve() == folder.resolve():
             return folder, str(file)
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and any(file.name != LOCK for file in folder.iterdir()):
         raise FileExistsError(f"--experiment: '{folder}' holds a run already; choose another name, "
                               f'or --resume {folder}.')
     return folder, args.resume
@@ -1369,6 +1395,8 @@ def _weights_to_evaluate(args: Namespace) -> Tuple[Path, Dict[str, Optional[Dict
     if not file:
         raise FileNotFoundError(
             f"--resume: '{args.resume}' is no checkpoint, and no folder that holds one that is whole.")
+    if why_damaged(Path(file)):
+        raise ValueError(f"--resume: '{file}' is damaged or no checkpoint ({why_damaged(Path(file))}).")
     try:
         checkpoint = load_checkpoint_metadata(file)
         states = {'model': checkpoint['state_dict'], 'ema': checkpoint.get('state_dict_ema')}
@@ -1423,16 +1451,14 @@ def _report_evaluation(args: Namespace, folder: Path, results: List[Evaluation],
                      f'with the firing rates of {_ENERGY_IMAGES} images or one batch; layers without binary or whole '
                      f'input are MACs; the stem counts {"once" if args.share_stem else "at every step"}.')
     now = datetime.now()
-    with one_line_errors():
-        with lock_folder(folder):
-            file = folder / f'evaluation-{now.strftime("%Y%m%d-%H%M%S-%f")}.json'
-            write_text(file, json.dumps(dict(model=args.model, weights=args.resume or args.initial_checkpoint,
-                                             results=[r._asdict() for r in results], layers=rates), indent=2) + '\n')
-            for result in results:
-                append_row(folder / 'evaluation.csv', {'time': now.isoformat(timespec='seconds'), 'model': args.model,
-                                                       **result._asdict()})
-    lines.append(f'Files: {file}, {folder / "evaluation.csv"}')
-    _logger.info('\n'.join(lines))
+    file = folder / f'evaluation-{now.strftime("%Y%m%d-%H%M%S-%f")}.json'
+    _logger.info('\n'.join([*lines, f'Files: {file}, {folder / "evaluation.csv"}']))
+    with lock_folder(folder / 'evaluation'):  # the run itself may be going on
+        write_text(file, json.dumps(dict(model=args.model, weights=args.resume or args.initial_checkpoint,
+                                         results=[r._asdict() for r in results], layers=rates), indent=2) + '\n')
+        for result in results:
+            append_row(folder / 'evaluation.csv', {'time': now.isoformat(timespec='seconds'), 'model': args.model,
+                                                   **result._asdict()})
 
 
 def main(argv: Optional[List[str]] = None) -> None:
@@ -1453,9 +1479,10 @@ def main(argv: Optional[List[str]] = None) -> None:
             stop = held.enter_context(StopRequest())
             job = None if args.eval_only else prepare(args, accelerator, stop, held)
         if args.eval_only:
-            evaluate_only(args, accelerator, stop)
+            with told_how_to_go_on():
+                evaluate_only(args, accelerator, stop)
             return
-        with told_how_to_go_on(job.folder, accelerator.is_main_process):
+        with told_how_to_go_on(job.folder):
             train(job, started)
     accelerator.end_training()
 

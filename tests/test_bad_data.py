@@ -10,6 +10,8 @@ import torch
 from test_train import run_here, run_of, rows_of, write_images
 from timm.data import create_dataset
 
+from timm_sscl import LIF
+from timm_sscl.checkpoint import lock_folder
 from timm_sscl.data.checks import check_labels
 from timm_sscl.data.samples import Samples, UnreadableSample, WrongLabel
 
@@ -165,6 +167,9 @@ def other_class(images):
     (no_images, [], ['training data', "class1", 'holds no images']),
     (no_validation_images, [], ['validation data', 'class2', 'holds no images']),
     (empty_split, [], ["split 'validation'"]),
+    (no_split, [], ["no split 'validation'", 'validation/']),
+    (None, ['--val-split', 'typo'], ["no split 'typo'"]),
+    (None, ['--train-split', 'typo'], ["no split 'typo'"]),
     (other_class, [], ['class1', 'klass1', '--class-map']),
     (None, ['--num-classes', '2'], ['3 classes']),
     (None, ['--mean', '0.1', '0.2'], ['--mean', '2 values for 3 channels']),
@@ -174,6 +179,7 @@ def other_class(images):
     (None, ['--max-unreadable', '-1'], ['--max-unreadable -1']),
     (None, ['--eval-timesteps', '2'], ['--eval-timesteps 2', '--eval-only']),
     (None, ['--eval-only'], ['--eval-only', 'no weights']),
+    (None, ['--eval-only', '--resume', 'auto'], ['--eval-only', 'auto']),
 ])
 def test_found_before_training(images, change, args, words, tmp_path, monkeypatch, capsys):
     if change is not None:
@@ -229,7 +235,8 @@ def test_nonfinite_nce_and_cka_are_named_by_layer(images, tmp_path, monkeypatch,
         return s.sum() * float('inf')
 
     monkeypatch.setattr(module, 'nce_loss', broken)
-    code, line = fails([*TAUGHT, '--teacher-epochs', '1'], tmp_path, monkeypatch, capsys)
+    args = [*TAUGHT, '--teacher-epochs', '1', '--sscl-critic', 'normalized']
+    code, line = fails(args, tmp_path, monkeypatch, capsys)
     assert code == 1 and 'step 1' in line and 'nce_layer1' in line and 'sscl_loss' in line and 'student' in line
 
 
@@ -250,11 +257,16 @@ def test_silent_and_always_firing_layers_are_named(images, tmp_path, monkeypatch
     assert text.count('Layer layer4.0.act2 never fires on the validation set (epoch 1)') == 1
     facts = json.loads((run_of(tmp_path / 'out') / 'summary.json').read_text())
     assert facts['firing_rates']['layer4.0.act2'] == 0
-    caplog.clear()
+
+
+def test_layer_that_always_fires_is_named(images, tmp_path, monkeypatch, caplog):
+    def always(self, x):
+        return torch.ones_like(x)
+
+    monkeypatch.setattr(LIF, 'forward', always)
     with caplog.at_level(logging.WARNING):
-        run_here([*IMAGES, '--neuron-init', 'none', '--v-threshold', '1e-30', '--neuron-include', 'act1',
-                  '--experiment', 'b', '--epochs', '1', '--mean', '-9', '-9', '-9'], tmp_path, monkeypatch)
-    assert 'act1 never fires' not in caplog.text
+        run_here([*IMAGES, '--neuron-init', 'none', '--epochs', '1'], tmp_path, monkeypatch)
+    assert 'Layer act1 always fires on the validation set (epoch 1)' in caplog.text
 
 
 def test_rates_and_terms_reach_the_tracker(images, tmp_path, monkeypatch):
@@ -311,3 +323,71 @@ def test_eval_only_of_an_ann(images, tmp_path, monkeypatch):
     file, = (tmp_path / 'out/run').glob('evaluation-*.json')
     result, = json.loads(file.read_text())['results']
     assert result['top1'] == float(rows_of(tmp_path / 'out/run')[0]['eval_top1']) and result['energy_uj'] is None
+
+
+def test_eval_only_of_what_is_damaged_unreadable_or_in_use(images, tmp_path, monkeypatch, capsys):
+    run_here([*IMAGES, '--epochs', '1'], tmp_path, monkeypatch)
+    with lock_folder(tmp_path / 'out/run'):  # as a training that goes on
+        run_here(['--eval-only', '--resume', 'out/run'], tmp_path, monkeypatch)
+    assert len(list((tmp_path / 'out/run').glob('evaluation-*.json'))) == 1
+    data = bytearray((tmp_path / 'out/run/last.pth.tar').read_bytes())
+    data[len(data) // 2] ^= 255
+    (tmp_path / 'damaged.pth.tar').write_bytes(data)
+    code, line = fails([*IMAGES, '--eval-only', '--resume', 'damaged.pth.tar'], tmp_path, monkeypatch, capsys)
+    assert code == 2 and "'damaged.pth.tar' is damaged" in line
+    truncate(images / 'validation' / 'class0' / '3.png')
+    code, line = fails(['--eval-only', '--resume', 'out/run'], tmp_path, monkeypatch, capsys)
+    assert code == 1 and 'class0/3.png' in line
+    assert len(list((tmp_path / 'out/run').glob('evaluation-*.json'))) == 1
+
+
+def test_start_that_failed_can_be_tried_again(images, tmp_path, monkeypatch, capsys):
+    file = images / 'train' / 'class1' / '4.png'
+    whole = file.read_bytes()
+    truncate(file)
+    args = [*IMAGES, '--max-unreadable', '0', '--batch-size', '24']  # the calibration's batch meets it
+    assert fails(args, tmp_path, monkeypatch, capsys)[0] == 2
+    file.write_bytes(whole)
+    run_here([*args, '--epochs', '1'], tmp_path, monkeypatch)
+    assert len(rows_of(tmp_path / 'out/run')) == 1
+
+
+def test_teacher_that_was_damaged_later_is_trained_again(images, tmp_path, monkeypatch, caplog):
+    args = [*TAUGHT, '--epochs', '1', '--teacher-epochs', '2']
+    run_here(args, tmp_path, monkeypatch)
+    teacher, = (tmp_path / 'out/teachers').iterdir()
+    last = teacher / 'last.pth.tar'
+    whole = last.read_bytes()
+    last.unlink()
+    last.write_bytes(whole[:-500])
+    for file in [*teacher.glob('checkpoint-1*'), *teacher.glob('model_best*')]:
+        file.unlink()
+    with caplog.at_level(logging.INFO):
+        run_here([*args, '--experiment', 'again'], tmp_path, monkeypatch)
+    assert 'is damaged' in caplog.text and 'goes on from checkpoint-0' in caplog.text
+    one, other = (rows_of(tmp_path / 'out' / name)[0]['train_loss'] for name in ('run', 'again'))
+    assert one == other  # the same teacher to the last bit
+
+
+def test_going_back_to_an_earlier_checkpoint_puts_the_later_ones_aside(images, tmp_path, monkeypatch, caplog):
+    run_here([*IMAGES, '--epochs', '3'], tmp_path, monkeypatch)
+    folder = tmp_path / 'out/run'
+    later = torch.load(folder / 'last.pth.tar', weights_only=False)['state_dict']
+    with caplog.at_level(logging.WARNING):
+        run_here([*IMAGES, '--resume', 'out/run/checkpoint-0.pth.tar', '--epochs', '2', '--lr', '0.02'], tmp_path, monkeypatch)
+    assert 'are renamed to *.abandoned-N' in caplog.text
+    kept = torch.load(folder / 'last.pth.tar.abandoned-1', weights_only=False)['state_dict']
+    assert all(torch.equal(kept[k], v) for k, v in later.items())
+    assert [row['epoch'] for row in rows_of(folder)] == ['0', '1']
+    run_here(['--resume', 'out/run', '--epochs', '3'], tmp_path, monkeypatch)  # of the new branch
+    lr = [float(row['lr']) for row in rows_of(folder)]
+    assert len(lr) == 3 and lr[1] == pytest.approx(0.02 / 2)  # half of the cosine; the first branch had 0.0075
+
+
+def test_changed_settings_of_a_resumed_run_are_said(images, tmp_path, monkeypatch, caplog):
+    run_here([*IMAGES, '--epochs', '1'], tmp_path, monkeypatch)
+    with caplog.at_level(logging.WARNING):
+        run_here(['--resume', 'out/run/last.pth.tar', '--epochs', '2', '--seed', '5', '--amp', '--amp-dtype', 'bfloat16'],
+                 tmp_path, monkeypatch)
+    assert 'seed 42 -> 5' in caplog.text and 'mixed_precision no -> bf16' in caplog.text
+    assert len(rows_of(tmp_path / 'out/run')) == 2  # a file's options come from its run as a folder's do

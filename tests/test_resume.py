@@ -271,3 +271,22 @@ def test_plateau_schedule_and_accumulation_go_on_exactly(server, tmp_path):
     same_runs(tmp_path / 'whole/out', tmp_path / 'cut/out')
     with open(tmp_path / 'cut/out/run/summary.csv') as f:
         assert len({row['lr'] for row in csv.DictReader(f)}) > 1  # the plateau was met
+
+
+def test_ending_the_launcher_saves_and_stops_the_training(tmp_path):
+    """accelerate launch does not hand on SIGTERM."""
+    with open(tmp_path / 'log.txt', 'w') as log:
+        process = subprocess.Popen(
+            [sys.executable, '-m', 'accelerate.commands.launch', str(ROOT / 'train.py'), *TINY, '--workers', '0',
+             '--epochs', '50', '--distill', 'none'], cwd=tmp_path, stdout=log, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + 120
+    while 'epoch 1/50 validation' not in (tmp_path / 'log.txt').read_text():
+        time.sleep(0.02)
+        assert process.poll() is None and time.monotonic() < deadline
+    process.terminate()
+    process.wait()
+    while 'stopped by SIGTERM' not in (tmp_path / 'log.txt').read_text():
+        time.sleep(0.02)
+        assert time.monotonic() < deadline, (tmp_path / 'log.txt').read_text()
+    assert 'To go on: accelerate launch' in (tmp_path / 'log.txt').read_text()
+    assert list((tmp_path / 'out/run').glob('recovery-*'))

@@ -4,6 +4,7 @@ import torch
 from test_train import TINY, rows_of, run_here
 
 from timm_sscl import SSCLTask
+from timm_sscl.checkpoint import StorageError
 from timm_sscl.teacher_cache import TeacherCache
 
 
@@ -38,7 +39,7 @@ def test_asks_once_for_a_sample_and_gives_the_same_again(tmp_path):
 
 
 def test_disk_without_room_is_an_error(tmp_path):
-    with pytest.raises(OSError, match='--teacher-cache needs .* GiB'):
+    with pytest.raises(StorageError, match='--teacher-cache needs .* GiB'):
         TeacherCache(tmp_path, 10 ** 13).open(teacher_says([0], [])())
 
 

@@ -1,4 +1,5 @@
 """Checkpoints that survive a kill: written aside and renamed, checked when read, the newest whole one found again."""
+import itertools
 import logging
 import os
 import shutil
@@ -14,11 +15,12 @@ from timm.utils import CheckpointSaver, unwrap_model
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
 __all__ = ['RunSaver', 'Position', 'find_newest', 'read_run_state', 'why_damaged', 'replacing', 'write_text',
-           'lock_folder', 'StorageError', 'LAST']
+           'lock_folder', 'StorageError', 'put_aside_later', 'LAST', 'LOCK']
 
 _logger = logging.getLogger(__name__)
 
 LAST = 'last.pth.tar'
+LOCK = '.lock'
 _ASIDE = '.part'  # ending of a file that is being written
 RUN_STATE = 'run_state'  # key of what a run needs beyond timm's checkpoint
 
@@ -95,7 +97,7 @@ def lock_folder(folder: Path, enabled: bool = True) -> Iterator[None]:
     import fcntl  # POSIX only
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = open(folder / '.lock', 'w')
+        handle = open(folder / LOCK, 'w')
     except OSError as error:
         raise StorageError(f"cannot write to the folder '{folder}': {error}. Choose another --output.") from error
     with handle:
@@ -277,6 +279,31 @@ def find_newest(folder: Path) -> Optional[Path]:
             return file
         _skip(file, reason)
     return None
+
+
+def put_aside_later(folder: Path, position: Position, kept: Path) -> None:
+    """Rename what a run left that goes back to an earlier checkpoint: else it would be taken for the newest again.
+
+    Args:
+        folder: Folder of the run.
+        position: Where it goes on.
+        kept: The checkpoint that it goes on from.
+    """
+    later = []
+    for file in sorted(folder.glob('*.pth.tar')):
+        try:
+            state = read_run_state(file)
+        except Exception:  # damaged; named by find_newest
+            continue
+        if state is not None and state['position'] > position and file.resolve() != kept.resolve():
+            later.append(file)
+    for file in [*later, *(f for f in [folder / 'summary.json'] if later and f.exists())]:
+        aside = next(name for i in itertools.count(1)
+                     if not (name := file.with_name(f'{file.name}.abandoned-{i}')).exists())
+        os.rename(file, aside)
+    if later:
+        _logger.warning(f'Goes back to epoch {position.epoch}, step {position.step}: later files of {folder} are renamed '
+                        f'to *.abandoned-N ({", ".join(file.name for file in later)}).')
 
 
 def _skip(file: Path, reason: str) -> None:

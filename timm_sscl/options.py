@@ -475,11 +475,15 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> Tuple[argparse.Namespace
 
 
 def _resumed_options(resume: str) -> Dict[str, Any]:
-    """Options of the run whose folder is resumed, so that they need not be given again."""
-    if not resume or resume == AUTO or not (Path(resume) / ARGS_FILE).is_file():
+    """Options of the run whose folder, or a file in it, is resumed, so that they need not be given again."""
+    folder = Path(resume) if Path(resume).is_dir() else Path(resume).parent
+    if not resume or resume == AUTO or not (folder / ARGS_FILE).is_file():
         return {}
-    options = load_recipe(str(Path(resume) / ARGS_FILE))
-    return {name: value for name, value in options.items() if name != 'resume'}
+    try:
+        options = load_recipe(str(folder / ARGS_FILE))
+    except OptionError as error:
+        raise OptionError(str(error).replace('--config', '--resume', 1)) from error
+    return {name: value for name, value in options.items() if name not in ('resume', 'eval_only', 'eval_timesteps')}
 
 
 def _given(parser: argparse.ArgumentParser, argv: Optional[Sequence[str]]) -> set:
@@ -527,6 +531,8 @@ def _check(args: argparse.Namespace, given: set) -> None:
         value = getattr(args, name)
         if value is not None and value < least:
             raise OptionError(f"--{name.replace('_', '-')} {value}: must be {least} or more.")
+    if args.eval_only and args.resume == AUTO:
+        raise OptionError('--eval-only: --resume auto starts or continues a training; name a folder or a file.')
     if args.eval_timesteps and (not args.eval_only or min(args.eval_timesteps) < 1):
         raise OptionError(f'--eval-timesteps {" ".join(map(str, args.eval_timesteps))}: goes with --eval-only, and '
                           f'takes numbers of 1 or more.')

@@ -1,9 +1,11 @@
 """SIGINT and SIGTERM as a request that a training loop looks at between its steps."""
+import ctypes
 import logging
 import os
 import signal
 import threading
 import time
+from pathlib import Path
 from typing import Optional
 
 __all__ = ['StopRequest', 'Interrupted']
@@ -35,6 +37,7 @@ class StopRequest:
         self._before = {}
 
     def __enter__(self) -> 'StopRequest':
+        _follow_launcher()
         if threading.current_thread() is threading.main_thread():  # python allows handlers there only
             self._before = {number: signal.signal(number, self._note) for number in self.signals}
         return self
@@ -54,3 +57,13 @@ class StopRequest:
                 f'{signal.Signals(number).name}: saving and stopping after this step; once more stops at once.')
         elif number == self.signal_number and time.monotonic() - self._since > 1:
             raise KeyboardInterrupt
+
+
+def _follow_launcher() -> None:
+    """Have SIGTERM sent here when `accelerate launch` ends: it does not hand on the signals that end it (Linux only)."""
+    try:
+        command = Path(f'/proc/{os.getppid()}/cmdline').read_bytes().split(b'\0')
+    except OSError:
+        return
+    if any(part.endswith((b'/accelerate', b'accelerate.commands.launch', b'accelerate_cli.py')) for part in command):
+        ctypes.CDLL(None).prctl(1, int(signal.SIGTERM), 0, 0, 0)  # PR_SET_PDEATHSIG

@@ -7,6 +7,8 @@ from typing import Callable, List, Optional, Tuple
 
 import torch
 
+from timm_sscl.checkpoint import StorageError
+
 __all__ = ['TeacherCache']
 
 _logger = logging.getLogger(__name__)
@@ -46,7 +48,7 @@ class TeacherCache:
             taught: What the teacher gives for a batch.
 
         Raises:
-            OSError: The disk has no room for it.
+            StorageError: The disk has no room for it.
         """
         rows = self._rows(taught)
         sizes = [self.num_samples * math.prod(row.shape[1:]) * row.element_size() for row in rows]
@@ -57,7 +59,7 @@ class TeacherCache:
             file.unlink(missing_ok=True)
             free = shutil.disk_usage(self.folder).free
             if total > 0.9 * free:
-                raise OSError(f'--teacher-cache needs {total / 2 ** 30:.1f} GiB in {self.folder}, where '
+                raise StorageError(f'--teacher-cache needs {total / 2 ** 30:.1f} GiB in {self.folder}, where '
                               f'{free / 2 ** 30:.1f} GiB are free.')
             _logger.info(f'Teacher cache: {total / 2 ** 20:.0f} MiB for {self.num_samples} samples in {file}.')
         bytes_ = torch.from_file(str(file), shared=True, size=total, dtype=torch.uint8)

@@ -49,6 +49,15 @@ def create_dataset(
         dataset = create_timm_dataset(name, root=root, split=split, num_samples=num_samples, **kwargs)
     except (AssertionError, RuntimeError, ValueError) as error:
         raise ValueError(f"cannot read split '{split}' of data set '{name or root}': {error}") from error
+    _refuse_fallback(dataset, root, split)
     if hasattr(dataset, '__len__') and len(dataset) == 0:
         raise ValueError(f"split '{split}' of data set '{name or root}' holds no images.")
     return dataset
+
+
+def _refuse_fallback(dataset: Any, root: Optional[str], split: str) -> None:
+    """timm takes the whole folder where it finds no such split in it, and so would train on what it validates on."""
+    reader = getattr(dataset, 'reader', None)
+    if type(reader).__name__ == 'ReaderImageFolder' and split and os.path.realpath(reader.root) == os.path.realpath(root):
+        raise FileNotFoundError(f"data folder '{root}' has no split '{split}': it needs the folder {split}/ with one "
+                                f'sub-folder per class.')
