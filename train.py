@@ -55,8 +55,8 @@ from torchvision.utils import save_image
 
 from timm_sscl import SSCLTask, calibrate, convert_ann, set_stem_pool, share_stem
 from timm_sscl.checkpoint import (
-    LAST, LOCK, Position, RunSaver, StorageError, find_newest, lock_folder, put_aside_later, read_run_state, why_damaged,
-    write_text)
+    LAST, LOCK, Position, RunSaver, StorageError, find_newest, lock_folder, put_aside_later, read_run_state,
+    why_damaged, write_text)
 from timm_sscl.data import CIFAR_POLICY, augment_cifar, create_dataset
 from timm_sscl.data.checks import check_channels, check_classes, check_labels
 from timm_sscl.data.events import EventAugment, FrameSettings, create_event_loader, is_event_dataset
@@ -740,8 +740,8 @@ class Fit:
         if now == then:
             return state['position'], state
         changed = ', '.join(f'{key} {then[key]} -> {now[key]}' for key in now if now[key] != then[key])
-        _logger.warning(f'The checkpoint was written with other settings ({changed}): the run goes on at the same place '
-                        f'of the epoch, but not exactly as it would have.')
+        _logger.warning(f'The checkpoint was written with other settings ({changed}): the run goes on at the same '
+                        f'place of the epoch, but not exactly as it would have.')
         samples = state['position'].step * then['processes'] * then['batch_size']
         step = samples // (now['processes'] * now['batch_size'])
         step -= step % args.grad_accum_steps
@@ -1094,7 +1094,7 @@ def _is_trained(folder: Path) -> bool:
         return False
     reason = why_damaged(folder / LAST)
     if reason:
-        _logger.warning(f"The teacher's '{folder / LAST}' is damaged ({reason}): it is trained again from what is whole.")
+        _logger.warning(f"The teacher's '{folder / LAST}' is damaged ({reason}): trained again from what is whole.")
     return not reason
 
 

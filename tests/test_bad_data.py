@@ -374,7 +374,8 @@ def test_going_back_to_an_earlier_checkpoint_puts_the_later_ones_aside(images, t
     folder = tmp_path / 'out/run'
     later = torch.load(folder / 'last.pth.tar', weights_only=False)['state_dict']
     with caplog.at_level(logging.WARNING):
-        run_here([*IMAGES, '--resume', 'out/run/checkpoint-0.pth.tar', '--epochs', '2', '--lr', '0.02'], tmp_path, monkeypatch)
+        run_here([*IMAGES, '--resume', 'out/run/checkpoint-0.pth.tar', '--epochs', '2', '--lr', '0.02'], tmp_path,
+                 monkeypatch)
     assert 'are renamed to *.abandoned-N' in caplog.text
     kept = torch.load(folder / 'last.pth.tar.abandoned-1', weights_only=False)['state_dict']
     assert all(torch.equal(kept[k], v) for k, v in later.items())
@@ -387,7 +388,7 @@ def test_going_back_to_an_earlier_checkpoint_puts_the_later_ones_aside(images, t
 def test_changed_settings_of_a_resumed_run_are_said(images, tmp_path, monkeypatch, caplog):
     run_here([*IMAGES, '--epochs', '1'], tmp_path, monkeypatch)
     with caplog.at_level(logging.WARNING):
-        run_here(['--resume', 'out/run/last.pth.tar', '--epochs', '2', '--seed', '5', '--amp', '--amp-dtype', 'bfloat16'],
-                 tmp_path, monkeypatch)
+        run_here(['--resume', 'out/run/last.pth.tar', '--epochs', '2', '--seed', '5', '--amp', '--amp-dtype',
+                  'bfloat16'], tmp_path, monkeypatch)
     assert 'seed 42 -> 5' in caplog.text and 'mixed_precision no -> bf16' in caplog.text
     assert len(rows_of(tmp_path / 'out/run')) == 2  # a file's options come from its run as a folder's do

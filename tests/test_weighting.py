@@ -31,7 +31,8 @@ def _features(n=6, seed=0):
 
 def _criterion(**options):
     shapes = {f'{whose}_shapes': [(t, 3, 4, 4), (t, 4), (t, 5, 2, 2)] for whose, t in (('student', T), ('teacher', 1))}
-    options = {**dict(cka_floor=1e-3, critic='normalized', temperature=0.1), **(shapes if options.get('projection') == 'flattened' else {}), **options}
+    shapes = shapes if options.get('projection') == 'flattened' else {}
+    options = {**dict(cka_floor=1e-3, critic='normalized', temperature=0.1), **shapes, **options}
     torch.manual_seed(0)
     return SSCLCriterion(['a', 'b', 'c'], [3, 4, 5], [3, 4, 5], **options).double().train()
 

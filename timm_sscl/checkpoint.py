@@ -302,8 +302,8 @@ def put_aside_later(folder: Path, position: Position, kept: Path) -> None:
                      if not (name := file.with_name(f'{file.name}.abandoned-{i}')).exists())
         os.rename(file, aside)
     if later:
-        _logger.warning(f'Goes back to epoch {position.epoch}, step {position.step}: later files of {folder} are renamed '
-                        f'to *.abandoned-N ({", ".join(file.name for file in later)}).')
+        _logger.warning(f'Goes back to epoch {position.epoch}, step {position.step}: later files of {folder} are '
+                        f'renamed to *.abandoned-N ({", ".join(file.name for file in later)}).')
 
 
 def _skip(file: Path, reason: str) -> None:

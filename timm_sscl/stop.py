@@ -60,7 +60,7 @@ class StopRequest:
 
 
 def _follow_launcher() -> None:
-    """Have SIGTERM sent here when `accelerate launch` ends: it does not hand on the signals that end it (Linux only)."""
+    """Have SIGTERM sent here when `accelerate launch` ends, which hands on no signal (Linux only)."""
     try:
         command = Path(f'/proc/{os.getppid()}/cmdline').read_bytes().split(b'\0')
     except OSError:

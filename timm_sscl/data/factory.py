@@ -58,6 +58,7 @@ def create_dataset(
 def _refuse_fallback(dataset: Any, root: Optional[str], split: str) -> None:
     """timm takes the whole folder where it finds no such split in it, and so would train on what it validates on."""
     reader = getattr(dataset, 'reader', None)
-    if type(reader).__name__ == 'ReaderImageFolder' and split and os.path.realpath(reader.root) == os.path.realpath(root):
+    folder = split and type(reader).__name__ == 'ReaderImageFolder'
+    if folder and os.path.realpath(reader.root) == os.path.realpath(root):
         raise FileNotFoundError(f"data folder '{root}' has no split '{split}': it needs the folder {split}/ with one "
                                 f'sub-folder per class.')
