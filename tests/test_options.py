@@ -74,7 +74,9 @@ def test_options_reach_their_loss():
     args, _ = parse_args([*DATA, '--loss', 'sscl=1,kd=1', '--sscl-temperature', '0.07', '--sscl-dim', '64', '--sscl-critic',
                           'literal', '--kd-temperature', '2', '--sscl-cka-floor', '0.2', '--sscl-cka-momentum', '1'])
     assert args.loss_options == {
-        'sscl': dict(dim=64, temperature=0.07, critic='literal', cka_floor=0.2, cka_momentum=1.), 'kd': dict(temperature=2.)}
+        'sscl': dict(dim=64, temperature=0.07, critic='literal', cka_floor=0.2, cka_momentum=1., projection='pooled',
+                     weighting='cka'),
+        'kd': dict(temperature=2.)}
 
 
 @pytest.mark.parametrize('argv, words', [

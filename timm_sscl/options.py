@@ -9,7 +9,7 @@ import yaml
 
 from timm.utils import ParseKwargs
 
-from .losses.sscl import CRITICS
+from .losses.sscl import CRITICS, PROJECTIONS, WEIGHTINGS
 from .task import PRESETS, resolve_losses
 
 __all__ = ['parse_args', 'create_parser', 'list_recipes', 'load_recipe', 'UNSUPPORTED', 'OptionError']
@@ -157,6 +157,10 @@ def _add_distillation(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--sscl-temperature', type=float, default=0.1, help='temperature of the critic')
     group.add_argument('--sscl-dim', type=int, default=128, help='common dimension of the projections')
     group.add_argument('--sscl-critic', default='normalized', choices=CRITICS, help='contrastive critic')
+    group.add_argument('--sscl-weighting', default='cka', choices=WEIGHTINGS,
+                       help='weights of sscl\'s layers: 1/CKA, 1, 1/CKA scaled to mean 1, or the mean of 1/CKA for each')
+    group.add_argument('--sscl-projection', default='pooled', choices=PROJECTIONS,
+                       help='what the projections see: features pooled over space and time, or the whole of them')
     group.add_argument('--sscl-taps', default='4', metavar='N|NAMES',
                        help='how many of the last stages to compare (and the pooled feature), or their names: '
                             'layer3,pooled')
@@ -470,12 +474,13 @@ def _losses(args: argparse.Namespace) -> Tuple[Dict[str, float], Dict[str, Dict[
         losses = resolve_losses(weights)
     except ValueError as error:
         raise OptionError(f'--{"loss" if args.loss else "distill"}: {error}') from error
-    if 'sscl' in losses and args.batch_size < 4:
+    if 'sscl' in losses and args.batch_size < 4 and args.sscl_weighting != 'uniform':
         raise OptionError(f'--batch-size {args.batch_size} is too small for CKA weights, which need at least 4 '
                           f'samples; use a larger batch or --distill contrastive.')
     contrastive = dict(dim=args.sscl_dim, temperature=args.sscl_temperature, critic=args.sscl_critic,
-                       cka_floor=args.sscl_cka_floor, cka_momentum=args.sscl_cka_momentum)
-    options = dict(sscl=contrastive, contrastive=contrastive, kd=dict(temperature=args.kd_temperature))
+                       cka_floor=args.sscl_cka_floor, cka_momentum=args.sscl_cka_momentum,
+                       projection=args.sscl_projection)
+    options = dict(sscl=dict(contrastive, weighting=args.sscl_weighting), contrastive=contrastive, kd=dict(temperature=args.kd_temperature))
     return losses, {name: dict(options[name]) for name in losses if name in options}
 
 

@@ -8,7 +8,7 @@ import torch.nn as nn
 from timm.utils import unwrap_model
 
 from .losses.sscl import SSCLCriterion
-from .taps import Recorder, Tap, find_taps, fold_feature, match_by_depth, named_taps
+from .taps import Recorder, Tap, find_taps, fold_feature, match_by_depth, named_taps, tap_shapes
 from .teacher_input import TeacherInput
 
 __all__ = ['SSCLLoss']
@@ -37,7 +37,7 @@ class SSCLLoss(nn.Module):
         teacher_size: (H, W) of the teacher's images, which are resized from the student's; None leaves them.
         renormalize: (student mean, student std, teacher mean, teacher std) where the teacher was trained on images
             normalised in another way.
-        **options: dim, temperature, critic, weighting, cka_floor, cka_momentum of SSCLCriterion.
+        **options: dim, temperature, critic, weighting, cka_floor, cka_momentum, projection of SSCLCriterion.
 
     Raises:
         ValueError: A tap does not exist, a model is compiled, student and teacher are one, or an option is wrong.
@@ -74,6 +74,9 @@ class SSCLLoss(nn.Module):
         self.teacher_input = TeacherInput(teacher_size, renormalize)
         shape = input_size if teacher_size is None or input_size is None else (input_size[0], *teacher_size)
         student_taps, teacher_taps = _pair_taps(inner_student, inner_teacher, taps, teacher_taps, input_size, shape)
+        if options.get('projection') == 'flattened':
+            options = dict(options, student_shapes=tap_shapes(inner_student, student_taps, input_size),
+                           teacher_shapes=tap_shapes(inner_teacher, teacher_taps, shape))
         device = next((p.device for p in inner_student.parameters()), torch.device('cpu'))
         self.criterion = SSCLCriterion(
             [tap.name for tap in student_taps],

@@ -417,6 +417,26 @@ def named_taps(model: nn.Module, names: Sequence[str], input_size: Optional[Sequ
     return taps
 
 
+def tap_shapes(
+        model: nn.Module,
+        taps: Sequence[Tap],
+        input_size: Optional[Sequence[int]] = None,
+) -> List[Tuple[int, ...]]:
+    """(T, C, ...) of every tap's feature of one image, by a probe."""
+    recorder = Recorder(model, taps, training_only=False)
+
+    def run(x: torch.Tensor) -> List[Tuple[int, ...]]:
+        model(x)
+        folded = [fold_feature(feature, feature.shape[0], tap.channel_axis, tap.prefix_tokens)
+                  for tap, feature in zip(taps, recorder.take(x))]
+        return [(f.shape[0], *f.shape[2:]) for f in folded]
+
+    try:
+        return _probe(model, input_size, run)
+    finally:
+        recorder.close()
+
+
 def _examples(model: nn.Module) -> List[str]:
     return [name for name, module in model.named_modules() if name.count('.') < 2 and name][:8]
 
@@ -453,18 +473,23 @@ class FeatureReader:
             self.indices = _named_indices(model, taps)
             self.pooled = POOLED in taps
 
-        def run(x: torch.Tensor) -> List[int]:
+        def run(x: torch.Tensor) -> List[Tuple[int, ...]]:
             _, stages, pooled = _references(model, self.indices, x)
-            return [f.shape[1] for f in stages] + [pooled.shape[1]] * self.pooled
+            return [tuple(f.shape) for f in stages] + [tuple(pooled.shape)] * self.pooled
 
         self.names = stage_names(model, self.indices) + [POOLED] * self.pooled
-        self.channels = _probe(model, input_size, run)
+        self.shapes = _probe(model, input_size, run)  # (T, C, ...) of the one image's features
+
+    @property
+    def channels(self) -> List[int]:
+        """Channels of every feature."""
+        return [shape[1] for shape in self.shapes]
 
     def keep(self, stages: Sequence[int]) -> None:
         """Read only these of the stages, by their positions; the pooled feature stays."""
         kept = [*stages, *range(len(self.indices), len(self.names))]
         self.indices = [self.indices[i] for i in stages]
-        self.names, self.channels = [self.names[i] for i in kept], [self.channels[i] for i in kept]
+        self.names, self.shapes = [self.names[i] for i in kept], [self.shapes[i] for i in kept]
 
     def __call__(self, model: nn.Module, x: torch.Tensor) -> Tuple[torch.Tensor, List[torch.Tensor]]:
         """One forward.

@@ -287,7 +287,10 @@ def _create(
         student: Optional[FeatureReader],
         teacher: Optional[FeatureReader],
 ) -> nn.Module:
-    if not loss_needs(name)['features']:
-        return create_loss(name, **options)
-    return create_loss(
-        name, names=student.names, student_channels=student.channels, teacher_channels=teacher.channels, **options)
+    needs = loss_needs(name)
+    taps = {}
+    if needs['features']:
+        taps = dict(names=student.names, student_channels=student.channels, teacher_channels=teacher.channels)
+    if needs['shapes']:
+        taps.update(student_shapes=student.shapes, teacher_shapes=teacher.shapes)
+    return create_loss(name, **taps, **options)

@@ -10,6 +10,7 @@ from .step import TrainStep
 __all__ = ['register_loss', 'create_loss', 'list_losses', 'loss_needs']
 
 _losses: Dict[str, Callable[..., nn.Module]] = {}
+_TAP_OPTIONS = ('names', 'student_channels', 'teacher_channels', 'student_shapes', 'teacher_shapes')
 
 
 class _FunctionLoss(nn.Module):
@@ -23,7 +24,12 @@ class _FunctionLoss(nn.Module):
         return self.fn(step)
 
 
-def register_loss(name: str, needs_teacher: bool = False, needs_features: bool = False) -> Callable:
+def register_loss(
+        name: str,
+        needs_teacher: bool = False,
+        needs_features: bool = False,
+        needs_shapes: bool = False,
+) -> Callable:
     """Decorator that registers a loss under a name, for SSCLTask and `train.py --loss NAME=WEIGHT`.
 
     What is decorated is called with a TrainStep and returns a 0-d tensor to minimise: a function, or an nn.Module class
@@ -35,6 +41,8 @@ def register_loss(name: str, needs_teacher: bool = False, needs_features: bool =
         name: Name of the loss.
         needs_teacher: Whether it reads the teacher's logits.
         needs_features: Whether it reads the features of student and teacher.
+        needs_shapes: Whether a class that needs features is given `student_shapes` and `teacher_shapes` as well, the
+            (T, C, ...) of every tap's feature on an image of the task's input_size.
 
     Raises:
         ValueError: The name is taken.
@@ -51,6 +59,7 @@ def register_loss(name: str, needs_teacher: bool = False, needs_features: bool =
             raise ValueError(f"a loss named '{name}' is registered already; choose another name.")
         loss.needs_teacher = needs_teacher or needs_features
         loss.needs_features = needs_features
+        loss.needs_shapes = needs_features and needs_shapes
         _losses[name] = loss
         return loss
 
@@ -66,9 +75,9 @@ def _lookup(name: str) -> Callable:
 
 
 def loss_needs(name: str) -> Dict[str, bool]:
-    """Whether a registered loss needs the teacher's logits ('teacher') and features ('features')."""
+    """Whether a registered loss needs the teacher's logits ('teacher'), features and the features' shapes."""
     loss = _lookup(name)
-    return dict(teacher=loss.needs_teacher, features=loss.needs_features)
+    return dict(teacher=loss.needs_teacher, features=loss.needs_features, shapes=loss.needs_shapes)
 
 
 def create_loss(name: str, **options: Any) -> nn.Module:
@@ -87,7 +96,7 @@ def create_loss(name: str, **options: Any) -> nn.Module:
     loss = _lookup(name)
     if not isinstance(loss, type):
         if loss.needs_features:
-            options = {k: v for k, v in options.items() if k not in ('names', 'student_channels', 'teacher_channels')}
+            options = {k: v for k, v in options.items() if k not in _TAP_OPTIONS}
         if options:
             raise ValueError(f"loss '{name}' is a function and takes no options, got {', '.join(options)}.")
         return _FunctionLoss(loss)

@@ -1,6 +1,7 @@
 """Similarity-sensitive contrastive loss on features: projections, critic and CKA weights, Eq. 17-20."""
 import logging
-from typing import Dict, Sequence, Tuple
+import math
+from typing import Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -12,12 +13,13 @@ from .factory import register_loss
 from .nce import info_nce_loss, mi_lower_bound, nce_loss
 from .step import TrainStep
 
-__all__ = ['SSCLCriterion', 'CRITICS', 'WEIGHTINGS']
+__all__ = ['SSCLCriterion', 'CRITICS', 'WEIGHTINGS', 'PROJECTIONS']
 
 _logger = logging.getLogger(__name__)
 
 CRITICS = ('normalized', 'literal', 'infonce')
-WEIGHTINGS = ('cka', 'uniform')
+WEIGHTINGS = ('cka', 'uniform', 'cka_mean1', 'uniform_matched')
+PROJECTIONS = ('pooled', 'flattened')
 
 
 class SSCLCriterion(nn.Module):
@@ -27,6 +29,10 @@ class SSCLCriterion(nn.Module):
     L2-normalised and compared by the critic, over the rows of all processes. The weight 1 / CKA is taken from the whole
     features, as a running mini-batch CKA clamped from below, and carries no gradient.
 
+    To tell what 1 / CKA does from what its larger total weight does there are two weightings between it and the uniform
+    one: 'cka_mean1' scales 1 / CKA so that the layers' mean is 1, the total of 'uniform'; 'uniform_matched' gives every
+    layer the mean of 1 / CKA over the layers, the total of 'cka'.
+
     Args:
         names: Name of every layer, for the statistics.
         student_channels: Channels of the student's feature per layer.
@@ -34,9 +40,13 @@ class SSCLCriterion(nn.Module):
         dim: Common dimension of g_S and g_A.
         temperature: Temperature t of the critic.
         critic: 'normalized' or 'literal' (`nce_loss`), or 'infonce' (`info_nce_loss`).
-        weighting: 'cka' for 1 / CKA, 'uniform' for 1.
+        weighting: 'cka' for 1 / CKA, 'uniform' for 1, 'cka_mean1', 'uniform_matched' (see above).
         cka_floor: CKA is not taken below this, so that no weight exceeds 1 / cka_floor.
         cka_momentum: Share of the newest batch in the running CKA; 1 uses this batch only.
+        projection: What g_S and g_A see: the feature 'pooled' over space and time, or 'flattened', the whole of it,
+            T * C * H * W numbers (25 M weights a layer at ImageNet size).
+        student_shapes: (T, C, ...) of the student's feature per layer; needed where it is flattened.
+        teacher_shapes: (T', C', ...) of the teacher's feature per layer; likewise.
 
     Raises:
         ValueError: An option is out of range, or the numbers of layers differ.
@@ -53,6 +63,9 @@ class SSCLCriterion(nn.Module):
             weighting: str = 'cka',
             cka_floor: float = 0.1,
             cka_momentum: float = 0.1,
+            projection: str = 'pooled',
+            student_shapes: Optional[Sequence[Sequence[int]]] = None,
+            teacher_shapes: Optional[Sequence[Sequence[int]]] = None,
     ):
         super().__init__()
         if not len(names) == len(student_channels) == len(teacher_channels) >= 1:
@@ -62,6 +75,8 @@ class SSCLCriterion(nn.Module):
             raise ValueError(f"critic='{critic}': must be one of {', '.join(CRITICS)}.")
         if weighting not in WEIGHTINGS:
             raise ValueError(f"weighting='{weighting}': must be one of {', '.join(WEIGHTINGS)}.")
+        if projection not in PROJECTIONS:
+            raise ValueError(f"projection='{projection}': must be one of {', '.join(PROJECTIONS)}.")
         if not 0 < cka_floor <= 1:
             raise ValueError(f'cka_floor={cka_floor}: must lie in (0, 1].')
         if not temperature > 0:
@@ -73,9 +88,12 @@ class SSCLCriterion(nn.Module):
         self.critic = critic
         self.weighting = weighting
         self.cka_floor = cka_floor
+        self.projection = projection
+        self.student_shapes = _input_shapes(projection, student_channels, student_shapes, 'student')
+        self.teacher_shapes = _input_shapes(projection, teacher_channels, teacher_shapes, 'teacher')
         with torch.random.fork_rng(devices=[]):  # a run's other random numbers do not depend on this loss
-            self.g_student = nn.ModuleList(nn.Linear(c, dim) for c in student_channels)
-            self.g_teacher = nn.ModuleList(nn.Linear(c, dim) for c in teacher_channels)
+            self.g_student = nn.ModuleList(nn.Linear(math.prod(shape), dim) for shape in self.student_shapes)
+            self.g_teacher = nn.ModuleList(nn.Linear(math.prod(shape), dim) for shape in self.teacher_shapes)
         self.running_cka = nn.ModuleList(RunningCKA(cka_momentum) for _ in names)
         self._stats: Dict[str, Dict[str, torch.Tensor]] = {}
         self._floored: set = set()
@@ -111,42 +129,57 @@ class SSCLCriterion(nn.Module):
         """
         self._check(student_features, teacher_features)
         layers = [self._layer(i, s, a) for i, (s, a) in enumerate(zip(student_features, teacher_features))]
+        weights = self._weights([stats for _, stats in layers])
+        for (_, stats), weight in zip(layers, weights):
+            stats['weight'] = weight
         self._stats = dict(zip(self.names, (stats for _, stats in layers)))
-        if self.weighting == 'cka' and not torch.compiler.is_compiling():
+        if self.weighting != 'uniform' and not torch.compiler.is_compiling():
             self._warn_floored()
-        return torch.stack([loss for loss, _ in layers]).sum()
+        return torch.stack([weight * nce for weight, (nce, _) in zip(weights, layers)]).sum()
 
     def _layer(self, i: int, s: torch.Tensor, a: torch.Tensor) -> Tuple[torch.Tensor, Dict[str, torch.Tensor]]:
-        projected = [gather_rows(g(_pooled(x))) for g, x in ((self.g_student[i], s), (self.g_teacher[i], a))]
+        condense = _pooled if self.projection == 'pooled' else _flattened
+        projected = [gather_rows(g(condense(x))) for g, x in ((self.g_student[i], s), (self.g_teacher[i], a))]
         if self.critic == 'infonce':
             nce = info_nce_loss(*projected, temperature=self.temperature)
         else:
             nce = nce_loss(*projected, temperature=self.temperature, normalize=self.critic == 'normalized')
         stats = dict(nce=nce.detach(),
                      mi_bound=mi_lower_bound(nce.detach(), projected[0].shape[0], self.critic == 'infonce'))
-        weight = torch.ones_like(nce.detach())
         if s.shape[1] >= 4 or world_size() > 1:  # with uniform weights a tiny batch goes without this statistic
             cka, running = self.running_cka[i](s.detach(), a.detach())
             stats.update(cka=cka, cka_running=running)
-            if self.weighting == 'cka':
-                weight = 1 / torch.nan_to_num(running, nan=self.cka_floor).clamp(min=self.cka_floor)
-        stats['weight'] = weight
-        return weight * nce, stats
+        return nce, stats
+
+    def _weights(self, layers: Sequence[Dict[str, torch.Tensor]]) -> List[torch.Tensor]:
+        """Weight of every layer, 0-d, without a gradient."""
+        if self.weighting == 'uniform':
+            return [torch.ones_like(stats['nce']) for stats in layers]
+        running = [torch.nan_to_num(stats['cka_running'], nan=self.cka_floor) for stats in layers]
+        inverse = [1 / value.clamp(min=self.cka_floor) for value in running]
+        if self.weighting == 'cka':
+            return inverse
+        mean = torch.stack(inverse).mean()
+        return [weight / mean if self.weighting == 'cka_mean1' else mean for weight in inverse]
 
     def _check(self, student_features: Sequence[torch.Tensor], teacher_features: Sequence[torch.Tensor]) -> None:
         if not len(student_features) == len(teacher_features) == len(self.names):
             raise ValueError(f'{len(student_features)} student and {len(teacher_features)} teacher features for '
                              f'{len(self.names)} layers ({", ".join(self.names)}).')
         for i, (name, s, a) in enumerate(zip(self.names, student_features, teacher_features)):
-            for whose, x, g in (('student', s, self.g_student[i]), ('teacher', a, self.g_teacher[i])):
-                if x.ndim < 3 or x.shape[2] != g.in_features:
+            for whose, x, shape in (('student', s, self.student_shapes[i]), ('teacher', a, self.teacher_shapes[i])):
+                if self.projection == 'pooled' and (x.ndim < 3 or x.shape[2] != shape[0]):
                     raise ValueError(f"{whose} feature '{name}' has shape {tuple(x.shape)}, expected "
-                                     f"(T, B, {g.in_features}, ...).")
+                                     f"(T, B, {shape[0]}, ...).")
+                if self.projection == 'flattened' and (*x.shape[:1], *x.shape[2:]) != shape:
+                    raise ValueError(f"{whose} feature '{name}' has shape {tuple(x.shape)}, but its flattened "
+                                     f'projection was built for (T, C, ...) = {shape}: the time steps and the input '
+                                     f"size must be the probe's (input_size=...); projection='pooled' takes any.")
             if s.shape[1] != a.shape[1]:
                 raise ValueError(f"'{name}': the student's feature holds {s.shape[1]} samples, "
                                  f"the teacher's {a.shape[1]}.")
         batch = student_features[0].shape[1]
-        if self.weighting == 'cka' and batch < 4:
+        if self.weighting != 'uniform' and batch < 4:
             raise ValueError(f'a batch of {batch} is too small for CKA weights: the unbiased HSIC needs at least 4 '
                              f"samples. Use a larger batch (drop_last=True), or weighting='uniform'.")
 
@@ -168,17 +201,39 @@ def _pooled(x: torch.Tensor) -> torch.Tensor:
     return x.flatten(3).mean((0, 3)) if x.ndim > 3 else x.mean(0)
 
 
+def _flattened(x: torch.Tensor) -> torch.Tensor:
+    """(T, B, C, ...) -> (B, T * C * ...), the whole feature."""
+    return x.transpose(0, 1).flatten(1)
+
+
+def _input_shapes(
+        projection: str,
+        channels: Sequence[int],
+        shapes: Optional[Sequence[Sequence[int]]],
+        whose: str,
+) -> List[Tuple[int, ...]]:
+    """Shape per sample of what the projections take: (C,), or (T, C, ...) where the feature is flattened."""
+    if projection == 'pooled':
+        return [(c,) for c in channels]
+    if shapes is None:
+        raise ValueError(f"projection='flattened' needs {whose}_shapes, (T, C, ...) of every layer's feature.")
+    shapes = [tuple(shape) for shape in shapes]
+    if [shape[1] for shape in shapes] != list(channels):
+        raise ValueError(f'{whose}_shapes={shapes}: must be (T, C, ...) per layer, with C = {list(channels)}.')
+    return shapes
+
+
 class _RegisteredSSCL(SSCLCriterion):
     def forward(self, step: TrainStep) -> torch.Tensor:
         return super().forward(step.student_features, step.teacher_features)
 
 
-@register_loss('sscl', needs_features=True)
+@register_loss('sscl', needs_features=True, needs_shapes=True)
 class _SSCL(_RegisteredSSCL):
     """SSCLCriterion with the weights 1 / CKA."""
 
 
-@register_loss('contrastive', needs_features=True)
+@register_loss('contrastive', needs_features=True, needs_shapes=True)
 class _Contrastive(_RegisteredSSCL):
     """SSCLCriterion with uniform weights."""
 
