@@ -72,7 +72,8 @@ SCALES = {
 }
 
 # settings of the loss before anything was selected; --base changes them for the selection
-BASE = dict(critic='infonce', weight=0.1, temperature=0.1, cka_floor=0.1, cka_momentum=0.1)
+BASE = dict(critic='infonce', weight=0.1, temperature=0.1, cka_floor=0.1, cka_momentum=0.1, projection='pooled',
+            weighting='cka')
 
 # what is tried from the base, one coordinate at a time; critic and weight together
 COORDINATES: Dict[str, List[Dict[str, Any]]] = OrderedDict(
@@ -80,6 +81,8 @@ COORDINATES: Dict[str, List[Dict[str, Any]]] = OrderedDict(
     temperature=[dict(temperature=t) for t in (0.07, 0.1, 0.2, 0.5)],
     cka_floor=[dict(cka_floor=f) for f in (0.05, 0.1, 0.3)],
     cka_momentum=[dict(cka_momentum=m) for m in (0.1, 1.)],
+    projection=[dict(projection=p) for p in ('pooled', 'flattened')],
+    weighting=[dict(weighting=w) for w in ('cka', 'cka_mean1', 'uniform_matched', 'uniform')],
 )
 
 
@@ -103,8 +106,10 @@ def sscl_options(**settings: Any) -> Dict[str, Any]:
     return {f'sscl_{name}': value for name, value in settings.items()}
 
 
-def setting_name(changes: Mapping[str, Any]) -> str:
-    return '-'.join(f'{name}={value}' for name, value in changes.items()).replace('/', '_')
+def setting_name(settings: Mapping[str, Any]) -> str:
+    """'infonce-w0.1-t0.1-f0.1-m0.1-pooled-cka' for a whole set of settings."""
+    return '{critic}-w{weight:g}-t{temperature:g}-f{cka_floor:g}-m{cka_momentum:g}-{projection}-{weighting}'.format(
+        **settings)
 
 
 def select_runs(
@@ -124,10 +129,12 @@ def select_runs(
 
 def primary_variants(chosen: Mapping[str, Any]) -> Dict[str, Dict[str, Any]]:
     """Modes of Table 3 and what stands beside them, at the chosen settings."""
-    loss = sscl_options(**chosen)
+    sscl = dict(distill='sscl', **sscl_options(**chosen))
+    contrastive = {name: value for name, value in sscl.items() if name != 'sscl_weighting'}
     return OrderedDict(
-        none=dict(distill='none'), sscl=dict(distill='sscl', **loss), kd=dict(distill='kd'),
-        contrastive=dict(distill='contrastive', **loss))
+        none=dict(distill='none'), sscl=sscl, kd=dict(distill='kd'),
+        contrastive=dict(contrastive, distill='contrastive'),
+        contrastive_matched=dict(sscl, sscl_weighting='uniform_matched'))
 
 
 def primary_runs(
