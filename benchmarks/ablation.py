@@ -59,10 +59,10 @@ class Scale(NamedTuple):
 SCALES = {
     'small': Scale(
         'what two cores do', 20, 250, 16,
-        dict(img_size=32, batch_size=100, opt='sgd', lr=0.1, weight_decay=5e-4, warmup_epochs=1, scale=(0.6, 1.),
-             ratio=(0.9, 1.1), color_jitter=0., smoothing=0., train_interpolation='bicubic', workers=0,
+        dict(img_size=32, batch_size=100, opt='sgd', lr=0.1, weight_decay=5e-4, sched_on_updates=True, warmup_epochs=1,
+             scale=(0.6, 1.), ratio=(0.9, 1.1), color_jitter=0., smoothing=0., train_interpolation='bicubic', workers=0,
              checkpoint_hist=1, log_interval=25),
-        dict(epochs=12), dict(epochs=40)),
+        dict(epochs=10), dict(epochs=40)),
     'paper': Scale(
         'the full recipe: all images, full width, 400 epochs', None, None, 64,
         dict(img_size=32, batch_size=128, opt='sgd', lr=0.1, weight_decay=1e-4, warmup_epochs=0, scale=(0.6, 1.),
@@ -168,7 +168,7 @@ def command(run: Run, scale: Scale, data: Path, folder: Path, threads: Optional[
         options.update(timesteps=run.timesteps, teacher_checkpoint=teacher)
     words = []
     for name, value in options.items():
-        values = value if isinstance(value, (list, tuple)) else [value]
+        values = [] if value is True else value if isinstance(value, (list, tuple)) else [value]
         words += [f'--{name.replace("_", "-")}', *map(str, values)]
     return words
 
