@@ -457,6 +457,313 @@ def by_seed(rows: Sequence[Mapping[str, str]], phase: str, variant: str, timeste
             if (row['phase'], row['variant'], int(row['timesteps'])) == (phase, variant, timesteps)}
 
 
+# ---- diagnosis
+
+_DIAGNOSIS_BATCHES = 4
+
+
+def stage_of(parameter: str) -> str:
+    """'stem', 'layer1', ..., 'fc' for a parameter of the student."""
+    first = parameter.split('.')[0]
+    return 'stem' if first in ('conv1', 'bn1', 'act1') else first
+
+
+def term_gradients(task: Any, batches: Sequence[Tuple[Any, Any]]) -> List[Dict[str, Any]]:
+    """Gradient of what is added to cross-entropy (weighted, as trained) beside cross-entropy's own, by stage.
+
+    Args:
+        task: An SSCLTask in training mode.
+        batches: (images, labels).
+
+    Returns:
+        Per stage the two norms, their ratio and cosine, the means over the batches.
+    """
+    import torch
+    names, parameters = zip(*((n, p) for n, p in task.student.named_parameters() if p.requires_grad))
+    sums: Dict[str, Counter] = OrderedDict()
+    for images, labels in batches:
+        result = task(images, labels)
+        added = sum(weight * result[f'{name}_loss'] for name, weight in task.weights.items())
+        pairs = [torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+                 for loss in (task.task_loss_weight * result['task_loss'], added)]
+        by_stage: Dict[str, List[Tuple[torch.Tensor, torch.Tensor]]] = OrderedDict()
+        for name, p, task_grad, added_grad in zip(names, parameters, *pairs):
+            grads = [torch.zeros_like(p) if g is None else g for g in (task_grad, added_grad)]
+            by_stage.setdefault(stage_of(name), []).append(tuple(g.flatten().double() for g in grads))
+        for stage, grads in by_stage.items():
+            task_grad, added_grad = (torch.cat([pair[i] for pair in grads]) for i in (0, 1))
+            norms = float(task_grad.norm()), float(added_grad.norm())
+            cosine = float(task_grad @ added_grad) / (norms[0] * norms[1]) if min(norms) > 0 else 0.
+            sums.setdefault(stage, Counter()).update(
+                dict(task_norm=norms[0], added_norm=norms[1], ratio=norms[1] / norms[0], cosine=cosine))
+    return [dict(stage=stage, **{k: round(v / len(batches), 5) for k, v in total.items()}) for stage, total in sums.items()]
+
+
+def diagnose(folder: Path, at_start: bool) -> List[Dict[str, Any]]:
+    """term_gradients of a finished run, with its last weights or, rebuilt, with those that it started from."""
+    sys.path.insert(0, str(ROOT))  # train.py is a script beside this folder
+    import train
+    from timm.data import resolve_data_config
+    from timm.utils import random_seed
+    from timm_sscl.options import parse_args
+    args, _ = parse_args(['--config', str(folder / 'args.yaml')])
+    accelerator = train.create_accelerator(args)
+    train.set_threads(args, accelerator)
+    random_seed(args.seed, 0)
+    datasets = train.create_datasets(args)
+    classes = train.resolve_num_classes(args, datasets[0])
+    student = train.create_student(args, classes)
+    data_config = resolve_data_config(vars(args), model=student)
+    teacher, teacher_input = train.create_teacher(args, classes, data_config)
+    train.load_weights(teacher, args.teacher_checkpoint, '--teacher-checkpoint')
+    loaders = train.create_loaders(args, datasets, data_config, classes)
+    task = train.create_task(args, student, teacher, teacher_input, data_config, accelerator.device, False)
+    if at_start:
+        train.prepare_neurons(args, accelerator, student, loaders.train, resumed=False)
+    else:
+        train.restore(task, str(folder / 'last.pth.tar'))
+    task.train()
+    batches = [batch for batch, _ in zip(loaders.train, range(_DIAGNOSIS_BATCHES))]
+    return term_gradients(task, batches)
+
+
+def diagnose_all(output: Path, modes: Sequence[str]) -> None:
+    """Gradients of the first seed of every mode that adds something to cross-entropy, at its start and its end."""
+    rows, seen = [], set()
+    for run, _, folder in finished_runs(output):
+        if run.phase != 'primary' or run.variant not in modes or run.variant in ('none', 'teacher') or (
+                run.variant, run.timesteps) in seen:
+            continue
+        seen.add((run.variant, run.timesteps))
+        for when in ('start', 'end'):
+            rows += [dict(run=f'{run.variant}, T={run.timesteps}, {when}', seed=run.seed, **row)
+                     for row in diagnose(folder, when == 'start')]
+    write_csv(RESULTS / GRADIENTS_CSV, rows)
+    print('\n'.join(gradient_lines(read_csv(RESULTS / GRADIENTS_CSV))))
+
+
+# ---- report
+
+LABELS = OrderedDict(
+    none='baseline (cross-entropy)', kd='distillation (logits)', contrastive='contrastive, uniform weights',
+    contrastive_matched="contrastive, uniform at SSCL's total weight", sscl='SSCL', sscl_kd_step='SSCL + KL per step')
+
+
+def comparison(rows: Sequence[Mapping[str, str]], timesteps: int) -> List[Dict[str, Any]]:
+    """A row per mode of the primary comparison: accuracy, paired difference to the baseline, the paper's."""
+    base = by_seed(rows, 'primary', 'none', timesteps)
+    table = []
+    for mode, label in LABELS.items():
+        values = by_seed(rows, 'primary', mode, timesteps)
+        if not values:
+            continue
+        best = [float(r['top1_best']) for r in rows if (r['phase'], r['variant'], r['timesteps']) == (
+            'primary', mode, str(timesteps))]
+        paper = PAPER.get(mode, {}).get(timesteps)
+        table.append(dict(
+            mode=mode, label=label, seeds=len(values), top1=float(np.mean(list(values.values()))), best=float(np.mean(best)),
+            spread=float(np.std(list(values.values()), ddof=1)) if len(values) > 1 else None,
+            difference=None if mode == 'none' else paired_interval(values, base), paper=paper,
+            paper_difference=None if paper is None or mode == 'none' else paper - PAPER['none'][timesteps]))
+    return table
+
+
+def _paired_text(paired: Optional[Paired]) -> str:
+    if paired is None:
+        return ''
+    return f'{paired.mean:+.2f}' + (f' ± {paired.half:.2f}' if paired.half is not None else ' (one seed)')
+
+
+def _signed(value: Optional[float]) -> str:
+    return '' if value is None else f'{value:+.2f}'
+
+
+def comparison_lines(rows: Sequence[Mapping[str, str]], timesteps: int) -> List[str]:
+    """The comparison as a Markdown table."""
+    lines = ['| mode | seeds | top-1, last epoch | best epoch | difference to the baseline (95 %) | paper | paper, difference |',
+             '|---|---|---|---|---|---|---|']
+    for r in comparison(rows, timesteps):
+        paper = '' if r['paper'] is None else f'{r["paper"]:.2f}'
+        lines.append(f'| {r["label"]} | {r["seeds"]} | {r["top1"]:.2f} | {r["best"]:.2f} | {_paired_text(r["difference"])} | '
+                     f'{paper} | {_signed(r["paper_difference"])} |')
+    return lines
+
+
+def pair_lines(rows: Sequence[Mapping[str, str]], timesteps: int) -> List[str]:
+    """SSCL against what shares its total weight, and against distillation, paired."""
+    sscl = by_seed(rows, 'primary', 'sscl', timesteps)
+    parts = []
+    for mode in ('kd', 'contrastive', 'contrastive_matched', 'sscl_kd_step'):
+        paired = paired_interval(sscl, by_seed(rows, 'primary', mode, timesteps))
+        if paired is not None:
+            parts.append(f'{LABELS[mode]} {_paired_text(paired)} ({paired.n} seeds)')
+    return [f'SSCL minus, T={timesteps}: ' + '; '.join(parts) + '.'] if parts else []
+
+
+_SETTINGS = ('critic', 'weight', 'temperature', 'cka_floor', 'cka_momentum', 'projection', 'weighting')
+
+
+def selection_lines(rows: Sequence[Mapping[str, str]]) -> List[str]:
+    """Every configuration that was tried on the held-out images, with the difference to cross-entropy."""
+    rows = [r for r in rows if r['phase'] == 'select' and r['variant'] != 'teacher']
+    base = by_seed(rows, 'select', 'none', 2)
+    lines = ['| ' + ' | '.join(name.replace('_', ' ') for name in _SETTINGS) + ' | top-1, by seed | difference |',
+             '|---' * (len(_SETTINGS) + 2) + '|']
+    for variant in dict.fromkeys(r['variant'] for r in rows):
+        values = by_seed(rows, 'select', variant, 2)
+        first = next(r for r in rows if r['variant'] == variant)
+        cells = ['cross-entropy alone', *[''] * (len(_SETTINGS) - 1)] if variant == 'none' else [
+            first.get(f'sscl_{name}', '') for name in _SETTINGS]
+        accuracy = ', '.join(f'{values[seed]:.1f}' for seed in sorted(values))
+        paired = paired_interval(values, base)
+        difference = '' if variant == 'none' or paired is None else f'{paired.mean:+.1f}'
+        lines.append('| ' + ' | '.join([*cells, accuracy, difference]) + ' |')
+    return lines
+
+
+def gradient_lines(rows: Sequence[Mapping[str, str]]) -> List[str]:
+    """Norm of the contrastive terms' gradient over cross-entropy's, by checkpoint and stage."""
+    stages = list(dict.fromkeys(r['stage'] for r in rows))
+    lines = ['| checkpoint | ' + ' | '.join(stages) + ' |', '|---' * (len(stages) + 1) + '|']
+    for run in dict.fromkeys(r['run'] for r in rows):
+        cells = []
+        for stage in stages:
+            row = next((r for r in rows if (r['run'], r['stage']) == (run, stage)), None)
+            cells.append('' if row is None else f'{float(row["ratio"]):.2f} ({float(row["cosine"]):+.2f})')
+        lines.append(f'| {run} | ' + ' | '.join(cells) + ' |')
+    return lines
+
+
+def readme_lines(rows: Sequence[Mapping[str, str]], gradients: Sequence[Mapping[str, str]]) -> List[str]:
+    """README's results section."""
+    primary = [r for r in rows if r['phase'] == 'primary']
+    scale = SCALES[rows[0]['scale']]
+    teachers = {r['phase']: float(r['top1_last']) for r in rows if r['variant'] == 'teacher'}
+    what = 'all' if scale.classes is None else f'{scale.classes} of 100'
+    count = 'all their' if scale.images_per_class is None else f'{scale.images_per_class} of 500'
+    lines = [
+        BEGIN, '## Results', '',
+        f'The ablation of the paper\'s Table 3 at a scale that two CPU cores carry: real CIFAR-100, {what} classes, {count} '
+        f'training images per class, `resnet20_cifar` at width {scale.width}, {scale.student["epochs"]} epochs (the paper: '
+        'all classes and images, width 64, 400 epochs). The teacher is the ANN of the same width, trained '
+        f'for {scale.teacher["epochs"]} epochs on the same images: {teachers.get("primary", float("nan")):.2f} top-1; all '
+        'runs share it. **Nothing here reproduces the paper\'s numbers**: they stand beside ours so that the order '
+        'and the size of the differences can be compared.', '']
+    for timesteps in sorted({int(r['timesteps']) for r in primary if int(r['timesteps'])}):
+        lines += [f'T = {timesteps}, validation set ({_validation_images(scale)} images):', '',
+                  *comparison_lines(rows, timesteps), '', *pair_lines(rows, timesteps), '']
+    lines += [
+        'Differences are paired by seed; ± is the half width of the 95 % interval (t distribution). "Best epoch" is what '
+        'public code of this line reports; it is chosen on the validation set.', '',
+        f'![Accuracy by mode, CKA and NCE per layer](benchmarks/results/{FIGURE})', '',
+        'Defaults were chosen before, on a tenth of the training set held out (1,000 images, so that one run is about '
+        f'± 1.5 points; teacher {teachers.get("select", float("nan")):.2f} there). Every configuration tried, sscl, T = 2:', '',
+        *selection_lines(rows), '']
+    if gradients:
+        lines += ['Gradient of the contrastive term over that of cross-entropy, norms by stage, with the cosine between the '
+                  'two (`--phase diagnose`):', '', *gradient_lines(gradients), '']
+    return [*lines, '```bash', 'python benchmarks/ablation.py --data-dir CIFAR100 --output output/ablation --phase select',
+            'python benchmarks/ablation.py --data-dir CIFAR100 --output output/ablation --phase primary',
+            'python benchmarks/ablation.py --report  # figure, tables and this section from benchmarks/results/ablation_*.csv',
+            '```', '', END]
+
+
+def _validation_images(scale: Scale) -> str:
+    return f'{100 * (scale.classes or 100):,}'
+
+
+def write_readme(lines: Sequence[str], file: Path = README) -> None:
+    """Put the section between its markers, or, the first time, before NEXT_SECTION."""
+    text = file.read_text()
+    section = '\n'.join(lines)
+    if BEGIN in text:
+        before, rest = text.split(BEGIN)
+        text = before + section + rest.split(END)[1]
+    else:
+        before, rest = text.split(NEXT_SECTION)
+        text = before + section + '\n\n' + NEXT_SECTION + rest
+    file.write_text(text)
+
+
+COLORS = dict(none='#7f7f7f', kd='#1f77b4', contrastive='#ff7f0e', contrastive_matched='#8c564b', sscl='#d62728',
+              sscl_kd_step='#9467bd')
+
+
+def draw(rows: Sequence[Mapping[str, str]], layers: Sequence[Mapping[str, str]], file: Path) -> None:
+    """Accuracy by mode with error bars, the paper's beside it; CKA and NCE per layer over the epochs of sscl at T=2."""
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), gridspec_kw=dict(width_ratios=(1.5, 1, 1)))
+    _draw_accuracy(axes[0], rows)
+    for axis, key, label in ((axes[1], 'cka_running', 'CKA, student and teacher'),
+                             (axes[2], 'nce', 'contrastive loss $-L_{NCE}$ (nats)')):
+        _draw_layers(axis, layers, key)
+        axis.set(xlabel='epoch', ylabel=label, title='SSCL, T = 2')
+        axis.grid(alpha=.3)
+    axes[2].legend(title='layer', fontsize=8, title_fontsize=8)
+    figure.tight_layout()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=100)
+    plt.close(figure)
+
+
+def _draw_accuracy(axis: Any, rows: Sequence[Mapping[str, str]]) -> None:
+    """Difference to the baseline, paired, per mode and T; the paper's as open circles."""
+    modes = [mode for mode in LABELS if mode != 'none']
+    marks = {2: 'o', 4: 's'}
+    for t, offset in ((2, -.12), (4, .12)):
+        table = {r['mode']: r for r in comparison(rows, t)}
+        if 'none' not in table:
+            continue
+        for i, mode in enumerate(modes):
+            row = table.get(mode)
+            if row is None or row['difference'] is None:
+                continue
+            paired = row['difference']
+            axis.errorbar(i + offset, paired.mean, yerr=paired.half, fmt=marks[t], color=COLORS[mode], capsize=4,
+                          label=None)
+            axis.annotate(f'{row["top1"]:.1f}', (i + offset, paired.mean), xytext=(7, 0), textcoords='offset points',
+                          fontsize=8, va='center')
+            if row['paper_difference'] is not None:
+                axis.plot(i + offset, row['paper_difference'], marks[t], mfc='none', mec='black', ms=8)
+    axis.axhline(0, color=COLORS['none'], lw=1)
+    axis.set_xticks(range(len(modes)), [_short_label(mode) for mode in modes], fontsize=8)
+    axis.set_xlim(-.6, len(modes) - .4)
+    axis.set_ylabel('top-1 minus the baseline (points)')
+    base = ', '.join(f'{r["top1"]:.1f} at T = {t}' for t in (2, 4) for r in comparison(rows, t) if r['mode'] == 'none')
+    axis.set_title(f'baseline: {base}', fontsize=10)
+    for t, mark in marks.items():
+        axis.plot([], [], mark, color='#555555', label=f'here, T = {t}, 95 % interval')
+        axis.plot([], [], mark, mfc='none', mec='black', label=f'paper, T = {t} (full scale)')
+    axis.legend(fontsize=8)
+    axis.grid(axis='y', alpha=.3)
+
+
+def _short_label(mode: str) -> str:
+    return {'kd': 'distillation', 'contrastive': 'contrastive,\nuniform',
+            'contrastive_matched': "uniform at\nSSCL's total", 'sscl': 'SSCL', 'sscl_kd_step': 'SSCL +\nKL per step'}[mode]
+
+
+def _draw_layers(axis: Any, layers: Sequence[Mapping[str, str]], key: str) -> None:
+    """One line per layer: the mean over the seeds of the primary sscl runs."""
+    chosen = [r for r in layers if (r['phase'], r['variant'], r['timesteps']) == ('primary', 'sscl', '2') and r[key]]
+    for layer in dict.fromkeys(r['layer'] for r in chosen):
+        epochs = sorted({int(r['epoch']) for r in chosen})
+        means = [np.mean([float(r[key]) for r in chosen if r['layer'] == layer and int(r['epoch']) == e]) for e in epochs]
+        axis.plot(epochs, means, marker='.', label=layer)
+
+
+def report() -> None:
+    rows, layers = read_csv(RESULTS / RUNS_CSV), read_csv(RESULTS / LAYERS_CSV)
+    if not rows:
+        raise SystemExit(f'{RESULTS / RUNS_CSV} is missing: run the ablation first.')
+    draw(rows, layers, RESULTS / FIGURE)
+    lines = readme_lines(rows, read_csv(RESULTS / GRADIENTS_CSV))
+    write_readme(lines)
+    print('\n'.join(lines))
+
+
 # ---- the script
 
 def parse_setting(text: str) -> Tuple[str, Any]:
@@ -474,8 +781,9 @@ def create_parser() -> argparse.ArgumentParser:
     parser.add_argument('--output', type=Path, help='root of all runs')
     parser.add_argument('--scale', default='small', choices=list(SCALES),
                         help='; '.join(f'{name}: {scale.description}' for name, scale in SCALES.items()))
-    parser.add_argument('--phase', default='all', choices=['select', 'primary', 'all'],
-                        help='choose settings on held-out training images, compare the modes, or both')
+    parser.add_argument('--phase', default='all', choices=['select', 'primary', 'all', 'diagnose'],
+                        help='choose settings on held-out training images, compare the modes, or both; diagnose: '
+                             'gradients of the terms in finished runs')
     parser.add_argument('--modes', nargs='+', default=list(primary_variants({})), metavar='MODE', help='of the comparison')
     parser.add_argument('--seeds', type=int, nargs='+', default=[1, 2, 3, 4, 5])
     parser.add_argument('--timesteps', '-T', type=int, nargs='+', default=[2])
@@ -489,7 +797,7 @@ def create_parser() -> argparse.ArgumentParser:
     parser.add_argument('--deadline', type=float, default=None, metavar='MINUTES',
                         help='start nothing that would not be done in this time')
     parser.add_argument('--revision', default=None, help="code revision to note (git's)")
-    parser.add_argument('--report', action='store_true', help='no training: figure, table and README from the results')
+    parser.add_argument('--report', action='store_true', help='no training: figure, tables and README from the results (--output: of these runs)')
     return parser
 
 
@@ -513,8 +821,15 @@ def run_phase(args: argparse.Namespace, phase: str, base: Mapping[str, Any], dea
 
 
 def main() -> None:
+    """Train what the options ask for, or report."""
     parser = create_parser()
     args = parser.parse_args()
+    if args.report:
+        if args.output is not None:
+            write_results(args.output, args.scale)
+        return report()
+    if args.phase == 'diagnose' and args.output is not None:
+        return diagnose_all(args.output, args.modes)
     if args.data_dir is None or args.output is None:
         parser.error('--data-dir and --output are needed to train')
     deadline = None if args.deadline is None else time.time() + 60 * args.deadline
@@ -529,6 +844,11 @@ def write_results(output: Path, scale: str) -> None:
                'teacher_top1', 'firing_rate', 'seconds', 'revision')
     write_csv(RESULTS / RUNS_CSV, runs, outcome)
     write_csv(RESULTS / LAYERS_CSV, layers)
+    rows = read_csv(RESULTS / RUNS_CSV)
+    for timesteps in sorted({run['timesteps'] for run in runs if run['phase'] == 'primary' and run['timesteps']}):
+        print('\n'.join(['', f'T = {timesteps}', *comparison_lines(rows, timesteps), *pair_lines(rows, timesteps)]))
+    if any(run['phase'] == 'select' for run in runs):
+        print('\n'.join(['', *selection_lines(rows)]))
 
 
 if __name__ == '__main__':
