@@ -238,10 +238,20 @@ class Runner:
         deadline: time.time() by which the last one is to be done; None for no limit.
         revision: Code revision to note.
         train: Command that starts a training.
+        max_load: Start nothing while the machine's load (1 minute) is not below this.
     """
 
-    def __init__(self, output: Path, parallel: int, deadline: Optional[float], revision: str, train: Sequence[str]):
+    def __init__(
+            self,
+            output: Path,
+            parallel: int,
+            deadline: Optional[float],
+            revision: str,
+            train: Sequence[str],
+            max_load: float = math.inf,
+    ):
         self.output, self.parallel, self.deadline, self.revision = output, parallel, deadline, revision
+        self.max_load = max_load
         self.train = list(train)
         self.seconds: List[Tuple[int, float]] = []  # timesteps and seconds of what this process ran
 
@@ -290,10 +300,11 @@ class Runner:
         active: List[Tuple[Run, subprocess.Popen, float]] = []
         try:
             while waiting or active:
-                while waiting and len(active) < self.parallel:
+                while waiting and len(active) < self.parallel and os.getloadavg()[0] < self.max_load:
                     started = self._start(waiting.pop(0), arguments, len(waiting))
                     active += [started] if started else []
-                time.sleep(0.5 if active else 0)
+                if waiting or active:
+                    time.sleep(0.5)
                 for item in [item for item in active if item[1].poll() is not None]:
                     active.remove(item)
                     self._finish(*item, waiting)
@@ -793,6 +804,8 @@ def create_parser() -> argparse.ArgumentParser:
                         help='settings of the loss that differ from '
                              + ' '.join(f'{name}={value}' for name, value in BASE.items()))
     parser.add_argument('--workers-parallel', type=int, default=1, metavar='N', help='trainings at a time')
+    parser.add_argument('--max-load', type=float, default=math.inf, metavar='L',
+                        help="start a training only while the machine's load is below this: to run beside other work")
     parser.add_argument('--threads', type=int, default=None, help='CPU threads of a training')
     parser.add_argument('--deadline', type=float, default=None, metavar='MINUTES',
                         help='start nothing that would not be done in this time')
@@ -805,7 +818,7 @@ def run_phase(args: argparse.Namespace, phase: str, base: Mapping[str, Any], dea
     scale = SCALES[args.scale]
     data = link_data(args.data_dir, args.output / 'data', scale, phase)
     runner = Runner(args.output, args.workers_parallel, deadline, args.revision or code_revision(),
-                    [sys.executable, str(ROOT / 'train.py')])
+                    [sys.executable, str(ROOT / 'train.py')], args.max_load)
     if phase == 'select':
         runs = select_runs(base, args.coordinates, args.seeds, args.timesteps)
     else:

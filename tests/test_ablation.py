@@ -196,6 +196,14 @@ def test_nothing_starts_that_would_not_be_done_by_the_deadline(runner):
     assert not late.folder(RUNS[1]).exists()
 
 
+def test_nothing_starts_while_the_machine_is_busy(runner, monkeypatch):
+    loads = iter([3., 2.5, 1.])
+    monkeypatch.setattr(ablation.os, 'getloadavg', lambda: (next(loads), 0., 0.))
+    runner.max_load = 2.
+    runner(RUNS[:1], arguments(runner, RUNS))
+    assert ablation.is_done(runner.folder(RUNS[0])) and next(loads, None) is None  # asked until it fell below 2
+
+
 # ---- results
 
 def test_csvs_hold_a_row_per_run_and_per_epoch_and_layer(runner, tmp_path):
