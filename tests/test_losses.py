@@ -42,8 +42,8 @@ def test_built_in_losses():
     names = list_losses()
     assert {'sscl', 'contrastive', 'kd'} <= set(names)
     assert names == sorted(names)
-    assert loss_needs('sscl') == loss_needs('contrastive') == dict(teacher=True, features=True, shapes=True)
-    assert loss_needs('kd') == dict(teacher=True, features=False, shapes=False)
+    assert loss_needs('sscl') == loss_needs('contrastive') == dict(teacher=True, features=True, shapes=True, firing_rates=False)
+    assert loss_needs('kd') == dict(teacher=True, features=False, shapes=False, firing_rates=False)
 
 
 def test_function_as_a_loss():
@@ -54,7 +54,7 @@ def test_function_as_a_loss():
     logits = _randn(2, 3, 5)
     loss = create_loss('test_norm')
     assert isinstance(loss, nn.Module) and 'test_norm' in list_losses()
-    assert loss_needs('test_norm') == dict(teacher=False, features=False, shapes=False)
+    assert loss_needs('test_norm') == dict(teacher=False, features=False, shapes=False, firing_rates=False)
     assert loss(_step(logits)).item() == ((logits[0] + logits[1]) / 2).square().mean().item()
     assert norm(_step(logits)) is not None  # the function is still the user's
     with pytest.raises(ValueError, match='test_norm.*no options.*scale'):
@@ -72,7 +72,7 @@ def test_class_as_a_loss_with_options():
             return (step.logits - step.teacher_logits - self.margin).mean()
 
     assert isinstance(create_loss('test_margin'), Margin)
-    assert loss_needs('test_margin') == dict(teacher=True, features=False, shapes=False)
+    assert loss_needs('test_margin') == dict(teacher=True, features=False, shapes=False, firing_rates=False)
     logits, teacher = _randn(2, 3, 5), _randn(3, 5, seed=1)
     difference = create_loss('test_margin')(_step(logits, teacher)) - create_loss('test_margin', margin=3.)(_step(logits, teacher))
     assert difference.item() == pytest.approx(2., abs=1e-12)
@@ -82,7 +82,7 @@ def test_class_as_a_loss_with_options():
 
 def test_needing_features_means_needing_the_teacher():
     register_loss('test_features', needs_features=True)(lambda step: step.student_features[0].mean())
-    assert loss_needs('test_features') == dict(teacher=True, features=True, shapes=False)
+    assert loss_needs('test_features') == dict(teacher=True, features=True, shapes=False, firing_rates=False)
 
 
 def test_name_that_is_taken_raises():

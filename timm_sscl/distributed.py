@@ -1,8 +1,10 @@
 """Rows of all processes, with gradients."""
+from typing import List
+
 import torch
 import torch.distributed as dist
 
-__all__ = ['gather_rows', 'world_size']
+__all__ = ['gather_rows', 'batch_counts', 'batch_mean', 'world_size']
 
 
 def world_size() -> int:
@@ -10,12 +12,20 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def batch_counts(count: int, device: torch.device) -> List[int]:
+    """Number of samples of every process, by rank; batches may differ in size."""
+    if world_size() == 1:
+        return [count]
+    counts = torch.zeros(world_size(), dtype=torch.int64, device=device)
+    counts[dist.get_rank()] = count
+    dist.all_reduce(counts)
+    return counts.tolist()
+
+
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows):
-        counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(dist.get_world_size())]
-        dist.all_gather(counts, torch.tensor([rows.shape[0]], dtype=torch.int64, device=rows.device))
-        counts = [int(c) for c in counts]
+        counts = batch_counts(rows.shape[0], rows.device)
         padded = rows.new_zeros((max(counts), *rows.shape[1:]))
         padded[:rows.shape[0]] = rows
         gathered = [torch.empty_like(padded) for _ in counts]
@@ -38,3 +48,11 @@ def gather_rows(rows: torch.Tensor) -> torch.Tensor:
     of the gradients then is the gradient of that loss.
     """
     return _GatherRows.apply(rows) if world_size() > 1 else rows
+
+
+def batch_mean(values: torch.Tensor, count: int) -> torch.Tensor:
+    """Means over the global batch, (d,), from every process's means over its own `count` samples, with gradients."""
+    if world_size() == 1:
+        return values
+    sums = gather_rows((values * count).unsqueeze(0)).sum(0)
+    return sums / sum(batch_counts(count, values.device))

@@ -9,6 +9,7 @@ import yaml
 
 from timm.utils import ParseKwargs
 
+from .losses import create_loss, loss_needs
 from .losses.sscl import CRITICS, PROJECTIONS, WEIGHTINGS
 from .task import PRESETS, resolve_losses
 
@@ -158,7 +159,7 @@ def _add_distillation(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--sscl-dim', type=int, default=128, help='common dimension of the projections')
     group.add_argument('--sscl-critic', default='normalized', choices=CRITICS, help='contrastive critic')
     group.add_argument('--sscl-weighting', default='cka', choices=WEIGHTINGS,
-                       help='weights of sscl\'s layers: 1/CKA, 1, 1/CKA scaled to mean 1, or the mean of 1/CKA for each')
+                       help='weights in the sscl loss: 1/CKA, 1, 1/CKA scaled to mean 1, the mean of 1/CKA for each')
     group.add_argument('--sscl-projection', default='pooled', choices=PROJECTIONS,
                        help='what the projections see: features pooled over space and time, or the whole of them')
     group.add_argument('--sscl-taps', default='4', metavar='N|NAMES',
@@ -171,6 +172,11 @@ def _add_distillation(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--kd-weight', '--distill-loss-weight', type=float, default=None,
                        help='weight of the kd loss (1)')
     group.add_argument('--kd-temperature', type=float, default=4., help='temperature of the kd loss')
+    group.add_argument('--kd-step-temperature', type=float, default=3., help='temperature of the kd_step loss')
+    group.add_argument('--tet-lambda', type=float, default=0.05,
+                       help='share of the tet loss that holds the outputs near 1; 0 is cross-entropy per step')
+    group.add_argument('--firing-rate-target', type=float, nargs='+', default=[0.05, 0.25], metavar='RATE',
+                       help='of the firing_rate loss: the rate of every layer, or the ends of a band')
     group.add_argument('--task-loss-weight', type=float, default=None, help='weight of the classification loss (1)')
     group.add_argument('--kd-distill-type', default='logit', choices=['logit'],
                        help='timm\'s logit distillation is kd here')
@@ -480,8 +486,27 @@ def _losses(args: argparse.Namespace) -> Tuple[Dict[str, float], Dict[str, Dict[
     contrastive = dict(dim=args.sscl_dim, temperature=args.sscl_temperature, critic=args.sscl_critic,
                        cka_floor=args.sscl_cka_floor, cka_momentum=args.sscl_cka_momentum,
                        projection=args.sscl_projection)
-    options = dict(sscl=dict(contrastive, weighting=args.sscl_weighting), contrastive=contrastive, kd=dict(temperature=args.kd_temperature))
-    return losses, {name: dict(options[name]) for name in losses if name in options}
+    options = dict(
+        sscl=dict(contrastive, weighting=args.sscl_weighting), contrastive=contrastive,
+        kd=dict(temperature=args.kd_temperature), kd_step=dict(temperature=args.kd_step_temperature),
+        tet=dict(mse_share=args.tet_lambda, smoothing=args.smoothing),
+        firing_rate=dict(target=args.firing_rate_target))
+    options = {name: dict(options[name]) for name in losses if name in options}
+    _check_loss_options(options)
+    return losses, options
+
+
+def _check_loss_options(options: Dict[str, Dict[str, Any]]) -> None:
+    """Build the losses, on one channel, so that a wrong option is found before a teacher is trained."""
+    for name, of_loss in options.items():
+        needs = loss_needs(name)
+        taps = dict(names=['tap'], student_channels=[1], teacher_channels=[1]) if needs['features'] else {}
+        if needs['shapes']:
+            taps.update(student_shapes=[(1, 1)], teacher_shapes=[(1, 1)])
+        try:
+            create_loss(name, **taps, **of_loss)
+        except ValueError as error:
+            raise OptionError(f"loss '{name}': {error}") from error
 
 
 def _parse_losses(text: str) -> Dict[str, float]:

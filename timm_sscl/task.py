@@ -11,6 +11,7 @@ from timm.task.classification import resolve_classification_loss
 from timm.utils import unwrap_model
 
 from .losses import TrainStep, create_loss, loss_needs
+from .neurons.rates import RateRecorder
 from .taps import FeatureReader, match_by_depth
 from .teacher_input import TeacherInput
 
@@ -47,11 +48,18 @@ def resolve_losses(losses: Union[str, Mapping[str, float]]) -> Dict[str, float]:
 class SSCLTrainableModule(nn.Module):
     """All that is trained: the student and the losses' own parameters (projections); one forward, for DDP's sake."""
 
-    def __init__(self, student: nn.Module, losses: Mapping[str, nn.Module], reader: Optional[FeatureReader]):
+    def __init__(
+            self,
+            student: nn.Module,
+            losses: Mapping[str, nn.Module],
+            reader: Optional[FeatureReader],
+            rate_recorder: Optional[RateRecorder] = None,
+    ):
         super().__init__()
         self.student = student
         self.losses = nn.ModuleDict(losses)
         self.reader = reader
+        self.rate_recorder = rate_recorder
 
     def forward(
             self,
@@ -61,8 +69,11 @@ class SSCLTrainableModule(nn.Module):
             teacher_features: Optional[List[torch.Tensor]] = None,
     ) -> Dict[str, torch.Tensor]:
         """Student logits (B, K) under 'output', and every loss under its name, unweighted."""
+        if self.rate_recorder is not None:
+            self.rate_recorder.begin()
         step_logits, features = _read(self.student, self.reader, input)
-        step = TrainStep(input, target, step_logits, self.student, teacher_logits, features, teacher_features)
+        rates = self.rate_recorder.take() if self.rate_recorder is not None else None
+        step = TrainStep(input, target, step_logits, self.student, teacher_logits, features, teacher_features, rates)
         terms = {name: loss(step) for name, loss in self.losses.items()}
         return {'output': step.logits, **terms}
 
@@ -157,9 +168,10 @@ class SSCLTask(TrainingTask):
             teacher_taps = taps if teacher_taps is None else teacher_taps
             self.teacher_reader = FeatureReader(teacher, teacher_taps, _teacher_shape(input_size, teacher_size))
             _match(reader, self.teacher_reader, cut=isinstance(taps, int))
+        rate_recorder = RateRecorder(student) if any(n['firing_rates'] for n in needs) else None
         modules = {name: _create(name, (loss_options or {}).get(name, {}), reader, self.teacher_reader)
                    for name in self.weights}
-        self.trainable_module = SSCLTrainableModule(student, modules, reader).to(self.device)
+        self.trainable_module = SSCLTrainableModule(student, modules, reader, rate_recorder).to(self.device)
         self.teacher = teacher.to(self.device).requires_grad_(False).eval() if self.needs_teacher else None
         self.criterion = resolve_classification_loss(criterion, self.device, criterion_kwargs=criterion_kwargs)
         self.teacher_input = TeacherInput(teacher_size, renormalize)

@@ -19,6 +19,7 @@ class _FunctionLoss(nn.Module):
     def __init__(self, fn: Callable[[TrainStep], torch.Tensor]):
         super().__init__()
         self.fn = fn
+        self.global_batch = fn.global_batch
 
     def forward(self, step: TrainStep) -> torch.Tensor:
         return self.fn(step)
@@ -29,6 +30,8 @@ def register_loss(
         needs_teacher: bool = False,
         needs_features: bool = False,
         needs_shapes: bool = False,
+        needs_firing_rates: bool = False,
+        global_batch: bool = False,
 ) -> Callable:
     """Decorator that registers a loss under a name, for SSCLTask and `train.py --loss NAME=WEIGHT`.
 
@@ -43,6 +46,9 @@ def register_loss(
         needs_features: Whether it reads the features of student and teacher.
         needs_shapes: Whether a class that needs features is given `student_shapes` and `teacher_shapes` as well, the
             (T, C, ...) of every tap's feature on an image of the task's input_size.
+        needs_firing_rates: Whether it reads the firing rates of the student's neuron layers.
+        global_batch: Whether several processes all return the loss of the global batch (see `gather_rows`). Otherwise
+            it is taken as a mean over the process's own samples, and weighted by their number.
 
     Raises:
         ValueError: The name is taken.
@@ -60,6 +66,8 @@ def register_loss(
         loss.needs_teacher = needs_teacher or needs_features
         loss.needs_features = needs_features
         loss.needs_shapes = needs_features and needs_shapes
+        loss.needs_firing_rates = needs_firing_rates
+        loss.global_batch = global_batch
         _losses[name] = loss
         return loss
 
@@ -75,9 +83,10 @@ def _lookup(name: str) -> Callable:
 
 
 def loss_needs(name: str) -> Dict[str, bool]:
-    """Whether a registered loss needs the teacher's logits ('teacher'), features and the features' shapes."""
+    """What a registered loss needs: teacher (its logits), features, shapes (of features), firing_rates."""
     loss = _lookup(name)
-    return dict(teacher=loss.needs_teacher, features=loss.needs_features, shapes=loss.needs_shapes)
+    return dict(teacher=loss.needs_teacher, features=loss.needs_features, shapes=loss.needs_shapes,
+                firing_rates=loss.needs_firing_rates)
 
 
 def create_loss(name: str, **options: Any) -> nn.Module:

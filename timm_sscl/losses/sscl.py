@@ -228,12 +228,12 @@ class _RegisteredSSCL(SSCLCriterion):
         return super().forward(step.student_features, step.teacher_features)
 
 
-@register_loss('sscl', needs_features=True, needs_shapes=True)
+@register_loss('sscl', needs_features=True, needs_shapes=True, global_batch=True)
 class _SSCL(_RegisteredSSCL):
     """SSCLCriterion with the weights 1 / CKA."""
 
 
-@register_loss('contrastive', needs_features=True, needs_shapes=True)
+@register_loss('contrastive', needs_features=True, needs_shapes=True, global_batch=True)
 class _Contrastive(_RegisteredSSCL):
     """SSCLCriterion with uniform weights."""
 

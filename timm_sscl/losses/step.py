@@ -1,6 +1,6 @@
 """What a loss is shown of one training step."""
 from dataclasses import dataclass, field
-from typing import List, Optional
+from typing import Dict, List, Optional
 
 import torch
 import torch.nn as nn
@@ -20,6 +20,8 @@ class TrainStep:
         teacher_logits: Teacher logits (B, K); None where no loss needs a teacher.
         student_features: One (T, B, C, ...) tensor per tap; None where no loss needs features.
         teacher_features: One (T', B, C', ...) tensor per tap, T' = 1 for an ANN.
+        firing_rates: Spikes per neuron and step of every neuron layer of the student, 0-d and differentiable, by module
+            name; None where no loss needs them.
     """
     input: torch.Tensor
     target: torch.Tensor
@@ -28,6 +30,7 @@ class TrainStep:
     teacher_logits: Optional[torch.Tensor] = None
     student_features: Optional[List[torch.Tensor]] = field(default=None, repr=False)
     teacher_features: Optional[List[torch.Tensor]] = field(default=None, repr=False)
+    firing_rates: Optional[Dict[str, torch.Tensor]] = field(default=None, repr=False)
 
     @property
     def logits(self) -> torch.Tensor:

@@ -1,0 +1,47 @@
+"""Knowledge distillation at every time step."""
+import torch
+import torch.nn as nn
+
+from .factory import register_loss
+from .kd import kd_loss
+from .step import TrainStep
+
+__all__ = ['StepKDLoss', 'kd_step_loss']
+
+
+def kd_step_loss(step_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 3.) -> torch.Tensor:
+    """Mean over the time steps of KL(teacher || student at that step), times temperature^2 as in `kd_loss`.
+
+    Args:
+        step_logits: Student logits of every time step, (T, B, K).
+        teacher_logits: Teacher logits, the same for every step, (B, K).
+        temperature: Softening of both.
+
+    Returns:
+        0-d tensor, the mean over time and batch; never below `kd_loss` of the mean logits, as KL is convex in them.
+    """
+    return kd_loss(step_logits.flatten(0, 1), teacher_logits.repeat(step_logits.shape[0], 1), temperature)
+
+
+@register_loss('kd_step', needs_teacher=True)
+class StepKDLoss(nn.Module):
+    """`kd_step_loss` between the student's logits per step and the teacher's.
+
+    With per-step cross-entropy these are the first two terms of TWSNN: {'tet': 1., 'kd_step': 0.2} with tet's
+    mse_share=0 and task_loss_weight=0.
+
+    Args:
+        temperature: Softening of both.
+
+    Raises:
+        ValueError: temperature is not positive.
+    """
+
+    def __init__(self, temperature: float = 3.):
+        super().__init__()
+        if not temperature > 0:
+            raise ValueError(f'temperature={temperature}: must be positive.')
+        self.temperature = temperature
+
+    def forward(self, step: TrainStep) -> torch.Tensor:
+        return kd_step_loss(step.step_logits, step.teacher_logits, self.temperature)

@@ -1,0 +1,65 @@
+"""Temporal efficient training: cross-entropy at every time step."""
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from .factory import register_loss
+from .step import TrainStep
+
+__all__ = ['TETLoss', 'tet_loss']
+
+
+def tet_loss(
+        step_logits: torch.Tensor,
+        target: torch.Tensor,
+        mse_share: float = 0.05,
+        smoothing: float = 0.,
+        level: float = 1.,
+) -> torch.Tensor:
+    """Loss of temporal efficient training (TET, Deng 2022): every step classifies by itself.
+
+        loss = (1 - l) * mean_t CE(o_t, y) + l * mean (o - level)^2
+
+    Args:
+        step_logits: Logits of every time step o, (T, B, K).
+        target: Labels (B,) or soft targets (B, K), as mixup gives them.
+        mse_share: l, the share of the term that keeps the outputs of all steps near one level; 0 is the mean of the
+            steps' cross-entropies. TET has 0.05 for CIFAR and 0.001 for CIFAR10-DVS.
+        smoothing: Label smoothing of labels; soft targets are taken as they are.
+        level: What the outputs are held near, TET's firing threshold.
+
+    Returns:
+        0-d tensor, the mean over the batch.
+    """
+    timesteps = step_logits.shape[0]
+    target = target.repeat(timesteps, *(1,) * (target.ndim - 1))
+    smoothing = 0. if target.ndim > 1 else smoothing
+    cross_entropy = F.cross_entropy(step_logits.flatten(0, 1), target, label_smoothing=smoothing)
+    if mse_share == 0:
+        return cross_entropy
+    return (1 - mse_share) * cross_entropy + mse_share * (step_logits - level).square().mean()
+
+
+@register_loss('tet')
+class TETLoss(nn.Module):
+    """`tet_loss` of the student's logits per step; it classifies, so that --task-loss-weight 0 goes with it.
+
+    Args:
+        mse_share: Share of the term on the outputs' level, in [0, 1].
+        smoothing: Label smoothing of labels, in [0, 1).
+
+    Raises:
+        ValueError: An option is out of its range.
+    """
+
+    def __init__(self, mse_share: float = 0.05, smoothing: float = 0.):
+        super().__init__()
+        if not 0 <= mse_share <= 1:
+            raise ValueError(f'mse_share={mse_share}: must lie in [0, 1].')
+        if not 0 <= smoothing < 1:
+            raise ValueError(f'smoothing={smoothing}: must lie in [0, 1).')
+        self.mse_share = mse_share
+        self.smoothing = smoothing
+
+    def forward(self, step: TrainStep) -> torch.Tensor:
+        return tet_loss(step.step_logits, step.target, self.mse_share, self.smoothing)
