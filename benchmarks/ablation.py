@@ -59,10 +59,11 @@ class Scale(NamedTuple):
 SCALES = {
     'small': Scale(
         'what two cores do', 20, 250, 16,
-        dict(img_size=32, batch_size=100, opt='sgd', lr=0.1, weight_decay=5e-4, sched_on_updates=True, warmup_epochs=1,
-             scale=(0.6, 1.), ratio=(0.9, 1.1), color_jitter=0., smoothing=0., train_interpolation='bicubic', workers=0,
-             checkpoint_hist=1, log_interval=25),
-        dict(epochs=10), dict(epochs=40)),
+        dict(img_size=32, batch_size=100, sched_on_updates=True, warmup_epochs=1, scale=(0.6, 1.), ratio=(0.9, 1.1),
+             color_jitter=0., smoothing=0., train_interpolation='bicubic', workers=0, checkpoint_hist=1,
+             log_interval=25),
+        dict(epochs=8, opt='adamw', lr=2e-3, weight_decay=0.02),
+        dict(epochs=40, opt='sgd', lr=0.1, weight_decay=5e-4)),
     'paper': Scale(
         'the full recipe: all images, full width, 400 epochs', None, None, 64,
         dict(img_size=32, batch_size=128, opt='sgd', lr=0.1, weight_decay=1e-4, warmup_epochs=0, scale=(0.6, 1.),
@@ -74,6 +75,8 @@ SCALES = {
 # settings of the loss before anything was selected; --base changes them for the selection
 BASE = dict(critic='infonce', weight=0.1, temperature=0.1, cka_floor=0.1, cka_momentum=0.1, projection='pooled',
             weighting='cka')
+
+KD_STEP_WEIGHT = 0.2  # TWSNN's
 
 # what is tried from the base, one coordinate at a time; critic and weight together
 COORDINATES: Dict[str, List[Dict[str, Any]]] = OrderedDict(
@@ -134,7 +137,9 @@ def primary_variants(chosen: Mapping[str, Any]) -> Dict[str, Dict[str, Any]]:
     return OrderedDict(
         none=dict(distill='none'), sscl=sscl, kd=dict(distill='kd'),
         contrastive=dict(contrastive, distill='contrastive'),
-        contrastive_matched=dict(sscl, sscl_weighting='uniform_matched'))
+        contrastive_matched=dict(sscl, sscl_weighting='uniform_matched'),
+        sscl_kd_step={**{k: v for k, v in sscl.items() if k not in ('distill', 'sscl_weight')},
+                      'loss': f'sscl={chosen["weight"]:g},kd_step={KD_STEP_WEIGHT:g}'})
 
 
 def primary_runs(
@@ -795,7 +800,7 @@ def create_parser() -> argparse.ArgumentParser:
     parser.add_argument('--phase', default='all', choices=['select', 'primary', 'all', 'diagnose'],
                         help='choose settings on held-out training images, compare the modes, or both; diagnose: '
                              'gradients of the terms in finished runs')
-    parser.add_argument('--modes', nargs='+', default=list(primary_variants({})), metavar='MODE', help='of the comparison')
+    parser.add_argument('--modes', nargs='+', default=list(primary_variants(BASE)), metavar='MODE', help='of the comparison')
     parser.add_argument('--seeds', type=int, nargs='+', default=[1, 2, 3, 4, 5])
     parser.add_argument('--timesteps', '-T', type=int, nargs='+', default=[2])
     parser.add_argument('--coordinates', nargs='*', default=list(COORDINATES), metavar='NAME', choices=list(COORDINATES),
