@@ -1,8 +1,6 @@
 """The ablation's plan, resumption, tables and intervals, with a fake trainer; no training."""
 import csv
-import json
 import math
-import os
 import subprocess
 import sys
 import time
@@ -16,7 +14,10 @@ from scipy import stats
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'benchmarks'))
 
 import ablation  # noqa: E402
-from ablation import Run, Runner  # noqa: E402
+import ablation_gradients  # noqa: E402
+import ablation_results as results  # noqa: E402
+import ablation_runs  # noqa: E402
+from ablation_runs import Runner  # noqa: E402
 from timm_sscl.options import parse_args  # noqa: E402
 
 # stands in for train.py: keeps a checkpoint after its first epoch, and, with KILL in the folder above, dies there
@@ -27,15 +28,16 @@ argv = sys.argv[1:]
 resumed = argv[0] == '--resume'
 folder = Path(argv[1]) if resumed else Path(argv[argv.index('--output') + 1]) / argv[argv.index('--experiment') + 1]
 folder.mkdir(parents=True, exist_ok=True)
-(folder / 'args.yaml').write_text('')
+(folder / 'args.yaml').write_text('{opt: adamw, lr: 0.002, weight_decay: 0.02}')
 (folder / 'last.pth.tar').write_text('')
 with open(folder / 'starts.txt', 'a') as starts:
     starts.write('resumed\\n' if resumed else 'new\\n')
 if (folder.parent / 'KILL').exists():
     sys.exit(1)
-rows = [dict(epoch=e, train_loss=2. - e, train_task_loss=1.5 - e, eval_top1=30. + e, train_mi_bound_layer1=0.5 + e,
-             train_nce_layer1=1.25, train_cka_layer1=.3, train_cka_running_layer1=.25, train_weight_layer1=4.) for e in (0, 1)]
-(folder / 'summary.csv').write_text('\\n'.join(','.join(map(str, r)) for r in [rows[0].keys(), *(r.values() for r in rows)]) + '\\n')
+(folder / 'summary.csv').write_text('\\n'.join([
+    'epoch,train_loss,train_task_loss,eval_top1,train_mi_bound_layer1,train_nce_layer1,train_cka_layer1,'
+    'train_cka_running_layer1,train_weight_layer1',
+    '0,2.0,1.5,30,0.5,1.25,.3,.25,4', '1,1.0,.5,31,1.5,1.25,.3,.25,4', '']))
 summary = dict(student=dict(top1=31., loss=1.), best=dict(top1=31.5, epoch=0), teacher=dict(top1=60.), seconds=8.,
                firing_rates=dict(a=.2, b=.4))
 (folder / 'summary.json').write_text(json.dumps(summary))
@@ -61,7 +63,7 @@ RUNS = ablation.primary_runs(ablation.BASE, ['none', 'sscl'], [1, 2], [2])
 def test_interval_is_scipys_paired_t_interval():
     rng = np.random.RandomState(0)
     a, b = rng.normal(70, 1, 6), rng.normal(69, 1, 6)
-    paired = ablation.paired_interval(dict(enumerate(a)), dict(enumerate(b)))
+    paired = results.paired_interval(dict(enumerate(a)), dict(enumerate(b)))
     low, high = stats.ttest_rel(a, b).confidence_interval(0.95)
     assert paired.n == 6
     assert paired.mean == pytest.approx((low + high) / 2, rel=1e-12)  # the same formula in float64
@@ -69,15 +71,15 @@ def test_interval_is_scipys_paired_t_interval():
 
 
 def test_interval_of_two_pairs_by_hand():
-    # differences 1 and 3: mean 2, s = sqrt(2), s / sqrt(2) = 1, and t(0.975, 1) = tan(0.475 pi) for one degree of freedom
-    paired = ablation.paired_interval({1: 3., 2: 7.}, {1: 2., 2: 4.})
+    # differences 1 and 3: mean 2, s = sqrt(2), s / sqrt(2) = 1, t(0.975) = tan(0.475 pi) for one degree of freedom
+    paired = results.paired_interval({1: 3., 2: 7.}, {1: 2., 2: 4.})
     assert paired.mean == 2.
     assert paired.half == pytest.approx(math.tan(0.475 * math.pi), rel=1e-9)  # closed form of the Cauchy quantile
 
 
 def test_only_common_seeds_are_paired():
-    assert ablation.paired_interval({1: 5., 2: 9.}, {1: 4.}) == (1., None, 1)
-    assert ablation.paired_interval({1: 5.}, {2: 4.}) is None
+    assert results.paired_interval({1: 5., 2: 9.}, {1: 4.}) == (1., None, 1)
+    assert results.paired_interval({1: 5.}, {2: 4.}) is None
 
 
 # ---- the plan
@@ -113,7 +115,8 @@ def test_train_takes_every_command(scale, tmp_path):
             *ablation.primary_runs(ablation.BASE, list(ablation.primary_variants(ablation.BASE)), [1], [4]),
             ablation.teacher_run('primary')]
     for run in runs:
-        words = ablation.command(run, ablation.SCALES[scale], tmp_path, tmp_path / run.name, 1, tmp_path / 'teacher.pth')
+        words = ablation.command(
+            run, ablation.SCALES[scale], tmp_path, tmp_path / run.name, 1, tmp_path / 'teacher.pth')
         args, _ = parse_args(words)
         assert args.experiment == run.name and args.seed == run.seed
         if run.timesteps:
@@ -184,39 +187,43 @@ def test_a_run_that_another_process_holds_is_left_alone(runner, capsys):
     assert other.stdout.readline() == 'held\n'
     runner(RUNS[:2], arguments(runner, RUNS))
     other.communicate('')
-    assert not folder.exists() and ablation.is_done(runner.folder(RUNS[1]))
+    assert not folder.exists() and ablation_runs.is_done(runner.folder(RUNS[1]))
     assert 'another process' in capsys.readouterr().out
 
 
 def test_nothing_starts_that_would_not_be_done_by_the_deadline(runner):
     runner(RUNS[:1], arguments(runner, RUNS))
     late = Runner(runner.output, 1, time.time() + 4, 'abc123', runner.train)
-    assert late.estimate(RUNS[1]) == 8. and late.estimate(RUNS[1]._replace(timesteps=4)) == 16.  # the fake's 8 s at T = 2
+    assert late.estimate(RUNS[1]) == 8.  # the fake's, at T = 2
+    assert late.estimate(RUNS[1]._replace(timesteps=4)) == 16.
     late(RUNS[:2], arguments(runner, RUNS))
     assert not late.folder(RUNS[1]).exists()
 
 
 def test_nothing_starts_while_the_machine_is_busy(runner, monkeypatch):
     loads = iter([3., 2.5, 1.])
-    monkeypatch.setattr(ablation.os, 'getloadavg', lambda: (next(loads), 0., 0.))
+    monkeypatch.setattr(ablation_runs.os, 'getloadavg', lambda: (next(loads), 0., 0.))
     runner.max_load = 2.
     runner(RUNS[:1], arguments(runner, RUNS))
-    assert ablation.is_done(runner.folder(RUNS[0])) and next(loads, None) is None  # asked until it fell below 2
+    assert ablation_runs.is_done(runner.folder(RUNS[0])) and next(loads, None) is None  # asked until it fell below 2
 
 
 # ---- results
 
 def test_csvs_hold_a_row_per_run_and_per_epoch_and_layer(runner, tmp_path):
     runner(RUNS, arguments(runner, RUNS))
-    rows, layers = ablation.collect(runner.output, 'small')
-    ablation.write_csv(tmp_path / 'runs.csv', rows, ('seconds', 'revision'))
-    read = ablation.read_csv(tmp_path / 'runs.csv')
+    rows, layers = results.collect(runner.output, 'small')
+    results.write_csv(tmp_path / 'runs.csv', rows, ('seconds', 'revision'))
+    read = results.read_csv(tmp_path / 'runs.csv')
     with open(tmp_path / 'runs.csv') as file:
         assert next(csv.reader(file))[-2:] == ['seconds', 'revision']
     assert sorted((r['variant'], r['seed']) for r in read) == sorted((r.variant, str(r.seed)) for r in RUNS)
     sscl = next(r for r in read if r['variant'] == 'sscl')
-    assert (sscl['top1_last'], sscl['top1_best'], sscl['best_epoch'], sscl['train_loss']) == ('31.0', '31.5', '1', '1.0')
-    assert (sscl['sscl_weight'], sscl['teacher_top1'], sscl['firing_rate'], sscl['revision']) == ('0.1', '60.0', '0.3', 'abc123')
+    outcome = {key: sscl[key] for key in ('top1_last', 'top1_best', 'best_epoch', 'train_loss')}
+    assert outcome == dict(top1_last='31.0', top1_best='31.5', best_epoch='1', train_loss='1.0')
+    assert (sscl['opt'], sscl['lr']) == ('adamw', '0.002')
+    assert [sscl[key] for key in ('sscl_weight', 'teacher_top1', 'firing_rate', 'revision')] == [
+        '0.1', '60.0', '0.3', 'abc123']
     assert len(layers) == len(RUNS) * 2
     assert {k: layers[1][k] for k in ('epoch', 'layer', 'nce', 'mi_bound', 'weight')} == dict(
         epoch=2, layer='layer1', nce='1.25', mi_bound='1.5', weight='4')
@@ -229,21 +236,21 @@ def table_rows(values):
 
 def test_table_has_the_paired_difference_and_the_papers(tmp_path):
     rows = table_rows(dict(none=[40., 42.], sscl=[43., 43.], kd=[41.]))
-    table = {r['mode']: r for r in ablation.comparison(rows, 2)}
+    table = {r['mode']: r for r in results.comparison(rows, 2)}
     assert table['none']['difference'] is None and table['none']['top1'] == 41.
-    assert table['sscl']['difference'] == ablation.paired_interval({0: 43., 1: 43.}, {0: 40., 1: 42.})
+    assert table['sscl']['difference'] == results.paired_interval({0: 43., 1: 43.}, {0: 40., 1: 42.})
     assert table['kd']['difference'].half is None
     assert table['sscl']['paper'] == 69.81 and table['sscl']['paper_difference'] == pytest.approx(1.54)
-    lines = ablation.comparison_lines(rows, 2)
+    lines = results.comparison_lines(rows, 2)
     assert any('| 43.00 | 44.00 | +2.00 ± 12.71 | 69.81 | +1.54 |' in line for line in lines)  # t(0.975, 1) = 12.706
 
 
 def test_readme_section_is_put_in_once_and_replaced(tmp_path):
     file = tmp_path / 'README.md'
     file.write_text('before\n\n## Options that matter\n\nafter\n')
-    ablation.write_readme([ablation.BEGIN, 'first', ablation.END], file)
-    ablation.write_readme([ablation.BEGIN, 'second', ablation.END], file)
-    assert file.read_text() == f'before\n\n{ablation.BEGIN}\nsecond\n{ablation.END}\n\n## Options that matter\n\nafter\n'
+    results.write_readme([results.BEGIN, 'first', results.END], file)
+    results.write_readme([results.BEGIN, 'second', results.END], file)
+    assert file.read_text() == f'before\n\n{results.BEGIN}\nsecond\n{results.END}\n\n## Options that matter\n\nafter\n'
 
 
 # ---- diagnosis
@@ -263,7 +270,7 @@ def test_term_gradients_are_those_of_the_terms():
             a, b = self.student.conv1[0], self.student.layer1[0]
             return dict(task_loss=((a - x) ** 2).sum() + b[0], term_loss=.5 * (b ** 2).sum())
 
-    stem, layer1 = ablation.term_gradients(Task(), [(torch.tensor(1.), None)] * 2)
+    stem, layer1 = ablation_gradients.term_gradients(Task(), [(torch.tensor(1.), None)] * 2)
     assert stem == dict(stage='stem', task_norm=2., added_norm=0., ratio=0., cosine=0.)
     # gradients (1, 0) and 3 * (1, 2): norms 1 and 3 sqrt(5), cosine 1 / sqrt(5); rounded to 5 places
     assert layer1['task_norm'] == 1. and layer1['ratio'] == pytest.approx(3 * 5 ** .5, abs=1e-5)

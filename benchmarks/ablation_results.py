@@ -1,0 +1,375 @@
+"""Results of the ablation: CSVs from finished runs, paired intervals, tables, the figure and README's section."""
+import csv
+import json
+import math
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+
+import matplotlib
+import numpy as np
+import yaml
+from scipy import stats
+
+from ablation_runs import Run, finished_runs
+
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt  # noqa: E402
+
+RUNS_CSV, LAYERS_CSV, GRADIENTS_CSV = 'ablation_runs.csv', 'ablation_layers.csv', 'ablation_gradients.csv'
+FIGURE = 'ablation.png'
+BEGIN, END = '<!-- results: written by benchmarks/ablation.py -->', '<!-- end of results -->'
+NEXT_SECTION = '## Options that matter'
+
+# Table 3 of the paper: CIFAR-100, ResNet20, top-1 % by T
+PAPER = {
+    'none': {2: 68.27, 4: 71.45}, 'kd': {2: 68.74, 4: 71.72}, 'contrastive': {2: 69.25, 4: 72.16},
+    'sscl': {2: 69.81, 4: 72.86},
+}
+
+
+class Facts(NamedTuple):
+    """What the report tells about the scale of the runs; None for all."""
+    classes: Optional[int]
+    images_per_class: Optional[int]
+    width: int
+    epochs: int
+    teacher_epochs: int
+
+
+_LAYER_KEYS = ('cka', 'cka_running', 'weight', 'nce', 'mi_bound')
+
+
+def collect(output: Path, scale: str) -> Tuple[List[Dict[str, Any]], List[Dict[str, Any]]]:
+    """(a row per run, a row per run, epoch and layer) of all finished runs."""
+    runs, layers = [], []
+    for run, revision, folder in finished_runs(output):
+        summary = json.loads((folder / 'summary.json').read_text())
+        with open(folder / 'summary.csv') as epochs_file:
+            epochs = list(csv.DictReader(epochs_file))
+        settings = yaml.safe_load((folder / 'args.yaml').read_text())
+        recipe = {name: settings[name] for name in ('opt', 'lr', 'weight_decay')}
+        runs.append(run_row(run._replace(options={**recipe, **run.options}), scale, summary, epochs, revision))
+        layers += layer_rows(run, epochs)
+    return runs, layers
+
+
+def run_row(
+        run: Run,
+        scale: str,
+        summary: Mapping[str, Any],
+        epochs: Sequence[Mapping[str, Any]],
+        revision: str,
+) -> Dict[str, Any]:
+    """One line of the results: what was run, and what came out after the last epoch (and at the best, labelled)."""
+    rates = list(summary['firing_rates'].values())
+    return dict(
+        scale=scale, phase=run.phase, variant=run.variant, seed=run.seed, timesteps=run.timesteps, **run.options,
+        epochs=len(epochs), top1_last=round(summary['student']['top1'], 2), top1_best=round(summary['best']['top1'], 2),
+        best_epoch=summary['best']['epoch'] + 1, train_loss=round(float(epochs[-1]['train_loss']), 4),
+        train_task_loss=_number(epochs[-1].get('train_task_loss')), val_loss=round(summary['student']['loss'], 4),
+        teacher_top1=round(summary['teacher']['top1'], 2) if summary['teacher'] else None,
+        firing_rate=round(float(np.mean(rates)), 4) if rates else None, seconds=summary['seconds'], revision=revision)
+
+
+def _number(text: Optional[str]) -> Optional[float]:
+    return None if text in (None, '') else round(float(text), 4)
+
+
+def layer_rows(run: Run, epochs: Sequence[Mapping[str, Any]]) -> List[Dict[str, Any]]:
+    """CKA, NCE, weight and MI bound per epoch and layer, as means over the epoch's training steps."""
+    prefix = 'train_mi_bound_'
+    rows = []
+    for epoch in epochs:
+        for layer in (name[len(prefix):] for name in epoch if name.startswith(prefix)):
+            values = {key: _short(epoch.get(f'train_{key}_{layer}')) for key in _LAYER_KEYS}
+            rows.append(dict(
+                phase=run.phase, variant=run.variant, seed=run.seed, timesteps=run.timesteps,
+                epoch=int(epoch['epoch']) + 1, layer=layer, **values))
+    return rows
+
+
+def _short(text: Optional[str]) -> Optional[str]:
+    return None if text in (None, '') else f'{float(text):.4g}'
+
+
+def write_results(results: Path, runs: Sequence[Mapping[str, Any]], layers: Sequence[Mapping[str, Any]]) -> None:
+    """The two CSVs of what `collect` found."""
+    outcome = ('epochs', 'top1_last', 'top1_best', 'best_epoch', 'train_loss', 'train_task_loss', 'val_loss',
+               'teacher_top1', 'firing_rate', 'seconds', 'revision')
+    write_csv(results / RUNS_CSV, runs, outcome)
+    write_csv(results / LAYERS_CSV, layers)
+
+
+def write_csv(file: Path, rows: Sequence[Mapping[str, Any]], last: Sequence[str] = ()) -> None:
+    """All keys of all rows as columns; these ones last."""
+    columns = list(dict.fromkeys(key for row in rows for key in row if key not in last))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, 'w', newline='') as out:
+        writer = csv.DictWriter(out, [*columns, *last], lineterminator='\n')
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_csv(file: Path) -> List[Dict[str, str]]:
+    if not file.is_file():
+        return []
+    with open(file) as rows:
+        return list(csv.DictReader(rows))
+
+
+class Paired(NamedTuple):
+    """Mean difference over pairs, and half the width of its 95 % interval (None with one pair)."""
+    mean: float
+    half: Optional[float]
+    n: int
+
+
+def paired_interval(a: Mapping[int, float], b: Mapping[int, float]) -> Optional[Paired]:
+    """a - b over the seeds that both have: mean and 95 % interval by the t distribution.
+
+    Args:
+        a: Value by seed.
+        b: Value by seed.
+
+    Returns:
+        None where no seed is common.
+    """
+    differences = np.array([a[seed] - b[seed] for seed in a if seed in b])
+    n = len(differences)
+    if n == 0:
+        return None
+    half = None
+    if n > 1:
+        half = float(stats.t.ppf(0.975, n - 1) * differences.std(ddof=1) / math.sqrt(n))
+    return Paired(float(differences.mean()), half, n)
+
+
+def by_seed(rows: Sequence[Mapping[str, Any]], phase: str, variant: str, timesteps: int) -> Dict[int, float]:
+    return {int(row['seed']): float(row['top1_last']) for row in rows
+            if (row['phase'], row['variant'], int(row['timesteps'])) == (phase, variant, timesteps)}
+
+
+# ---- tables and figure
+
+LABELS = OrderedDict(
+    none='baseline (cross-entropy)', kd='distillation (logits)', contrastive='contrastive, uniform weights',
+    contrastive_matched="contrastive, uniform at SSCL's total weight", sscl='SSCL', sscl_kd_step='SSCL + KL per step')
+
+
+def comparison(rows: Sequence[Mapping[str, Any]], timesteps: int) -> List[Dict[str, Any]]:
+    """A row per mode of the primary comparison: accuracy, paired difference to the baseline, the paper's."""
+    base = by_seed(rows, 'primary', 'none', timesteps)
+    table = []
+    for mode, label in LABELS.items():
+        values = by_seed(rows, 'primary', mode, timesteps)
+        if not values:
+            continue
+        best = [float(r['top1_best']) for r in rows if (r['phase'], r['variant'], int(r['timesteps'])) == (
+            'primary', mode, timesteps)]
+        paper = PAPER.get(mode, {}).get(timesteps)
+        table.append(dict(
+            mode=mode, label=label, seeds=len(values), top1=float(np.mean(list(values.values()))),
+            best=float(np.mean(best)),
+            difference=None if mode == 'none' else paired_interval(values, base), paper=paper,
+            paper_difference=None if paper is None or mode == 'none' else paper - PAPER['none'][timesteps]))
+    return table
+
+
+def _paired_text(paired: Optional[Paired]) -> str:
+    if paired is None:
+        return ''
+    return f'{paired.mean:+.2f}' + (f' ± {paired.half:.2f}' if paired.half is not None else ' (one seed)')
+
+
+def _signed(value: Optional[float]) -> str:
+    return '' if value is None else f'{value:+.2f}'
+
+
+def comparison_lines(rows: Sequence[Mapping[str, Any]], timesteps: int) -> List[str]:
+    """The comparison as a Markdown table."""
+    lines = ['| mode | seeds | top-1, last epoch | best epoch | minus the baseline (95 %) | paper | minus its baseline |',
+             '|---|---|---|---|---|---|---|']
+    for r in comparison(rows, timesteps):
+        paper = '' if r['paper'] is None else f'{r["paper"]:.2f}'
+        cells = [r['label'], r['seeds'], f'{r["top1"]:.2f}', f'{r["best"]:.2f}', _paired_text(r['difference']), paper,
+                 _signed(r['paper_difference'])]
+        lines.append('| ' + ' | '.join(map(str, cells)) + ' |')
+    return lines
+
+
+def pair_lines(rows: Sequence[Mapping[str, Any]], timesteps: int) -> List[str]:
+    """SSCL against what shares its total weight, and against distillation, paired."""
+    sscl = by_seed(rows, 'primary', 'sscl', timesteps)
+    parts = []
+    for mode in ('kd', 'contrastive', 'contrastive_matched', 'sscl_kd_step'):
+        paired = paired_interval(sscl, by_seed(rows, 'primary', mode, timesteps))
+        if paired is not None:
+            parts.append(f'{LABELS[mode]} {_paired_text(paired)} ({paired.n} seeds)')
+    return [f'SSCL minus, T={timesteps}: ' + '; '.join(parts) + '.'] if parts else []
+
+
+_SETTINGS = ('critic', 'weight', 'temperature', 'cka_floor', 'cka_momentum', 'projection', 'weighting')
+
+
+def selection_lines(rows: Sequence[Mapping[str, Any]]) -> List[str]:
+    """Every configuration that was tried on the held-out images, with the difference to cross-entropy."""
+    rows = [r for r in rows if r['phase'] == 'select' and r['variant'] != 'teacher']
+    base = by_seed(rows, 'select', 'none', 2)
+    lines = ['| ' + ' | '.join(name.replace('_', ' ') for name in _SETTINGS) + ' | top-1, by seed | difference |',
+             '|---' * (len(_SETTINGS) + 2) + '|']
+    for variant in dict.fromkeys(r['variant'] for r in rows):
+        values = by_seed(rows, 'select', variant, 2)
+        first = next(r for r in rows if r['variant'] == variant)
+        cells = ['cross-entropy alone', *[''] * (len(_SETTINGS) - 1)] if variant == 'none' else [
+            first.get(f'sscl_{name}', '') for name in _SETTINGS]
+        accuracy = ', '.join(f'{values[seed]:.1f}' for seed in sorted(values))
+        paired = paired_interval(values, base)
+        difference = '' if variant == 'none' or paired is None else f'{paired.mean:+.1f}'
+        lines.append('| ' + ' | '.join([*cells, accuracy, difference]) + ' |')
+    return lines
+
+
+def gradient_lines(rows: Sequence[Mapping[str, Any]]) -> List[str]:
+    """Norm of the contrastive terms' gradient over cross-entropy's, by checkpoint and stage."""
+    stages = list(dict.fromkeys(r['stage'] for r in rows))
+    lines = ['| checkpoint | ' + ' | '.join(stages) + ' |', '|---' * (len(stages) + 1) + '|']
+    for run in dict.fromkeys(r['run'] for r in rows):
+        cells = []
+        for stage in stages:
+            row = next((r for r in rows if (r['run'], r['stage']) == (run, stage)), None)
+            cells.append('' if row is None else f'{float(row["ratio"]):.2f} ({float(row["cosine"]):+.2f})')
+        lines.append(f'| {run} | ' + ' | '.join(cells) + ' |')
+    return lines
+
+
+def readme_lines(
+        rows: Sequence[Mapping[str, Any]],
+        gradients: Sequence[Mapping[str, Any]],
+        facts: Facts,
+) -> List[str]:
+    """README's results section."""
+    primary = [r for r in rows if r['phase'] == 'primary']
+    teachers = {r['phase']: float(r['top1_last']) for r in rows if r['variant'] == 'teacher'}
+    what = 'all' if facts.classes is None else f'{facts.classes} of 100'
+    count = 'all their' if facts.images_per_class is None else f'{facts.images_per_class} of 500'
+    lines = [
+        BEGIN, '## Results', '',
+        f'The ablation of the paper\'s Table 3 at a scale that two CPU cores carry: real CIFAR-100, {what} classes, '
+        f'{count} training images per class, `resnet20_cifar` at width {facts.width}, {facts.epochs} epochs (the '
+        'paper: all classes and images, width 64, 400 epochs). The teacher is the ANN of the same width, trained '
+        f'for {facts.teacher_epochs} epochs on the same images: {teachers.get("primary", float("nan")):.2f} top-1; all '
+        'runs share it. **Nothing here reproduces the paper\'s numbers**: they stand beside ours so that the order '
+        'and the size of the differences can be compared.', '']
+    for timesteps in sorted({int(r['timesteps']) for r in primary if int(r['timesteps'])}):
+        lines += [f'T = {timesteps}, validation set ({100 * (facts.classes or 100):,} images):', '',
+                  *comparison_lines(rows, timesteps), '', *pair_lines(rows, timesteps), '']
+    lines += [
+        'Differences are paired by seed; ± is the half width of the 95 % interval (t distribution). "Best epoch" is '
+        'what public code of this line reports; it is chosen on the validation set.', '',
+        f'![Accuracy by mode, CKA and NCE per layer](benchmarks/results/{FIGURE})', '',
+        'Defaults were chosen before, on a tenth of the training set held out (1,000 images, so that one run is about '
+        f'± 1.5 points; teacher {teachers.get("select", float("nan")):.2f} there). Every configuration tried, sscl, '
+        'T = 2:', '',
+        *selection_lines(rows), '']
+    if gradients:
+        lines += ['Gradient of what is added over that of cross-entropy, ratio of the norms by stage and, in brackets, '
+                  'cosine between the two (`--phase diagnose`):', '', *gradient_lines(gradients), '']
+    run = 'python benchmarks/ablation.py --output output/ablation'
+    return [*lines, '```bash', f'{run} --data-dir CIFAR100 --phase select',
+            f'{run} --data-dir CIFAR100 --phase primary', f'{run} --phase diagnose', f'{run} --report  # figure, tables and this section', '```', '', END]
+
+
+def write_readme(lines: Sequence[str], file: Path) -> None:
+    """Put the section between its markers, or, the first time, before NEXT_SECTION."""
+    text = file.read_text()
+    section = '\n'.join(lines)
+    if BEGIN in text:
+        before, rest = text.split(BEGIN)
+        text = before + section + rest.split(END)[1]
+    else:
+        before, rest = text.split(NEXT_SECTION)
+        text = before + section + '\n\n' + NEXT_SECTION + rest
+    file.write_text(text)
+
+
+COLORS = dict(none='#7f7f7f', kd='#1f77b4', contrastive='#ff7f0e', contrastive_matched='#8c564b', sscl='#d62728',
+              sscl_kd_step='#9467bd')
+
+
+def draw(rows: Sequence[Mapping[str, Any]], layers: Sequence[Mapping[str, Any]], file: Path) -> None:
+    """Accuracy by mode with error bars, the paper's beside it; CKA and NCE per layer over the epochs of sscl at T=2."""
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), gridspec_kw=dict(width_ratios=(1.5, 1, 1)))
+    _draw_accuracy(axes[0], rows)
+    for axis, key, label in ((axes[1], 'cka_running', 'CKA, student and teacher'),
+                             (axes[2], 'nce', 'contrastive loss $-L_{NCE}$ (nats)')):
+        _draw_layers(axis, layers, key)
+        axis.set(xlabel='epoch', ylabel=label, title='SSCL, T = 2')
+        axis.grid(alpha=.3)
+    axes[2].legend(title='layer', fontsize=8, title_fontsize=8)
+    figure.tight_layout()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=100)
+    plt.close(figure)
+
+
+def _draw_accuracy(axis: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Difference to the baseline, paired, per mode and T; the paper's as open circles."""
+    modes = [mode for mode in LABELS if mode != 'none']
+    marks = {2: 'o', 4: 's'}
+    for t, offset in ((2, -.12), (4, .12)):
+        table = {r['mode']: r for r in comparison(rows, t)}
+        if 'none' not in table:
+            continue
+        for i, mode in enumerate(modes):
+            row = table.get(mode)
+            if row is None or row['difference'] is None:
+                continue
+            paired = row['difference']
+            axis.errorbar(i + offset, paired.mean, yerr=paired.half, fmt=marks[t], color=COLORS[mode], capsize=4,
+                          label=None)
+            axis.annotate(f'{row["top1"]:.1f}', (i + offset, paired.mean), xytext=(7, 0), textcoords='offset points',
+                          fontsize=8, va='center')
+            if row['paper_difference'] is not None:
+                axis.plot(i + offset, row['paper_difference'], marks[t], mfc='none', mec='black', ms=8)
+    axis.axhline(0, color=COLORS['none'], lw=1)
+    axis.set_xticks(range(len(modes)), [_short_label(mode) for mode in modes], fontsize=8)
+    axis.set_xlim(-.6, len(modes) - .4)
+    axis.set_ylabel('top-1 minus the baseline (points)')
+    base = ', '.join(f'{r["top1"]:.1f} at T = {t}' for t in (2, 4) for r in comparison(rows, t) if r['mode'] == 'none')
+    axis.set_title(f'baseline: {base}', fontsize=10)
+    for t, mark in marks.items():
+        axis.plot([], [], mark, color='#555555', label=f'here, T = {t}, 95 % interval')
+        axis.plot([], [], mark, mfc='none', mec='black', label=f'paper, T = {t} (full scale)')
+    axis.legend(fontsize=8)
+    axis.grid(axis='y', alpha=.3)
+
+
+def _short_label(mode: str) -> str:
+    return {'kd': 'distillation', 'contrastive': 'contrastive,\nuniform', 'sscl': 'SSCL',
+            'contrastive_matched': "uniform at\nSSCL's total", 'sscl_kd_step': 'SSCL +\nKL per step'}[mode]
+
+
+def _draw_layers(axis: Any, layers: Sequence[Mapping[str, Any]], key: str) -> None:
+    """One line per layer: the mean over the seeds of the primary sscl runs."""
+    chosen = [r for r in layers if (r['phase'], r['variant'], r['timesteps']) == ('primary', 'sscl', '2') and r[key]]
+    for layer in dict.fromkeys(r['layer'] for r in chosen):
+        epochs = sorted({int(r['epoch']) for r in chosen})
+        means = [np.mean([float(r[key]) for r in chosen if (r['layer'], int(r['epoch'])) == (layer, e)])
+                 for e in epochs]
+        axis.plot(epochs, means, marker='.', label=layer)
+
+
+def report(results: Path, readme: Path, facts: Facts) -> None:
+    """Figure, tables and README's section from the CSVs.
+
+    Raises:
+        SystemExit: There are none.
+    """
+    rows, layers = read_csv(results / RUNS_CSV), read_csv(results / LAYERS_CSV)
+    if not rows:
+        raise SystemExit(f'{results / RUNS_CSV} is missing: run the ablation first.')
+    draw(rows, layers, results / FIGURE)
+    lines = readme_lines(rows, read_csv(results / GRADIENTS_CSV), facts)
+    write_readme(lines, readme)
+    print('\n'.join(lines))
