@@ -48,7 +48,7 @@ SCALES = {
         dict(img_size=32, batch_size=100, sched_on_updates=True, warmup_epochs=1, scale=(0.6, 1.), ratio=(0.9, 1.1),
              color_jitter=0., smoothing=0., train_interpolation='bicubic', workers=0, checkpoint_hist=1,
              log_interval=25),
-        dict(epochs=8, opt='adamw', lr=2e-3, weight_decay=0.02),
+        dict(epochs=8, opt='adamw', lr=2e-3, weight_decay=0.02, amp=True, amp_dtype='bfloat16'),
         dict(epochs=40, opt='sgd', lr=0.1, weight_decay=5e-4)),
     'paper': Scale(
         'the full recipe: all images, full width, 400 epochs', None, None, 64,
