@@ -221,8 +221,11 @@ def selection_lines(rows: Sequence[Mapping[str, Any]]) -> List[str]:
     for variant in dict.fromkeys(r['variant'] for r in rows):
         values = by_seed(rows, 'select', variant, 2)
         first = next(r for r in rows if r['variant'] == variant)
-        cells = ['cross-entropy alone', *[''] * (len(_SETTINGS) - 1)] if variant == 'none' else [
-            first.get(f'sscl_{name}', '') for name in _SETTINGS]
+        if variant.startswith('none'):
+            cells = [variant.replace('none', 'cross-entropy alone').replace('_', ' '), *[''] * (len(_SETTINGS) - 1)]
+        else:
+            cells = [first.get(f'sscl_{name}', '') for name in _SETTINGS]
+            cells[0] += ', float32' if variant.endswith('float32') else ''
         accuracy = ', '.join(f'{values[seed]:.1f}' for seed in sorted(values))
         paired = paired_interval(values, base)
         difference = '' if variant == 'none' or paired is None else f'{paired.mean:+.1f}'
@@ -299,7 +302,7 @@ COLORS = dict(none='#7f7f7f', kd='#1f77b4', contrastive='#ff7f0e', contrastive_m
 
 def draw(rows: Sequence[Mapping[str, Any]], layers: Sequence[Mapping[str, Any]], file: Path) -> None:
     """Accuracy by mode with error bars, the paper's beside it; CKA and NCE per layer over the epochs of sscl at T=2."""
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), gridspec_kw=dict(width_ratios=(1.5, 1, 1)))
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4.4), gridspec_kw=dict(width_ratios=(1.9, 1, 1)))
     _draw_accuracy(axes[0], rows)
     for axis, key, label in ((axes[1], 'cka_running', 'CKA, student and teacher'),
                              (axes[2], 'nce', 'contrastive loss $-L_{NCE}$ (nats)')):
@@ -313,41 +316,47 @@ def draw(rows: Sequence[Mapping[str, Any]], layers: Sequence[Mapping[str, Any]],
     plt.close(figure)
 
 
+_MARKS = {2: 'o', 4: 's'}
+
+
 def _draw_accuracy(axis: Any, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Difference to the baseline, paired, per mode and T; the paper's as open circles."""
+    """Difference to the baseline per mode and T: every seed, mean and interval; the paper's as open marks."""
+    tables = {t: {r['mode']: r for r in comparison(rows, t)} for t in _MARKS}
     modes = [mode for mode in LABELS if mode != 'none']
-    marks = {2: 'o', 4: 's'}
-    for t, offset in ((2, -.12), (4, .12)):
-        table = {r['mode']: r for r in comparison(rows, t)}
-        if 'none' not in table:
-            continue
+    for t, offset in ((2, -.15), (4, .15)):
+        base = by_seed(rows, 'primary', 'none', t)
         for i, mode in enumerate(modes):
-            row = table.get(mode)
+            row = tables[t].get(mode)
             if row is None or row['difference'] is None:
                 continue
+            seeds = [value - base[s] for s, value in by_seed(rows, 'primary', mode, t).items() if s in base]
+            axis.plot([i + offset] * len(seeds), seeds, '.', color=COLORS[mode], alpha=.5, ms=5)
             paired = row['difference']
-            axis.errorbar(i + offset, paired.mean, yerr=paired.half, fmt=marks[t], color=COLORS[mode], capsize=4,
-                          label=None)
-            axis.annotate(f'{row["top1"]:.1f}', (i + offset, paired.mean), xytext=(7, 0), textcoords='offset points',
-                          fontsize=8, va='center')
+            axis.errorbar(i + offset, paired.mean, yerr=paired.half if paired.n > 2 else None, fmt=_MARKS[t],
+                          color=COLORS[mode], capsize=4)
             if row['paper_difference'] is not None:
-                axis.plot(i + offset, row['paper_difference'], marks[t], mfc='none', mec='black', ms=8)
+                axis.plot(i + offset + .12, row['paper_difference'], _MARKS[t], mfc='none', mec='black', ms=6)
     axis.axhline(0, color=COLORS['none'], lw=1)
-    axis.set_xticks(range(len(modes)), [_short_label(mode) for mode in modes], fontsize=8)
+    axis.set_xticks(range(len(modes)), [_tick(mode, tables) for mode in modes], fontsize=8)
     axis.set_xlim(-.6, len(modes) - .4)
-    axis.set_ylabel('top-1 minus the baseline (points)')
-    base = ', '.join(f'{r["top1"]:.1f} at T = {t}' for t in (2, 4) for r in comparison(rows, t) if r['mode'] == 'none')
-    axis.set_title(f'baseline: {base}', fontsize=10)
-    for t, mark in marks.items():
-        axis.plot([], [], mark, color='#555555', label=f'here, T = {t}, 95 % interval')
-        axis.plot([], [], mark, mfc='none', mec='black', label=f'paper, T = {t} (full scale)')
+    axis.set_ylabel('top-1 minus the baseline, same seed (points)')
+    axis.set_title('baseline: ' + _accuracies('none', tables), fontsize=10)
+    for t in (t for t in _MARKS if 'none' in tables[t]):
+        axis.plot([], [], _MARKS[t], color='#555555', label=f'here, T = {t}: mean, 95 %, seeds')
+        axis.plot([], [], _MARKS[t], mfc='none', mec='black', label=f'paper, T = {t}, full scale')
     axis.legend(fontsize=8)
     axis.grid(axis='y', alpha=.3)
 
 
-def _short_label(mode: str) -> str:
-    return {'kd': 'distillation', 'contrastive': 'contrastive,\nuniform', 'sscl': 'SSCL',
+def _tick(mode: str, tables: Mapping[int, Mapping[str, Any]]) -> str:
+    """Name of a mode, and its accuracies below."""
+    name = {'kd': 'distillation', 'contrastive': 'contrastive,\nuniform', 'sscl': 'SSCL',
             'contrastive_matched': "uniform at\nSSCL's total", 'sscl_kd_step': 'SSCL +\nKL per step'}[mode]
+    return name + ('' if '\n' in name else '\n') + '\n' + _accuracies(mode, tables)
+
+
+def _accuracies(mode: str, tables: Mapping[int, Mapping[str, Any]]) -> str:
+    return '; '.join(f'{table[mode]["top1"]:.1f} (T={t})' for t, table in tables.items() if mode in table)
 
 
 def _draw_layers(axis: Any, layers: Sequence[Mapping[str, Any]], key: str) -> None:
