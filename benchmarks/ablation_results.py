@@ -146,6 +146,7 @@ def paired_interval(a: Mapping[int, float], b: Mapping[int, float]) -> Optional[
 
 
 def by_seed(rows: Sequence[Mapping[str, Any]], phase: str, variant: str, timesteps: int) -> Dict[int, float]:
+    """Top-1 after the last epoch of a variant's runs."""
     return {int(row['seed']): float(row['top1_last']) for row in rows
             if (row['phase'], row['variant'], int(row['timesteps'])) == (phase, variant, timesteps)}
 
@@ -224,7 +225,7 @@ def selection_lines(rows: Sequence[Mapping[str, Any]]) -> List[str]:
         if variant.startswith('none'):
             cells = [variant.replace('none', 'cross-entropy alone').replace('_', ' '), *[''] * (len(_SETTINGS) - 1)]
         else:
-            cells = [first.get(f'sscl_{name}', '') for name in _SETTINGS]
+            cells = [str(first.get(f'sscl_{name}', '')) for name in _SETTINGS]
             cells[0] += ', float32' if variant.endswith('float32') else ''
         accuracy = ', '.join(f'{values[seed]:.1f}' for seed in sorted(values))
         paired = paired_interval(values, base)

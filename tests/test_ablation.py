@@ -229,6 +229,15 @@ def test_csvs_hold_a_row_per_run_and_per_epoch_and_layer(runner, tmp_path):
         epoch=2, layer='layer1', nce='1.25', mi_bound='1.5', weight='4')
 
 
+def test_every_configuration_that_was_tried_is_in_the_table(runner):
+    runs = ablation.select_runs(ablation.BASE, ['temperature'], [1, 2], [2])
+    runner(runs, arguments(runner, runs))
+    rows, _ = results.collect(runner.output, 'small')
+    lines = results.selection_lines(rows)
+    assert len(lines) == 2 + 1 + len(ablation.COORDINATES['temperature'])  # head, cross-entropy, the base being one of them
+    assert any(line == '| infonce | 0.1 | 0.07 | 0.1 | 0.1 | pooled | cka | 31.0, 31.0 | +0.0 |' for line in lines)
+
+
 def table_rows(values):
     return [dict(scale='small', phase='primary', variant=mode, seed=str(seed), timesteps='2', top1_last=str(top1),
                  top1_best=str(top1 + 1)) for mode, tops in values.items() for seed, top1 in enumerate(tops)]
