@@ -46,8 +46,8 @@ from timm.utils.clip_grad import dispatch_clip_grad
 from timm.utils.summary import trim_summary
 from torchvision.utils import save_image
 
-from timm_sscl import SSCLTask, calibrate, convert_ann, share_stem
-from timm_sscl.data import create_dataset
+from timm_sscl import SSCLTask, calibrate, convert_ann, set_stem_pool, share_stem
+from timm_sscl.data import CIFAR_POLICY, augment_cifar, create_dataset
 from timm_sscl.neurons import packed_spikes
 from timm_sscl.options import ARGS_FILE, OptionError, parse_args
 from timm_sscl.registry import PREFIX
@@ -75,6 +75,8 @@ TEACHER_SETTINGS = (
     'mixup_switch_prob', 'mixup_mode', 'mixup_off_epoch', 'smoothing', 'train_interpolation', 'drop', 'drop_path',
     'drop_block', 'bn_momentum', 'bn_eps', 'teacher_pretrained', 'teacher_size', 'teacher_mean', 'teacher_std',
 )
+
+_NEWER_TEACHER_SETTINGS = ('crop_padding', 'cutout')  # counted where given, so that older teachers are found
 
 
 @contextmanager
@@ -166,7 +168,7 @@ def create_student(args: Namespace, num_classes: int) -> nn.Module:
     """The student, spiking where its name says so, with the weights that were asked for."""
     check_model_name(args.model, '--model')
     neuron = {name: getattr(args, name) for name in ('timesteps', 'tau', 'v_threshold', 'v_reset', 'detach_reset')}
-    neuron.update(include=args.neuron_include, exclude=args.neuron_exclude)
+    neuron.update(include=args.neuron_include, exclude=args.neuron_exclude, norm=args.norm)
     neuron = {name: value for name, value in neuron.items() if value is not None}
     if args.neuron_init == 'ann' and (set(neuron) & {'tau', 'v_threshold', 'v_reset'} or not (
             args.initial_checkpoint or args.pretrained or args.pretrained_path)):
@@ -176,6 +178,10 @@ def create_student(args: Namespace, num_classes: int) -> nn.Module:
         option = next(iter(neuron)).replace('_', '-').replace('include', 'neuron-include').replace('exclude', 'neuron-exclude')
         raise OptionError(f"--{option}: '{args.model}' does not spike; "
                           f"--model {PREFIX}{args.model} does.")
+    if args.norm is not None and args.sync_bn:
+        raise OptionError(f'--norm {args.norm}: --sync-bn would replace its norms by plain ones; use one.')
+    if args.stem_pool is not None and args.model.startswith(PREFIX):
+        neuron['stem_pool'] = args.stem_pool
     overlay = {}
     if args.pretrained_path:
         if not os.path.isfile(args.pretrained_path):
@@ -183,6 +189,8 @@ def create_student(args: Namespace, num_classes: int) -> nn.Module:
         overlay = dict(pretrained_cfg_overlay=dict(file=args.pretrained_path, num_classes=-1))  # -1: adapt the head
     kwargs = model_kwargs(args, args.model, num_classes, {**args.model_kwargs, **overlay, **neuron})
     student = timm.create_model(pretrained=args.pretrained or bool(args.pretrained_path), **kwargs)
+    if args.stem_pool is not None:
+        set_stem_pool(student, args.stem_pool)
     if args.initial_checkpoint:
         load_weights(student, args.initial_checkpoint, '--initial-checkpoint')
     if args.share_stem:
@@ -244,8 +252,17 @@ def create_teacher(args: Namespace, num_classes: int, data_config: Dict[str, Any
         teacher = create((channels, *wanted))
         _logger.info(f'Teacher {name} cannot be built for images of {size[0]} x {size[1]} ({error}): it sees them '
                      f'resized to {wanted[0]} x {wanted[1]}.')
+    if _pools_as_student(args):
+        set_stem_pool(teacher, args.stem_pool)
     return _placed(args, teacher), TeacherInput(
         wanted if wanted != tuple(size) else None, _renormalization(args, teacher, data_config))
+
+
+def _pools_as_student(args: Namespace) -> bool:
+    """Whether --stem-pool applies to the teacher: the student's own ANN, unless timm's weights, trained with max
+    pooling, are taken as they are."""
+    as_they_are = args.teacher_pretrained and not args.teacher_epochs
+    return args.stem_pool is not None and teacher_name(args) == args.model.removeprefix(PREFIX) and not as_they_are
 
 
 def _renormalization(args: Namespace, teacher: nn.Module, data_config: Dict[str, Any]) -> Optional[Tuple]:
@@ -346,12 +363,18 @@ def create_loaders(
     interpolation = args.train_interpolation
     if args.no_aug or not interpolation:
         interpolation = data_config['interpolation']
+    policy = args.aa == CIFAR_POLICY  # not timm's; color jitter is off beside it, as beside timm's
     train = create_loader(
         datasets[0], batch_size=args.batch_size, is_training=True, no_aug=args.no_aug, re_prob=args.reprob,
         re_mode=args.remode, re_count=args.recount, re_split=args.resplit, train_crop_mode=args.train_crop_mode,
-        scale=args.scale, ratio=args.ratio, hflip=args.hflip, vflip=args.vflip, color_jitter=args.color_jitter,
-        color_jitter_prob=args.color_jitter_prob, grayscale_prob=args.grayscale_prob or 0.,
-        gaussian_blur_prob=args.gaussian_blur_prob or 0., auto_augment=args.aa, interpolation=interpolation, **common)
+        scale=args.scale, ratio=args.ratio, hflip=args.hflip, vflip=args.vflip,
+        color_jitter=None if policy else args.color_jitter, color_jitter_prob=args.color_jitter_prob,
+        grayscale_prob=args.grayscale_prob or 0., gaussian_blur_prob=args.gaussian_blur_prob or 0.,
+        auto_augment=None if policy else args.aa,
+        interpolation=interpolation, **common)
+    if not args.no_aug and (policy or args.crop_padding is not None or args.cutout is not None):
+        datasets[0].transform = augment_cifar(
+            datasets[0].transform, data_config['input_size'][1:], args.crop_padding, policy, args.cutout)
     val = create_loader(
         datasets[1], batch_size=args.validation_batch_size or args.batch_size, is_training=False,
         interpolation=data_config['interpolation'], crop_pct=data_config['crop_pct'], **common)
@@ -704,6 +727,9 @@ def teacher_folder(args: Namespace, teacher: nn.Module, num_classes: int, root: 
         data_dir=str(Path(args.data_dir).resolve()) if args.data_dir else None,
         epochs=args.teacher_epochs or args.epochs,
         data_config={k: str(v) for k, v in sorted(args.data_config.items())})
+    settings.update({name: getattr(args, name) for name in _NEWER_TEACHER_SETTINGS if getattr(args, name) is not None})
+    if _pools_as_student(args):
+        settings['stem_pool'] = args.stem_pool
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:10]
     return root / 'teachers' / f'{safe_model_name(teacher_name(args))}-{digest}'
 

@@ -10,6 +10,7 @@ from .representation import representation_bits
 from .similarity import cka, hsic
 from .sscl import SSCLLoss
 from .stem import share_stem
+from .stem_pool import set_stem_pool
 from .task import SSCLTask
 
 __version__ = '0.1.0'

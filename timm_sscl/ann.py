@@ -1,5 +1,6 @@
 """convert_ann: a trained ReLU network as integrate-and-fire neurons, whose rates approach its activations."""
 import logging
+from dataclasses import replace
 from typing import Dict, List, Tuple
 
 import torch
@@ -8,7 +9,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .convert import convert_to_spiking
 from .neurons import LIF
-from .spiking import SpikingModule, SpikingSettings
+from .spiking import SpikingModule
+from .tdbn import norm_records
 
 __all__ = ['convert_ann', 'ann_obstacles']
 
@@ -32,6 +34,8 @@ def ann_obstacles(model: SpikingModule) -> List[str]:
     for record in model._records():
         if record.was not in _RECTIFIERS:
             found.setdefault(record.was, []).append(record.name)
+    if model.settings.norm is not None:
+        found['tdBN'] = [record.name for record in norm_records(model) if record.alpha is not None]
     for name, module in model.named_modules():
         kind = type(module).__name__
         attends = 'attention' in kind.lower() and any(True for _ in module.children())
@@ -78,9 +82,8 @@ def convert_ann(
         raise ValueError(f'{type(model).__name__} is no network of ReLU and batch norms, so that thresholds cannot '
                          f'stand for its activations: {"; ".join(obstacles)}. Use its weights as an initialisation '
                          f'(calibrate).')
-    policy = dict(include=model.settings.include, exclude=model.settings.exclude)
     thresholds = _thresholds(model, images, per_channel, percentile / 100)
-    model._set_settings(SpikingSettings(timesteps=timesteps, **INTEGRATE_AND_FIRE, **policy))
+    model._set_settings(replace(model.settings, timesteps=timesteps, **INTEGRATE_AND_FIRE))
     for lif, threshold in thresholds.items():
         lif.set_gain(1 / threshold, threshold)
     _logger.info(f'{type(model).__name__}: {len(thresholds)} layers of ReLU are integrate-and-fire neurons, thresholds '
@@ -100,7 +103,7 @@ def _thresholds(model: SpikingModule, images: torch.Tensor, per_channel: bool, q
 
     settings, modes = model.settings, {module: module.training for module in model.modules()}
     handles = [lif.register_forward_hook(as_ann) for lif in model.neurons().values()]
-    model._set_settings(SpikingSettings(timesteps=1))
+    model._set_settings(replace(settings, timesteps=1))
     model.eval()
     try:
         for chunk in images.split(_CHUNK):

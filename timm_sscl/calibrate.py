@@ -55,6 +55,9 @@ def calibrate(model: nn.Module, images: torch.Tensor) -> List[LayerDrive]:
             images holds something that is not finite.
     """
     _check(model, images)
+    if model.settings.norm is not None:
+        _logger.warning(f"{type(model).__name__}: the gains make up for the scale that norm='{model.settings.norm}' "
+                        f'gives the currents, so that training starts as with plain batch norms.')
     _revive_zeros(model)
     drives: Dict[str, '_Drive'] = {}
     handles = []

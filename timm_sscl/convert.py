@@ -13,7 +13,9 @@ from .functional import (NEURON_NAME, called_activations, calls_noise, function_
 from .neurons import LIF
 from .policy import GROUPS, HEAD, Policy
 from .spiking import SpikingEncoder, SpikingModel, SpikingModule, SpikingSettings, spiking_class
+from .stem_pool import has_average_stem_pool, set_stem_pool, stem_max_pool
 from .stochastic import share_mask_over_time, why_no_shared_mask
+from .tdbn import scaled_batch_norms, set_norm
 
 __all__ = ['convert_to_spiking', 'ConversionRecord', 'SOFT_RESET']
 
@@ -253,10 +255,12 @@ def _explicit_settings(
         v_init: Optional[float] = None,
         include: Optional[Sequence[str]] = None,
         exclude: Optional[Sequence[str]] = None,
+        stem_pool: Optional[str] = None,
+        norm: Optional[str] = None,
 ) -> Dict[str, object]:
     """Only the settings that were given, as SpikingSettings takes them; 'soft' becomes v_reset=None."""
     given = dict(timesteps=timesteps, tau=tau, v_threshold=v_threshold, v_reset=v_reset, detach_reset=detach_reset,
-                 v_init=v_init, include=include, exclude=exclude)
+                 v_init=v_init, include=include, exclude=exclude, stem_pool=stem_pool, norm=norm)
     given = {k: v for k, v in given.items() if v is not None}
     if isinstance(v_reset, str):
         if v_reset != SOFT_RESET:
@@ -279,6 +283,8 @@ def convert_to_spiking(
         include: Union[str, Sequence[str], None] = None,
         exclude: Union[str, Sequence[str], None] = None,
         input_size: Optional[Sequence[int]] = None,
+        stem_pool: Optional[str] = None,
+        norm: Optional[str] = None,
 ) -> nn.Module:
     """Turn a model into a spiking network, in place: its activations become multi-step LIF neurons.
 
@@ -311,20 +317,29 @@ def convert_to_spiking(
         exclude: Patterns of activations that stay analog.
         input_size: Shape of one sample, (C, H, W), for the probe that finds activations without a batch axis; guessed
             from the model by default. timm's own models need no probe.
+        stem_pool: 'avg' pools spikes by the average in the stem of a ResNet, as the paper does, where timm has a max
+            pooling; see set_stem_pool.
+        norm: 'tdbn' makes every batch norm a tdBN: its scale is multiplied by v_threshold, and by 1/sqrt(2) where two
+            branches add (see set_norm). Weights load as before, but mean something else: an ANN's weights under tdBN
+            give currents smaller by that factor.
 
     Returns:
         The model itself, now of a subclass of its class.
 
     Raises:
         ValueError: A setting is out of range, a pattern matches nothing, the model is spiking or compiled already, or
-            nothing would be swapped.
+            nothing would be swapped; stem_pool or norm are asked of a model without a max pooling in its stem, or
+            without batch norms.
         NotImplementedError: The model holds a part whose activation cannot be swapped; the message names it.
     """
     v_reset = None if v_reset is _NOT_GIVEN else SOFT_RESET if v_reset is None else v_reset
     explicit = _explicit_settings(
-        timesteps, tau, v_threshold, v_reset, detach_reset, v_init, _patterns(include), _patterns(exclude))
-    settings = SpikingSettings(**explicit)
+        timesteps, tau, v_threshold, v_reset, detach_reset, v_init, _patterns(include), _patterns(exclude), stem_pool,
+        norm)
+    kept = {'stem_pool': 'avg'} if has_average_stem_pool(model) else {}  # set_stem_pool was called on the ANN
+    settings = SpikingSettings(**{**kept, **explicit})
     _refuse_unsupported(model)
+    _check_fits(model, settings)
     plan = _make_plan(model, settings, input_size)
     swapped = Counter(record.was for record in plan.records if record.now == 'LIF')
     if not swapped:
@@ -336,10 +351,20 @@ def convert_to_spiking(
     model.__class__ = spiking_class(_mixin(model), type(model))
     model.settings = settings
     model._explicit = frozenset(explicit)
+    set_stem_pool(model, settings.stem_pool)
+    set_norm(model, settings.norm, settings.v_threshold)
     model._report = plan.records
     _logger.info(f'{type(model).__name__}: {sum(swapped.values())} activations became LIF '
                  f'({", ".join(f"{n} {kind}" for kind, n in swapped.most_common())}), {settings}')
     return model
+
+
+def _check_fits(model: nn.Module, settings: SpikingSettings) -> None:
+    """Raise before anything is changed where the model lacks what a setting is about."""
+    if settings.stem_pool is not None and not has_average_stem_pool(model):
+        stem_max_pool(model)
+    if settings.norm is not None and not scaled_batch_norms(model):
+        raise ValueError(f"norm='{settings.norm}': {type(model).__name__} has no batch norm with a scale.")
 
 
 def _mixin(model: nn.Module) -> type:

@@ -80,6 +80,11 @@ class _Trace(TorchFunctionMode):
             self.made[id(out)] = call
         return out
 
+    def unscaled(self, weight: Any) -> Any:
+        """The parameter that a norm's scale is a constant multiple of, as in tdBN; else the scale itself."""
+        call = self.made.get(id(weight))
+        return call.args[0] if call is not None and call.name == 'mul' and isinstance(call.args[1], float) else weight
+
     def close(self) -> None:
         for handle in self.handles:
             handle.remove()
@@ -140,7 +145,7 @@ def _fold_gain(trace: _Trace, parameters: Dict[int, str], call: Tuple[torch.Tens
         x = made.args[0]
     if made is None or made.name not in _AFFINE:
         return [], f'its input comes from {made.name if made else "outside"}'
-    weight, bias = made.parameter('weight'), made.parameter('bias')
+    weight, bias = trace.unscaled(made.parameter('weight')), made.parameter('bias')
     taken = [p for p in (weight, bias) if p is not None]
     if weight is None or not all(id(p) in parameters and len(trace.taken[id(p)]) == 1 for p in taken):
         return [], 'its input comes from parameters that are shared, computed or none'

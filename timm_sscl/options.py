@@ -118,6 +118,10 @@ def _add_spiking(parser: argparse.ArgumentParser) -> None:
                             'weights\' own ANN (ReLU networks, integrate-and-fire); or nothing')
     group.add_argument('--ann-percentile', type=float, default=100., metavar='P',
                        help='--neuron-init ann: percentile of the ANN\'s activations that is the threshold')
+    group.add_argument('--norm', default=None, choices=['tdbn'],
+                       help='batch norms become tdBN, which scales by the threshold (best with --neuron-init none)')
+    group.add_argument('--stem-pool', default=None, choices=['avg'],
+                       help='average pooling in a ResNet\'s stem, as in the paper; the student\'s own ANN has it too')
     group.add_argument('--share-stem', action='store_true',
                        help='run what comes before the first neuron once per image, where a probe finds that legal')
     group.add_argument('--pack-spikes', action='store_true',
@@ -295,13 +299,17 @@ def _add_augmentation(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--train-crop-mode', type=str, default=None)
     group.add_argument('--scale', type=float, nargs='+', default=[0.08, 1.0])
     group.add_argument('--ratio', type=float, nargs='+', default=[3. / 4., 4. / 3.])
+    group.add_argument('--crop-padding', type=int, default=None, metavar='N',
+                       help='CIFAR\'s random crop, of the image padded by N, instead of a random resized crop')
+    group.add_argument('--cutout', type=int, default=None, metavar='N',
+                       help='black out a square of N x N pixels at a random place')
     group.add_argument('--hflip', type=float, default=0.5)
     group.add_argument('--vflip', type=float, default=0.)
     group.add_argument('--color-jitter', type=float, default=0.4)
     group.add_argument('--color-jitter-prob', type=float, default=None)
     group.add_argument('--grayscale-prob', type=float, default=None)
     group.add_argument('--gaussian-blur-prob', type=float, default=None)
-    group.add_argument('--aa', type=str, default=None)
+    group.add_argument('--aa', type=str, default=None, help='timm\'s policies, or cifar10: AutoAugment\'s for CIFAR-10')
     group.add_argument('--bce-loss', action='store_true')
     group.add_argument('--bce-sum', action='store_true')
     group.add_argument('--bce-target-thresh', type=float, default=None)

@@ -87,6 +87,8 @@ def _entrypoint(base: str) -> Callable[..., nn.Module]:
             v_init: Optional[float] = None,
             include: Union[str, Sequence[str], None] = None,
             exclude: Union[str, Sequence[str], None] = None,
+            stem_pool: Optional[str] = None,
+            norm: Optional[str] = None,
             **kwargs,
     ) -> nn.Module:
         stored = None
@@ -99,7 +101,7 @@ def _entrypoint(base: str) -> Callable[..., nn.Module]:
             **kwargs)
         options = dict(
             timesteps=timesteps, tau=tau, v_threshold=v_threshold, v_reset=v_reset, detach_reset=detach_reset,
-            v_init=v_init, include=include, exclude=exclude)
+            v_init=v_init, include=include, exclude=exclude, stem_pool=stem_pool, norm=norm)
         convert_to_spiking(model, **{k: v for k, v in options.items() if v is not None})
         if stored is not None:
             model.load_spiking_state(stored)

@@ -16,13 +16,16 @@ import torch.nn as nn
 from .functional import NEURON_NAME, FunctionsOverTime
 from .neurons import LIF
 from .neurons.lif import check_neuron
+from .stem_pool import check_stem_pool, set_stem_pool
 from .stochastic import OverTime
+from .tdbn import check_norm, set_norm
 
 __all__ = ['SpikingSettings', 'SpikingModule', 'SpikingModel', 'SpikingEncoder', 'SETTINGS_KEY', 'encode_input', 'decode']
 
 _logger = logging.getLogger(__name__)
 
 SETTINGS_KEY = 'spiking_settings'  # in the state_dict: the settings as JSON bytes, a uint8 tensor
+_NEURON_SETTINGS = ('timesteps', 'tau', 'v_threshold', 'v_reset', 'detach_reset', 'v_init')
 FACTORS = {'gain': 'spiking_gain', 'scale': 'spiking_scale'}  # of a LIF, and their names in the state_dict
 
 
@@ -38,15 +41,19 @@ class SpikingSettings:
     include: Optional[Tuple[str, ...]] = None  # which activations became neurons, see Policy
     exclude: Optional[Tuple[str, ...]] = None
     stem: Optional[str] = None  # neuron before which all runs once per image, see share_stem
+    stem_pool: Optional[str] = None  # 'avg': average pooling in the stem, see set_stem_pool
+    norm: Optional[str] = None  # 'tdbn': batch norms in units of the threshold, see TdBatchNorm
 
     def __post_init__(self):
         if isinstance(self.timesteps, bool) or not isinstance(self.timesteps, int) or self.timesteps < 1:
             raise ValueError(f'timesteps={self.timesteps!r}: must be a whole number of time steps, 1 or more.')
         check_neuron(self.tau, self.v_threshold, self.v_reset, self.v_init)
+        check_stem_pool(self.stem_pool)
+        check_norm(self.norm)
 
     def neuron(self) -> Dict[str, Any]:
         """Arguments of a LIF."""
-        return {k: v for k, v in asdict(self).items() if k not in ('include', 'exclude', 'stem')}
+        return {k: v for k, v in asdict(self).items() if k in _NEURON_SETTINGS}
 
     def to_tensor(self) -> torch.Tensor:
         return torch.tensor(list(json.dumps(asdict(self)).encode()), dtype=torch.uint8)
@@ -184,7 +191,7 @@ class SpikingModule:
         return neuron(x) if neuron is not None else LIF(**self.settings.neuron())(x)  # prune_intermediate_layers
 
     def _set_settings(self, settings: SpikingSettings) -> None:
-        self.settings = settings
+        before, self.settings = self.settings, settings
         for module_name, module in self.named_modules():
             if isinstance(module, LIF):
                 for name, value in settings.neuron().items():
@@ -192,6 +199,10 @@ class SpikingModule:
                 module.encodes = module_name == settings.stem
             elif isinstance(module, OverTime):
                 module.timesteps = settings.timesteps
+        if settings.stem_pool != before.stem_pool:
+            set_stem_pool(self, settings.stem_pool)
+        if settings.norm is not None or before.norm is not None:
+            set_norm(self, settings.norm, settings.v_threshold)
 
     def _restore_settings(self, stored: SpikingSettings) -> None:
         """Take over a checkpoint's settings; what was asked for explicitly stays, and what differs is logged."""
@@ -309,6 +320,7 @@ class SpikingModel(SpikingModule):
         from .convert import swap_modules  # the conversion knows this module, not the other way round
         known = {record.name for record in self._report}
         self._report += [record for record in swap_modules(self, self.settings) if record.name not in known]
+        set_norm(self, self.settings.norm, self.settings.v_threshold)
 
 
 class SpikingEncoder(SpikingModel):

@@ -6,6 +6,7 @@ import torch
 import torch.nn as nn
 
 from timm_sscl.taps import probe_sizes
+from timm_sscl.tdbn import NormRecord, norm_records
 
 from .macs import KINDS, MacShares, count_macs
 
@@ -37,6 +38,11 @@ class SpikingReport(list):
         """Records of those that stay real-valued."""
         return [record for record in self if record.now != 'LIF']
 
+    @property
+    def norms(self) -> List[NormRecord]:
+        """What became of every norm (name, was, now, alpha), where the conversion was to change them (norm='tdbn')."""
+        return norm_records(self.model) if self.model.settings.norm is not None else []
+
     def macs(self, images: Optional[torch.Tensor] = None) -> Optional[MacShares]:
         """MACs per image over all time steps, by what their input is.
 
@@ -65,9 +71,12 @@ class SpikingReport(list):
         return None
 
     def as_dict(self) -> Dict[str, Any]:
-        """For JSON: the records, the MAC shares if they were counted, and the obstacles to convert_ann."""
+        """For JSON: the records, the stem's pooling and the norms where they were changed, the MAC shares if they were
+        counted, and the obstacles to convert_ann."""
         macs = None if self._macs is None else {kind: getattr(self._macs, kind) for kind in KINDS}
-        return dict(activations=[record._asdict() for record in self], macs=macs, convert_ann=self.obstacles)
+        return dict(
+            activations=[record._asdict() for record in self], stem_pool=self.model.settings.stem_pool,
+            norms=[record._asdict() for record in self.norms], macs=macs, convert_ann=self.obstacles)
 
     def __str__(self) -> str:
         lines = [f'{type(self.model).__name__}, T={self.model.timesteps}: {len(self.neurons)} neuron layers '
@@ -77,6 +86,10 @@ class SpikingReport(list):
             reasons.setdefault(record.reason, []).append(record)
         lines += [f'  {_counted(records)}: {reason} ({records[0].name}{", ..." if records[1:] else ""})'
                   for reason, records in reasons.items()]
+        if self.model.settings.stem_pool is not None:
+            lines.append('  stem: average pooling instead of max pooling')
+        if self.norms:
+            lines.append(f'  norms: {_norm_summary(self.norms, self.model.settings.v_threshold)}')
         macs = self.macs()
         if macs is not None:
             shares = ', '.join(f'{100 * macs.share(kind):.1f} % {kind}' for kind in KINDS)
@@ -90,3 +103,11 @@ class SpikingReport(list):
 
 def _counted(records: Sequence[Any]) -> str:
     return ', '.join(f'{n} {kind}' for kind, n in Counter(record.was for record in records).most_common())
+
+
+def _norm_summary(norms: Sequence[NormRecord], v_threshold: float) -> str:
+    alphas = [record.alpha for record in norms if record.alpha is not None]
+    text = (f'{len(alphas)} tdBN, scale times the threshold {v_threshold:g}, and times 1/sqrt(2) in the '
+            f'{sum(alpha != 1 for alpha in alphas)} where branches add')
+    left = Counter(record.was for record in norms if record.alpha is None)
+    return text + ''.join(f'; {n} {kind} as they were' for kind, n in left.most_common())

@@ -1,0 +1,72 @@
+"""CIFAR's augmentation, which timm's training transform lacks: padded random crop, AutoAugment's policy, Cutout."""
+from typing import Optional, Tuple
+
+import torch
+from torchvision import transforms
+
+__all__ = ['augment_cifar', 'Cutout', 'CIFAR_POLICY']
+
+CIFAR_POLICY = 'cifar10'  # for --aa
+_GREY = 128  # that AutoAugment fills with
+
+
+class Cutout:
+    """Sets a square of an image tensor to 0 (DeVries and Taylor 2017).
+
+    Its centre is uniform over the pixels, so that at the border a part of the square falls outside.
+
+    Args:
+        length: Side of the square in pixels, even: rows [y - length / 2, y + length / 2) around the centre y.
+    """
+
+    def __init__(self, length: int):
+        if length < 2 or length % 2:
+            raise ValueError(f'cutout={length}: must be an even number of pixels, 2 or more.')
+        self.length = length
+
+    def __call__(self, image: torch.Tensor) -> torch.Tensor:
+        """Image (C, H, W), to a copy."""
+        height, width = image.shape[-2:]
+        y, x = (int(torch.randint(size, ())) for size in (height, width))
+        half = self.length // 2
+        image = image.clone()
+        image[..., max(0, y - half):y + half, max(0, x - half):x + half] = 0
+        return image
+
+    def __repr__(self) -> str:
+        return f'Cutout({self.length})'
+
+
+def augment_cifar(
+        transform: transforms.Compose,
+        size: Tuple[int, int],
+        crop_padding: Optional[int] = None,
+        policy: bool = False,
+        cutout: Optional[int] = None,
+) -> transforms.Compose:
+    """timm's training transform with CIFAR's parts in their usual order: crop, flip, policy, Cutout, normalisation.
+
+    Args:
+        transform: Of timm's create_transform, for training and without the prefetcher.
+        size: (H, W) of the images; others are resized first.
+        crop_padding: Random crop of the image padded by so many black pixels, instead of timm's random resized crop.
+        policy: Whether to add AutoAugment's policy for CIFAR-10 (torchvision's, filling with grey).
+        cutout: Side of the Cutout square in pixels.
+
+    Returns:
+        A new transform.
+
+    Raises:
+        ValueError: A number is out of range.
+    """
+    parts = list(transform.transforms)
+    if crop_padding is not None:
+        if crop_padding < 0:
+            raise ValueError(f'crop_padding={crop_padding}: must be 0 pixels or more.')
+        parts[:1] = [transforms.Resize(size), transforms.RandomCrop(size, padding=crop_padding)]
+    to_tensor = next(i for i, part in enumerate(parts) if type(part).__name__ == 'MaybeToTensor')
+    if cutout is not None:
+        parts.insert(to_tensor + 1, Cutout(cutout))
+    if policy:
+        parts.insert(to_tensor, transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10, fill=_GREY))
+    return transforms.Compose(parts)
