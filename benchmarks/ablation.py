@@ -52,9 +52,8 @@ SCALES = {
         dict(epochs=40, opt='sgd', lr=0.1, weight_decay=5e-4)),
     'paper': Scale(
         'the full recipe: all images, full width, 400 epochs', None, None, 64,
-        dict(img_size=32, batch_size=128, opt='sgd', lr=0.1, weight_decay=1e-4, warmup_epochs=0, scale=(0.6, 1.),
-             ratio=(0.9, 1.1), color_jitter=0., smoothing=0., aa='original', reprob=0.25,
-             train_interpolation='bicubic', checkpoint_hist=1, log_interval=100),
+        dict(img_size=32, batch_size=128, opt='sgd', lr=0.1, weight_decay=1e-4, warmup_epochs=0, crop_padding=4,
+             aa='cifar10', cutout=16, smoothing=0., train_interpolation='bicubic', checkpoint_hist=1, log_interval=100),
         dict(epochs=400), dict(epochs=400)),
 }
 
