@@ -130,8 +130,9 @@ def primary_runs(
     return [Run('primary', mode, seed, t, variants[mode]) for t in timesteps for seed in seeds for mode in modes]
 
 
-def teacher_run(phase: str) -> Run:
-    return Run(phase, 'teacher', 0, 0, dict(distill='none'))
+def teacher_run(phase: str, scale: Scale) -> Run:
+    """The ANN that all runs of a phase share; one for both phases where they train on the same images."""
+    return Run('select' if scale.images_per_class is not None else phase, 'teacher', 0, 0, dict(distill='none'))
 
 
 def command(
@@ -170,11 +171,17 @@ def class_names(folder: Path, count: Optional[int]) -> List[str]:
 
 
 def split_class(files: Sequence[str], held_out: bool, count: Optional[int], seed: int) -> Tuple[List[str], List[str]]:
-    """(training files, held-out files) of one class; a tenth is held out, or nothing."""
+    """(training files, held-out files) of one class.
+
+    With held_out a tenth is held out. Where fewer images than that leaves are trained on (count), it is left alone
+    without held_out too: the training images, and so the teacher, are the same in both phases.
+    """
     order = np.random.RandomState(seed).permutation(len(files))
     shuffled = [sorted(files)[i] for i in order]
-    n = round(HELD_OUT * len(files)) if held_out else 0
-    return shuffled[n:][:count], shuffled[:n]
+    n = round(HELD_OUT * len(files))
+    if held_out:
+        return shuffled[n:][:count], shuffled[:n]
+    return (shuffled[n:] if count is not None and count <= len(files) - n else shuffled)[:count], []
 
 
 def link_data(data_dir: Path, folder: Path, scale: Scale, phase: str) -> Path:
@@ -256,10 +263,11 @@ def run_phase(args: argparse.Namespace, phase: str, base: Mapping[str, Any], dea
         runs = select_runs(base, args.coordinates, args.seeds, args.timesteps)
     else:
         runs = primary_runs(base, args.modes, args.seeds, args.timesteps)
-    teacher = teacher_run(phase)
+    teacher = teacher_run(phase, scale)
     weights = runner.folder(teacher) / 'last.pth.tar'
-    arguments = {run.name: command(run, scale, data, runner.folder(run), args.threads, weights)
-                 for run in [teacher, *runs]}
+    arguments = {run.name: command(run, scale, data, runner.folder(run), args.threads, weights) for run in runs}
+    data = link_data(args.data_dir, args.output / 'data', scale, teacher.phase)
+    arguments[teacher.name] = command(teacher, scale, data, runner.folder(teacher), args.threads, None)
     runner.show_plan([teacher, *runs])
     runner([teacher], arguments)
     if is_done(runner.folder(teacher)):

@@ -254,7 +254,7 @@ def readme_lines(
 ) -> List[str]:
     """README's results section."""
     primary = [r for r in rows if r['phase'] == 'primary']
-    teachers = {r['phase']: float(r['top1_last']) for r in rows if r['variant'] == 'teacher'}
+    teachers = {r['phase']: float(r['teacher_top1']) for r in rows if r['teacher_top1']}
     what = 'all' if facts.classes is None else f'{facts.classes} of 100'
     count = 'all their' if facts.images_per_class is None else f'{facts.images_per_class} of 500'
     lines = [

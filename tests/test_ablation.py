@@ -113,7 +113,7 @@ def test_selection_changes_one_coordinate_at_a_time():
 def test_train_takes_every_command(scale, tmp_path):
     runs = [*ablation.select_runs(ablation.BASE, list(ablation.COORDINATES), [1], [2]),
             *ablation.primary_runs(ablation.BASE, list(ablation.primary_variants(ablation.BASE)), [1], [4]),
-            ablation.teacher_run('primary')]
+            ablation.teacher_run('primary', ablation.SCALES[scale])]
     for run in runs:
         words = ablation.command(
             run, ablation.SCALES[scale], tmp_path, tmp_path / run.name, 1, tmp_path / 'teacher.pth')
@@ -143,8 +143,16 @@ def test_a_tenth_is_held_out_and_never_trained_on(tmp_path):
         ('select', 'train'): 60, ('select', 'validation'): 8, ('primary', 'train'): 60, ('primary', 'validation'): 10}
     assert all(text.startswith('train') for text in files['select', 'train'] + files['select', 'validation'])
     assert not set(files['select', 'train']) & set(files['select', 'validation'])
+    assert set(files['primary', 'train']) == set(files['select', 'train'])  # so that both phases share the teacher
     assert all(text.startswith('validation') for text in files['primary', 'validation'])
     assert {text.split()[1] for text in files['select', 'validation']} == {'a', 'c'}  # evenly spaced classes
+
+
+def test_with_all_images_the_comparison_trains_on_the_held_out_ones_too():
+    files = [f'{i}.png' for i in range(40)]
+    train, held = ablation.split_class(files, True, None, 0)
+    assert len(held) == 4 and sorted(train + held) == sorted(files)
+    assert sorted(ablation.split_class(files, False, None, 0)[0]) == sorted(files)
 
 
 # ---- running
