@@ -57,9 +57,12 @@ SCALES = {
         dict(epochs=400), dict(epochs=400)),
 }
 
-# settings of the loss before anything was selected; --base changes them for the selection
+# settings of the loss that the selection starts from
 BASE = dict(critic='infonce', weight=0.1, temperature=0.1, cka_floor=0.1, cka_momentum=0.1, projection='pooled',
             weighting='cka')
+
+# what the selection on held-out images chose; the comparison is run with these
+CHOSEN = dict(BASE, temperature=0.2)
 
 KD_STEP_WEIGHT = 0.2  # TWSNN's
 
@@ -224,6 +227,10 @@ def parse_setting(text: str) -> Tuple[str, Any]:
         return name, value
 
 
+def _words(settings: Mapping[str, Any]) -> str:
+    return ' '.join(f'{name}={value}' for name, value in settings.items())
+
+
 def create_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--data-dir', type=Path, help='image folder of CIFAR-100: train/CLASS and validation/CLASS')
@@ -240,8 +247,8 @@ def create_parser() -> argparse.ArgumentParser:
     parser.add_argument('--coordinates', nargs='*', default=list(COORDINATES), metavar='NAME',
                         help='what the selection tries: ' + ', '.join(COORDINATES))
     parser.add_argument('--base', nargs='*', default=[], type=parse_setting, metavar='NAME=VALUE',
-                        help='settings of the loss that differ from '
-                             + ' '.join(f'{name}={value}' for name, value in BASE.items()))
+                        help='other settings of the loss than ' + _words(BASE) + ' (selection) or '
+                             + _words(CHOSEN) + ' (comparison)')
     parser.add_argument('--workers-parallel', type=int, default=1, metavar='N', help='trainings at a time')
     parser.add_argument('--max-load', type=float, default=math.inf, metavar='L',
                         help="start a training only while the machine's load is below this: to run beside other work")
@@ -259,6 +266,10 @@ def run_phase(args: argparse.Namespace, phase: str, base: Mapping[str, Any], dea
     data = link_data(args.data_dir, args.output / 'data', scale, phase)
     runner = Runner(args.output, args.workers_parallel, deadline, args.revision or code_revision(),
                     [sys.executable, str(ROOT / 'train.py')], args.max_load)
+    for option, names, known in (('--base', base, BASE), ('--coordinates', args.coordinates, COORDINATES)):
+        unknown = sorted(set(names) - set(known))
+        if unknown:
+            raise SystemExit(f"{option}: unknown '{unknown[0]}'; there are {', '.join(known)}.")
     if phase == 'select':
         runs = select_runs(base, args.coordinates, args.seeds, args.timesteps)
     else:
@@ -290,14 +301,17 @@ def main() -> None:
         parser.error('--data-dir is needed to train')
     deadline = None if args.deadline is None else time.time() + 60 * args.deadline
     for phase in ('select', 'primary') if args.phase == 'all' else (args.phase,):
-        run_phase(args, phase, {**BASE, **dict(args.base)}, deadline)
+        run_phase(args, phase, {**(BASE if phase == 'select' else CHOSEN), **dict(args.base)}, deadline)
     show_results(*collect(args.output, args.scale))
 
 
 def facts(scale: str) -> Facts:
     """What the report tells about a scale."""
     size = SCALES[scale]
-    return Facts(size.classes, size.images_per_class, size.width, size.student['epochs'], size.teacher['epochs'])
+    options = {**size.recipe, **size.student}
+    recipe = f'{options["opt"]} at {options["lr"]:g}, batch {options["batch_size"]}' + (
+        f', {options["amp_dtype"]}' if options.get('amp') else '')
+    return Facts(size.classes, size.images_per_class, size.width, options['epochs'], size.teacher['epochs'], recipe)
 
 
 def show_results(runs: Sequence[Mapping[str, Any]], layers: Sequence[Mapping[str, Any]]) -> None:

@@ -35,6 +35,7 @@ class Facts(NamedTuple):
     width: int
     epochs: int
     teacher_epochs: int
+    recipe: str  # optimizer and precision of the students, in words
 
 
 _LAYER_KEYS = ('cka', 'cka_running', 'weight', 'nce', 'mi_bound')
@@ -157,6 +158,8 @@ LABELS = OrderedDict(
     none='baseline (cross-entropy)', kd='distillation (logits)', contrastive='contrastive, uniform weights',
     contrastive_matched="contrastive, uniform at SSCL's total weight", sscl='SSCL', sscl_kd_step='SSCL + KL per step')
 
+_SHORT = dict(none='baseline', kd='distillation', contrastive='contrastive', sscl='SSCL')
+
 
 def comparison(rows: Sequence[Mapping[str, Any]], timesteps: int) -> List[Dict[str, Any]]:
     """A row per mode of the primary comparison: accuracy, paired difference to the baseline, the paper's."""
@@ -199,6 +202,24 @@ def comparison_lines(rows: Sequence[Mapping[str, Any]], timesteps: int) -> List[
     return lines
 
 
+def verdict(rows: Sequence[Mapping[str, Any]], timesteps: int) -> str:
+    """Whether the paper's order came out, and what the interval of SSCL against the baseline says."""
+    table = {r['mode']: r for r in comparison(rows, timesteps)}
+    order = [mode for mode in PAPER if mode in table]
+    sentences = []
+    if len(order) > 1:
+        found = sorted(order, key=lambda mode: table[mode]['top1'])
+        sentences.append(f"Means in ascending order: {' < '.join(_SHORT[mode] for mode in found)}"
+                         + (', as in the paper.' if found == order else '; the paper\'s order is '
+                            f"{' < '.join(_SHORT[mode] for mode in order)}."))
+    paired = table['sscl']['difference'] if 'sscl' in table else None
+    if paired is not None and paired.half is not None:
+        sure = abs(paired.mean) > paired.half
+        sentences.append(f'SSCL against the baseline: the interval {"excludes" if sure else "includes"} 0 '
+                         f'({paired.n} seeds).')
+    return ' '.join(sentences)
+
+
 def pair_lines(rows: Sequence[Mapping[str, Any]], timesteps: int) -> List[str]:
     """SSCL against what shares its total weight, and against distillation, paired."""
     sscl = by_seed(rows, 'primary', 'sscl', timesteps)
@@ -207,7 +228,7 @@ def pair_lines(rows: Sequence[Mapping[str, Any]], timesteps: int) -> List[str]:
         paired = paired_interval(sscl, by_seed(rows, 'primary', mode, timesteps))
         if paired is not None:
             parts.append(f'{LABELS[mode]} {_paired_text(paired)} ({paired.n} seeds)')
-    return [f'SSCL minus, T={timesteps}: ' + '; '.join(parts) + '.'] if parts else []
+    return [f'SSCL minus another mode, by the seeds that both have: {"; ".join(parts)}.'] if parts else []
 
 
 _SETTINGS = ('critic', 'weight', 'temperature', 'cka_floor', 'cka_momentum', 'projection', 'weighting')
@@ -260,28 +281,39 @@ def readme_lines(
     lines = [
         BEGIN, '## Results', '',
         f'The ablation of the paper\'s Table 3 at a scale that two CPU cores carry: real CIFAR-100, {what} classes, '
-        f'{count} training images per class, `resnet20_cifar` at width {facts.width}, {facts.epochs} epochs (the '
-        'paper: all classes and images, width 64, 400 epochs). The teacher is the ANN of the same width, trained '
+        f'{count} training images per class, `resnet20_cifar` at width {facts.width}, {facts.epochs} epochs of '
+        f'{facts.recipe} (the paper: all classes and images, width 64, 400 epochs). The teacher is the ANN of the same width, trained '
         f'for {facts.teacher_epochs} epochs on the same images: {teachers.get("primary", float("nan")):.2f} top-1; all '
         'runs share it. **Nothing here reproduces the paper\'s numbers**: they stand beside ours so that the order '
         'and the size of the differences can be compared.', '']
+    lines += [f'Settings of the loss: {settings_text(primary)}.', '']
     for timesteps in sorted({int(r['timesteps']) for r in primary if int(r['timesteps'])}):
         lines += [f'T = {timesteps}, validation set ({100 * (facts.classes or 100):,} images):', '',
-                  *comparison_lines(rows, timesteps), '', *pair_lines(rows, timesteps), '']
+                  *comparison_lines(rows, timesteps), '', verdict(rows, timesteps), '',
+                  *pair_lines(rows, timesteps), '']
     lines += [
         'Differences are paired by seed; ± is the half width of the 95 % interval (t distribution). "Best epoch" is '
         'what public code of this line reports; it is chosen on the validation set.', '',
         f'![Accuracy by mode, CKA and NCE per layer](benchmarks/results/{FIGURE})', '',
         'Defaults were chosen before, on a tenth of the training set held out (1,000 images, so that one run is about '
-        f'± 1.5 points; teacher {teachers.get("select", float("nan")):.2f} there). Every configuration tried, sscl, '
-        'T = 2:', '',
+        f'± 1.5 points; teacher {teachers.get("select", float("nan")):.2f} there). Every configuration tried, T = 2, one '
+        'seed where one number stands:', '',
         *selection_lines(rows), '']
     if gradients:
         lines += ['Gradient of what is added over that of cross-entropy, ratio of the norms by stage and, in brackets, '
                   'cosine between the two (`--phase diagnose`):', '', *gradient_lines(gradients), '']
     run = 'python benchmarks/ablation.py --output output/ablation'
     return [*lines, '```bash', f'{run} --data-dir CIFAR100 --phase select',
-            f'{run} --data-dir CIFAR100 --phase primary', f'{run} --phase diagnose', f'{run} --report  # figure, tables and this section', '```', '', END]
+            f'{run} --data-dir CIFAR100 --phase primary  # --scale paper: full size', f'{run} --phase diagnose',
+            f'{run} --report  # figure, tables and this section', '```', '', END]
+
+
+def settings_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Settings of the loss in the comparison's sscl runs."""
+    row = next((r for r in rows if r['variant'] == 'sscl'), None)
+    if row is None:
+        return 'none yet'
+    return ', '.join(f'{name.replace("_", " ").replace("cka", "CKA")} {row[f"sscl_{name}"]}' for name in _SETTINGS[:-1])
 
 
 def write_readme(lines: Sequence[str], file: Path) -> None:
