@@ -192,7 +192,7 @@ def _signed(value: Optional[float]) -> str:
 
 def comparison_lines(rows: Sequence[Mapping[str, Any]], timesteps: int) -> List[str]:
     """The comparison as a Markdown table."""
-    lines = ['| mode | seeds | top-1, last epoch | best epoch | minus the baseline (95 %) | paper | minus its baseline |',
+    lines = ['| mode | seeds | top-1, last epoch | best epoch | minus baseline (95 %) | paper | minus its baseline |',
              '|---|---|---|---|---|---|---|']
     for r in comparison(rows, timesteps):
         paper = '' if r['paper'] is None else f'{r["paper"]:.2f}'
@@ -240,11 +240,12 @@ def selection_lines(rows: Sequence[Mapping[str, Any]]) -> List[str]:
     base = by_seed(rows, 'select', 'none', 2)
     lines = ['| ' + ' | '.join(name.replace('_', ' ') for name in _SETTINGS) + ' | top-1, by seed | difference |',
              '|---' * (len(_SETTINGS) + 2) + '|']
-    for variant in dict.fromkeys(r['variant'] for r in rows):
+    for variant in sorted({r['variant'] for r in rows}, key=lambda name: (not name.startswith('none'), name)):
         values = by_seed(rows, 'select', variant, 2)
         first = next(r for r in rows if r['variant'] == variant)
         if variant.startswith('none'):
-            cells = [variant.replace('none', 'cross-entropy alone').replace('_', ' '), *[''] * (len(_SETTINGS) - 1)]
+            name = variant.replace('none', 'cross-entropy alone').replace('_', ' ').replace('-float', ', float')
+            cells = [name, *[''] * (len(_SETTINGS) - 1)]
         else:
             cells = [str(first.get(f'sscl_{name}', '')) for name in _SETTINGS]
             cells[0] += ', float32' if variant.endswith('float32') else ''
@@ -282,22 +283,23 @@ def readme_lines(
         BEGIN, '## Results', '',
         f'The ablation of the paper\'s Table 3 at a scale that two CPU cores carry: real CIFAR-100, {what} classes, '
         f'{count} training images per class, `resnet20_cifar` at width {facts.width}, {facts.epochs} epochs of '
-        f'{facts.recipe} (the paper: all classes and images, width 64, 400 epochs). The teacher is the ANN of the same width, trained '
+        f'{facts.recipe} (the paper: all classes and images, width 64, 400 epochs). The teacher is the ANN of the same '
+        'width, trained '
         f'for {facts.teacher_epochs} epochs on the same images: {teachers.get("primary", float("nan")):.2f} top-1; all '
         'runs share it. **Nothing here reproduces the paper\'s numbers**: they stand beside ours so that the order '
         'and the size of the differences can be compared.', '']
     lines += [f'Settings of the loss: {settings_text(primary)}.', '']
     for timesteps in sorted({int(r['timesteps']) for r in primary if int(r['timesteps'])}):
-        lines += [f'T = {timesteps}, validation set ({100 * (facts.classes or 100):,} images):', '',
-                  *comparison_lines(rows, timesteps), '', verdict(rows, timesteps), '',
+        lines += [f'**T = {timesteps}**, validation set ({100 * (facts.classes or 100):,} images):', '',
+                  *comparison_lines(rows, timesteps), '', verdict(rows, timesteps),
                   *pair_lines(rows, timesteps), '']
     lines += [
         'Differences are paired by seed; ± is the half width of the 95 % interval (t distribution). "Best epoch" is '
         'what public code of this line reports; it is chosen on the validation set.', '',
         f'![Accuracy by mode, CKA and NCE per layer](benchmarks/results/{FIGURE})', '',
         'Defaults were chosen before, on a tenth of the training set held out (1,000 images, so that one run is about '
-        f'± 1.5 points; teacher {teachers.get("select", float("nan")):.2f} there). Every configuration tried, T = 2, one '
-        'seed where one number stands:', '',
+        f'± 1.5 points; teacher {teachers.get("select", float("nan")):.2f} there). Every configuration tried, T = 2, '
+        'one seed where one number stands:', '',
         *selection_lines(rows), '']
     if gradients:
         lines += ['Gradient of what is added over that of cross-entropy, ratio of the norms by stage and, in brackets, '
@@ -355,7 +357,7 @@ _MARKS = {2: 'o', 4: 's'}
 def _draw_accuracy(axis: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     """Difference to the baseline per mode and T: every seed, mean and interval; the paper's as open marks."""
     tables = {t: {r['mode']: r for r in comparison(rows, t)} for t in _MARKS}
-    modes = [mode for mode in LABELS if mode != 'none']
+    modes = [mode for mode in LABELS if mode != 'none' and any(mode in table for table in tables.values())]
     for t, offset in ((2, -.15), (4, .15)):
         base = by_seed(rows, 'primary', 'none', t)
         for i, mode in enumerate(modes):
