@@ -74,6 +74,7 @@ COORDINATES: Dict[str, List[Dict[str, Any]]] = OrderedDict(
     cka_momentum=[dict(cka_momentum=m) for m in (0.1, 1.)],
     projection=[dict(projection=p) for p in ('pooled', 'flattened')],
     weighting=[dict(weighting=w) for w in ('cka', 'cka_mean1', 'uniform_matched', 'uniform')],
+    kd=[dict(kd_weight=w) for w in (0.03, 0.1, 0.3, 1.)],  # distillation alone, no setting of sscl
 )
 
 
@@ -102,6 +103,9 @@ def select_runs(
     options = OrderedDict()
     options['none'] = dict(distill='none')
     for changes in [{}, *(c for name in coordinates for c in COORDINATES[name])]:
+        if 'kd_weight' in changes:
+            options[f'kd-w{changes["kd_weight"]:g}'] = dict(distill='kd', **changes)
+            continue
         settings = {**base, **changes}
         options[setting_name(settings)] = dict(distill='sscl', **sscl_options(**settings))
     return [Run('select', variant, seed, t, o) for t in timesteps for seed in seeds for variant, o in options.items()]

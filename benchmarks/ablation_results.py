@@ -243,9 +243,9 @@ def selection_lines(rows: Sequence[Mapping[str, Any]]) -> List[str]:
     for variant in sorted({r['variant'] for r in rows}, key=lambda name: (not name.startswith('none'), name)):
         values = by_seed(rows, 'select', variant, 2)
         first = next(r for r in rows if r['variant'] == variant)
-        if variant.startswith('none'):
-            name = variant.replace('none', 'cross-entropy alone').replace('_', ' ').replace('-float', ', float')
-            cells = [name, *[''] * (len(_SETTINGS) - 1)]
+        if variant.startswith(('none', 'kd')):
+            name = variant.replace('none', 'cross-entropy alone').replace('kd-w', 'distillation, weight ')
+            cells = [name.replace('_', ' ').replace('-float', ', float'), *[''] * (len(_SETTINGS) - 1)]
         else:
             cells = [str(first.get(f'sscl_{name}', '')) for name in _SETTINGS]
             cells[0] += ', float32' if variant.endswith('float32') else ''

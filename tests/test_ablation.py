@@ -109,6 +109,12 @@ def test_selection_changes_one_coordinate_at_a_time():
     assert {v for names in changed for v in names} == {'sscl_temperature', 'sscl_cka_floor'}
 
 
+def test_distillation_has_its_own_weights():
+    runs = ablation.select_runs(ablation.BASE, ['kd'], [1], [2])
+    assert [run.options for run in runs if run.variant.startswith('kd')] == [
+        dict(distill='kd', kd_weight=w) for w in (0.03, 0.1, 0.3, 1.)]
+
+
 @pytest.mark.parametrize('scale', list(ablation.SCALES))
 def test_train_takes_every_command(scale, tmp_path):
     runs = [*ablation.select_runs(ablation.BASE, list(ablation.COORDINATES), [1], [2]),
