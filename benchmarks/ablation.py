@@ -74,7 +74,7 @@ COORDINATES: Dict[str, List[Dict[str, Any]]] = OrderedDict(
     cka_momentum=[dict(cka_momentum=m) for m in (0.1, 1.)],
     projection=[dict(projection=p) for p in ('pooled', 'flattened')],
     weighting=[dict(weighting=w) for w in ('cka', 'cka_mean1', 'uniform_matched', 'uniform')],
-    kd=[dict(kd_weight=w) for w in (0.03, 0.1, 0.3, 1.)],  # distillation alone, no setting of sscl
+    kd=[dict(kd_weight=w) for w in (0.1, 0.3, 1.)],  # distillation alone, no setting of sscl
 )
 
 
