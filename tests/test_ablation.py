@@ -268,6 +268,17 @@ def test_table_has_the_paired_difference_and_the_papers(tmp_path):
     assert any('| 43.00 | 44.00 | +2.00 ± 12.71 | 69.81 | +1.54 |' in line for line in lines)  # t(0.975, 1) = 12.706
 
 
+def test_verdict_compares_the_modes_on_their_common_seeds():
+    # over both seeds kd is above contrastive, but contrastive has only the first, on which it is above kd
+    rows = table_rows(dict(none=[40., 41.], kd=[41., 49.], contrastive=[42.], sscl=[43., 44.]))
+    text = results.verdict(rows, 2)
+    assert 'baseline < distillation < contrastive < SSCL, as in the paper' in text and '1 seeds' in text
+    assert 'excludes 0' in text  # differences 3 and 3
+    rows = table_rows(dict(none=[40., 41.], sscl=[43., 41.]))
+    assert 'includes 0' in results.verdict(rows, 2)
+    assert 'not told apart' in results.pair_lines(table_rows(dict(kd=[40., 43.], sscl=[42., 42.])), 2)[0]
+
+
 def test_readme_section_is_put_in_once_and_replaced(tmp_path):
     file = tmp_path / 'README.md'
     file.write_text('before\n\n## Options that matter\n\nafter\n')
