@@ -207,9 +207,9 @@ def verdict(rows: Sequence[Mapping[str, Any]], timesteps: int) -> str:
     table = {r['mode']: r for r in comparison(rows, timesteps)}
     order = [mode for mode in PAPER if mode in table]
     sentences = []
-    if len(order) > 1:
-        values = {mode: by_seed(rows, 'primary', mode, timesteps) for mode in order}
-        common = set.intersection(*(set(v) for v in values.values()))
+    values = {mode: by_seed(rows, 'primary', mode, timesteps) for mode in order}
+    common = set.intersection(*(set(v) for v in values.values())) if values else set()
+    if len(order) > 1 and common:
         found = sorted(order, key=lambda mode: np.mean([values[mode][seed] for seed in sorted(common)]))
         sentences.append(f"By the means over the {len(common)} seeds that all of these have: {' < '.join(_SHORT[mode] for mode in found)}"
                          + (', as in the paper.' if found == order else '; the paper\'s order is '
