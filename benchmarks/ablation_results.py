@@ -18,6 +18,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 RUNS_CSV, LAYERS_CSV, GRADIENTS_CSV = 'ablation_runs.csv', 'ablation_layers.csv', 'ablation_gradients.csv'
 FIGURE = 'ablation.png'
+NOTES = 'ablation_notes.md'  # what the numbers do not say by themselves, written by hand; README takes it in
 BEGIN, END = '<!-- results: written by benchmarks/ablation.py -->', '<!-- end of results -->'
 NEXT_SECTION = '## Options that matter'
 
@@ -211,7 +212,7 @@ def verdict(rows: Sequence[Mapping[str, Any]], timesteps: int) -> str:
     common = set.intersection(*(set(v) for v in values.values())) if values else set()
     if len(order) > 1 and common:
         found = sorted(order, key=lambda mode: np.mean([values[mode][seed] for seed in sorted(common)]))
-        sentences.append(f"By the means over the {len(common)} seeds that all of these have: {' < '.join(_SHORT[mode] for mode in found)}"
+        sentences.append(f"By the means over the {len(common)} seed{"s" * (len(common) > 1)} that all of these have: {' < '.join(_SHORT[mode] for mode in found)}"
                          + (', as in the paper.' if found == order else '; the paper\'s order is '
                             f"{' < '.join(_SHORT[mode] for mode in order)}."))
     paired = table['sscl']['difference'] if 'sscl' in table else None
@@ -230,7 +231,9 @@ def pair_lines(rows: Sequence[Mapping[str, Any]], timesteps: int) -> List[str]:
         paired = paired_interval(sscl, by_seed(rows, 'primary', mode, timesteps))
         if paired is not None:
             open_ = paired.half is None or abs(paired.mean) <= paired.half
-            parts.append(f'{LABELS[mode]} {_paired_text(paired)} ({paired.n} seeds{", not told apart" if open_ else ""})')
+            count = 'one seed' if paired.n == 1 else f'{paired.n} seeds'
+            difference = f'{paired.mean:+.2f}' + ('' if paired.half is None else f' ± {paired.half:.2f}')
+            parts.append(f'{LABELS[mode]} {difference} ({count}{", not told apart" if open_ else ""})')
     return [f'SSCL minus another mode, by the seeds that both have: {"; ".join(parts)}.'] if parts else []
 
 
@@ -274,8 +277,10 @@ def gradient_lines(rows: Sequence[Mapping[str, Any]]) -> List[str]:
 
 def readme_lines(
         rows: Sequence[Mapping[str, Any]],
+        layers: Sequence[Mapping[str, Any]],
         gradients: Sequence[Mapping[str, Any]],
         facts: Facts,
+        notes: str = '',
 ) -> List[str]:
     """README's results section."""
     primary = [r for r in rows if r['phase'] == 'primary']
@@ -299,18 +304,39 @@ def readme_lines(
     lines += [
         'Differences are paired by seed; ± is the half width of the 95 % interval (t distribution). "Best epoch" is '
         'what public code of this line reports; it is chosen on the validation set.', '',
-        f'![Accuracy by mode, CKA and NCE per layer](benchmarks/results/{FIGURE})', '',
-        'Defaults were chosen before, on a tenth of the training set held out (1,000 images, so that one run is about '
+        f'![Accuracy by mode, CKA and NCE per layer](benchmarks/results/{FIGURE})', '', *cka_lines(layers), '',
+        'The settings were chosen on a tenth of the training set held out (1,000 images, so that one run is about '
         f'± 1.5 points; teacher {teachers.get("select", float("nan")):.2f} there). Every configuration tried, T = 2, '
         'one seed where one number stands:', '',
         *selection_lines(rows), '']
     if gradients:
         lines += ['Gradient of what is added over that of cross-entropy, ratio of the norms by stage and, in brackets, '
                   'cosine between the two (`--phase diagnose`):', '', *gradient_lines(gradients), '']
+    if notes:
+        lines += [notes.strip(), '']
     run = 'python benchmarks/ablation.py --output output/ablation'
     return [*lines, '```bash', f'{run} --data-dir CIFAR100 --phase select',
             f'{run} --data-dir CIFAR100 --phase primary  # --scale paper: full size', f'{run} --phase diagnose',
             f'{run} --report  # figure, tables and this section', '```', '', END]
+
+
+def cka_lines(layers: Sequence[Mapping[str, Any]]) -> List[str]:
+    """CKA, weight and MI bound of the comparison's sscl runs at T=2, after the first and the last epoch."""
+    rows = [r for r in layers if (r['phase'], r['variant'], str(r['timesteps'])) == ('primary', 'sscl', '2')]
+    if not rows:
+        return []
+    last = max(int(r['epoch']) for r in rows)
+    names = list(dict.fromkeys(r['layer'] for r in rows))
+    lines = ['SSCL, T = 2, means over the seeds, epoch 1 and ' + f'{last}:', '', '| | ' + ' | '.join(names) + ' |',
+             '|---' * (len(names) + 1) + '|']
+    for key, label in (('cka_running', 'CKA'), ('weight', 'weight 1/CKA'), ('mi_bound', 'MI bound, nats')):
+        cells = []
+        for name in names:
+            first, end = (np.mean([float(r[key]) for r in rows if (r['layer'], int(r['epoch'])) == (name, epoch)])
+                          for epoch in (1, last))
+            cells.append(f'{first:.2f}, {end:.2f}')
+        lines.append(f'| {label} | ' + ' | '.join(cells) + ' |')
+    return lines
 
 
 def settings_text(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -417,6 +443,7 @@ def report(results: Path, readme: Path, facts: Facts) -> None:
     if not rows:
         raise SystemExit(f'{results / RUNS_CSV} is missing: run the ablation first.')
     draw(rows, layers, results / FIGURE)
-    lines = readme_lines(rows, read_csv(results / GRADIENTS_CSV), facts)
+    notes = (results / NOTES).read_text() if (results / NOTES).is_file() else ''
+    lines = readme_lines(rows, layers, read_csv(results / GRADIENTS_CSV), facts, notes)
     write_readme(lines, readme)
     print('\n'.join(lines))
