@@ -204,7 +204,7 @@ def comparison_lines(rows: Sequence[Mapping[str, Any]], timesteps: int) -> List[
 
 
 def verdict(rows: Sequence[Mapping[str, Any]], timesteps: int) -> str:
-    """Whether the paper's order came out over the common seeds, and what the interval of SSCL against the baseline says."""
+    """Whether the paper's order came out over the common seeds, and what SSCL's interval says."""
     table = {r['mode']: r for r in comparison(rows, timesteps)}
     order = [mode for mode in PAPER if mode in table]
     sentences = []
@@ -212,15 +212,19 @@ def verdict(rows: Sequence[Mapping[str, Any]], timesteps: int) -> str:
     common = set.intersection(*(set(v) for v in values.values())) if values else set()
     if len(order) > 1 and common:
         found = sorted(order, key=lambda mode: np.mean([values[mode][seed] for seed in sorted(common)]))
-        sentences.append(f"By the means over the {len(common)} seed{"s" * (len(common) > 1)} that all of these have: {' < '.join(_SHORT[mode] for mode in found)}"
-                         + (', as in the paper.' if found == order else '; the paper\'s order is '
-                            f"{' < '.join(_SHORT[mode] for mode in order)}."))
+        seeds = '1 seed' if len(common) == 1 else f'{len(common)} seeds'
+        theirs = 'as in the paper' if found == order else f"the paper's order is {_order(order)}"
+        sentences.append(f'By the means over the {seeds} that all of these have: {_order(found)}; {theirs}.')
     paired = table['sscl']['difference'] if 'sscl' in table else None
     if paired is not None and paired.half is not None:
         sure = abs(paired.mean) > paired.half
         sentences.append(f'SSCL against the baseline: the interval {"excludes" if sure else "includes"} 0 '
                          f'({paired.n} seeds).')
     return ' '.join(sentences)
+
+
+def _order(modes: Sequence[str]) -> str:
+    return ' < '.join(_SHORT[mode] for mode in modes)
 
 
 def pair_lines(rows: Sequence[Mapping[str, Any]], timesteps: int) -> List[str]:

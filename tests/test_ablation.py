@@ -272,7 +272,7 @@ def test_verdict_compares_the_modes_on_their_common_seeds():
     # over both seeds kd is above contrastive, but contrastive has only the first, on which it is above kd
     rows = table_rows(dict(none=[40., 41.], kd=[41., 49.], contrastive=[42.], sscl=[43., 44.]))
     text = results.verdict(rows, 2)
-    assert 'baseline < distillation < contrastive < SSCL, as in the paper' in text and 'the 1 seed that' in text
+    assert 'baseline < distillation < contrastive < SSCL; as in the paper' in text and 'the 1 seed that' in text
     assert 'excludes 0' in text  # differences 3 and 3
     rows = table_rows(dict(none=[40., 41.], sscl=[43., 41.]))
     assert 'includes 0' in results.verdict(rows, 2)
