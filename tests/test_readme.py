@@ -1,11 +1,16 @@
 """README's code runs as it stands, and its options exist."""
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
 from timm_sscl.losses import factory
 from timm_sscl.options import UNSUPPORTED, create_parser
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'benchmarks'))
+
+import ablation  # noqa: E402
 
 README = (Path(__file__).resolve().parent.parent / 'README.md').read_text()
 BLOCKS = re.findall(r'```python\n(.*?)```', README, re.S)
@@ -25,7 +30,8 @@ def test_code_runs(code, capsys, monkeypatch):
 
 
 def test_every_option_that_readme_names_exists():
-    known = {option for action in create_parser()._actions for option in action.option_strings}
+    parsers = create_parser(), ablation.create_parser()
+    known = {option for parser in parsers for action in parser._actions for option in action.option_strings}
     launchers = {'--multi_gpu', '--num_processes', '--nproc_per_node', '--cpu', '--mixed_precision'}
     named = set(re.findall(r'--[a-z][a-z_-]+', README))
     assert len(named) > 30 and named - launchers <= known

@@ -1,0 +1,94 @@
+"""Why a mode of the ablation does what it does: gradients of its terms, side by side, in finished runs."""
+import sys
+from collections import Counter, OrderedDict
+from pathlib import Path
+from typing import Any, Dict, List, Sequence, Tuple
+
+import torch
+
+from timm.data import resolve_data_config
+from timm.utils import random_seed
+
+from ablation_results import GRADIENTS_CSV, gradient_lines, read_csv, write_csv
+from ablation_runs import finished_runs
+
+ROOT = Path(__file__).resolve().parent.parent
+_DIAGNOSIS_BATCHES = 4
+
+
+def stage_of(parameter: str) -> str:
+    """'stem', 'layer1', ..., 'fc' for a parameter of the student."""
+    first = parameter.split('.')[0]
+    return 'stem' if first in ('conv1', 'bn1', 'act1') else first
+
+
+def term_gradients(task: Any, batches: Sequence[Tuple[Any, Any]]) -> List[Dict[str, Any]]:
+    """Gradient of what is added to cross-entropy (weighted, as trained) beside cross-entropy's own, by stage.
+
+    Args:
+        task: An SSCLTask in training mode.
+        batches: (images, labels).
+
+    Returns:
+        Per stage the two norms, their ratio and cosine, the means over the batches.
+    """
+    names, parameters = zip(*((n, p) for n, p in task.student.named_parameters() if p.requires_grad))
+    sums: Dict[str, Counter] = OrderedDict()
+    for images, labels in batches:
+        result = task(images, labels)
+        added = sum(weight * result[f'{name}_loss'] for name, weight in task.weights.items())
+        pairs = [torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+                 for loss in (task.task_loss_weight * result['task_loss'], added)]
+        by_stage: Dict[str, List[Tuple[torch.Tensor, torch.Tensor]]] = OrderedDict()
+        for name, p, task_grad, added_grad in zip(names, parameters, *pairs):
+            grads = [torch.zeros_like(p) if g is None else g for g in (task_grad, added_grad)]
+            by_stage.setdefault(stage_of(name), []).append(tuple(g.flatten().double() for g in grads))
+        for stage, grads in by_stage.items():
+            task_grad, added_grad = (torch.cat([pair[i] for pair in grads]) for i in (0, 1))
+            norms = float(task_grad.norm()), float(added_grad.norm())
+            cosine = float(task_grad @ added_grad) / (norms[0] * norms[1]) if min(norms) > 0 else 0.
+            sums.setdefault(stage, Counter()).update(
+                dict(task_norm=norms[0], added_norm=norms[1], ratio=norms[1] / norms[0], cosine=cosine))
+    return [dict(stage=stage, **{k: round(v / len(batches), 5) for k, v in total.items()})
+            for stage, total in sums.items()]
+
+
+def diagnose(folder: Path, at_start: bool) -> List[Dict[str, Any]]:
+    """term_gradients of a finished run, with its last weights or, rebuilt, with those that it started from."""
+    sys.path.insert(0, str(ROOT))  # train.py is a script beside this folder
+    import train
+    from timm_sscl.options import parse_args
+    args, _ = parse_args(['--config', str(folder / 'args.yaml')])
+    accelerator = train.create_accelerator(args)
+    train.set_threads(args, accelerator)
+    random_seed(args.seed, 0)
+    datasets = train.create_datasets(args)
+    classes = train.resolve_num_classes(args, datasets[0])
+    student = train.create_student(args, classes)
+    data_config = resolve_data_config(vars(args), model=student)
+    teacher, teacher_input = train.create_teacher(args, classes, data_config)
+    train.load_weights(teacher, args.teacher_checkpoint, '--teacher-checkpoint')
+    loaders = train.create_loaders(args, datasets, data_config, classes)
+    task = train.create_task(args, student, teacher, teacher_input, data_config, accelerator.device, False)
+    if at_start:
+        train.prepare_neurons(args, accelerator, student, loaders.train, resumed=False)
+    else:
+        train.restore(task, str(folder / 'last.pth.tar'))
+    task.train()
+    batches = [batch for batch, _ in zip(loaders.train, range(_DIAGNOSIS_BATCHES))]
+    return term_gradients(task, batches)
+
+
+def diagnose_all(output: Path, modes: Sequence[str], results: Path) -> None:
+    """Gradients of the first seed of every mode that adds something to cross-entropy, at its start and its end."""
+    rows, seen = [], set()
+    for run, _, folder in finished_runs(output):
+        if run.phase != 'primary' or run.variant not in modes or run.variant in ('none', 'teacher') or (
+                run.variant, run.timesteps) in seen:
+            continue
+        seen.add((run.variant, run.timesteps))
+        for when in ('start', 'end'):
+            rows += [dict(run=f'{run.variant}, T={run.timesteps}, {when}', seed=run.seed, **row)
+                     for row in diagnose(folder, when == 'start')]
+    write_csv(results / GRADIENTS_CSV, rows)
+    print('\n'.join(gradient_lines(read_csv(results / GRADIENTS_CSV))))

@@ -1,0 +1,453 @@
+"""Results of the ablation: CSVs from finished runs, paired intervals, tables, the figure and README's section."""
+import csv
+import json
+import math
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+
+import matplotlib
+import numpy as np
+import yaml
+from scipy import stats
+
+from ablation_runs import Run, finished_runs
+
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt  # noqa: E402
+
+RUNS_CSV, LAYERS_CSV, GRADIENTS_CSV = 'ablation_runs.csv', 'ablation_layers.csv', 'ablation_gradients.csv'
+FIGURE = 'ablation.png'
+NOTES = 'ablation_notes.md'  # what the numbers do not say by themselves, written by hand; README takes it in
+BEGIN, END = '<!-- results: written by benchmarks/ablation.py -->', '<!-- end of results -->'
+NEXT_SECTION = '## Options that matter'
+
+# Table 3 of the paper: CIFAR-100, ResNet20, top-1 % by T
+PAPER = {
+    'none': {2: 68.27, 4: 71.45}, 'kd': {2: 68.74, 4: 71.72}, 'contrastive': {2: 69.25, 4: 72.16},
+    'sscl': {2: 69.81, 4: 72.86},
+}
+
+
+class Facts(NamedTuple):
+    """What the report tells about the scale of the runs; None for all."""
+    classes: Optional[int]
+    images_per_class: Optional[int]
+    width: int
+    epochs: int
+    teacher_epochs: int
+    recipe: str  # optimizer and precision of the students, in words
+
+
+_LAYER_KEYS = ('cka', 'cka_running', 'weight', 'nce', 'mi_bound')
+
+
+def collect(output: Path, scale: str) -> Tuple[List[Dict[str, Any]], List[Dict[str, Any]]]:
+    """(a row per run, a row per run, epoch and layer) of all finished runs."""
+    runs, layers = [], []
+    for run, revision, folder in finished_runs(output):
+        summary = json.loads((folder / 'summary.json').read_text())
+        with open(folder / 'summary.csv') as epochs_file:
+            epochs = list(csv.DictReader(epochs_file))
+        settings = yaml.safe_load((folder / 'args.yaml').read_text())
+        recipe = {name: settings[name] for name in ('opt', 'lr', 'weight_decay')}
+        runs.append(run_row(run._replace(options={**recipe, **run.options}), scale, summary, epochs, revision))
+        layers += layer_rows(run, epochs)
+    return runs, layers
+
+
+def run_row(
+        run: Run,
+        scale: str,
+        summary: Mapping[str, Any],
+        epochs: Sequence[Mapping[str, Any]],
+        revision: str,
+) -> Dict[str, Any]:
+    """One line of the results: what was run, and what came out after the last epoch (and at the best, labelled)."""
+    rates = list(summary['firing_rates'].values())
+    return dict(
+        scale=scale, phase=run.phase, variant=run.variant, seed=run.seed, timesteps=run.timesteps, **run.options,
+        epochs=len(epochs), top1_last=round(summary['student']['top1'], 2), top1_best=round(summary['best']['top1'], 2),
+        best_epoch=summary['best']['epoch'] + 1, train_loss=round(float(epochs[-1]['train_loss']), 4),
+        train_task_loss=_number(epochs[-1].get('train_task_loss')), val_loss=round(summary['student']['loss'], 4),
+        teacher_top1=round(summary['teacher']['top1'], 2) if summary['teacher'] else None,
+        firing_rate=round(float(np.mean(rates)), 4) if rates else None, seconds=summary['seconds'], revision=revision)
+
+
+def _number(text: Optional[str]) -> Optional[float]:
+    return None if text in (None, '') else round(float(text), 4)
+
+
+def layer_rows(run: Run, epochs: Sequence[Mapping[str, Any]]) -> List[Dict[str, Any]]:
+    """CKA, NCE, weight and MI bound per epoch and layer, as means over the epoch's training steps."""
+    prefix = 'train_mi_bound_'
+    rows = []
+    for epoch in epochs:
+        for layer in (name[len(prefix):] for name in epoch if name.startswith(prefix)):
+            values = {key: _short(epoch.get(f'train_{key}_{layer}')) for key in _LAYER_KEYS}
+            rows.append(dict(
+                phase=run.phase, variant=run.variant, seed=run.seed, timesteps=run.timesteps,
+                epoch=int(epoch['epoch']) + 1, layer=layer, **values))
+    return rows
+
+
+def _short(text: Optional[str]) -> Optional[str]:
+    return None if text in (None, '') else f'{float(text):.4g}'
+
+
+def write_results(results: Path, runs: Sequence[Mapping[str, Any]], layers: Sequence[Mapping[str, Any]]) -> None:
+    """The two CSVs of what `collect` found."""
+    outcome = ('epochs', 'top1_last', 'top1_best', 'best_epoch', 'train_loss', 'train_task_loss', 'val_loss',
+               'teacher_top1', 'firing_rate', 'seconds', 'revision')
+    write_csv(results / RUNS_CSV, runs, outcome)
+    write_csv(results / LAYERS_CSV, layers)
+
+
+def write_csv(file: Path, rows: Sequence[Mapping[str, Any]], last: Sequence[str] = ()) -> None:
+    """All keys of all rows as columns; these ones last."""
+    columns = list(dict.fromkeys(key for row in rows for key in row if key not in last))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, 'w', newline='') as out:
+        writer = csv.DictWriter(out, [*columns, *last], lineterminator='\n')
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_csv(file: Path) -> List[Dict[str, str]]:
+    if not file.is_file():
+        return []
+    with open(file) as rows:
+        return list(csv.DictReader(rows))
+
+
+class Paired(NamedTuple):
+    """Mean difference over pairs, and half the width of its 95 % interval (None with one pair)."""
+    mean: float
+    half: Optional[float]
+    n: int
+
+
+def paired_interval(a: Mapping[int, float], b: Mapping[int, float]) -> Optional[Paired]:
+    """a - b over the seeds that both have: mean and 95 % interval by the t distribution.
+
+    Args:
+        a: Value by seed.
+        b: Value by seed.
+
+    Returns:
+        None where no seed is common.
+    """
+    differences = np.array([a[seed] - b[seed] for seed in a if seed in b])
+    n = len(differences)
+    if n == 0:
+        return None
+    half = None
+    if n > 1:
+        half = float(stats.t.ppf(0.975, n - 1) * differences.std(ddof=1) / math.sqrt(n))
+    return Paired(float(differences.mean()), half, n)
+
+
+def by_seed(rows: Sequence[Mapping[str, Any]], phase: str, variant: str, timesteps: int) -> Dict[int, float]:
+    """Top-1 after the last epoch of a variant's runs."""
+    return {int(row['seed']): float(row['top1_last']) for row in rows
+            if (row['phase'], row['variant'], int(row['timesteps'])) == (phase, variant, timesteps)}
+
+
+# ---- tables and figure
+
+LABELS = OrderedDict(
+    none='baseline (cross-entropy)', kd='distillation (logits)', contrastive='contrastive, uniform weights',
+    contrastive_matched="contrastive, uniform at SSCL's total weight", sscl='SSCL', sscl_kd_step='SSCL + KL per step')
+
+_SHORT = dict(none='baseline', kd='distillation', contrastive='contrastive', sscl='SSCL')
+
+
+def comparison(rows: Sequence[Mapping[str, Any]], timesteps: int) -> List[Dict[str, Any]]:
+    """A row per mode of the primary comparison: accuracy, paired difference to the baseline, the paper's."""
+    base = by_seed(rows, 'primary', 'none', timesteps)
+    table = []
+    for mode, label in LABELS.items():
+        values = by_seed(rows, 'primary', mode, timesteps)
+        if not values:
+            continue
+        best = [float(r['top1_best']) for r in rows if (r['phase'], r['variant'], int(r['timesteps'])) == (
+            'primary', mode, timesteps)]
+        paper = PAPER.get(mode, {}).get(timesteps)
+        table.append(dict(
+            mode=mode, label=label, seeds=len(values), top1=float(np.mean(list(values.values()))),
+            best=float(np.mean(best)),
+            difference=None if mode == 'none' else paired_interval(values, base), paper=paper,
+            paper_difference=None if paper is None or mode == 'none' else paper - PAPER['none'][timesteps]))
+    return table
+
+
+def _paired_text(paired: Optional[Paired]) -> str:
+    if paired is None:
+        return ''
+    return f'{paired.mean:+.2f}' + (f' ± {paired.half:.2f}' if paired.half is not None else ' (one seed)')
+
+
+def _signed(value: Optional[float]) -> str:
+    return '' if value is None else f'{value:+.2f}'
+
+
+def comparison_lines(rows: Sequence[Mapping[str, Any]], timesteps: int) -> List[str]:
+    """The comparison as a Markdown table."""
+    lines = ['| mode | seeds | top-1, last epoch | best epoch | minus baseline (95 %) | paper | minus its baseline |',
+             '|---|---|---|---|---|---|---|']
+    for r in comparison(rows, timesteps):
+        paper = '' if r['paper'] is None else f'{r["paper"]:.2f}'
+        cells = [r['label'], r['seeds'], f'{r["top1"]:.2f}', f'{r["best"]:.2f}', _paired_text(r['difference']), paper,
+                 _signed(r['paper_difference'])]
+        lines.append('| ' + ' | '.join(map(str, cells)) + ' |')
+    return lines
+
+
+def verdict(rows: Sequence[Mapping[str, Any]], timesteps: int) -> str:
+    """Whether the paper's order came out over the common seeds, and what SSCL's interval says."""
+    table = {r['mode']: r for r in comparison(rows, timesteps)}
+    order = [mode for mode in PAPER if mode in table]
+    sentences = []
+    values = {mode: by_seed(rows, 'primary', mode, timesteps) for mode in order}
+    common = set.intersection(*(set(v) for v in values.values())) if values else set()
+    if len(order) > 1 and common:
+        found = sorted(order, key=lambda mode: np.mean([values[mode][seed] for seed in sorted(common)]))
+        seeds = '1 seed' if len(common) == 1 else f'{len(common)} seeds'
+        theirs = 'as in the paper' if found == order else f"the paper's order is {_order(order)}"
+        sentences.append(f'By the means over the {seeds} that all of these have: {_order(found)}; {theirs}.')
+    paired = table['sscl']['difference'] if 'sscl' in table else None
+    if paired is not None and paired.half is not None:
+        sure = abs(paired.mean) > paired.half
+        sentences.append(f'SSCL against the baseline: the interval {"excludes" if sure else "includes"} 0 '
+                         f'({paired.n} seeds).')
+    return ' '.join(sentences)
+
+
+def _order(modes: Sequence[str]) -> str:
+    return ' < '.join(_SHORT[mode] for mode in modes)
+
+
+def pair_lines(rows: Sequence[Mapping[str, Any]], timesteps: int) -> List[str]:
+    """SSCL against what shares its total weight, and against distillation, paired."""
+    sscl = by_seed(rows, 'primary', 'sscl', timesteps)
+    parts = []
+    for mode in ('kd', 'contrastive', 'contrastive_matched', 'sscl_kd_step'):
+        paired = paired_interval(sscl, by_seed(rows, 'primary', mode, timesteps))
+        if paired is not None:
+            open_ = paired.half is None or abs(paired.mean) <= paired.half
+            count = 'one seed' if paired.n == 1 else f'{paired.n} seeds'
+            difference = f'{paired.mean:+.2f}' + ('' if paired.half is None else f' ± {paired.half:.2f}')
+            parts.append(f'{LABELS[mode]} {difference} ({count}{", not told apart" if open_ else ""})')
+    return [f'SSCL minus another mode, by the seeds that both have: {"; ".join(parts)}.'] if parts else []
+
+
+_SETTINGS = ('critic', 'weight', 'temperature', 'cka_floor', 'cka_momentum', 'projection', 'weighting')
+
+
+def selection_lines(rows: Sequence[Mapping[str, Any]]) -> List[str]:
+    """Every configuration that was tried on the held-out images, with the difference to cross-entropy."""
+    rows = [r for r in rows if r['phase'] == 'select' and r['variant'] != 'teacher']
+    base = by_seed(rows, 'select', 'none', 2)
+    lines = ['| ' + ' | '.join(name.replace('_', ' ') for name in _SETTINGS) + ' | top-1, by seed | difference |',
+             '|---' * (len(_SETTINGS) + 2) + '|']
+    for variant in sorted({r['variant'] for r in rows}, key=lambda name: (not name.startswith('none'), name)):
+        values = by_seed(rows, 'select', variant, 2)
+        first = next(r for r in rows if r['variant'] == variant)
+        if variant.startswith(('none', 'kd')):
+            name = variant.replace('none', 'cross-entropy alone').replace('kd-w', 'distillation, weight ')
+            cells = [name.replace('_', ' ').replace('-float', ', float'), *[''] * (len(_SETTINGS) - 1)]
+        else:
+            cells = [str(first.get(f'sscl_{name}', '')) for name in _SETTINGS]
+            cells[0] += ', float32' if variant.endswith('float32') else ''
+        accuracy = ', '.join(f'{values[seed]:.1f}' for seed in sorted(values))
+        paired = paired_interval(values, base)
+        difference = '' if variant == 'none' or paired is None else f'{paired.mean:+.1f}'
+        lines.append('| ' + ' | '.join([*cells, accuracy, difference]) + ' |')
+    return lines
+
+
+def gradient_lines(rows: Sequence[Mapping[str, Any]]) -> List[str]:
+    """Norm of the contrastive terms' gradient over cross-entropy's, by checkpoint and stage."""
+    stages = list(dict.fromkeys(r['stage'] for r in rows))
+    lines = ['| checkpoint | ' + ' | '.join(stages) + ' |', '|---' * (len(stages) + 1) + '|']
+    for run in dict.fromkeys(r['run'] for r in rows):
+        cells = []
+        for stage in stages:
+            row = next((r for r in rows if (r['run'], r['stage']) == (run, stage)), None)
+            cells.append('' if row is None else f'{float(row["ratio"]):.2f} ({float(row["cosine"]):+.2f})')
+        lines.append(f'| {run} | ' + ' | '.join(cells) + ' |')
+    return lines
+
+
+def readme_lines(
+        rows: Sequence[Mapping[str, Any]],
+        layers: Sequence[Mapping[str, Any]],
+        gradients: Sequence[Mapping[str, Any]],
+        facts: Facts,
+        notes: str = '',
+) -> List[str]:
+    """README's results section."""
+    primary = [r for r in rows if r['phase'] == 'primary']
+    teachers = {r['phase']: float(r['teacher_top1']) for r in rows if r['teacher_top1']}
+    what = 'all' if facts.classes is None else f'{facts.classes} of 100'
+    count = 'all their' if facts.images_per_class is None else f'{facts.images_per_class} of 500'
+    lines = [
+        BEGIN, '## Results', '',
+        f'The ablation of the paper\'s Table 3 at a scale that two CPU cores carry: real CIFAR-100, {what} classes, '
+        f'{count} training images per class, `resnet20_cifar` at width {facts.width}, {facts.epochs} epochs of '
+        f'{facts.recipe} (the paper: all classes and images, width 64, 400 epochs). The teacher is the ANN of the same '
+        'width, trained '
+        f'for {facts.teacher_epochs} epochs on the same images: {teachers.get("primary", float("nan")):.2f} top-1; all '
+        'runs share it. **Nothing here reproduces the paper\'s numbers**: they stand beside ours so that the order '
+        'and the size of the differences can be compared.', '']
+    lines += [f'Settings of the loss: {settings_text(primary)}.', '']
+    for timesteps in sorted({int(r['timesteps']) for r in primary if int(r['timesteps'])}):
+        lines += [f'**T = {timesteps}**, validation set ({100 * (facts.classes or 100):,} images):', '',
+                  *comparison_lines(rows, timesteps), '', verdict(rows, timesteps),
+                  *pair_lines(rows, timesteps), '']
+    lines += [
+        'Differences are paired by seed; ± is the half width of the 95 % interval (t distribution). "Best epoch" is '
+        'what public code of this line reports; it is chosen on the validation set.', '',
+        f'![Accuracy by mode, CKA and NCE per layer](benchmarks/results/{FIGURE})', '', *cka_lines(layers), '',
+        'The settings were chosen on a tenth of the training set held out (1,000 images, so that one run is about '
+        f'± 1.5 points; teacher {teachers.get("select", float("nan")):.2f} there). Every configuration tried, T = 2, '
+        'one seed where one number stands:', '',
+        *selection_lines(rows), '']
+    if gradients:
+        lines += ['Gradient of what is added over that of cross-entropy, ratio of the norms by stage and, in brackets, '
+                  'cosine between the two (`--phase diagnose`):', '', *gradient_lines(gradients), '']
+    if notes:
+        lines += [notes.strip(), '']
+    run = 'python benchmarks/ablation.py --output output/ablation'
+    return [*lines, '```bash', f'{run} --data-dir CIFAR100 --phase select',
+            f'{run} --data-dir CIFAR100 --phase primary  # --scale paper: full size', f'{run} --phase diagnose',
+            f'{run} --report  # figure, tables and this section', '```', '', END]
+
+
+def cka_lines(layers: Sequence[Mapping[str, Any]]) -> List[str]:
+    """CKA, weight and MI bound of the comparison's sscl runs at T=2, after the first and the last epoch."""
+    rows = [r for r in layers if (r['phase'], r['variant'], str(r['timesteps'])) == ('primary', 'sscl', '2')]
+    if not rows:
+        return []
+    last = max(int(r['epoch']) for r in rows)
+    names = list(dict.fromkeys(r['layer'] for r in rows))
+    lines = ['SSCL, T = 2, means over the seeds, epoch 1 and ' + f'{last}:', '', '| | ' + ' | '.join(names) + ' |',
+             '|---' * (len(names) + 1) + '|']
+    for key, label in (('cka_running', 'CKA'), ('weight', 'weight 1/CKA'), ('mi_bound', 'MI bound, nats')):
+        cells = []
+        for name in names:
+            first, end = (np.mean([float(r[key]) for r in rows if (r['layer'], int(r['epoch'])) == (name, epoch)])
+                          for epoch in (1, last))
+            cells.append(f'{first:.2f}, {end:.2f}')
+        lines.append(f'| {label} | ' + ' | '.join(cells) + ' |')
+    return lines
+
+
+def settings_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Settings of the loss in the comparison's sscl runs."""
+    row = next((r for r in rows if r['variant'] == 'sscl'), None)
+    if row is None:
+        return 'none yet'
+    return ', '.join(f'{name.replace("_", " ").replace("cka", "CKA")} {row[f"sscl_{name}"]}' for name in _SETTINGS[:-1])
+
+
+def write_readme(lines: Sequence[str], file: Path) -> None:
+    """Put the section between its markers, or, the first time, before NEXT_SECTION."""
+    text = file.read_text()
+    section = '\n'.join(lines)
+    if BEGIN in text:
+        before, rest = text.split(BEGIN)
+        text = before + section + rest.split(END)[1]
+    else:
+        before, rest = text.split(NEXT_SECTION)
+        text = before + section + '\n\n' + NEXT_SECTION + rest
+    file.write_text(text)
+
+
+COLORS = dict(none='#7f7f7f', kd='#1f77b4', contrastive='#ff7f0e', contrastive_matched='#8c564b', sscl='#d62728',
+              sscl_kd_step='#9467bd')
+
+
+def draw(rows: Sequence[Mapping[str, Any]], layers: Sequence[Mapping[str, Any]], file: Path) -> None:
+    """Accuracy by mode with error bars, the paper's beside it; CKA and NCE per layer over the epochs of sscl at T=2."""
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4.4), gridspec_kw=dict(width_ratios=(1.9, 1, 1)))
+    _draw_accuracy(axes[0], rows)
+    for axis, key, label in ((axes[1], 'cka_running', 'CKA, student and teacher'),
+                             (axes[2], 'nce', 'contrastive loss $-L_{NCE}$ (nats)')):
+        _draw_layers(axis, layers, key)
+        axis.set(xlabel='epoch', ylabel=label, title='SSCL, T = 2')
+        axis.grid(alpha=.3)
+    axes[2].legend(title='layer', fontsize=8, title_fontsize=8)
+    figure.tight_layout()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=100)
+    plt.close(figure)
+
+
+_MARKS = {2: 'o', 4: 's'}
+
+
+def _draw_accuracy(axis: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Difference to the baseline per mode and T: every seed, mean and interval; the paper's as open marks."""
+    tables = {t: {r['mode']: r for r in comparison(rows, t)} for t in _MARKS}
+    modes = [mode for mode in LABELS if mode != 'none' and any(mode in table for table in tables.values())]
+    for t, offset in ((2, -.15), (4, .15)):
+        base = by_seed(rows, 'primary', 'none', t)
+        for i, mode in enumerate(modes):
+            row = tables[t].get(mode)
+            if row is None or row['difference'] is None:
+                continue
+            seeds = [value - base[s] for s, value in by_seed(rows, 'primary', mode, t).items() if s in base]
+            axis.plot([i + offset] * len(seeds), seeds, '.', color=COLORS[mode], alpha=.5, ms=5)
+            paired = row['difference']
+            axis.errorbar(i + offset, paired.mean, yerr=paired.half if paired.n > 2 else None, fmt=_MARKS[t],
+                          color=COLORS[mode], capsize=4)
+            if row['paper_difference'] is not None:
+                axis.plot(i + offset + .12, row['paper_difference'], _MARKS[t], mfc='none', mec='black', ms=6)
+    axis.axhline(0, color=COLORS['none'], lw=1)
+    axis.set_xticks(range(len(modes)), [_tick(mode, tables) for mode in modes], fontsize=8)
+    axis.set_xlim(-.6, len(modes) - .4)
+    axis.set_ylabel('top-1 minus the baseline, same seed (points)')
+    axis.set_title('baseline: ' + _accuracies('none', tables), fontsize=10)
+    for t in (t for t in _MARKS if 'none' in tables[t]):
+        axis.plot([], [], _MARKS[t], color='#555555', label=f'here, T = {t}: mean, 95 %, seeds')
+        axis.plot([], [], _MARKS[t], mfc='none', mec='black', label=f'paper, T = {t}, full scale')
+    axis.legend(fontsize=8)
+    axis.grid(axis='y', alpha=.3)
+
+
+def _tick(mode: str, tables: Mapping[int, Mapping[str, Any]]) -> str:
+    """Name of a mode, and its accuracies below."""
+    name = {'kd': 'distillation', 'contrastive': 'contrastive,\nuniform', 'sscl': 'SSCL',
+            'contrastive_matched': "uniform at\nSSCL's total", 'sscl_kd_step': 'SSCL +\nKL per step'}[mode]
+    return name + ('' if '\n' in name else '\n') + '\n' + _accuracies(mode, tables)
+
+
+def _accuracies(mode: str, tables: Mapping[int, Mapping[str, Any]]) -> str:
+    return '; '.join(f'{table[mode]["top1"]:.1f} (T={t})' for t, table in tables.items() if mode in table)
+
+
+def _draw_layers(axis: Any, layers: Sequence[Mapping[str, Any]], key: str) -> None:
+    """One line per layer: the mean over the seeds of the primary sscl runs."""
+    chosen = [r for r in layers if (r['phase'], r['variant'], r['timesteps']) == ('primary', 'sscl', '2') and r[key]]
+    for layer in dict.fromkeys(r['layer'] for r in chosen):
+        epochs = sorted({int(r['epoch']) for r in chosen})
+        means = [np.mean([float(r[key]) for r in chosen if (r['layer'], int(r['epoch'])) == (layer, e)])
+                 for e in epochs]
+        axis.plot(epochs, means, marker='.', label=layer)
+
+
+def report(results: Path, readme: Path, facts: Facts) -> None:
+    """Figure, tables and README's section from the CSVs.
+
+    Raises:
+        SystemExit: There are none.
+    """
+    rows, layers = read_csv(results / RUNS_CSV), read_csv(results / LAYERS_CSV)
+    if not rows:
+        raise SystemExit(f'{results / RUNS_CSV} is missing: run the ablation first.')
+    draw(rows, layers, results / FIGURE)
+    notes = (results / NOTES).read_text() if (results / NOTES).is_file() else ''
+    lines = readme_lines(rows, layers, read_csv(results / GRADIENTS_CSV), facts, notes)
+    write_readme(lines, readme)
+    print('\n'.join(lines))

@@ -1,0 +1,169 @@
+"""Trainings of the ablation: what one is, and how they are run, skipped, resumed and shared between processes."""
+import fcntl
+import json
+import math
+import os
+import shutil
+import subprocess
+import time
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
+
+__all__ = ['Run', 'Runner', 'finished_runs', 'is_done']
+
+
+class Run(NamedTuple):
+    """One training: what sets it apart from the others of its phase."""
+    phase: str
+    variant: str
+    seed: int
+    timesteps: int  # 0: the teacher
+    options: Dict[str, Any]  # of train.py, by name
+
+    @property
+    def name(self) -> str:
+        return f'{self.phase}-{self.variant}-T{self.timesteps}-s{self.seed}'
+
+
+def is_done(folder: Path) -> bool:
+    return (folder / 'summary.json').is_file() and (folder / 'summary.csv').is_file()
+
+
+def start_arguments(folder: Path, arguments: Sequence[str]) -> List[str]:
+    """What train.py is started with: the run's arguments, or --resume where it left a checkpoint."""
+    if (folder / 'last.pth.tar').is_file() and (folder / 'args.yaml').is_file():
+        return ['--resume', str(folder)]
+    if folder.exists():
+        shutil.rmtree(folder)  # cut off before its first checkpoint
+    return list(arguments)
+
+
+class Runner:
+    """Runs trainings, some at a time, each in a process of its own that holds the run's lock file.
+
+    Args:
+        output: Root of all runs.
+        parallel: How many run at a time.
+        deadline: time.time() by which the last one is to be done; None for no limit.
+        revision: Code revision to note.
+        train: Command that starts a training.
+        max_load: Start nothing while the machine's load (1 minute) is not below this.
+    """
+
+    def __init__(
+            self,
+            output: Path,
+            parallel: int,
+            deadline: Optional[float],
+            revision: str,
+            train: Sequence[str],
+            max_load: float = math.inf,
+    ):
+        self.output, self.parallel, self.deadline, self.revision = output, parallel, deadline, revision
+        self.max_load = max_load
+        self.train = list(train)
+        self.seconds: List[Tuple[int, float]] = []  # timesteps and seconds of what this process ran
+
+    def folder(self, run: Run) -> Path:
+        return self.output / 'runs' / run.name
+
+    def estimate(self, run: Run) -> Optional[float]:
+        """Seconds that a run takes, from the finished ones, in proportion to T; None before the first."""
+        known = self.seconds or [
+            (run.timesteps, json.loads((folder / 'summary.json').read_text())['seconds'])
+            for run, _, folder in finished_runs(self.output)]
+        known = [(t, s) for t, s in known if t > 0]
+        if run.timesteps == 0 or not known:
+            return None
+        return float(np.mean([s / t for t, s in known])) * run.timesteps
+
+    def show_plan(self, runs: Sequence[Run]) -> None:
+        """All runs, and when they will be done."""
+        left = [run for run in runs if not is_done(self.folder(run))]
+        print(f'{len(runs)} runs, {len(runs) - len(left)} of them done; {self.parallel} at a time:')
+        for run in runs:
+            folder = self.folder(run)
+            state = 'done' if is_done(folder) else 'resumes' if (folder / 'last.pth.tar').is_file() else 'new'
+            print(f'  {state:<8} {run.name}')
+        print(f'ETA {self._eta(left)}', flush=True)
+
+    def _eta(self, left: Sequence[Run]) -> str:
+        seconds = [self.estimate(run) for run in left]
+        if not left:
+            return '0:00:00'
+        if None in seconds:
+            return 'unknown before the first run is done'
+        return str(timedelta(seconds=round(sum(seconds) / self.parallel)))
+
+    def __call__(self, runs: Sequence[Run], arguments: Mapping[str, Sequence[str]]) -> None:
+        """Run what is not done, in this order.
+
+        Args:
+            runs: The runs.
+            arguments: Of train.py, by the name of the run.
+
+        Raises:
+            SystemExit: A training failed; its log is named.
+        """
+        waiting = [run for run in runs if not is_done(self.folder(run))]
+        active: List[Tuple[Run, subprocess.Popen, float]] = []
+        try:
+            while waiting or active:
+                while waiting and len(active) < self.parallel and os.getloadavg()[0] < self.max_load:
+                    started = self._start(waiting.pop(0), arguments, len(waiting))
+                    active += [started] if started else []
+                if waiting or active:
+                    time.sleep(0.5)
+                for item in [item for item in active if item[1].poll() is not None]:
+                    active.remove(item)
+                    self._finish(*item, waiting)
+        finally:
+            for _, process, _ in active:
+                process.terminate()
+
+    def _start(self, run: Run, arguments: Mapping[str, Sequence[str]], left: int):
+        folder = self.folder(run)
+        estimate = self.estimate(run)
+        if self.deadline is not None and time.time() + (estimate or 0) > self.deadline:
+            print(f'{run.name}: not started, it would not be done by the deadline.', flush=True)
+            return None
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(folder.parent / f'{folder.name}.lock', 'w')
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f'{run.name}: another process runs it.', flush=True)
+            return None
+        if is_done(folder):  # by another process, meanwhile
+            return None
+        words = start_arguments(folder, arguments[run.name])
+        facts = {**run._asdict(), 'revision': self.revision}
+        (folder.parent / f'{folder.name}.json').write_text(json.dumps(facts, indent=1) + '\n')
+        with open(folder.parent / f'{folder.name}.log', 'a') as log:
+            # the child inherits the lock: it holds as long as the training lives, whatever becomes of this process
+            process = subprocess.Popen([*self.train, *words], stdout=log, stderr=log, pass_fds=[lock.fileno()])
+        lock.close()
+        print(f'{datetime.now():%H:%M:%S} {run.name}: started{" again" if words[0] == "--resume" else ""}, '
+              f'{left} behind it', flush=True)
+        return run, process, time.time()
+
+    def _finish(self, run: Run, process: subprocess.Popen, started: float, waiting: Sequence[Run]) -> None:
+        folder = self.folder(run)
+        if process.returncode or not is_done(folder):
+            raise SystemExit(f'{run.name}: train.py failed; see {folder.parent / (folder.name + ".log")}')
+        summary = json.loads((folder / 'summary.json').read_text())
+        self.seconds.append((run.timesteps, time.time() - started))
+        print(f'{datetime.now():%H:%M:%S} {run.name}: {summary["student"]["top1"]:.2f} top-1 after '
+              f'{time.time() - started:.0f} s; ETA {self._eta(waiting)}', flush=True)
+
+
+def finished_runs(output: Path) -> Iterator[Tuple[Run, str, Path]]:
+    """(run, code revision, folder) of all that is done."""
+    for file in sorted((output / 'runs').glob('*.json')):
+        folder = file.with_suffix('')
+        if is_done(folder):
+            facts = json.loads(file.read_text())
+            yield Run(*(facts[field] for field in Run._fields)), facts['revision'], folder
