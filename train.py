@@ -108,9 +108,14 @@ class NonFiniteLoss(RuntimeError):
     """The loss of a step, or a weight, is nan or infinite; nothing of it was kept."""
 
 
+class OtherProcessFailed(RuntimeError):
+    """Another process found what ends the run, and says it."""
+
+
 # these end a run with one line; all others keep their traceback
 INPUT_ERRORS = OptionError, FileNotFoundError, FileExistsError, NotImplementedError, ValueError
-RUN_ERRORS = StorageError, NonFiniteLoss, UnreadableSample, WrongLabel
+DATA_ERRORS = UnreadableSample, WrongLabel
+RUN_ERRORS = StorageError, NonFiniteLoss, OtherProcessFailed, *DATA_ERRORS
 
 
 def _exit(error: Exception, code: int) -> None:
@@ -592,9 +597,9 @@ class Session:
     make_loaders: Callable[[], Loaders]
     stop: StopRequest
 
-    def stop_if_asked(self, nonfinite: bool = False) -> Tuple[bool, bool]:
-        """(Did the loss of any process go wrong, was any process told to stop): all processes get the same answer."""
-        flags = nonfinite, self.stop.signal_number is not None
+    def stop_if_asked(self, failed: bool = False) -> Tuple[bool, bool]:
+        """(Did anything go wrong on any process, was any told to stop): all processes get the same answer."""
+        flags = failed, self.stop.signal_number is not None
         if self.accelerator.num_processes > 1:
             flags = self.accelerator.reduce(torch.tensor(flags, device=self.accelerator.device).float(), 'sum').tolist()
         return bool(flags[0]), bool(flags[1])
@@ -722,6 +727,7 @@ class Fit:
         self.meters = Meters()
         self.num_updates = self.position.epoch * updates
         self.odd_layers: Dict[str, str] = {}
+        self.failure: Optional[Exception] = None  # met by this process while it read data
         self._restore_run_state()
 
     def _resume(self, resume: str, optimizer: torch.optim.Optimizer) -> Tuple[Position, Dict[str, Any]]:
@@ -860,12 +866,17 @@ class Fit:
 
     def _batches(self, loader: Any, done: int) -> Iterator[Any]:
         """The batches from the first that is not done; where one cannot be read, what was done is kept first."""
+        batch = None
         try:
-            yield from skip_first_batches(loader, done) if done else loader
-        except (UnreadableSample, WrongLabel):
-            if self.accelerator.num_processes == 1:  # the others would wait
+            for batch in skip_first_batches(loader, done) if done else loader:
+                yield batch
+        except DATA_ERRORS as error:
+            if self.accelerator.num_processes == 1:
                 self._save_recovery()
-            raise
+            if self.accelerator.num_processes == 1 or batch is None:
+                raise
+            self.failure = error
+            yield batch  # the others are in this step: it tells them, and ends before it reaches the weights
 
     def _share_unreadable(self) -> None:
         """All processes count the samples that any of them could not read."""
@@ -906,9 +917,10 @@ class Fit:
                 taught = () if self.teacher_cache is None else (self._ask_teacher(input, index),)
                 result = task(input, target, *taught)
             accelerator.backward(result['loss'] * self._share_of_update(step))
-            nonfinite, stop = self.session.stop_if_asked(not math.isfinite(result['loss'].item()))
-            if nonfinite:
-                self._raise_nonfinite(step, result)
+            nonfinite = not math.isfinite(result['loss'].item())
+            failed, stop = self.session.stop_if_asked(nonfinite or self.failure is not None)
+            if failed:
+                self._raise_failure(step, result)
             if args.clip_grad is not None and accelerator.sync_gradients:
                 accelerator.unscale_gradients()
                 dispatch_clip_grad(task.get_clip_parameters(exclude_head='agc' in args.clip_mode),
@@ -939,15 +951,19 @@ class Fit:
                 cache.open(taught)
         return cache(index, partial(self.task.teach, input))
 
-    def _raise_nonfinite(self, step: int, result: Dict[str, torch.Tensor]) -> None:
-        """Name the terms of this process that are not finite."""
+    def _raise_failure(self, step: int, result: Dict[str, torch.Tensor]) -> None:
+        """Say what went wrong in this step; the terms of this process that are not finite, by name."""
+        if self.failure is not None:
+            raise self.failure
         values = {**{k: v.item() for k, v in _terms(result).items() if k != 'loss'}, **self._layer_stats()}
         bad = [f'{_TERMS.get(k, k)} is {v}' for k, v in values.items() if not math.isfinite(v)]
+        if math.isfinite(result['loss'].item()):
+            raise OtherProcessFailed('another process stopped the run; its own message says why.')
         self._check_weights()  # where the step before has spoilt them, that is what there is to say
         raise NonFiniteLoss(
             f'{self.name}: the loss is not finite at epoch {self.position.epoch + 1}, step {step + 1}: '
-            f'{", ".join(bad) or "on another process"}. The weights were left as they were before this step; the last '
-            f'checkpoint in {self.folder} is from before. A smaller --lr or --clip-grad may help.')
+            f'{", ".join(bad)}. The weights were left as they were before this step; the last checkpoint in '
+            f'{self.folder} is from before. A smaller --lr or --clip-grad may help.')
 
     def _cast(self, input: torch.Tensor) -> torch.Tensor:
         return _cast_input(self.args, input, self.prepare_input)
@@ -1031,14 +1047,26 @@ def _cast_input(args: Namespace, input: torch.Tensor, prepare_input: Optional[Ca
     return input.contiguous(memory_format=torch.channels_last) if args.channels_last and input.ndim == 4 else input
 
 
+def _told_to_others(session: Session, loader: Any) -> Iterator[Any]:
+    """The loader's batches; a sample that cannot be read here stops the other processes too."""
+    try:
+        yield from loader
+    except DATA_ERRORS:
+        session.stop_if_asked(True)
+        raise
+
+
 @torch.no_grad()
 def evaluate(session: Session, model: nn.Module, loader: Any, cast: Callable) -> 'OrderedDict[str, float]':
     """Loss, top-1 and top-5 on a prepared validation loader, every image counted once."""
     model.eval()
     accelerator = session.accelerator
     evaluator = ClassificationEvaluator(accelerator.device)
-    for input, target in loader:
-        if session.stop_if_asked()[1]:
+    for input, target in _told_to_others(session, loader):
+        failed, stop = session.stop_if_asked()
+        if failed:
+            raise OtherProcessFailed('another process stopped the run; its own message says why.')
+        if stop:
             session.interrupt()
         with accelerator.autocast():
             output = model(cast(input))

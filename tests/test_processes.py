@@ -119,3 +119,19 @@ def test_accelerate_launch_on_two_processes(tmp_path):
     assert code == 0, log
     for rank in (0, 1):
         assert json.loads((tmp_path / f'seen-{rank}.jsonl').read_text().splitlines()[0])[0] == 2
+
+
+@pytest.mark.parametrize('split', ['train', 'validation'])
+def test_unreadable_image_of_one_process_stops_both_with_a_line_each(split, tmp_path):
+    write_images(tmp_path / 'images', per_class=15)
+    for file in sorted((tmp_path / 'images' / split).rglob('*.png'))[30 if split == 'train' else 40:][:1]:
+        file.write_bytes(file.read_bytes()[:100])
+    args = [*ARGS, '--epochs', '3', '--distill', 'none', '--max-unreadable', '0', '--neuron-init', 'none']
+    process = start(tmp_path, args)
+    code, log = finish(process, tmp_path)
+    assert code != 0
+    errors = [line for line in log.splitlines() if line.startswith('error')]
+    assert len(errors) == 2, log
+    assert sum('cannot be read' in line for line in errors) == 1 and sum('another process' in line for line in errors) == 1
+    assert 'RuntimeError' not in log.split('error')[0] and 'gloo' not in log
+    assert '--resume out/run' in log
