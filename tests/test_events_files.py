@@ -23,6 +23,13 @@ def write(folder, data, name='a.aedat'):
     return str(file)
 
 
+def with_a_byte_changed(data, rng, n=300):
+    for _ in range(n):
+        changed = bytearray(data)
+        changed[rng.integers(len(data))] = rng.integers(256)
+        yield bytes(changed)
+
+
 def test_aedat_plain_axes_are_the_bits_of_the_address(tmp_path):
     events = read_aedat(write(tmp_path, HEADER + pack(PIXELS)), axes='tonic')
     assert [tuple(map(int, e)) for e in zip(events.x, events.y, events.p, events.t)] == PIXELS
@@ -116,11 +123,7 @@ def test_time_that_runs_backwards_is_damage_where_order_matters(tmp_path):
 def test_no_damage_raises_anything_else(tmp_path):
     """Every cut and 300 changed bytes of a file: events, or the error that names the file."""
     data, rng = HEADER + pack(PIXELS), np.random.default_rng(1)
-    variants = [data[:i] for i in range(len(data))]
-    for _ in range(300):
-        changed = bytearray(data)
-        changed[rng.integers(len(data))] = rng.integers(256)
-        variants.append(bytes(changed))
+    variants = [*(data[:i] for i in range(len(data))), *with_a_byte_changed(data, rng)]
     damaged = 0
     for variant in variants:
         try:
@@ -210,11 +213,7 @@ def test_no_npz_damage_raises_anything_else(save, tmp_path):
     save(buffer, t=np.arange(n), x=rng.integers(0, 9, n), y=rng.integers(0, 9, n), p=rng.integers(0, 2, n))
     data = buffer.getvalue()
     assert zipfile.is_zipfile(io.BytesIO(data))
-    variants = [data[:i] for i in range(0, len(data), 23)]
-    for _ in range(300):
-        changed = bytearray(data)
-        changed[rng.integers(len(data))] = rng.integers(256)
-        variants.append(bytes(changed))
+    variants = [*(data[:i] for i in range(0, len(data), 23)), *with_a_byte_changed(data, rng)]
     damaged = 0
     for variant in variants:
         try:
