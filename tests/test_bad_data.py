@@ -64,7 +64,7 @@ def test_unreadable_training_images_are_named_replaced_and_counted(
     text = capfd.readouterr().err
     for file in bad:  # once, though both epochs meet it
         assert text.count(f"Training sample 'images/train/class1/{file.name}' cannot be read and is replaced") == 1
-    checkpoint = torch.load(tmp_path / 'out/run/last.pth.tar', weights_only=False)
+    checkpoint = torch.load(tmp_path / 'out/run/last.pth.tar')
     assert checkpoint['run_state']['unreadable'] == [10, 13]  # counted over the workers, and kept for a resume
 
 
@@ -78,7 +78,7 @@ def test_more_unreadable_images_than_allowed_stop_the_run_and_it_goes_on_when_th
     assert code == 1 and "'images/train/class2/7.png' cannot be read" in line and '--max-unreadable 0' in line
     shutil.copy(tmp_path / 'whole/train/class2/7.png', images / 'train' / 'class2' / '7.png')
     run_here([*args, '--resume', 'auto'], tmp_path, monkeypatch)
-    one, other = (torch.load(tmp_path / f'out/{name}/last.pth.tar', weights_only=False) for name in ('whole', 'run'))
+    one, other = (torch.load(tmp_path / f'out/{name}/last.pth.tar') for name in ('whole', 'run'))
     assert all(torch.equal(one['state_dict'][k], v) for k, v in other['state_dict'].items())
 
 
@@ -372,12 +372,12 @@ def test_teacher_that_was_damaged_later_is_trained_again(images, tmp_path, monke
 def test_going_back_to_an_earlier_checkpoint_puts_the_later_ones_aside(images, tmp_path, monkeypatch, caplog):
     run_here([*IMAGES, '--epochs', '3'], tmp_path, monkeypatch)
     folder = tmp_path / 'out/run'
-    later = torch.load(folder / 'last.pth.tar', weights_only=False)['state_dict']
+    later = torch.load(folder / 'last.pth.tar')['state_dict']
     with caplog.at_level(logging.WARNING):
         run_here([*IMAGES, '--resume', 'out/run/checkpoint-0.pth.tar', '--epochs', '2', '--lr', '0.02'], tmp_path,
                  monkeypatch)
     assert 'are renamed to *.abandoned-N' in caplog.text
-    kept = torch.load(folder / 'last.pth.tar.abandoned-1', weights_only=False)['state_dict']
+    kept = torch.load(folder / 'last.pth.tar.abandoned-1')['state_dict']
     assert all(torch.equal(kept[k], v) for k, v in later.items())
     assert [row['epoch'] for row in rows_of(folder)] == ['0', '1']
     run_here(['--resume', 'out/run', '--epochs', '3'], tmp_path, monkeypatch)  # of the new branch

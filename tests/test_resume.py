@@ -83,7 +83,7 @@ def same_runs(one, other):
     for file in files:
         if file.name.endswith('.pth.tar'):
             a, b = (load_checkpoint_metadata(str(root / file)) for root in (one, other))
-            options = [{k: v for k, v in vars(x.pop('args')).items() if k != 'resume'} for x in (a, b)]
+            options = [{k: v for k, v in x.pop('args').items() if k != 'resume'} for x in (a, b)]
             assert options[0] == options[1]
             same(a, b, str(file))
         elif file.name == 'summary.csv':

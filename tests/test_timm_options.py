@@ -879,7 +879,7 @@ def test_the_best_checkpoints_are_kept(fit, monkeypatch):
         run = fit(['--epochs', 4, *argv])
         result = run.run()
         kept = sorted(int(re.search(r'checkpoint-(\d)', f.name)[1]) for f in run.folder.glob('checkpoint-*'))
-        file = torch.load(run.folder / 'model_best.pth.tar', weights_only=False)
+        file = torch.load(run.folder / 'model_best.pth.tar')
         assert file['epoch'] == result.best_epoch
         return result.best_epoch, kept
     assert best() == (1, [0, 1, 2, 3])

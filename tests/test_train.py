@@ -183,7 +183,7 @@ def test_weight_zero_is_exactly_mode_none(tmp_path, monkeypatch):
     run_here([*common, '--distill', 'none', '--experiment', 'none'], tmp_path, monkeypatch)
     run_here([*common, '--loss', 'sscl=0,kd=0', '--experiment', 'zero'], tmp_path, monkeypatch)
     run_here([*common, '--loss', 'kd=1', '--experiment', 'kd'], tmp_path, monkeypatch)
-    none, zero, kd = (torch.load(tmp_path / 'out' / name / 'last.pth.tar', weights_only=False)['state_dict']
+    none, zero, kd = (torch.load(tmp_path / 'out' / name / 'last.pth.tar')['state_dict']
                       for name in ('none', 'zero', 'kd'))
     assert none.keys() == zero.keys() and all(torch.equal(none[k], zero[k]) for k in none)
     assert not all(torch.equal(none[k], kd[k]) for k in none)  # the comparison can fail
@@ -196,7 +196,7 @@ def test_options_of_a_training_step_work_together(tmp_path, monkeypatch):
               '--loss', 'sscl=0.1,kd=0.5', '--sscl-critic', 'infonce', '--sscl-taps', 'layer2,layer4,pooled'],
              tmp_path, monkeypatch)
     run = run_of(tmp_path / 'out')
-    checkpoint = torch.load(run / 'last.pth.tar', weights_only=False)
+    checkpoint = torch.load(run / 'last.pth.tar')
     assert 'state_dict_ema' in checkpoint and any('g_student' in k for k in checkpoint['task_state']['losses'])
     row = rows_of(run)[0]
     assert np.isfinite(float(row['train_kd_loss'])) and 'eval_top1_ema' in row

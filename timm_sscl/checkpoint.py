@@ -119,7 +119,7 @@ class RunSaver(CheckpointSaver):
         folder: Where the files go.
         task: timm TrainingTask that is trained.
         optimizer: Its optimizer.
-        args: Options, kept in every file.
+        args: Options, kept in every file as a dictionary, which torch.load reads with its default weights_only=True.
         max_history: How many epochs' checkpoints are kept.
         decreasing: Whether a lower metric is better.
     """
@@ -220,7 +220,7 @@ class RunSaver(CheckpointSaver):
             run_state: Dict[str, Any],
     ) -> Dict[str, Any]:
         state = {
-            'epoch': epoch, 'version': 2, 'arch': self.args.model, 'args': self.args,
+            'epoch': epoch, 'version': 2, 'arch': self.args.model, 'args': _plain(vars(self.args)),
             'optimizer': self.optimizer.state_dict(),
             **self.task.get_checkpoint_state(unwrap_fn=self.unwrap_fn),
             **self.task.get_checkpoint_state(ema=True, unwrap_fn=self.unwrap_fn),
@@ -230,6 +230,15 @@ class RunSaver(CheckpointSaver):
         if metric is not None:
             state['metric'] = metric
         return state
+
+
+def _plain(value: Any) -> Any:
+    """Options as what torch.load takes for harmless: numbers, texts and containers of them; another as its text."""
+    if isinstance(value, dict):
+        return {_plain(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value] if isinstance(value, list) else tuple(map(_plain, value))
+    return value if value is None or type(value) in (bool, int, float, str) else str(value)
 
 
 # ---- reading
