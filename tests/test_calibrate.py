@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
+from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 from timm_sscl import LIF, calibrate, convert_to_spiking
 
@@ -174,3 +175,91 @@ def test_silent_and_idle_layers_are_named(caplog):
     assert [(d.name, d.rate) for d in drives] == [('act1', 0.)]
     assert ('never fire' in caplog.text and 'act1' in caplog.text
             and 'did not run' in caplog.text and 'idle' in caplog.text)
+
+
+def _pruned(layer):
+    prune.l1_unstructured(layer, 'weight', .5)
+    return layer
+
+
+# the old weight norm and spectral norm warn that they are old
+_COMPUTED = [
+    pytest.param(weight_norm, marks=pytest.mark.filterwarnings('ignore')), parametrizations.weight_norm, spectral_norm,
+    parametrizations.spectral_norm, parametrizations.orthogonal, _pruned]
+_IDS = ['weight_norm (old)', 'weight_norm', 'spectral_norm (old)', 'spectral_norm', 'orthogonal', 'pruned']
+
+
+@pytest.mark.parametrize('compute', _COMPUTED, ids=_IDS)
+def test_weights_that_are_computed(compute):
+    """The gains are those of the network whose weights are plain and have the same values."""
+    torch.manual_seed(0)
+    net = _Net()
+    for layer in (net.conv, net.fc, net.head):
+        compute(layer)
+    net.eval()(_images())  # computes the weights of the old kinds
+    plain = _Net()
+    for name in ('conv', 'fc', 'head'):
+        plain.get_submodule(name).load_state_dict(
+            dict(weight=net.get_submodule(name).weight.detach(), bias=net.get_submodule(name).bias))
+    expected = calibrate(convert_to_spiking(plain, timesteps=T), _images())
+    model = convert_to_spiking(net, timesteps=T).train()
+    before = copy.deepcopy(model.state_dict())
+    assert calibrate(model, _images()) == expected
+    after = model.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+
+
+@pytest.mark.parametrize('compute,name', [
+    pytest.param(weight_norm, 'fc.weight_g', marks=pytest.mark.filterwarnings('ignore')),
+    (parametrizations.weight_norm, 'fc.parametrizations.weight.original0'), (_pruned, 'fc.weight_orig')])
+def test_computed_weights_that_are_zero_throughout_become_small(compute, name):
+    torch.manual_seed(0)
+    model = _Net()
+    compute(model.fc)
+    model = convert_to_spiking(model, timesteps=T)
+    with torch.no_grad():
+        model.get_parameter(name).zero_()
+        model.fc.bias.zero_()
+    drives = {d.name: d for d in calibrate(model, _images())}
+    assert drives['act3'].rate > 0 and drives['act3'].rms > 0 and model.get_parameter(name).any()
+
+
+def test_a_mask_of_zeros_stays(caplog):
+    torch.manual_seed(0)
+    model = convert_to_spiking(_Net(), timesteps=T)
+    prune.custom_from_mask(model.fc, 'weight', torch.zeros(8, 8))
+    model.fc.bias.data.fill_(-1.)
+    assert calibrate(model, _images())[2].rate == 0 and not model.fc.weight.any() and 'act3' in caplog.text
+
+
+def test_failure_leaves_gains_and_weights():
+    torch.manual_seed(0)
+    model = timm.create_model('spiking_test_resnet', num_classes=K)
+    calibrate(model, _images(1))
+    before = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        model.layer1[0].bn2.weight.zero_()  # would be revived
+        before['layer1.0.bn2.weight'].zero_()
+    model.layer2.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        calibrate(model, _images())
+    after = model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[key], value) for key, value in before.items())
+    assert not any(lif._forward_pre_hooks or lif._forward_hooks for lif in model.neurons().values())
+
+
+def test_current_that_is_not_finite_is_named():
+    model = convert_to_spiking(_Net(), timesteps=T)
+    model.bn.bias.data[0] = float('inf')
+    with pytest.raises(ValueError, match='act2'):
+        calibrate(model, _images())
+    assert model.act1.gain is None or model.act1.gain == 1
+
+
+def test_no_layer_that_runs():
+    class Idle(_Net):
+        def forward(self, x):
+            return self.head(x.mean((2, 3)).repeat(1, 3)[:, :8])
+
+    with pytest.raises(ValueError, match='none of its neuron layers'):
+        calibrate(convert_to_spiking(Idle(), timesteps=T), _images())

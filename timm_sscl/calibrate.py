@@ -1,21 +1,23 @@
 """calibrate: an input gain for every neuron layer, from one forward, so that no layer starts silent."""
 import logging
+import math
 from contextlib import contextmanager
-from typing import Dict, Iterator, List, NamedTuple, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn as nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from .neurons import LIF
+from .revive import revive_zeros
 from .spiking import SpikingModule
+from .untouched import undone_on_error, untouched
 
 __all__ = ['calibrate', 'normalising_by_batch', 'LayerDrive']
 
 _logger = logging.getLogger(__name__)
 
 _MIN_RATE = 0.01  # below this share of inputs over the threshold the mean square says too little about a skewed input
-_REVIVED = 0.1  # of a usual initialisation: what starts at zero stays weak, but passes a gradient on
 
 
 class LayerDrive(NamedTuple):
@@ -52,28 +54,20 @@ def calibrate(model: nn.Module, images: torch.Tensor) -> List[LayerDrive]:
 
     Raises:
         ValueError: The model does not spike, its neurons have output scales (their thresholds come from an ANN), or
-            images holds something that is not finite.
+            images holds something that is not finite, or a layer's current does, or no layer runs.
     """
     _check(model, images)
     if model.settings.norm is not None:
         _logger.warning(f"{type(model).__name__}: the gains make up for the scale that norm='{model.settings.norm}' "
                         f'gives the currents, so that training starts as with plain batch norms.')
-    _revive_zeros(model)
-    drives: Dict[str, '_Drive'] = {}
-    handles = []
-    for name, lif in model.neurons().items():
-        drive = _Drive(lif)
-        handles += [lif.register_forward_pre_hook(drive.measure), lif.register_forward_hook(drive.count)]
-        drives[name] = drive
-    try:
-        with normalising_by_batch(model), torch.no_grad():
-            model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
-    ran = sorted((d.order, name) for name, d in drives.items() if d.order is not None)
-    result = [drives[name].result(name) for _, name in ran]
-    _warn(model, result, [name for name, d in drives.items() if d.order is None])
+    with undone_on_error(model, parameters=True):
+        revive_zeros(model)
+        drives = _measure(model, images)
+        for name, lif in model.neurons().items():
+            lif.set_gain(drives[name].gain if name in drives else None, lif.scale)
+    idle = [name for name in model.neurons() if name not in drives]
+    result = [drive.result(name) for name, drive in drives.items()]
+    _warn(model, result, idle)
     return result
 
 
@@ -87,23 +81,41 @@ def _check(model: nn.Module, images: torch.Tensor) -> None:
         raise ValueError('images: holds values that are not finite.')
 
 
+def _measure(model: SpikingModule, images: torch.Tensor) -> Dict[str, '_Drive']:
+    """What drives every neuron layer that runs, in the order of their first calls, each with its gain."""
+    drives: Dict[str, _Drive] = {}
+    with normalising_by_batch(model):
+        for name, lif in model.neurons().items():
+            drive = _Drive(lif, lambda drive, name=name: drives.setdefault(name, drive))
+            lif.register_forward_pre_hook(drive.measure)
+            lif.register_forward_hook(drive.count)
+        model(images)
+    if not drives:
+        raise ValueError(f'{type(model).__name__}: none of its neuron layers ran on the images; nothing to calibrate.')
+    broken = [name for name, drive in drives.items() if not math.isfinite(drive.rms)]
+    if broken:
+        raise ValueError(f'{type(model).__name__}: the current of {broken[0]} is not finite on these images, so that '
+                         f'no gain fits it; check the weights before it, or run in float32.')
+    return drives
+
+
 class _Drive:
     """Measures one layer's input and sets its gain, call by call."""
-    _calls = 0  # over all layers, to order them
 
-    def __init__(self, lif: LIF):
+    def __init__(self, lif: LIF, ran: Callable[['_Drive'], Any]):
         self.lif = lif
-        self.order = None
+        self.ran = ran  # told of every call
+        self.gain: Optional[torch.Tensor] = None
         self.squares: List[float] = []
         self.fired = self.elements = 0
         lif.set_gain(None, lif.scale)
 
     def measure(self, lif: LIF, args: Tuple[torch.Tensor]) -> None:
-        if self.order is None:
-            self.order = _Drive._calls = _Drive._calls + 1
+        self.ran(self)
         x = args[0].detach()
         self.squares.append(x.to(torch.promote_types(x.dtype, torch.float32)).square().mean().item())
-        lif.set_gain(torch.tensor(self._gain(x), device=x.device), lif.scale)
+        self.gain = torch.tensor(self._gain(x), device=x.device)
+        lif.set_gain(self.gain, lif.scale)
 
     def _gain(self, x: torch.Tensor) -> float:
         if self.rms == 0:
@@ -123,46 +135,18 @@ class _Drive:
         return (sum(self.squares) / len(self.squares)) ** 0.5
 
     def result(self, name: str) -> LayerDrive:
-        return LayerDrive(name, self.rms, self.lif.gain.item(), self.fired / max(self.elements, 1))
+        return LayerDrive(name, self.rms, self.gain.item(), self.fired / max(self.elements, 1))
 
 
 @contextmanager
 def normalising_by_batch(model: nn.Module) -> Iterator[None]:
-    """Norms with running statistics in training mode, all else in evaluation mode; statistics stay as they were."""
-    modes = {module: module.training for module in model.modules()}
-    norms = [module for module in modes if isinstance(module, _NormBase)]
-    statistics = [{name: b.clone() for name, b in norm._buffers.items() if b is not None} for norm in norms]
-    model.eval()
-    for norm in norms:
-        norm.training = True
-    try:
+    """Norms with running statistics in training mode, all else in evaluation mode; afterwards the model, its
+    statistics among it, is as it was."""
+    with untouched(model):
+        for module in model.modules():
+            if isinstance(module, _NormBase):
+                module.training = True
         yield
-    finally:
-        for norm, kept in zip(norms, statistics):
-            for name, value in kept.items():
-                norm._buffers[name].copy_(value)
-        for module, training in modes.items():
-            module.training = training
-
-
-def _revive_zeros(model: nn.Module) -> None:
-    """Scales and weights that are zero throughout pass no gradient on: make them small instead."""
-    revived = []
-    generator = torch.Generator().manual_seed(0)  # the global generator stays where it is
-    for name, module in model.named_modules():
-        is_norm = 'norm' in type(module).__name__.lower() and 'GlobalResponse' not in type(module).__name__  # GRN adds
-        for scale in [module._parameters.get('weight')] if is_norm else [module._parameters.get('gain')]:
-            if scale is not None and not scale.any():
-                nn.init.constant_(scale, _REVIVED)
-                revived.append(name)
-        weight = module._parameters.get('weight')
-        if isinstance(module, (nn.Linear, nn.Conv2d)) and not weight.any():
-            with torch.no_grad():
-                weight.copy_(torch.randn(weight.shape, generator=generator) * _REVIVED / weight[0].numel() ** 0.5)
-            revived.append(name)
-    if revived:
-        _logger.info(f'{type(model).__name__}: {len(revived)} scales or weights started at zero and are small now '
-                     f'({", ".join(revived[:3])}{", ..." if len(revived) > 3 else ""}).')
 
 
 def _warn(model: nn.Module, result: List[LayerDrive], idle: List[str]) -> None:

@@ -1,0 +1,125 @@
+"""Running a model leaves it bit for bit as it was; a change that fails is undone."""
+from collections import OrderedDict
+from contextlib import contextmanager
+from typing import Any, Dict, Iterator, List, Tuple
+
+import torch
+import torch.nn as nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from .random_state import get_random_state, set_random_state
+
+__all__ = ['untouched', 'undone_on_error', 'without_hooks']
+
+_HOOKS = '_forward_hooks', '_forward_pre_hooks'
+_COMPUTE_WEIGHTS = WeightNorm, SpectralNorm, BasePruningMethod  # hooks that are a part of their layer
+
+
+class _ModelState:
+    """All that a forward, or a conversion, may change in a model.
+
+    Kept are the class and the attributes of every module (containers by their entries: modes, hooks, settings,
+    children), the values of buffers, and `requires_grad` and gradients of parameters.
+
+    Args:
+        model: Model.
+        parameters: Whether to keep the values of the parameters as well, a copy of them.
+    """
+
+    def __init__(self, model: nn.Module, parameters: bool):
+        self._modules: List[Tuple[nn.Module, type, Dict[str, Any]]] = []
+        self._containers: List[Tuple[Any, Any]] = []
+        for module in _all_modules(model):
+            self._modules.append((module, type(module), dict(vars(module))))
+            self._containers += [(value, value.copy()) for value in vars(module).values()
+                                 if isinstance(value, (dict, list, set))]
+        buffers = {id(b): b for module, _, _ in self._modules for b in module._buffers.values() if b is not None}
+        own = {id(p): p for module, _, _ in self._modules for p in module._parameters.values() if p is not None}
+        self._parameters = [(p, p.requires_grad, p.grad) for p in own.values()]
+        kept = [*buffers.values(), *(own.values() if parameters else ())]
+        self._values = [(tensor, tensor.detach().clone()) for tensor in kept if not _is_lazy(tensor)]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for module, cls, attributes in self._modules:
+            if type(module) is not cls:
+                module.__class__ = cls
+            vars(module).clear()
+            vars(module).update(attributes)
+        for container, entries in self._containers:
+            _refill(container, entries)
+        for tensor, value in self._values:
+            if not tensor.is_meta and not torch.equal(tensor, value):
+                tensor.copy_(value)
+        for parameter, requires_grad, grad in self._parameters:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = grad
+
+
+def _all_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules of a model, and those that neurons replaced and keep aside."""
+    for module in model.modules():
+        yield module
+        if isinstance(vars(module).get('replaced'), nn.Module):
+            yield from vars(module)['replaced'].modules()
+
+
+def _is_lazy(tensor: torch.Tensor) -> bool:
+    return isinstance(tensor, nn.parameter.UninitializedTensorMixin)
+
+
+def _refill(container: Any, entries: Any) -> None:
+    if isinstance(container, list):
+        container[:] = entries
+    else:
+        container.clear()
+        container.update(entries)
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Measure inside: evaluation mode, no gradient; afterwards, or after an error, all is as it was.
+
+    Restored are the attributes of every module (modes, hooks, settings, classes, children), the values of buffers, and
+    the random state of torch, numpy and python. Parameters are not copied: a forward does not write to them.
+    """
+    state, random_state = _ModelState(model, parameters=False), get_random_state()
+    try:
+        with torch.no_grad():
+            model.eval()
+            yield
+    finally:
+        state.restore()
+        set_random_state(random_state)
+
+
+@contextmanager
+def undone_on_error(model: nn.Module, parameters: bool = False) -> Iterator[None]:
+    """Change a model inside: whatever is raised leaves it as it was before.
+
+    Args:
+        model: Model that is changed in place.
+        parameters: Whether values of parameters are changed, which takes a copy of them.
+    """
+    state = _ModelState(model, parameters)
+    try:
+        yield
+    except BaseException:
+        state.restore()
+        raise
+
+
+@contextmanager
+def without_hooks(model: nn.Module) -> Iterator[None]:
+    """None of the user's hooks run inside; those that compute a layer's weights (weight norm, pruning) do."""
+    kept = [(module, name, vars(module)[name]) for module in model.modules() for name in _HOOKS]
+    for module, name, hooks in kept:
+        setattr(module, name, OrderedDict((key, hook) for key, hook in hooks.items()
+                                          if isinstance(hook, _COMPUTE_WEIGHTS)))
+    try:
+        yield
+    finally:
+        for module, name, hooks in kept:
+            setattr(module, name, hooks)
