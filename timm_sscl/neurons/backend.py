@@ -1,11 +1,13 @@
 """Runs the neuron's code compiled where that pays and a compiler is there, and as it is elsewhere."""
 import logging
 import types
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from typing import Any, Callable, Iterator, Optional, Tuple
 
 import torch
+from torch._C import _len_torch_function_stack
+from torch.overrides import _pop_mode_temporarily
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 __all__ = ['lif_backend', 'run']
@@ -47,7 +49,7 @@ def run(function: Callable, tensors: Tuple[Optional[torch.Tensor], ...], timeste
     if _compiles(x, timesteps):
         compiled = _compiled(function, (timesteps, *settings), tuple(map(_signature, tensors)))
         try:
-            with torch._C.DisableTorchFunction():  # a mode of the model's is not the kernel's business
+            with _without_function_modes():
                 return compiled(*tensors)
         except (torch.OutOfMemoryError, MemoryError):
             raise
@@ -56,6 +58,18 @@ def run(function: Callable, tensors: Tuple[Optional[torch.Tensor], ...], timeste
             reason = ' '.join(f'{type(error).__name__}: {error}'.split())[:300]
             _logger.warning(f'Neurons on {x.device.type} run without torch.compile, several times slower: {reason}')
     return function(*tensors, timesteps, *settings)
+
+
+@contextmanager
+def _without_function_modes() -> Iterator[None]:
+    """Leave the model's TorchFunctionModes for the kernel.
+
+    torch._C.DisableTorchFunction would do so too, but the compiler's own proxies need their `__torch_function__`.
+    """
+    with ExitStack() as popped:
+        for _ in range(_len_torch_function_stack()):
+            popped.enter_context(_pop_mode_temporarily())
+        yield
 
 
 def _compiles(x: torch.Tensor, timesteps: int) -> bool:
