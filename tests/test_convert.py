@@ -4,6 +4,8 @@ import functools
 import io
 import logging
 import pickle
+import subprocess
+import sys
 from typing import Dict, NamedTuple, Optional
 
 import pytest
@@ -1149,3 +1151,56 @@ def test_anns_parameters_of_swapped_activations_load_strictly(caplog):
     assert f'{2 * len(starrelu)} parameters' in caplog.text
     with pytest.raises(RuntimeError, match='nonsense'):
         model.load_state_dict({**ann.state_dict(), 'nonsense': torch.ones(1)})
+
+
+# -------------------------------------------------------------------------------------------------------- the report
+
+class _Foreign(nn.Module):
+    """A user's own neuron."""
+
+    def forward(self, x):
+        return (x > 0).to(x.dtype)
+
+
+class _OwnLIF(LIF):
+    pass
+
+
+def test_report_tells_what_the_model_is_now():
+    model = convert_to_spiking(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.GELU(), nn.ReLU6()))
+    assert len(model.spiking_report().neurons) == 3
+    model[1], model[3] = _Foreign(), _OwnLIF(4)
+    report = model.spiking_report()
+    assert [(r.name, r.was, r.now) for r in report] == [
+        ('1', 'ReLU', '_Foreign'), ('3', 'GELU', '_OwnLIF'), ('4', 'ReLU6', 'LIF')]
+    assert [r.name for r in report.neurons] == ['3', '4'] and '2 neuron layers' in str(report)
+    assert 'replaced by _Foreign' in str(report)
+    model.append(nn.SiLU()).append(nn.Sequential(LIF(4)))
+    report = model.spiking_report()
+    assert [(r.name, r.now) for r in report.analog] == [('1', '_Foreign'), ('5', 'SiLU')]
+    assert [r.name for r in report.neurons] == ['3', '4', '6.0'] and 'added after the conversion' in str(report)
+
+
+class _This(nn.Module):
+    """A method whose first argument has another name."""
+
+    def __init__(this):
+        super().__init__()
+        this.relu, this.fc = nn.ReLU(), nn.Linear(4, 4)
+
+    def forward(this, x):
+        return this.relu(this.fc(x))
+
+
+def test_own_modules_are_no_functions_whatever_the_first_argument_is_called():
+    model = convert_to_spiking(_This(), timesteps=T)
+    assert [r.name for r in model.spiking_report()] == ['relu'] and len(_neurons(model)) == 1
+
+
+def test_conversion_of_a_flattening_network_is_quiet():
+    """A probe that fails on a first guess says nothing."""
+    code = ('import torch.nn as nn; from timm_sscl import convert_to_spiking; '
+            'convert_to_spiking(nn.Sequential(nn.Flatten(), nn.Linear(784, 8), nn.ReLU(), nn.Linear(8, 2))); '
+            'convert_to_spiking(nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(2704, 2)))')
+    run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0 and not run.stdout and not run.stderr

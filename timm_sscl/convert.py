@@ -1,7 +1,7 @@
 """convert_to_spiking: which modules of a model become neurons, in place, and a report of what did and did not."""
 import logging
 from collections import Counter
-from typing import Dict, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -180,6 +180,34 @@ def swap_modules(model: nn.Module, settings: SpikingSettings) -> List[Conversion
     return plan.records
 
 
+def current_records(model: SpikingModule, converted: Sequence[ConversionRecord]) -> List[ConversionRecord]:
+    """What the activations are now, where modules were exchanged, added or removed after the conversion.
+
+    Args:
+        model: Spiking model.
+        converted: The conversion's records.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    records, told = [], set()
+    for record in converted:
+        module = modules.get(record.name)
+        if record.now != 'LIF':
+            exists = record.name.rpartition('.')[0] in modules  # what stays analog may be no module (F.gelu)
+            records += [record] if exists and not isinstance(module, LIF) else []
+        elif module is not None:
+            now, reason = type(module).__name__, record.reason
+            if not isinstance(module, LIF):
+                reason = f'replaced by {now} after the conversion'
+            records.append(record._replace(now=now, reason=reason))
+        told.add(record.name)
+    records += [ConversionRecord(name, 'nothing', type(module).__name__, 'added after the conversion')
+                for name, module in model.neurons().items() if name not in told]
+    plan = _Plan(model, Policy(model, model.settings.include, model.settings.exclude))
+    records += [record._replace(now=record.was, reason='added after the conversion, stays analog')
+                for record in plan.records if record.now == 'LIF' and record.name not in told]
+    return records
+
+
 def unswap_modules(model: nn.Module) -> None:
     """Put the activations back that neurons replaced below model."""
     like = next(model.parameters(), torch.zeros(()))
@@ -224,16 +252,22 @@ def _refuse_unsupported(model: nn.Module) -> None:
                                       f'as well; create it without mix_token.')
 
 
-def _make_plan(model: nn.Module, settings: SpikingSettings, input_size: Optional[Sequence[int]]) -> _Plan:
+def _make_plan(
+        model: nn.Module,
+        settings: SpikingSettings,
+        input_size: Optional[Sequence[int]],
+        example_inputs: Any,
+) -> _Plan:
     """The plan for a model that is not converted yet, after a probe where the model is not timm's."""
     policy = Policy(model, settings.include, settings.exclude)
     plan = _Plan(model, policy)
-    if input_size is not None or not type(model).__module__.startswith('timm.'):  # timm's are known by name
+    is_described = input_size is not None or example_inputs is not None
+    if is_described or not type(model).__module__.startswith('timm.'):  # timm's are known by name
         activations = {name: child for name, (_, _, child) in plan.swaps.items()}
-        unbatched = without_batch_axis(model, activations, plan.callers, input_size)
+        unbatched = without_batch_axis(model, activations, plan.callers, input_size, example_inputs)
         if unbatched is None:
             _logger.info(f'{type(model).__name__} does not run on a guessed input, so that activations without a batch '
-                         f'axis (position biases) were not looked for; input_size=(C, H, W) tells it.')
+                         f'axis (position biases) were not looked for; example_inputs or input_size tells it.')
         elif unbatched:
             plan = _Plan(model, policy, unbatched)
     plan.check(model)
@@ -285,6 +319,7 @@ def convert_to_spiking(
         input_size: Optional[Sequence[int]] = None,
         stem_pool: Optional[str] = None,
         norm: Optional[str] = None,
+        example_inputs: Any = None,
 ) -> nn.Module:
     """Turn a model into a spiking network, in place: its activations become multi-step LIF neurons.
 
@@ -322,6 +357,8 @@ def convert_to_spiking(
         norm: 'tdbn' makes every batch norm a tdBN: its scale is multiplied by v_threshold, and by 1/sqrt(2) where two
             branches add (see set_norm). Weights load as before, but mean something else: an ANN's weights under tdBN
             give currents smaller by that factor.
+        example_inputs: What the model takes, for the same probe: a tensor, a tuple or list of arguments, or a dict of
+            keyword arguments. Values and batch size do not matter.
 
     Returns:
         The model itself, now of a subclass of its class.
@@ -340,7 +377,7 @@ def convert_to_spiking(
     settings = SpikingSettings(**{**kept, **explicit})
     _refuse_unsupported(model)
     _check_fits(model, settings)
-    plan = _make_plan(model, settings, input_size)
+    plan = _make_plan(model, settings, input_size, example_inputs)
     swapped = Counter(record.was for record in plan.records if record.now == 'LIF')
     if not swapped:
         raise ValueError(f'{type(model).__name__}: no activation found to swap, so nothing would spike.')

@@ -39,11 +39,21 @@ def _calls(cls: type) -> Dict[str, FrozenSet[str]]:
                 tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
             except (OSError, TypeError, SyntaxError):
                 continue
-            found[name] = found.get(name, frozenset()).union(filter(None, map(_function_name, ast.walk(tree))))
+            own = first_argument(tree)
+            names = (_function_name(node, own) for node in ast.walk(tree))
+            found[name] = found.get(name, frozenset()).union(filter(None, names))
     return found
 
 
-def _function_name(node: ast.AST) -> Optional[str]:
+def first_argument(tree: ast.Module) -> Optional[str]:
+    """What the one method in a parsed source calls the module, 'self' by custom."""
+    method = tree.body[0]
+    arguments = [*method.args.posonlyargs, *method.args.args] if isinstance(method, ast.FunctionDef) else []
+    return arguments[0].arg if arguments else None
+
+
+def _function_name(node: ast.AST, own: Optional[str]) -> Optional[str]:
+    """Name of the function that a node calls; None for other nodes and for methods and modules of `own`, the module."""
     if not isinstance(node, ast.Call):
         return None
     if isinstance(node.func, ast.Name):
@@ -51,7 +61,7 @@ def _function_name(node: ast.AST) -> Optional[str]:
     root = node.func
     while isinstance(root, (ast.Attribute, ast.Subscript)):
         root = root.value
-    is_own = isinstance(root, ast.Name) and root.id == 'self'
+    is_own = isinstance(root, ast.Name) and root.id == own
     return node.func.attr if isinstance(node.func, ast.Attribute) and not is_own else None
 
 

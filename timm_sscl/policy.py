@@ -7,6 +7,8 @@ from typing import Dict, List, Optional, Sequence, Set, Tuple
 
 import torch.nn as nn
 
+from .functional import first_argument
+
 __all__ = ['GROUPS', 'Policy']
 
 # patterns by a name; 'head' is added per model, as the activations that forward_head runs
@@ -81,5 +83,6 @@ def _used(model: nn.Module, method: str) -> Set[str]:
     if function is None:
         return set()
     tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    own = first_argument(tree)
     return {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)
-            and isinstance(node.value, ast.Name) and node.value.id == 'self' and node.attr in model._modules}
+            and isinstance(node.value, ast.Name) and node.value.id == own and node.attr in model._modules}

@@ -156,9 +156,8 @@ class SpikingModule:
         return SpikingReport(self._records(), self, ann_obstacles(self))
 
     def _records(self) -> List[Any]:
-        # a new head may lack an old activation
-        names = {name for name, _ in self.named_modules(remove_duplicate=False)}
-        return [r for r in self._report if (r.name if r.now == 'LIF' else r.name.rpartition('.')[0]) in names]
+        from .convert import current_records
+        return current_records(self, self._report)
 
     def forward(self, x: torch.Tensor, *args, per_step: bool = False, **kwargs) -> Any:
         """Run all time steps.

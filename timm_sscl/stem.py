@@ -5,12 +5,11 @@ from typing import Any, List, Optional, Sequence, Tuple
 import torch
 from torch.utils._pytree import tree_leaves
 
-from .batch_axis import undisturbed
 from .calibrate import normalising_by_batch
 from .neurons import LIF
+from .probing import probe_sizes, undisturbed
 from .spiking import SpikingModule
 from .stochastic import OverTime
-from .taps import probe_sizes
 
 __all__ = ['share_stem']
 

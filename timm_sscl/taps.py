@@ -9,6 +9,7 @@ import torch._dynamo
 import torch.nn as nn
 
 from .neurons import LIF
+from .probing import probe_sizes
 
 __all__ = ['Tap', 'POOLED', 'stage_indices', 'find_taps', 'named_taps', 'fold_feature', 'FeatureReader', 'Recorder']
 
@@ -131,26 +132,6 @@ def _is_spiking(model: nn.Module) -> bool:
 def _per_step(model: nn.Module) -> Dict[str, bool]:
     """Keyword by which a spiking model returns every step; an ANN has none."""
     return dict(per_step=True) if _is_spiking(model) else {}
-
-
-def probe_sizes(model: nn.Module) -> List[Tuple[int, ...]]:
-    """Input sizes (C, H, W) to try, small ones first where the model takes any."""
-    cfg = getattr(model, 'pretrained_cfg', None) or {}
-    if cfg.get('input_size'):
-        channels = getattr(model, 'in_chans', None) or cfg['input_size'][0]
-        img_size = getattr(getattr(model, 'patch_embed', None), 'img_size', None)
-        full = tuple(img_size) if img_size else tuple(cfg['input_size'][1:])
-        any_size = not (cfg.get('fixed_input_size') or img_size)
-        info = getattr(getattr(model, 'feature_info', None), 'info', getattr(model, 'feature_info', None)) or []
-        smallest = 2 * max([entry['reduction'] for entry in info], default=32)  # on 1 x 1 pixels all pooling is one
-        small = [s for s in (64, 128, 256) if any_size and smallest <= s < min(full)]
-        return [(channels, s, s) for s in small[:2]] + [(channels, *full)]
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            return [(module.in_channels, s, s) for s in (32, 64, 224)]
-        if isinstance(module, nn.Linear):
-            return [(module.in_features,)]
-    return [(3, s, s) for s in (32, 64, 224)]
 
 
 def _probe_input(model: nn.Module, size: Tuple[int, ...]) -> torch.Tensor:

@@ -5,7 +5,8 @@ from typing import Any, Dict, List, Optional, Sequence
 import torch
 import torch.nn as nn
 
-from timm_sscl.taps import probe_sizes
+from timm_sscl.neurons import LIF
+from timm_sscl.probing import probe_sizes
 from timm_sscl.tdbn import NormRecord, norm_records
 
 from .macs import KINDS, MacShares, count_macs
@@ -25,18 +26,22 @@ class SpikingReport(list):
     def __init__(self, records: Sequence[Any], model: nn.Module, obstacles: Sequence[str]):
         super().__init__(records)
         self.model = model
+        self._modules = dict(model.named_modules(remove_duplicate=False))
         self.obstacles = list(obstacles)
         self._macs: Optional[MacShares] = None
 
     @property
     def neurons(self) -> List[Any]:
-        """Records of the activations that became neurons."""
-        return [record for record in self if record.now == 'LIF']
+        """Records of the activations that are neurons."""
+        return [record for record in self if self._is_neuron(record)]
 
     @property
     def analog(self) -> List[Any]:
         """Records of those that stay real-valued."""
-        return [record for record in self if record.now != 'LIF']
+        return [record for record in self if not self._is_neuron(record)]
+
+    def _is_neuron(self, record: Any) -> bool:
+        return isinstance(self._modules.get(record.name), LIF)
 
     @property
     def norms(self) -> List[NormRecord]:

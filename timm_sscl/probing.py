@@ -1,0 +1,245 @@
+"""Run a model once on an example, to learn something about it, and leave no trace."""
+import copy
+import itertools
+import logging
+from collections import deque
+from contextlib import contextmanager
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, TypeVar
+
+import torch
+import torch.nn as nn
+from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .random_state import get_random_state, set_random_state
+
+__all__ = ['Example', 'ProbeError', 'examples', 'probe', 'probe_sizes', 'undisturbed']
+
+_logger = logging.getLogger(__name__)
+
+_HOOKS = ('_forward_hooks', '_forward_pre_hooks')  # the dictionaries that decide whether a hook runs
+_IMAGE_SIZES = (32, 64, 28, 224, 96, 128, 48, 256, 299)
+_LENGTHS = (16, 64, 128, 256, 1024, 4096)
+_FIRST_LAYERS = nn.Embedding, nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase
+_CONTAINERS = (list, dict, set, deque)  # that a module may fill in its forward
+
+T = TypeVar('T')
+
+
+class ProbeError(ValueError):
+    """The model runs on no example."""
+
+
+class Example(NamedTuple):
+    """Arguments of one call of a model."""
+    args: Tuple[Any, ...]
+    kwargs: Dict[str, Any]
+
+    def __call__(self, model: nn.Module) -> Any:
+        return model(*self.args, **self.kwargs)
+
+    def tensors(self) -> List[torch.Tensor]:
+        """All tensors among the arguments, in order."""
+        return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, torch.Tensor)]
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> 'Example':
+        """The same call with another tensor for every tensor."""
+        args, kwargs = tree_map(
+            lambda leaf: function(leaf) if isinstance(leaf, torch.Tensor) else leaf, (self.args, self.kwargs))
+        return Example(args, kwargs)
+
+    def with_batch(self, batch: int) -> 'Example':
+        """The same call with `batch` samples.
+
+        The first axis of the first tensor counts the samples. Every tensor whose first axis has that length is repeated
+        or cut along it; other tensors stay.
+        """
+        sizes = [x.shape[0] for x in self.tensors() if x.ndim]
+        if not sizes:
+            return self
+
+        def resize(x: torch.Tensor) -> torch.Tensor:
+            if not x.ndim or x.shape[0] != sizes[0]:
+                return x
+            return torch.cat([x] * -(-batch // sizes[0]))[:batch]
+        return self.map(resize)
+
+    @property
+    def batch(self) -> Optional[int]:
+        """Number of samples; None without a tensor."""
+        return next((x.shape[0] for x in self.tensors() if x.ndim), None)
+
+    def __str__(self) -> str:
+        shapes = [tuple(x.shape[1:]) for x in self.tensors() if x.ndim]
+        return 'an input of shape ' + ', '.join(map(str, shapes)) if shapes else 'an input without tensors'
+
+
+# ---- what a model may take
+
+def probe_sizes(model: nn.Module) -> List[Tuple[int, ...]]:
+    """Shapes of one sample to try, small ones first where the model takes any.
+
+    timm's models say what they take. For others the first layer decides: (C, H, W) for Conv2d, (C, L) for Conv1d,
+    (C, D, H, W) for Conv3d, (F,) and (L, F) for Linear and recurrent layers, (L,) for Embedding.
+    """
+    cfg = getattr(model, 'pretrained_cfg', None) or {}
+    if cfg.get('input_size'):
+        channels = getattr(model, 'in_chans', None) or cfg['input_size'][0]
+        img_size = getattr(getattr(model, 'patch_embed', None), 'img_size', None)
+        full = tuple(img_size) if img_size else tuple(cfg['input_size'][1:])
+        any_size = not (cfg.get('fixed_input_size') or img_size)
+        info = getattr(getattr(model, 'feature_info', None), 'info', getattr(model, 'feature_info', None)) or []
+        smallest = 2 * max([entry['reduction'] for entry in info], default=32)  # on 1 x 1 pixels all pooling is one
+        small = [s for s in (64, 128, 256) if any_size and smallest <= s < min(full)]
+        return [(channels, s, s) for s in small[:2]] + [(channels, *full)]
+    for module in model.modules():
+        if isinstance(module, nn.Conv1d):
+            return [(module.in_channels, n) for n in _LENGTHS]
+        if isinstance(module, nn.Conv2d):
+            return [(module.in_channels, s, s) for s in _IMAGE_SIZES]
+        if isinstance(module, nn.Conv3d):
+            return [(module.in_channels, d, s, s) for s in (32, 64, 112) for d in (8, 16)]
+        if isinstance(module, nn.Linear):
+            return [(module.in_features,), (16, module.in_features), *_images_of(module.in_features)]
+        if isinstance(module, nn.RNNBase):
+            return [(16, module.input_size)]
+        if isinstance(module, nn.Embedding):
+            return [(n,) for n in _LENGTHS]
+    return [(3, s, s) for s in _IMAGE_SIZES]
+
+
+def _images_of(features: int) -> List[Tuple[int, ...]]:
+    """Square images that have so many pixels, for networks that flatten them by a view of their own."""
+    sides = {channels: round((features / channels) ** 0.5) for channels in (1, 3)}
+    return [(channels, side, side) for channels, side in sides.items() if channels * side * side == features]
+
+
+def examples(
+        model: nn.Module,
+        batch: int,
+        input_size: Optional[Sequence[int]] = None,
+        example_inputs: Any = None,
+) -> Iterator[Example]:
+    """Calls to try on a model, the likeliest first.
+
+    Args:
+        model: The model.
+        batch: Number of samples.
+        input_size: Shape of one sample.
+        example_inputs: What the model takes: a tensor, a tuple or list of arguments, or a dict of keyword arguments.
+
+    Raises:
+        ValueError: Both input_size and example_inputs are given, or example_inputs holds no tensor.
+    """
+    if example_inputs is not None:
+        if input_size is not None:
+            raise ValueError('input_size and example_inputs both say what the model takes; give one.')
+        given = _as_call(example_inputs)
+        if given.batch is None:
+            raise ValueError(f'example_inputs={example_inputs!r}: holds no tensor with a batch axis; give what the '
+                             f'model takes, a tensor, a tuple of arguments or a dict of keyword arguments.')
+        return iter([given.with_batch(batch)])
+    sizes = [tuple(input_size)] if input_size is not None else probe_sizes(model)
+    return (Example((_random_input(model, batch, size),), {}) for size in sizes)
+
+
+def _as_call(example_inputs: Any) -> Example:
+    if isinstance(example_inputs, dict):
+        return Example((), example_inputs)
+    return Example(tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,), {})
+
+
+def _random_input(model: nn.Module, batch: int, size: Tuple[int, ...]) -> torch.Tensor:
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
+    generator = torch.Generator().manual_seed(0)  # the global generator stays where it is
+    first = next((m for m in model.modules() if isinstance(m, _FIRST_LAYERS)), None)
+    if isinstance(first, nn.Embedding) and len(size) == 1:
+        return torch.randint(first.num_embeddings, (batch, *size), generator=generator).to(like.device)
+    return torch.randn(batch, *size, generator=generator).to(like)
+
+
+# ---- running it
+
+def probe(
+        model: nn.Module,
+        run: Callable[[Example], T],
+        batch: int = 1,
+        input_size: Optional[Sequence[int]] = None,
+        example_inputs: Any = None,
+) -> T:
+    """run(example) on the first example that the model takes, with the model undisturbed and no gradients.
+
+    Args:
+        model: The model.
+        run: Calls the model; what it returns is returned.
+        batch: Number of samples in the example.
+        input_size: Shape of one sample; guessed from the model by default.
+        example_inputs: What the model takes; see `examples`.
+
+    Raises:
+        ProbeError: run raised on every example; the message has the last error and asks for example_inputs.
+    """
+    if any(is_lazy(p) for p in itertools.chain(model.parameters(), model.buffers())):
+        raise ProbeError(f'{type(model).__name__} has lazy parameters, whose shapes the first input decides; run it '
+                         f'once on an input of yours before.')
+    last = None
+    for example in examples(model, batch, input_size, example_inputs):
+        try:
+            with undisturbed(model), torch.no_grad():
+                return run(example)
+        except Exception as error:  # whatever an unknown model raises on an input that is not its own
+            last = example, error
+            _logger.debug(f'{type(model).__name__} does not run on {example}: {error}')
+    example, error = last
+    raise ProbeError(
+        f'{type(model).__name__} does not run on {example} ({type(error).__name__}: '
+        f'{" ".join(str(error).split())[:200]}); say what it takes by example_inputs=(a tensor, a tuple of arguments, '
+        f'or a dict of keyword arguments) or input_size=(C, H, W).') from error
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Run the model in evaluation mode, eagerly and without the user's hooks; leave it as it was.
+
+    Restored are training modes, hooks, buffers, whatever the modules keep as attributes (counters, caches, lists), and
+    the state of the random number generators.
+    """
+    kept = [_Kept(module) for module in model.modules()]
+    random_state = get_random_state()
+    for module in model.modules():
+        for name in _HOOKS:
+            module.__dict__[name] = type(module.__dict__[name])()
+    try:
+        model.eval()
+        with torch.compiler.set_stance('force_eager'):
+            yield
+    finally:
+        for module in kept:
+            module.restore()
+        set_random_state(random_state)
+
+
+class _Kept:
+    """What one module held before a probe."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+        self.attributes = dict(vars(module))
+        self.contents = [(value, copy.copy(value)) for value in self.attributes.values()
+                         if isinstance(value, _CONTAINERS)]
+        self.buffers = [(b, b.clone(), _version(b)) for b in module._buffers.values() if b is not None]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        vars(self.module).clear()
+        vars(self.module).update(self.attributes)
+        for container, content in self.contents:
+            container.clear()
+            container.extend(content) if isinstance(container, (list, deque)) else container.update(content)
+        for buffer, value, version in self.buffers:
+            if _version(buffer) != version:
+                buffer.copy_(value)
+
+
+def _version(x: torch.Tensor) -> int:
+    return 0 if x.is_inference() else x._version
