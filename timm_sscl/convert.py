@@ -10,6 +10,7 @@ from .adapters import give_neuron, hidden_activation, split_over_samples, take_n
 from .batch_axis import without_batch_axis
 from .functional import (NEURON_NAME, called_activations, calls_noise, function_module, only_raises,
                          repeats_activations, replace_functions)
+from .fused import leave_fused_path, return_to_fused_path
 from .neurons import LIF
 from .policy import GROUPS, HEAD, Policy
 from .spiking import SpikingEncoder, SpikingModel, SpikingModule, SpikingSettings, spiking_class
@@ -170,6 +171,8 @@ class _Plan:
                 replace_functions(module, settings.timesteps)
         for module in self.others:
             _share_over_time(module, settings.timesteps)
+        for module in model.modules():
+            leave_fused_path(module)
 
 
 def swap_modules(model: nn.Module, settings: SpikingSettings) -> List[ConversionRecord]:
@@ -217,6 +220,7 @@ def unswap_modules(model: nn.Module) -> None:
             if isinstance(child, LIF) and 'replaced' in child.__dict__:
                 module._modules[name] = child.replaced.to(like.device).train(child.training)
         take_neuron(module)
+        return_to_fused_path(module)
 
 
 def _share_over_time(module: nn.Module, timesteps: int) -> None:
@@ -239,6 +243,10 @@ def _refuse_unsupported(model: nn.Module) -> None:
     for name, module in model.named_modules():
         kind = type(module).__name__
         where = f"'{name}' ({kind})" if name else kind
+        if isinstance(module, SpikingModule):
+            raise ValueError(f'{where} is a spiking model already, and returns its mean over time to the model around '
+                             f'it, which runs as it is. Convert other parts of {type(model).__name__} by themselves, '
+                             f'or the whole of it before any part.')
         if hasattr(module, '_orig_mod') or module._compiled_call_impl is not None:
             raise ValueError(f'{where} is compiled; convert the model first, then compile it.')
         refused = why_no_shared_mask(module) or why_no_adapter(module)
@@ -380,7 +388,7 @@ def convert_to_spiking(
     plan = _make_plan(model, settings, input_size, example_inputs)
     swapped = Counter(record.was for record in plan.records if record.now == 'LIF')
     if not swapped:
-        raise ValueError(f'{type(model).__name__}: no activation found to swap, so nothing would spike.')
+        raise ValueError(_nothing_spikes(model, plan.records))
 
     plan.apply(model, settings)
     model._calls_noise = calls_noise(type(model))
@@ -394,6 +402,17 @@ def convert_to_spiking(
     _logger.info(f'{type(model).__name__}: {sum(swapped.values())} activations became LIF '
                  f'({", ".join(f"{n} {kind}" for kind, n in swapped.most_common())}), {settings}')
     return model
+
+
+def _nothing_spikes(model: nn.Module, records: Sequence[ConversionRecord]) -> str:
+    """Why no activation became a neuron."""
+    reasons: Dict[str, List[str]] = {}
+    for record in records:
+        reasons.setdefault(record.reason, []).append(f'{record.name} ({record.was})')
+    found = '; '.join(f'{", ".join(names[:3])}{", ..." if names[3:] else ""}: {reason}'
+                      for reason, names in reasons.items())
+    return f'{type(model).__name__}: nothing would spike, ' + (
+        f'all activations stay analog: {found}.' if found else 'no activation found to swap.')
 
 
 def _check_fits(model: nn.Module, settings: SpikingSettings) -> None:
