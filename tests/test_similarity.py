@@ -217,6 +217,91 @@ def test_scale_of_the_features_does_not_leave_float32(scale):
     torch.testing.assert_close(cka(scale * x, scale * y), cka(x, y), rtol=1e-5, atol=0.)
 
 
+# A factor of no power of two rounds every feature once, 6e-8 each, whatever the scale.
+ROUNDED = dict(rtol=1e-5, atol=0.)
+
+
+@pytest.mark.parametrize('scale', [1e8, 1e-12, 1e18, 1e-30])
+@pytest.mark.parametrize('unbiased', [True, False])
+def test_scale_of_one_side_does_not_matter(scale, unbiased):
+    x, y = (z.float() for z in _related(8, seed=35))
+    expected = cka(x, y, unbiased)
+    torch.testing.assert_close(expected.double(), _tensor(_loop_cka(x, y, unbiased)), **ROUNDED)
+    torch.testing.assert_close(cka(scale * x, y, unbiased), expected, **ROUNDED)
+    torch.testing.assert_close(cka(x, scale * y, unbiased), expected, **ROUNDED)
+    torch.testing.assert_close(cka(scale * x, y / scale, unbiased), expected, **ROUNDED)
+
+
+@pytest.mark.parametrize('scale', [1e8, 1e-12])
+def test_gradient_of_a_scaled_side(scale):
+    x, y = (z.float() for z in _related(8, seed=36))
+    grads = []
+    for factor in (1., scale):
+        leaf = x.clone().requires_grad_()
+        cka(factor * leaf, y).backward()
+        grads.append(leaf.grad)
+    assert grads[0].abs().max() > 1e-3
+    # round-off of the largest entry, the sums of the gradient cancel in some
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-4, atol=1e-6)
+
+
+def test_gradient_of_cka():
+    x, y = (z.requires_grad_() for z in _related(6, seed=37))
+    assert torch.autograd.gradcheck(cka, (x, y))
+    assert torch.autograd.gradcheck(lambda x, y: cka(x, y, unbiased=False), (x, y))
+
+
+@pytest.mark.parametrize('scale,taken_in', [(1e6, True), (1e8, True), (1e-6, True), (1e12, False), (1e-30, False)])
+def test_running_cka_of_a_scaled_side(scale, taken_in):
+    # The terms hold scale^4; where float32 has no room for it the batch has a CKA and the means stay as they are.
+    x, y = (z.float()[None] for z in _related(8, seed=38))
+    expected = cka(x[0], y[0])
+    running = RunningCKA()
+    batch, value = running(scale * x, y)
+    torch.testing.assert_close(batch, expected, **ROUNDED)
+    if taken_in:
+        torch.testing.assert_close(value, expected, **ROUNDED)
+    else:
+        assert value.isnan() and running.mean_weight == 0
+        torch.testing.assert_close(running(x, y)[1], expected, **ROUNDED)
+
+
+@pytest.mark.parametrize('dtype', [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int64, torch.float16,
+                                   torch.bfloat16])
+@pytest.mark.parametrize('unbiased', [True, False])
+def test_spikes_of_any_dtype(dtype, unbiased):
+    spikes, other = (z > 0 for z in _related(9, seed=39, p=12, q=8))
+    expected = _loop_cka(spikes.double(), other.double(), unbiased)
+    assert abs(expected) > 0.05
+    for x, y in ((spikes.to(dtype), other.to(dtype)), (spikes.to(dtype), other.float())):
+        value = cka(x, y, unbiased)
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value.double(), _tensor(expected), **ROUNDED)
+    # what a difference of unsigned numbers would wrap round
+    shifted = cka(spikes.to(dtype) if dtype == torch.bool else 1 - spikes.to(dtype), other.to(dtype), unbiased)
+    torch.testing.assert_close(shifted.double(), _tensor(expected), **ROUNDED)
+    batch, _ = RunningCKA()(spikes[None].to(dtype), other[None].to(dtype))
+    torch.testing.assert_close(batch.double(), _tensor(_loop_cka(spikes.double(), other.double())), **ROUNDED)
+
+
+@pytest.mark.parametrize('dtype', [torch.bool, torch.uint8, torch.int32, torch.float16])
+@pytest.mark.parametrize('unbiased', [True, False])
+def test_hsic_of_gram_matrices_of_any_dtype(dtype, unbiased):
+    x, y = (z > 0 for z in _related(7, seed=42))
+    K, L = ((z.double() @ z.double().T).to(dtype) for z in (x, y))  # counts of at most 6, exact in all
+    expected = hsic(K.double(), L.double(), unbiased)
+    value = hsic(K, L, unbiased)
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_complex_features_raise():
+    x = torch.complex(_randn(6, 3), _randn(6, 3, seed=1))
+    for call in (lambda: cka(x, x.real), lambda: cka(x.real, x), lambda: hsic(x @ x.mH, x.real @ x.real.T)):
+        with pytest.raises(ValueError, match='complex'):
+            call()
+
+
 def test_float32_holds_on_features_with_a_large_mean():
     # Non-negative features whose mean is 100 times their spread, as a map of mostly active units has.
     x64, y64 = (z * 0.1 + 10 for z in _related(16, seed=40, p=64, q=64))

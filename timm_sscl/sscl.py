@@ -9,6 +9,7 @@ from timm.utils import unwrap_model
 
 from .frames_ann import fold_frames, takes_frames_folded
 from .losses.sscl import SSCLCriterion
+from .sharing import check_nothing_shared
 from .taps import Recorder, Tap, find_taps, fold_feature, match_by_depth, named_taps, tap_shapes
 from .teacher_input import TeacherInput
 
@@ -42,7 +43,8 @@ class SSCLLoss(nn.Module):
             SSCLCriterion.
 
     Raises:
-        ValueError: A tap does not exist, a model is compiled, student and teacher are one, or an option is wrong.
+        ValueError: A tap does not exist, a model is compiled, student and teacher are one or share a module, a
+            parameter or a buffer, or an option is wrong.
 
     Examples:
         ```python
@@ -67,9 +69,8 @@ class SSCLLoss(nn.Module):
         super().__init__()
         _refuse_compiled(student)
         _refuse_compiled(teacher)
+        check_nothing_shared(student, teacher)
         inner_student, inner_teacher = unwrap_model(student), unwrap_model(teacher)
-        if inner_student is inner_teacher:
-            raise ValueError('student and teacher are the same module; the teacher must be a model of its own.')
         self.timesteps = timesteps if timesteps is not None else getattr(inner_student, 'timesteps', 1)
         if self.timesteps < 1:
             raise ValueError(f'timesteps={timesteps}: must be at least 1.')

@@ -140,7 +140,7 @@ def _probe_input(model: nn.Module, size: Tuple[int, ...]) -> torch.Tensor:
     return torch.randn(1, *size, generator=generator).to(like)
 
 
-def _probe(model: nn.Module, input_size: Optional[Sequence[int]], run: Callable[[torch.Tensor], Any]) -> Any:
+def run_probe(model: nn.Module, input_size: Optional[Sequence[int]], run: Callable[[torch.Tensor], Any]) -> Any:
     """run(x) on the first input size that the model takes."""
     sizes = [tuple(input_size)] if input_size is not None else probe_sizes(model)
     for i, size in enumerate(sizes):
@@ -271,7 +271,7 @@ def find_taps(model: nn.Module, num_stages: int = 4, input_size: Optional[Sequen
         taps[-1] = taps[-1] or search.through_head(final, pooled)
         return taps
 
-    taps = _probe(model, input_size, run)
+    taps = run_probe(model, input_size, run)
     missing = [name for name, tap in zip(names, taps) if tap is None]
     if missing:
         raise ValueError(f'{type(model).__name__}: no module returns the feature of {", ".join(missing)}; '
@@ -384,7 +384,7 @@ def named_taps(model: nn.Module, names: Sequence[str], input_size: Optional[Sequ
             seen.setdefault(call.module, call.out)
         return seen
 
-    seen = _probe(model, input_size, run)
+    seen = run_probe(model, input_size, run)
     pooled = find_taps(model, 1, input_size)[-1] if POOLED in names and POOLED not in paths else None
     taps = []
     for name in names:
@@ -414,7 +414,7 @@ def tap_shapes(
         return [(f.shape[0], *f.shape[2:]) for f in folded]
 
     try:
-        return _probe(model, input_size, run)
+        return run_probe(model, input_size, run)
     finally:
         recorder.close()
 
@@ -460,7 +460,7 @@ class FeatureReader:
             return [tuple(f.shape) for f in stages] + [tuple(pooled.shape)] * self.pooled
 
         self.names = stage_names(model, self.indices) + [POOLED] * self.pooled
-        self.shapes = _probe(model, input_size, run)  # (T, C, ...) of the one image's features
+        self.shapes = run_probe(model, input_size, run)  # (T, C, ...) of the one image's features
 
     @property
     def channels(self) -> List[int]:

@@ -10,10 +10,12 @@ from timm.task import TrainingTask
 from timm.task.classification import resolve_classification_loss
 from timm.utils import unwrap_model
 
+from .classes import check_classes
 from .distributed import batch_share, world_size
 from .frames_ann import fold_frames, takes_frames_folded
 from .losses import TrainStep, create_loss, loss_is_global, loss_needs
 from .neurons.rates import RateRecorder
+from .sharing import check_nothing_shared
 from .taps import FeatureReader, match_by_depth
 from .teacher_input import TeacherInput
 
@@ -144,7 +146,8 @@ class SSCLTask(TrainingTask):
         verbose: Whether to log what is trained.
 
     Raises:
-        ValueError: A loss does not exist, needs a teacher that is not given, or does not fit the models.
+        ValueError: A loss does not exist, needs a teacher that is not given, or does not fit the models; they share a
+            module, a parameter or a buffer; or a loss compares logits of different numbers of classes.
     """
 
     def __init__(
@@ -173,8 +176,9 @@ class SSCLTask(TrainingTask):
         if self.needs_teacher and teacher is None:
             raise ValueError(f'losses {", ".join(self.weights)} compare with a teacher, but teacher is None.')
 
-        if self.needs_teacher and unwrap_model(teacher) is unwrap_model(student):
-            raise ValueError('student and teacher are the same module; the teacher must be a model of its own.')
+        if self.needs_teacher:
+            check_nothing_shared(student, teacher)
+            check_classes(student, teacher, self.weights, input_size, _teacher_shape(input_size, teacher_size))
 
         reader = self.teacher_reader = None
         if any(n['features'] for n in needs):

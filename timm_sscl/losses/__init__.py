@@ -1,4 +1,5 @@
-from .factory import create_loss, list_losses, loss_is_global, loss_needs, register_loss
+from .factory import (
+    create_loss, list_losses, loss_compares_classes, loss_is_global, loss_needs, register_loss)
 from .firing_rate import FiringRateLoss, firing_rate_loss
 from .kd import KDLoss, kd_loss
 from .kd_step import StepKDLoss, kd_step_loss

@@ -7,7 +7,7 @@ import torch.nn as nn
 
 from .step import TrainStep
 
-__all__ = ['register_loss', 'create_loss', 'list_losses', 'loss_is_global', 'loss_needs']
+__all__ = ['register_loss', 'create_loss', 'list_losses', 'loss_compares_classes', 'loss_is_global', 'loss_needs']
 
 _losses: Dict[str, Callable[..., nn.Module]] = {}
 _TAP_OPTIONS = ('names', 'student_channels', 'teacher_channels', 'student_shapes', 'teacher_shapes')
@@ -31,6 +31,7 @@ def register_loss(
         needs_shapes: bool = False,
         needs_firing_rates: bool = False,
         global_batch: bool = False,
+        other_classes: bool = False,
 ) -> Callable:
     """Decorator that registers a loss under a name, for SSCLTask and `train.py --loss NAME=WEIGHT`.
 
@@ -48,6 +49,8 @@ def register_loss(
         needs_firing_rates: Whether it reads the firing rates of the student's neuron layers.
         global_batch: Whether several processes all return the loss of the global batch (see `gather_rows`). Otherwise
             it is taken as a mean over the process's own samples, and weighted by their number.
+        other_classes: Whether the teacher's logits may be of other classes than the student's; without it SSCLTask
+            raises where a loss that needs the teacher's logits would compare different numbers of classes.
 
     Raises:
         ValueError: The name is taken.
@@ -67,6 +70,7 @@ def register_loss(
         loss.needs_shapes = needs_features and needs_shapes
         loss.needs_firing_rates = needs_firing_rates
         loss.global_batch = global_batch
+        loss.compares_classes = needs_teacher and not other_classes
         _losses[name] = loss
         return loss
 
@@ -91,6 +95,11 @@ def loss_needs(name: str) -> Dict[str, bool]:
 def loss_is_global(name: str) -> bool:
     """Whether a registered loss is that of the global batch on every process, see `register_loss`."""
     return _lookup(name).global_batch
+
+
+def loss_compares_classes(name: str) -> bool:
+    """Whether a registered loss compares the teacher's logits with the student's class by class."""
+    return _lookup(name).compares_classes
 
 
 def create_loss(name: str, **options: Any) -> nn.Module:

@@ -19,7 +19,13 @@ def kd_step_loss(step_logits: torch.Tensor, teacher_logits: torch.Tensor, temper
 
     Returns:
         0-d tensor, the mean over time and batch; never below `kd_loss` of the mean logits, as KL is convex in them.
+
+    Raises:
+        ValueError: The logits are not of the same samples and classes.
     """
+    if step_logits.ndim != 3 or step_logits.shape[1:] != teacher_logits.shape:
+        raise ValueError(f'student logits {tuple(step_logits.shape)} must be (T, B, K), and (B, K) that of the teacher '
+                         f'logits {tuple(teacher_logits.shape)}.')
     return kd_loss(step_logits.flatten(0, 1), teacher_logits.repeat(step_logits.shape[0], 1), temperature)
 
 

@@ -195,8 +195,8 @@ class SSCLCriterion(nn.Module):
         """Weight of every layer, 0-d, without a gradient."""
         if self.weighting == 'uniform':
             return [torch.ones_like(stats['nce']) for stats in layers]
-        running = [torch.nan_to_num(stats['cka_running'], nan=self.cka_floor) for stats in layers]
-        inverse = [1 / value.clamp(min=self.cka_floor) for value in running]
+        used = [torch.nan_to_num(_known_cka(stats), nan=self.cka_floor) for stats in layers]
+        inverse = [1 / value.clamp(min=self.cka_floor) for value in used]
         if self.weighting == 'cka':
             return inverse
         mean = torch.stack(inverse).mean()
@@ -226,8 +226,8 @@ class SSCLCriterion(nn.Module):
 
     def _warn_floored(self) -> None:
         # one transfer for all layers; a layer is named when it falls under the floor, not at every step
-        running = torch.stack([stats['cka_running'] for stats in self._stats.values()]).tolist()
-        for name, value in zip(self.names, running):
+        used = torch.stack([_known_cka(stats) for stats in self._stats.values()]).tolist()
+        for name, value in zip(self.names, used):
             if value >= self.cka_floor:
                 self._floored.discard(name)
             elif name not in self._floored:
@@ -235,6 +235,11 @@ class SSCLCriterion(nn.Module):
                 undefined = 'is undefined: a side is the same for all images (a silent tap?)'
                 what = undefined if value != value else f'is {value:.3g}'
                 _logger.warning(f"CKA of '{name}' {what}; taken as the floor, {self.cka_floor}.")
+
+
+def _known_cka(stats: Dict[str, torch.Tensor]) -> torch.Tensor:
+    """The running CKA, or this batch's where there is none yet: in evaluation before the first training step."""
+    return torch.where(stats['cka_running'].isnan(), stats['cka'], stats['cka_running'])
 
 
 def _pooled(x: torch.Tensor) -> torch.Tensor:
