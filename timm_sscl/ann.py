@@ -1,16 +1,18 @@
 """convert_ann: a trained ReLU network as integrate-and-fire neurons, whose rates approach its activations."""
 import logging
 from dataclasses import replace
-from typing import Dict, List, Tuple
+from typing import Dict, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .channel_axis import ChannelAxes
 from .convert import convert_to_spiking
 from .neurons import LIF
 from .spiking import SpikingModule
 from .tdbn import norm_records
+from .untouched import untouched
 
 __all__ = ['convert_ann', 'ann_obstacles']
 
@@ -64,7 +66,8 @@ def convert_ann(
         model: ANN in timm's or any form, or a spiking model that has the ANN's weights.
         images: Real images (N, C, H, W), normalised as in the ANN's training.
         timesteps: Time steps T.
-        per_channel: Whether each channel has a threshold (axis 1 of maps, the last of tokens and vectors), or a layer.
+        per_channel: Whether each channel has a threshold, or a layer. The channels are on axis 1 behind a convolution or
+            batch norm, whether of maps or sequences, and on the last behind a linear map.
         percentile: Percentile of the activations, above 0 to 100, that the threshold is; 100 is the maximum.
 
     Returns:
@@ -77,7 +80,7 @@ def convert_ann(
     if not 0 < percentile <= 100:
         raise ValueError(f'percentile={percentile}: must be above 0 and at most 100 (the maximum).')
     if not isinstance(model, SpikingModule):
-        convert_to_spiking(model, timesteps=timesteps, **INTEGRATE_AND_FIRE)
+        convert_to_spiking(model, timesteps=timesteps, input_size=images.shape[1:], **INTEGRATE_AND_FIRE)
     obstacles = ann_obstacles(model)
     if obstacles:
         raise ValueError(f'{type(model).__name__} is no network of ReLU and batch norms, so that thresholds cannot '
@@ -92,41 +95,33 @@ def convert_ann(
     return model
 
 
-@torch.no_grad()
 def _thresholds(model: SpikingModule, images: torch.Tensor, per_channel: bool, q: float) -> Dict[LIF, torch.Tensor]:
     """Threshold of every neuron layer, from the model run as the ANN that it was, at one time step."""
     seen: Dict[LIF, List[torch.Tensor]] = {}
+    axes = ChannelAxes()
 
     def as_ann(lif: LIF, args: Tuple[torch.Tensor], spikes: torch.Tensor) -> torch.Tensor:
         out = lif.replaced.forward(args[0].clone())  # not its hooks, which are the neuron's; it may work in place
-        seen.setdefault(lif, []).append(_quantile(out, per_channel, q))
+        seen.setdefault(lif, []).append(_quantile(out, axes.axis(args[0]) if per_channel else None, q))
         return out
 
-    settings, modes = model.settings, {module: module.training for module in model.modules()}
-    handles = [lif.register_forward_hook(as_ann) for lif in model.neurons().values()]
-    model._set_settings(replace(settings, timesteps=1))
-    model.eval()
-    try:
+    with untouched(model):
+        for lif in model.neurons().values():
+            lif.register_forward_hook(as_ann)
+        model._set_settings(replace(model.settings, timesteps=1))
         for chunk in images.split(_CHUNK):
-            model(chunk)
-    finally:
-        for handle in handles:
-            handle.remove()
-        model._set_settings(settings)
-        for module, training in modes.items():
-            module.training = training
+            with axes:
+                model(chunk)
     return {lif: _threshold(torch.stack(values), q) for lif, values in seen.items()}
 
 
-def _quantile(out: torch.Tensor, per_channel: bool, q: float) -> torch.Tensor:
-    """Quantile of activations: 0-d, or per channel in a shape that broadcasts against a sample."""
-    axis = 1 if out.ndim == 4 else -1
-    rows = out.movedim(axis, 0).flatten(1) if per_channel else out.reshape(1, -1)
+def _quantile(out: torch.Tensor, axis: Optional[int], q: float) -> torch.Tensor:
+    """Quantile of activations: 0-d, or per channel along an axis in a shape that broadcasts against a sample."""
+    by_channel = axis is not None and axis > 0
+    rows = out.movedim(axis, 0).flatten(1) if by_channel else out.reshape(1, -1)
     k = max(1, round(q * rows.shape[1]))
     values = rows.kthvalue(k, dim=1).values if k < rows.shape[1] else rows.amax(1)
-    if not per_channel:
-        return values[0]
-    return values.view(-1, 1, 1) if out.ndim == 4 else values
+    return values.view(-1, *(1,) * (out.ndim - 1 - axis)) if by_channel else values[0]
 
 
 def _threshold(quantiles: torch.Tensor, q: float) -> torch.Tensor:

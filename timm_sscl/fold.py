@@ -6,6 +6,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from .channel_axis import layer_axis, moved_axis
 from .neurons import LIF
 from .spiking import SpikingModule
 
@@ -32,6 +33,7 @@ class Folded(NamedTuple):
 
 
 class _Call(NamedTuple):
+    func: Callable
     name: str  # of the function
     args: Tuple[Any, ...]
     kwargs: Dict[str, Any]
@@ -71,7 +73,7 @@ class _Trace(TorchFunctionMode):
         out = func(*args, **kwargs)
         if self.inside or not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(out)):
             return out
-        call = _Call(getattr(func, '__name__', ''), args, kwargs, out)  # holds its tensors, so that ids stay unique
+        call = _Call(func, getattr(func, '__name__', ''), args, kwargs, out)  # holds its tensors, so that ids stay unique
         for leaf in tree_leaves((args, kwargs)):
             if isinstance(leaf, torch.Tensor):
                 self.taken.setdefault(id(leaf), []).append(call)
@@ -148,7 +150,7 @@ def _fold_gain(trace: _Trace, parameters: Dict[int, str], call: Tuple[torch.Tens
     taken = [p for p in (weight, bias) if p is not None]
     if weight is None or not all(id(p) in parameters and len(trace.taken[id(p)]) == 1 for p in taken):
         return [], 'its input comes from parameters that are shared, computed or none'
-    if gain.numel() not in (1, len(weight)):
+    if gain.numel() not in (1, len(weight)) or _axis(gain, x) not in (None, layer_axis(made.name, made.args, x.ndim)):
         return [], 'its channels are not those of the map before it'
     for p in taken:
         p.mul_(gain.to(p).view(-1, *(1,) * (p.ndim - 1)))
@@ -156,7 +158,7 @@ def _fold_gain(trace: _Trace, parameters: Dict[int, str], call: Tuple[torch.Tens
 
 
 def _fold_scale(trace: _Trace, parameters: Dict[int, str], call: Tuple[torch.Tensor, torch.Tensor], scale) -> _Fold:
-    weights, why = _takers(trace, call[1])
+    weights, why = _takers(trace, call[1], _axis(scale, call[1]))
     if why:
         return [], why
     for taker in weights:
@@ -171,20 +173,42 @@ def _fold_scale(trace: _Trace, parameters: Dict[int, str], call: Tuple[torch.Ten
     return [parameters[id(taker.parameter('weight'))] for taker in weights], ''
 
 
-def _takers(trace: _Trace, spikes: torch.Tensor) -> Tuple[List[_Call], Optional[str]]:
-    """The linear maps that take the spikes, through pooling and reshaping; or what else does."""
-    found, pending = [], [spikes]
+def _axis(factor: torch.Tensor, x: torch.Tensor) -> Optional[int]:
+    """The axis of x along which a factor differs; None where it is one number."""
+    return next((x.ndim - factor.ndim + i for i, n in enumerate(factor.shape) if n > 1), None)
+
+
+def _takers(
+        trace: _Trace,
+        spikes: torch.Tensor,
+        axis: Optional[int],
+) -> Tuple[List[_Call], Optional[str]]:
+    """The linear maps that take the spikes along their channels, through pooling and reshaping; or what else does.
+
+    Args:
+        trace: The forward.
+        spikes: A neuron's output.
+        axis: Axis of the spikes along which their scale differs; None where it is one number.
+    """
+    found, pending = [], [(spikes, axis)]
     while pending:
-        tensor = pending.pop()
+        tensor, axis = pending.pop()
         takers = trace.taken.get(id(tensor), [])
         if not takers:
             return [], 'nothing takes its spikes'
         for call in takers:
             name = call.name if isinstance(call, _Call) else 'a neuron'
+            if name in _LINEAR | _POOLS and axis not in (None, layer_axis(name, call.args, tensor.ndim)):
+                return [], f'{name} takes its spikes along another axis than its channels'
             if name in _LINEAR and call.args[0] is tensor:
                 found.append(call)
-            elif name in _POOLS | _RESHAPES and isinstance(call.out, torch.Tensor):
-                pending.append(call.out)
+            elif name in _POOLS and isinstance(call.out, torch.Tensor):
+                pending.append((call.out, axis))
+            elif name in _RESHAPES and isinstance(call.out, torch.Tensor):
+                moved = None if axis is None else moved_axis(call.func, tensor, axis, call.args, call.kwargs)
+                if axis is not None and moved is None:
+                    return [], f'{name} takes its spikes and parts their channels'
+                pending.append((call.out, moved))
             else:
                 return [], f'{name} takes its spikes'
     return found, None

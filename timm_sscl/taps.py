@@ -8,6 +8,7 @@ import torch
 import torch._dynamo
 import torch.nn as nn
 
+from .channel_axis import ChannelAxes
 from .neurons import LIF
 from .probing import probe_sizes
 
@@ -28,7 +29,7 @@ class Tap(NamedTuple):
     name: str  # as reported: the stage, or the module that the user named
     module: str  # module to hook
     channels: int
-    channel_axis: int  # of the tensor: 1 for NCHW and NC, -1 for NHWC and NLC
+    channel_axis: int  # of the tensor: 1 for NCHW, NCL and NC, -1 for NHWC and NLC
     prefix_tokens: int = 0  # leading tokens (class, register) that are no image patches
     nth: int = 0  # of the module's calls in a forward
     path: Tuple[Any, ...] = ()  # where in the module's output the tensor is: indices of tuples and lists, keys of dicts
@@ -96,8 +97,8 @@ def fold_feature(x: torch.Tensor, timesteps: int, channel_axis: int = 1, prefix_
     """A module's output (T * B, ...) as (T, B, C, ...), without a copy."""
     if prefix_tokens:
         x = x[:, prefix_tokens:]
-    if channel_axis == -1 and x.ndim > 2:
-        x = x.movedim(-1, 1)
+    if channel_axis != 1 and x.ndim > 2:
+        x = x.movedim(channel_axis, 1)
     return x.unflatten(0, (timesteps, x.shape[0] // timesteps))
 
 
@@ -359,8 +360,9 @@ def _best(found: List[Tap], name: str) -> Tap:
 def named_taps(model: nn.Module, names: Sequence[str], input_size: Optional[Sequence[int]] = None) -> List[Tap]:
     """Taps on modules by name, in any nn.Module; 'pooled' is the pooled feature of a timm model.
 
-    A container (nn.Sequential) is tapped at its last block. (B, C, ...) features are taken as channels first, (B, N, C)
-    as tokens, (B, C) as vectors.
+    A container (nn.Sequential) is tapped at its last block. Where a feature has its channels is followed from the layers
+    that made it: (B, C, L) behind a Conv1d, (B, N, C) or (B, H, W, C) behind a linear map. Where they made nothing,
+    (B, N, C) are tokens and (B, C, ...) all else.
 
     Raises:
         ValueError: A module does not exist, does not run, or returns no tensor.
@@ -378,10 +380,12 @@ def named_taps(model: nn.Module, names: Sequence[str], input_size: Optional[Sequ
             path = f'{path}.{list(modules[path]._modules)[-1]}'
         paths[name] = path
 
-    def run(x: torch.Tensor) -> Dict[str, torch.Tensor]:
+    def run(x: torch.Tensor) -> Dict[str, Tuple[Any, Optional[int]]]:
         seen = {}
-        for call in _calls(model, lambda: model(x))[1]:
-            seen.setdefault(call.module, call.out)
+        with ChannelAxes() as axes:
+            for call in _calls(model, lambda: model(x))[1]:
+                axis = axes.axis(call.out) if isinstance(call.out, torch.Tensor) else None
+                seen.setdefault(call.module, (call.out, axis))
         return seen
 
     seen = run_probe(model, input_size, run)
@@ -391,11 +395,10 @@ def named_taps(model: nn.Module, names: Sequence[str], input_size: Optional[Sequ
         if name not in paths:
             taps.append(pooled)
             continue
-        out = seen.get(paths[name])
+        out, axis = seen.get(paths[name], (None, None))
         if not isinstance(out, torch.Tensor) or out.ndim < 2:
             raise ValueError(f"tap '{name}' of {type(model).__name__} did not return a tensor (B, ...) in a forward.")
-        axis = -1 if out.ndim == 3 else 1
-        taps.append(Tap(name, paths[name], out.shape[axis], axis, 0))
+        taps.append(Tap(name, paths[name], out.shape[axis], -1 if axis == out.ndim - 1 and axis > 1 else axis, 0))
     return taps
 
 
