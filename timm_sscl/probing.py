@@ -1,8 +1,6 @@
 """Run a model once on an example, to learn something about it, and leave no trace."""
-import copy
 import itertools
 import logging
-from collections import deque
 from contextlib import contextmanager
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, TypeVar
 
@@ -11,17 +9,15 @@ import torch.nn as nn
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .random_state import get_random_state, set_random_state
+from .untouched import untouched, without_hooks
 
 __all__ = ['Example', 'ProbeError', 'examples', 'probe', 'probe_sizes', 'undisturbed']
 
 _logger = logging.getLogger(__name__)
 
-_HOOKS = ('_forward_hooks', '_forward_pre_hooks')  # the dictionaries that decide whether a hook runs
 _IMAGE_SIZES = (32, 64, 28, 224, 96, 128, 48, 256, 299)
 _LENGTHS = (16, 64, 128, 256, 1024, 4096)
 _FIRST_LAYERS = nn.Embedding, nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase
-_CONTAINERS = (list, dict, set, deque)  # that a module may fill in its forward
 
 T = TypeVar('T')
 
@@ -185,7 +181,7 @@ def probe(
     last = None
     for example in examples(model, batch, input_size, example_inputs):
         try:
-            with undisturbed(model), torch.no_grad():
+            with undisturbed(model):
                 return run(example)
         except Exception as error:  # whatever an unknown model raises on an input that is not its own
             last = example, error
@@ -199,47 +195,6 @@ def probe(
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Run the model in evaluation mode, eagerly and without the user's hooks; leave it as it was.
-
-    Restored are training modes, hooks, buffers, whatever the modules keep as attributes (counters, caches, lists), and
-    the state of the random number generators.
-    """
-    kept = [_Kept(module) for module in model.modules()]
-    random_state = get_random_state()
-    for module in model.modules():
-        for name in _HOOKS:
-            module.__dict__[name] = type(module.__dict__[name])()
-    try:
-        model.eval()
-        with torch.compiler.set_stance('force_eager'):
-            yield
-    finally:
-        for module in kept:
-            module.restore()
-        set_random_state(random_state)
-
-
-class _Kept:
-    """What one module held before a probe."""
-
-    def __init__(self, module: nn.Module):
-        self.module = module
-        self.attributes = dict(vars(module))
-        self.contents = [(value, copy.copy(value)) for value in self.attributes.values()
-                         if isinstance(value, _CONTAINERS)]
-        self.buffers = [(b, b.clone(), _version(b)) for b in module._buffers.values() if b is not None]
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        vars(self.module).clear()
-        vars(self.module).update(self.attributes)
-        for container, content in self.contents:
-            container.clear()
-            container.extend(content) if isinstance(container, (list, deque)) else container.update(content)
-        for buffer, value, version in self.buffers:
-            if _version(buffer) != version:
-                buffer.copy_(value)
-
-
-def _version(x: torch.Tensor) -> int:
-    return 0 if x.is_inference() else x._version
+    """Run the model in evaluation mode, eagerly, without gradients and without the user's hooks; leave it as it was."""
+    with untouched(model), without_hooks(model), torch.compiler.set_stance('force_eager'):
+        yield

@@ -1,5 +1,5 @@
 """Running a model leaves it bit for bit as it was; a change that fails is undone."""
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from contextlib import contextmanager
 from typing import Any, Dict, Iterator, List, Tuple
 
@@ -13,6 +13,7 @@ from .random_state import get_random_state, set_random_state
 
 __all__ = ['untouched', 'undone_on_error', 'without_hooks']
 
+_CONTAINERS = dict, list, set, deque  # that a module may fill in its forward
 _HOOKS = '_forward_hooks', '_forward_pre_hooks'
 _COMPUTE_WEIGHTS = WeightNorm, SpectralNorm, BasePruningMethod  # hooks that are a part of their layer
 
@@ -34,7 +35,7 @@ class _ModelState:
         for module in _all_modules(model):
             self._modules.append((module, type(module), dict(vars(module))))
             self._containers += [(value, value.copy()) for value in vars(module).values()
-                                 if isinstance(value, (dict, list, set))]
+                                 if isinstance(value, _CONTAINERS)]
         buffers = {id(b): b for module, _, _ in self._modules for b in module._buffers.values() if b is not None}
         own = {id(p): p for module, _, _ in self._modules for p in module._parameters.values() if p is not None}
         self._parameters = [(p, p.requires_grad, p.grad) for p in own.values()]
@@ -71,11 +72,8 @@ def _is_lazy(tensor: torch.Tensor) -> bool:
 
 
 def _refill(container: Any, entries: Any) -> None:
-    if isinstance(container, list):
-        container[:] = entries
-    else:
-        container.clear()
-        container.update(entries)
+    container.clear()
+    container.extend(entries) if isinstance(container, (list, deque)) else container.update(entries)
 
 
 @contextmanager
