@@ -58,7 +58,8 @@ from timm_sscl.checkpoint import (
     LAST, LOCK, Position, RunSaver, StorageError, find_newest, lock_folder, put_aside_later, read_run_state,
     why_damaged, write_text)
 from timm_sscl.data import CIFAR_POLICY, augment_cifar, create_dataset
-from timm_sscl.data.checks import check_channels, check_classes, check_labels
+from timm_sscl.data.checks import check_apart, check_channels, check_classes, check_labels, check_metadata
+from timm_sscl.data.folders import class_to_idx_of
 from timm_sscl.data.events import EventAugment, FrameSettings, create_event_loader, is_event_dataset
 from timm_sscl.data.samples import Samples, UnreadableSample, WrongLabel
 from timm_sscl.frames_ann import accept_frames
@@ -447,6 +448,7 @@ def create_datasets(args: Namespace) -> Tuple[Any, Any]:
     train = create_dataset(
         args.dataset, split=args.train_split, is_training=True, batch_size=args.batch_size, repeats=args.epoch_repeats,
         num_samples=args.train_num_samples, **common)
+    check_apart(train, val, args.train_split == args.val_split)
     if not args.class_map:
         check_classes(train, val)
     return train, val
@@ -481,6 +483,7 @@ def guard_samples(args: Namespace, datasets: Tuple[Any, Any], data_config: Dict[
             guarded.append(dataset)
             continue
         check_labels(dataset, num_classes, split)
+        check_metadata(dataset, split)
         dataset = Samples(
             dataset, num_classes, training, args.seed, args.max_unreadable, with_index=training and args.teacher_cache)
         check_channels(dataset, data_config['input_size'][0], split)
@@ -509,7 +512,11 @@ def resolve_input(args: Namespace, student: nn.Module) -> Dict[str, Any]:
 
 def resolve_num_classes(args: Namespace, dataset: Any) -> int:
     """--num-classes, or as many as the data set has."""
-    classes = getattr(getattr(dataset, 'reader', dataset), 'class_to_idx', None) or getattr(dataset, 'classes', None)
+    classes = class_to_idx_of(dataset) or getattr(dataset, 'classes', None)
+    if args.num_classes is None and classes and len(classes) == 1:
+        raise OptionError(f"the data has one class, '{next(iter(classes))}', in which nothing can be told apart; "
+                          f'--data-dir takes the folder above the splits, which hold a folder per class '
+                          f'(--num-classes 1 where one is meant).')
     if args.num_classes is None and not classes:
         raise OptionError('--num-classes: the data set does not tell its number of classes; give it.')
     if args.num_classes is not None and classes and len(classes) > args.num_classes:

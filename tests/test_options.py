@@ -1,7 +1,7 @@
 import pytest
 import yaml
 
-from timm_sscl.options import OptionError, list_recipes, load_recipe, parse_args
+from timm_sscl.options import OptionError, create_parser, list_recipes, load_recipe, parse_args
 
 # names and defaults read off timm's own parser (2026-08), where this script keeps them
 TIMM_DEFAULTS = dict(
@@ -106,3 +106,41 @@ def test_a_runs_arguments_are_read_back_on_resume(tmp_path):
     (tmp_path / 'args.yaml').write_text(yaml.safe_dump(dict(dataset='digits', epochs=5, batch_size=16, tau=0.5)))
     args, recipe = parse_args(['--resume', str(tmp_path), '--epochs', '6'])
     assert (args.epochs, args.batch_size, args.tau, args.resume) == (6, 16, 0.5, str(tmp_path)) and recipe == {}
+
+
+# ---- paths
+
+def _takes_a_path(action):
+    if action.type in (int, float):
+        return False
+    words = str(action.metavar).replace('|', ' ').split()
+    return bool({'DIR', 'FILE', 'PATH'} & set(words)) or action.dest.endswith(('_path', '_file', '_checkpoint', '_dir'))
+
+
+def test_home_is_expanded_in_every_option_that_takes_a_path(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    (tmp_path / 'losses.py').write_text('')
+    (tmp_path / 'mine.yaml').write_text('epochs: 7\n')
+    (tmp_path / 'c.yaml').write_text('base: ~/mine.yaml\nclass_map: ~/m.txt\n')
+    given = {'--loss-file': 'losses.py', '--config': 'c.yaml', 'data': 'images', '--resume': 'run'}
+    paths = [a for a in create_parser()._actions if _takes_a_path(a)]
+    assert {a.dest for a in paths} >= {
+        'config', 'data', 'data_dir', 'class_map', 'output', 'resume', 'initial_checkpoint', 'pretrained_path',
+        'teacher_checkpoint', 'loss_file'}
+    for action in paths:
+        option = max(action.option_strings, key=len, default='data')
+        name = given.get(option, 'somewhere')
+        argv = [*([] if option == 'data' else [option]), f'~/{name}']
+        args, _ = parse_args([*argv, *([] if 'data' in action.dest else DATA)])
+        dest = 'data_dir' if action.dest == 'data' else action.dest
+        assert getattr(args, dest) == str(tmp_path / name), option
+    assert parse_args([*DATA, '--output', '$HOME/~'])[0].output == '$HOME/~'
+    args, _ = parse_args(['--config', '~/c.yaml', *DATA])
+    assert args.class_map == str(tmp_path / 'm.txt') and args.epochs == 7  # those in a file too
+
+
+def test_home_is_expanded_in_folders_that_are_models(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    for option in ('--model', '--teacher', '--kd-model-name'):
+        args, _ = parse_args([*DATA, option, 'local-dir:~/m'])
+        assert (args.model if option == '--model' else args.teacher) == f'local-dir:{tmp_path}/m'

@@ -108,7 +108,7 @@ def load_recipe(name: str, inside: Tuple[str, ...] = ()) -> Dict[str, Any]:
 
 
 def _recipe_text(name: str) -> str:
-    path, shipped = Path(name), resources.files('timm_sscl') / 'configs' / f'{name}.yaml'
+    path, shipped = Path(name).expanduser(), resources.files('timm_sscl') / 'configs' / f'{name}.yaml'
     if path.suffix in ('.yaml', '.yml') or path.is_file():
         if not path.is_file():
             raise OptionError(f"--config: file '{name}' does not exist.")
@@ -123,12 +123,21 @@ class _Parser(argparse.ArgumentParser):
         raise OptionError(message)
 
 
+def home_path(text: str) -> str:
+    """Type of options that name a file or folder: ~ is the home folder, as in a shell; $VAR is left alone."""
+    scheme, colon, path = text.partition(':')
+    if colon and scheme == 'local-dir':  # timm's model names
+        return scheme + colon + os.path.expanduser(path)
+    return os.path.expanduser(text)
+
+
 def create_parser() -> argparse.ArgumentParser:
     """Parser of all options, grouped as timm's."""
     parser = _Parser(
         description='Train a spiking timm model with its real-valued twin as the teacher (SSCL)', allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument('--config', '-c', default=None, metavar='NAME|FILE', help='recipe by name, or a YAML file')
+    parser.add_argument('--config', '-c', type=home_path, default=None, metavar='NAME|FILE',
+                        help='recipe by name, or a YAML file')
     for add in (_add_spiking, _add_distillation, _add_dataset, _add_events, _add_model, _add_device, _add_optimizer,
                 _add_schedule, _add_augmentation, _add_batch_norm, _add_ema, _add_misc, _add_refused):
         add(parser)
@@ -167,9 +176,12 @@ def _v_reset(text: str):
 
 def _add_distillation(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group('Teacher and distillation parameters')
-    group.add_argument('--teacher', default=None, metavar='NAME', help='teacher model (the student\'s own ANN)')
-    group.add_argument('--kd-model-name', default=None, metavar='NAME', help='timm\'s: --teacher NAME --distill kd')
-    group.add_argument('--teacher-checkpoint', default=None, metavar='FILE', help='weights of the teacher')
+    group.add_argument('--teacher', type=home_path, default=None, metavar='NAME',
+                       help='teacher model (the student\'s own ANN)')
+    group.add_argument('--kd-model-name', type=home_path, default=None, metavar='NAME',
+                       help='timm\'s: --teacher NAME --distill kd')
+    group.add_argument('--teacher-checkpoint', type=home_path, default=None, metavar='FILE',
+                       help='weights of the teacher')
     group.add_argument('--teacher-pretrained', action='store_true', help='start from timm\'s pretrained weights')
     group.add_argument('--teacher-epochs', type=int, default=None, metavar='N',
                        help='epochs to train the teacher for where there are no weights for it (--epochs)')
@@ -186,7 +198,7 @@ def _add_distillation(parser: argparse.ArgumentParser) -> None:
                        help='what is added to cross-entropy: sscl (default), contrastive (uniform weights), kd or none')
     group.add_argument('--loss', default=None, metavar='NAME=WEIGHT,...',
                        help='losses by name instead of --distill, for example sscl=0.1,kd=1')
-    group.add_argument('--loss-file', default=None, metavar='FILE',
+    group.add_argument('--loss-file', type=home_path, default=None, metavar='FILE',
                        help='Python file with your own @register_loss losses')
     group.add_argument('--sscl-weight', type=float, default=0.1,
                        help='weight of the sscl or contrastive loss (1: the paper)')
@@ -225,15 +237,15 @@ def _add_distillation(parser: argparse.ArgumentParser) -> None:
 
 def _add_dataset(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group('Dataset parameters')
-    group.add_argument('data', nargs='?', metavar='DIR', default=None, help=argparse.SUPPRESS)
-    group.add_argument('--data-dir', metavar='DIR', default=None, help='root of the data set')
+    group.add_argument('data', nargs='?', type=home_path, metavar='DIR', default=None, help=argparse.SUPPRESS)
+    group.add_argument('--data-dir', type=home_path, metavar='DIR', default=None, help='root of the data set')
     group.add_argument('--dataset', metavar='NAME', default='', help='data set type and name; digits is bundled')
     group.add_argument('--train-split', metavar='NAME', default='train')
     group.add_argument('--val-split', metavar='NAME', default='validation')
     group.add_argument('--train-num-samples', default=None, type=int, metavar='N')
     group.add_argument('--val-num-samples', default=None, type=int, metavar='N')
     group.add_argument('--dataset-download', action='store_true', help='allow the download of torch/ and hfds/ data')
-    group.add_argument('--class-map', default='', type=str, metavar='FILE')
+    group.add_argument('--class-map', default='', type=home_path, metavar='FILE')
     group.add_argument('--input-img-mode', default=None, type=str)
     group.add_argument('--input-key', default=None, type=str)
     group.add_argument('--target-key', default=None, type=str)
@@ -263,11 +275,11 @@ def _add_events(parser: argparse.ArgumentParser) -> None:
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group('Model parameters')
-    group.add_argument('--model', default='spiking_resnet18', type=str, metavar='MODEL', help='student')
+    group.add_argument('--model', default='spiking_resnet18', type=home_path, metavar='MODEL', help='student')
     group.add_argument('--pretrained', action='store_true', help='start the student from the ANN\'s pretrained weights')
-    group.add_argument('--pretrained-path', default=None, type=str, help='pretrained weights from this file')
-    group.add_argument('--initial-checkpoint', default='', type=str, metavar='PATH')
-    group.add_argument('--resume', default='', type=str, metavar='auto|PATH',
+    group.add_argument('--pretrained-path', default=None, type=home_path, help='pretrained weights from this file')
+    group.add_argument('--initial-checkpoint', default='', type=home_path, metavar='PATH')
+    group.add_argument('--resume', default='', type=home_path, metavar='auto|PATH',
                        help='folder of a run, or a checkpoint file, to go on from; auto: the run of --experiment, or '
                             'the newest with these options, where there is one')
     group.add_argument('--no-resume-opt', action='store_true', help='do not resume the optimizer')
@@ -425,8 +437,9 @@ def _add_misc(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--pin-mem', action='store_true')
     group.add_argument('--no-prefetcher', action='store_true',
                        help='accepted; Accelerate moves the batches in any case')
-    group.add_argument('--output', default='', type=str, metavar='DIR', help='root of all runs and teachers (./output)')
-    group.add_argument('--experiment', default='', type=str, metavar='NAME', help='name of the run\'s folder')
+    group.add_argument('--output', default='', type=home_path, metavar='DIR',
+                       help='root of all runs and teachers (./output)')
+    group.add_argument('--experiment', default='', type=home_path, metavar='NAME', help='name of the run\'s folder')
     group.add_argument('--eval-metric', default='top1', type=str, metavar='METRIC', choices=['top1', 'top5', 'loss'])
     group.add_argument('--report-to', default=None, type=str, metavar='TRACKER',
                        help='tensorboard, wandb, ... (Accelerate)')
@@ -508,6 +521,7 @@ def _apply(parser: argparse.ArgumentParser, args: argparse.Namespace, options: D
         if name in given:
             continue
         kind = known[name].type
+        value = home_path(value) if kind is home_path and isinstance(value, str) else value
         if kind in (int, float) and value is not None and not isinstance(value, (list, dict, bool)):
             try:
                 value = kind(value)

@@ -1,14 +1,30 @@
 """One factory for the data sets: the bundled ones by name, all others by timm."""
+import difflib
 import os
 from typing import Any, Optional
 
+from PIL import Image
+from timm.data import ImageDataset as TimmImageDataset
+from timm.data import IterableImageDataset
 from timm.data import create_dataset as create_timm_dataset
 from torch.utils.data import Dataset
 
 from .digits import DigitsDataset
 from .events import create_event_dataset, is_event_dataset
+from .folders import check_layout, drop_hidden, take_spread
+from .images import MODES, DecodedStream, ImageDataset, to_mode
 
-__all__ = ['create_dataset']
+__all__ = ['create_dataset', 'DATASETS']
+
+_STREAMS = 'hfids/', 'tfds/', 'wds/'
+_TORCH_FOLDER = 'torch/image_folder'
+_TORCH_PARTED = 'torch/cifar10', 'torch/cifar100', 'torch/mnist', 'torch/kmnist', 'torch/fashion_mnist', 'torch/qmnist'
+_TORCH = *_TORCH_PARTED, 'torch/places365', 'torch/inaturalist', 'torch/imagenet', _TORCH_FOLDER
+_TORCH_ALIASES = 'torch/inat', 'torch/folder'
+_SPLITS_OF_PARTED = 'train', 'training', 'val', 'valid', 'validation', 'eval', 'evaluation', 'test'
+
+DATASETS = (  # what --dataset takes
+    'digits', 'events/digits', 'events/cifar10dvs', 'tonic/NAME', *_TORCH, 'hfds/NAME', *(s + 'NAME' for s in _STREAMS))
 
 
 def create_dataset(
@@ -35,11 +51,18 @@ def create_dataset(
         FileNotFoundError: root does not exist and nothing was to be downloaded.
         ValueError: The split does not exist or is empty.
     """
+    name = _known_name(name)
     if name == 'digits':
         return DigitsDataset(split, num_samples, input_img_mode=kwargs.get('input_img_mode') or 'RGB')
     if is_event_dataset(name):
         return create_event_dataset(name, root, split, num_samples, **kwargs)
-    local = not name.startswith(('hfds/', 'hfids/', 'tfds/', 'wds/'))
+    mode = kwargs.get('input_img_mode') or 'RGB'
+    if mode not in MODES:
+        raise ValueError(f"input_img_mode='{mode}': must be one of {', '.join(MODES)}, whose values are scaled to 0 to "
+                         f'1 (--input-img-mode).')
+    if name in _TORCH_PARTED and split not in _SPLITS_OF_PARTED:
+        raise ValueError(f"split '{split}': {name} has 'train' and 'validation'.")  # timm takes the test set for others
+    local = not name.startswith(('hfds/', *_STREAMS))
     if local and not kwargs.get('download') and not (root and os.path.exists(root)):
         raise FileNotFoundError(f"data folder '{root}' does not exist; give --data-dir the folder that holds "
                                 f"{split}/ (one sub-folder per class), or leave it and --dataset out for the digits.")
@@ -50,15 +73,56 @@ def create_dataset(
     except (AssertionError, RuntimeError, ValueError) as error:
         raise ValueError(f"cannot read split '{split}' of data set '{name or root}': {error}") from error
     _refuse_fallback(dataset, root, split)
+    drop_hidden(dataset, renumber=not kwargs.get('class_map'))
     if hasattr(dataset, '__len__') and len(dataset) == 0:
         raise ValueError(f"split '{split}' of data set '{name or root}' holds no images.")
+    if num_samples is not None and not name.startswith(_STREAMS):  # which timm cuts itself
+        take_spread(dataset, num_samples)
+    check_layout(dataset)
+    return _with_8_bits(dataset, name, mode)
+
+
+def _known_name(name: str) -> str:
+    """The name with its prefix as timm reads it; timm takes an image folder for what it does not know."""
+    prefix, slash, rest = name.partition('/')
+    timms = prefix.lower()  # in any case; those of this package in lower case
+    known = f'torch/{rest.lower()}' if timms == 'torch' else f'{timms}/{rest}'
+    if rest and (known in (*_TORCH, *_TORCH_ALIASES) or f'{timms}/' in ('hfds/', *_STREAMS)):
+        return known
+    if name in ('', 'digits') or rest and prefix in ('events', 'tonic'):
+        return name
+    close = difflib.get_close_matches(name.lower(), DATASETS, n=1) or [d for d in DATASETS if d.endswith(f'/{rest}')]
+    close = close or [d for d in _TORCH if d.endswith('/' + name.lower())]
+    raise ValueError(f"unknown data set '{name}' (--dataset)" + (f", did you mean '{close[0]}'?" if close else ';')
+                     + f" There are {', '.join(DATASETS)}; leave it out for an image folder or a tar file.")
+
+
+def _with_8_bits(dataset: Any, name: str, mode: str) -> Any:
+    """The data set with `to_mode` where timm or torchvision would let PIL clip 16 bit images."""
+    if type(dataset) is TimmImageDataset:
+        return ImageDataset(dataset)
+    if isinstance(dataset, IterableImageDataset) and name.startswith(('hfids/', 'wds/')):  # tfds decodes itself
+        dataset.reader = DecodedStream(dataset.reader, mode)
+    elif hasattr(dataset, 'loader'):  # torchvision's
+        dataset.loader = _Loader(mode)
     return dataset
+
+
+class _Loader:
+    """Image of a file; a class, so that workers can be sent it."""
+
+    def __init__(self, mode: str):
+        self.mode = mode
+
+    def __call__(self, file: str) -> Any:
+        with Image.open(file) as image:
+            return to_mode(image, self.mode)
 
 
 def _refuse_fallback(dataset: Any, root: Optional[str], split: str) -> None:
     """timm takes the whole folder where it finds no such split in it, and so would train on what it validates on."""
-    reader = getattr(dataset, 'reader', None)
-    folder = split and type(reader).__name__ == 'ReaderImageFolder'
+    reader = getattr(dataset, 'reader', dataset)
+    folder = split and type(reader).__name__ in ('ReaderImageFolder', 'ImageFolder')
     if folder and os.path.realpath(reader.root) == os.path.realpath(root):
         raise FileNotFoundError(f"data folder '{root}' has no split '{split}': it needs the folder {split}/ with one "
                                 f'sub-folder per class.')
