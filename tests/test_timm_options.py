@@ -183,7 +183,8 @@ def images(tmp_path_factory):
 
 
 def folder_args(images, argv=()):
-    return parse(['--dataset', '', '--data-dir', images, '--num-classes', 3, '--img-size', 32, *argv])
+    return parse(['--dataset', '', '--data-dir', images, '--num-classes', 3, '--img-size', 32, '--train-num-samples', 12,
+                  *argv])
 
 
 def samples_of(args, training, indices=(0, 5, 10)):
