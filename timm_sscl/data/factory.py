@@ -76,7 +76,7 @@ def create_dataset(
     drop_hidden(dataset, renumber=not kwargs.get('class_map'))
     if hasattr(dataset, '__len__') and len(dataset) == 0:
         raise ValueError(f"split '{split}' of data set '{name or root}' holds no images.")
-    if num_samples is not None and not name.startswith(_STREAMS):  # which timm cuts itself
+    if num_samples is not None and not name.startswith(_STREAMS) and num_samples < len(dataset):  # timm cuts streams
         take_spread(dataset, num_samples)
     check_layout(dataset)
     return _with_8_bits(dataset, name, mode)
