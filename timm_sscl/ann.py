@@ -1,18 +1,19 @@
 """convert_ann: a trained ReLU network as integrate-and-fire neurons, whose rates approach its activations."""
 import logging
 from dataclasses import replace
-from typing import Dict, List, Optional, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .call_sites import find_calls
 from .channel_axis import ChannelAxes
 from .convert import convert_to_spiking
 from .neurons import LIF
 from .spiking import SpikingModule
 from .tdbn import norm_records
-from .untouched import untouched
+from .untouched import undone_on_error, untouched
 
 __all__ = ['convert_ann', 'ann_obstacles']
 
@@ -60,7 +61,7 @@ def convert_ann(
     threshold is the largest activation, or a percentile, that the ANN shows on the images: gain 1 / threshold on its
     current, scale threshold on its spikes, so that the mean over T of its output is the activation, rounded to
     threshold / T and clipped to the threshold. Gains and scales are in the state_dict; `fold_gains` moves them into the
-    weights around where that is exact. Max pooling takes the maximum of spikes at every step, which is an upper bound.
+    weights around where that is exact. A ReLU that runs several times in a forward becomes a neuron per call. Max pooling takes the maximum of spikes at every step, which is an upper bound.
 
     Args:
         model: ANN in timm's or any form, or a spiking model that has the ANN's weights.
@@ -79,17 +80,19 @@ def convert_ann(
     """
     if not 0 < percentile <= 100:
         raise ValueError(f'percentile={percentile}: must be above 0 and at most 100 (the maximum).')
-    if not isinstance(model, SpikingModule):
-        convert_to_spiking(model, timesteps=timesteps, input_size=images.shape[1:], **INTEGRATE_AND_FIRE)
-    obstacles = ann_obstacles(model)
-    if obstacles:
-        raise ValueError(f'{type(model).__name__} is no network of ReLU and batch norms, so that thresholds cannot '
-                         f'stand for its activations: {"; ".join(obstacles)}. Use its weights as an initialisation '
-                         f'(calibrate).')
-    thresholds = _thresholds(model, images, per_channel, percentile / 100)
-    model._set_settings(replace(model.settings, timesteps=timesteps, **INTEGRATE_AND_FIRE))
-    for lif, threshold in thresholds.items():
-        lif.set_gain(1 / threshold, threshold)
+    with undone_on_error(model):
+        if not isinstance(model, SpikingModule):
+            convert_to_spiking(model, timesteps=timesteps, input_size=images.shape[1:], **INTEGRATE_AND_FIRE)
+        obstacles = ann_obstacles(model)
+        if obstacles:
+            raise ValueError(f'{type(model).__name__} is no network of ReLU and batch norms, so that thresholds cannot '
+                             f'stand for its activations: {"; ".join(obstacles)}. Use its weights as an '
+                             f'initialisation (calibrate).')
+        calls = model.settings.calls or find_calls(model, images[:1])
+        model._set_settings(replace(model.settings, timesteps=timesteps, calls=calls, **INTEGRATE_AND_FIRE))
+        thresholds = _thresholds(model, images, per_channel, percentile / 100)
+        for lif, threshold in thresholds.items():
+            lif.set_gain(1 / threshold, threshold)
     _logger.info(f'{type(model).__name__}: {len(thresholds)} layers of ReLU are integrate-and-fire neurons, thresholds '
                  f'{"per channel" if per_channel else "per layer"} from {len(images)} images, T={timesteps}.')
     return model
@@ -112,7 +115,17 @@ def _thresholds(model: SpikingModule, images: torch.Tensor, per_channel: bool, q
         for chunk in images.split(_CHUNK):
             with axes:
                 model(chunk)
+    names = {lif: name for name, lif in model.neurons().items()}
+    for lif, values in seen.items():
+        if len({value.shape for value in values}) > 1:
+            raise ValueError(f'{type(model).__name__}: {names[lif]} runs on {" and ".join(_widths(values))} channels, and '
+                             f'not as often in each forward of the module that holds it, so that no threshold per '
+                             f'channel fits; give each call a ReLU of its own, or use per_channel=False.')
     return {lif: _threshold(torch.stack(values), q) for lif, values in seen.items()}
+
+
+def _widths(values: Sequence[torch.Tensor]) -> List[str]:
+    return sorted({str(value.numel()) for value in values}, key=int)
 
 
 def _quantile(out: torch.Tensor, axis: Optional[int], q: float) -> torch.Tensor:

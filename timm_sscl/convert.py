@@ -1,13 +1,14 @@
 """convert_to_spiking: which modules of a model become neurons, in place, and a report of what did and did not."""
 import logging
 from collections import Counter
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
 
 import torch
 import torch.nn as nn
 
 from .adapters import give_neuron, hidden_activation, split_over_samples, take_neuron, why_no_adapter
 from .batch_axis import without_batch_axis
+from .call_sites import CallSites, set_calls
 from .functional import (NEURON_NAME, called_activations, calls_noise, function_module, only_raises,
                          repeats_activations, replace_functions)
 from .fused import leave_fused_path, return_to_fused_path
@@ -192,7 +193,7 @@ def current_records(model: SpikingModule, converted: Sequence[ConversionRecord])
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     records, told = [], set()
-    for record in converted:
+    for record in _records_per_call(converted, modules):
         module = modules.get(record.name)
         if record.now != 'LIF':
             exists = record.name.rpartition('.')[0] in modules  # what stays analog may be no module (F.gelu)
@@ -211,8 +212,24 @@ def current_records(model: SpikingModule, converted: Sequence[ConversionRecord])
     return records
 
 
+def _records_per_call(
+        converted: Sequence[ConversionRecord],
+        modules: Dict[str, nn.Module],
+) -> Iterator[ConversionRecord]:
+    """The conversion's records, those of neurons with a copy per call once per copy."""
+    for record in converted:
+        module = modules.get(record.name)
+        if not isinstance(module, CallSites):
+            yield record
+            continue
+        for i in range(len(module)):
+            yield record._replace(
+                name=f'{record.name}.{i}', reason=f'{record.reason}, call {i + 1} of {len(module)}')
+
+
 def unswap_modules(model: nn.Module) -> None:
     """Put the activations back that neurons replaced below model."""
+    set_calls(model, None)
     like = next(model.parameters(), torch.zeros(()))
     for module in list(model.modules()):
         module._modules.pop(NEURON_NAME, None)

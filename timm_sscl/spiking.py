@@ -13,6 +13,7 @@ from typing import Any, Dict, FrozenSet, List, Optional, Tuple, Type
 import torch
 import torch.nn as nn
 
+from .call_sites import set_calls
 from .functional import NEURON_NAME, FunctionsOverTime
 from .neurons import LIF
 from .neurons.lif import check_neuron
@@ -44,6 +45,7 @@ class SpikingSettings:
     stem: Optional[str] = None  # neuron before which all runs once per image, see share_stem
     stem_pool: Optional[str] = None  # 'avg': average pooling in the stem, see set_stem_pool
     norm: Optional[str] = None  # 'tdbn': batch norms in units of the threshold, see TdBatchNorm
+    calls: Optional[Tuple[str, ...]] = None  # 'name:n': neurons with a copy per call, see set_calls
 
     def __post_init__(self):
         if isinstance(self.timesteps, bool) or not isinstance(self.timesteps, int) or self.timesteps < 1:
@@ -193,6 +195,8 @@ class SpikingModule:
 
     def _set_settings(self, settings: SpikingSettings) -> None:
         before, self.settings = self.settings, settings
+        if settings.calls is not None or before.calls is not None:
+            set_calls(self, settings.calls)
         for module_name, module in self.named_modules():
             if isinstance(module, LIF):
                 for name, value in settings.neuron().items():

@@ -1,7 +1,7 @@
 """Running a model leaves it bit for bit as it was; a change that fails is undone."""
 from collections import OrderedDict, deque
 from contextlib import contextmanager
-from typing import Any, Dict, Iterator, List, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import torch
 import torch.nn as nn
@@ -11,11 +11,11 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from .random_state import get_random_state, set_random_state
 
-__all__ = ['untouched', 'undone_on_error', 'without_hooks']
+__all__ = ['untouched', 'undone_on_error', 'without_hooks', 'part_of_layer']
 
 _CONTAINERS = dict, list, set, deque  # that a module may fill in its forward
 _HOOKS = '_forward_hooks', '_forward_pre_hooks'
-_COMPUTE_WEIGHTS = WeightNorm, SpectralNorm, BasePruningMethod  # hooks that are a part of their layer
+_COMPUTE_WEIGHTS = WeightNorm, SpectralNorm, BasePruningMethod
 
 
 class _ModelState:
@@ -109,13 +109,23 @@ def undone_on_error(model: nn.Module, parameters: bool = False) -> Iterator[None
         raise
 
 
+def part_of_layer(hook: Callable) -> Callable:
+    """Mark a hook that a layer cannot do without; `without_hooks` lets it run."""
+    hook.part_of_layer = True
+    return hook
+
+
+def _is_part_of_layer(hook: Callable) -> bool:
+    return isinstance(hook, _COMPUTE_WEIGHTS) or getattr(hook, 'part_of_layer', False)
+
+
 @contextmanager
 def without_hooks(model: nn.Module) -> Iterator[None]:
-    """None of the user's hooks run inside; those that compute a layer's weights (weight norm, pruning) do."""
+    """None of the user's hooks run inside; those that are a part of their layer (weight norm, pruning) do."""
     kept = [(module, name, vars(module)[name]) for module in model.modules() for name in _HOOKS]
     for module, name, hooks in kept:
         setattr(module, name, OrderedDict((key, hook) for key, hook in hooks.items()
-                                          if isinstance(hook, _COMPUTE_WEIGHTS)))
+                                          if _is_part_of_layer(hook)))
     try:
         yield
     finally:
