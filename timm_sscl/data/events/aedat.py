@@ -3,7 +3,7 @@ import re
 
 import numpy as np
 
-from .recording import DamagedEventFile, Events, find_invalid
+from .recording import DamagedEventFile, Events, find_invalid, unwrap_times
 
 __all__ = ['read_aedat', 'AXES', 'DVS128_SIZE']
 
@@ -56,7 +56,7 @@ def read_aedat(file: str, axes: str = 'spikingjelly', ordered: bool = False) -> 
         i = int((address > 0xffff).argmax())
         raise DamagedEventFile(f"'{file}', byte {start + 8 * i}: address {address[i]:#010x} is outside a sensor of "
                                f'128 x 128 pixels.')
-    events = _decode(address[pixel], _unwrapped(raw['t'])[pixel], axes)
+    events = _decode(address[pixel], unwrap_times(raw['t'])[pixel], axes)
     wrong = find_invalid(events, DVS128_SIZE, ordered)
     if wrong is not None:
         raise DamagedEventFile(f"'{file}', byte {start + 8 * int(np.flatnonzero(pixel)[wrong[0]])}: {wrong[1]}.")
@@ -74,13 +74,6 @@ def _header_end(file: str, data: bytes) -> int:
             raise DamagedEventFile(f"'{file}', byte {end}: AEDAT {version[1].decode()}; this reads AEDAT 2.0.")
         end = line.end()
     return end
-
-
-def _unwrapped(t: np.ndarray) -> np.ndarray:
-    """Times as int64, going on where the counter of 32 bits began anew."""
-    t = t.astype(np.int64)
-    wraps = np.diff(t, prepend=t[:1]) < -2 ** 31
-    return t + (np.cumsum(wraps) << 32)
 
 
 def _decode(address: np.ndarray, t: np.ndarray, axes: str) -> Events:

@@ -65,15 +65,26 @@ class EventDataset(Dataset):
         """The recording at index as frames (T, 2, H, W).
 
         Raises:
-            DamagedEventFile: It cannot be read, or holds another number of frames.
+            DamagedEventFile: It cannot be read, holds no events, or another number of frames.
         """
         recording = self.read(index)
+        name = self.filename(index, absolute=True)
         if isinstance(recording, Events):
-            return to_frames(recording, self.settings, self.extent(recording))
+            if not len(recording.t):
+                raise DamagedEventFile(f"'{name}' holds no events.")
+            try:
+                return to_frames(recording, self.settings, self.extent(recording))
+            except ValueError as error:
+                raise DamagedEventFile(f"'{name}': {error}.") from error
         expected = (self.settings.timesteps, 2, *self.sensor_size)
         if recording.shape != expected:
-            raise DamagedEventFile(f"'{self.filename(index, absolute=True)}' holds frames of shape {recording.shape}, "
-                                   f'expected (T, 2, H, W) = {expected}.')
+            raise DamagedEventFile(f"'{name}' holds frames of shape {recording.shape}, expected (T, 2, H, W) = "
+                                   f'{expected}.')
+        if not recording.any():
+            raise DamagedEventFile(f"'{name}' holds no events.")
+        if recording.dtype == bool and self.settings.mode == 'count':
+            raise DamagedEventFile(f"'{name}' holds frames of bool, which do not say how many events there were; "
+                                   f'--event-mode binary takes them.')
         return resize_frames(recording, self.settings.size, self.settings.mode)
 
     def __getitem__(self, index: int) -> Tuple[Any, int]:

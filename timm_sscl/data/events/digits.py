@@ -1,5 +1,5 @@
 """Event recordings without a download: the bundled digits, moving in front of a simulated event camera."""
-from typing import Callable, Dict, Optional, Sequence, Union
+from typing import Callable, Dict, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
@@ -82,16 +82,17 @@ class EventDigits(EventDataset):
         self.scans = digits.images[numbers]
         self.numbers = numbers
         self.seed = seed
-        self._frames: Dict[int, np.ndarray] = {}
+        self._frames: Dict[Tuple[int, FrameSettings], np.ndarray] = {}
 
     def read(self, index: int) -> Events:
         return record_digit(self.scans[index], (self.seed, int(self.numbers[index])))
 
     def frames(self, index: int) -> np.ndarray:
-        if index not in self._frames:
+        key = index % len(self), self.settings  # which a user may set anew
+        if key not in self._frames:
             frames = super().frames(index)
-            self._frames[index] = frames.astype(np.uint8 if frames.max() < 256 else np.int64)
-        return self._frames[index]
+            self._frames[key] = frames.astype(np.uint8 if frames.max() < 256 else np.int64)
+        return self._frames[key].copy()
 
     def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
         return f'digit {self.numbers[index]}'

@@ -5,7 +5,7 @@ from typing import Optional, Tuple
 import numpy as np
 
 from .aedat import AXES
-from .recording import Events
+from .recording import Events, read_events
 
 __all__ = ['FrameSettings', 'to_frames', 'count_events', 'resize_frames', 'BY', 'MODES']
 
@@ -48,16 +48,39 @@ def to_frames(events: Events, settings: FrameSettings, sensor_size: Tuple[int, i
     """Frames of a recording.
 
     Args:
-        events: Events inside the sensor; in order of time where frames are cut by time.
+        events: Events inside the sensor, in order of time; arrays of other types are taken as `read_events` takes them.
         settings: How.
         sensor_size: (height, width) in pixels.
 
     Returns:
         int64 array (T, 2, H, W), polarity 0 first; zeros for a recording without events.
+
+    Raises:
+        ValueError: An event cannot be, or the events are not in order of time.
     """
+    events = read_events(events._asdict(), sensor_size, ordered=settings.by == 'time')
+    if settings.by == 'number':
+        _check_order(events.t, settings.timesteps)
     index = _frame_by_number if settings.by == 'number' else _frame_by_time
     frames = count_events(events, index(events, settings.timesteps), settings.timesteps, sensor_size)
     return resize_frames(frames, settings.size, settings.mode)
+
+
+def _check_order(t: np.ndarray, timesteps: int) -> None:
+    """Refuse a recording in which more than a hundredth of the events lie in another frame than in order of time.
+
+    Cameras put a few events in the wrong order; files that are sorted by pixel or polarity have them all.
+    """
+    backwards = t[1:] < t[:-1]
+    if not backwards.any():
+        return
+    order = np.argsort(t, kind='stable')
+    frame = _frame_by_number(Events(t, t, t, t), timesteps)
+    moved = int((frame != frame[order]).sum())
+    if moved * 100 > len(t):
+        i = int(backwards.argmax()) + 1
+        raise ValueError(f'event {i}: time runs backwards, from {t[i - 1]} to {t[i]} us, and {moved} of {len(t)} '
+                         f'events would lie in other frames if they were sorted by time: sort them')
 
 
 def _frame_by_number(events: Events, timesteps: int) -> np.ndarray:

@@ -5,7 +5,7 @@ from typing import Dict, Tuple, Union
 
 import numpy as np
 
-from .recording import DamagedEventFile, Events, find_invalid
+from .recording import DamagedEventFile, Events, read_events
 
 __all__ = ['read_npz']
 
@@ -19,7 +19,7 @@ def read_npz(file: str, sensor_size: Tuple[int, int], ordered: bool = False) -> 
         ordered: Whether time that runs backwards is damage; for frames by time.
 
     Returns:
-        Events with int64 arrays, or frames (T, 2, H, W) of the file's dtype.
+        Events with int64 arrays, or frames (T, 2, H, W), int64 or, of bool, bool.
 
     Raises:
         DamagedEventFile: With the file, and which array is missing or wrong, at which event.
@@ -47,15 +47,10 @@ def _events(file: str, arrays: Dict[str, np.ndarray], sensor_size: Tuple[int, in
     if missing:
         raise DamagedEventFile(f"'{file}' holds no array {', '.join(missing)}: events are t, x, y and p, frames are "
                                f"'frames'.")
-    for name, array in arrays.items():
-        if array.ndim != 1 or array.dtype.kind not in 'iub' or array.shape != arrays['t'].shape:
-            raise DamagedEventFile(f"'{file}': {name} is {array.dtype} of shape {array.shape}; t, x, y and p must be "
-                                   f'whole numbers, one per event.')
-    events = Events(*(arrays[name].astype(np.int64) for name in Events._fields))
-    wrong = find_invalid(events, sensor_size, ordered)
-    if wrong is not None:
-        raise DamagedEventFile(f"'{file}', event {wrong[0]}: {wrong[1]}.")
-    return events
+    try:
+        return read_events(arrays, sensor_size, ordered)
+    except ValueError as error:
+        raise DamagedEventFile(f"'{file}': {error}.") from error
 
 
 def _frames(file: str, frames: np.ndarray) -> np.ndarray:
@@ -68,4 +63,4 @@ def _frames(file: str, frames: np.ndarray) -> np.ndarray:
     if wrong.any():
         where = tuple(int(i) for i in np.argwhere(wrong)[0])
         raise DamagedEventFile(f"'{file}': frames{list(where)} is {frames[where]}; must be a number of events.")
-    return frames
+    return frames if frames.dtype.kind == 'b' else frames.astype(np.int64)  # bool cannot be counts

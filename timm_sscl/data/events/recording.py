@@ -1,13 +1,19 @@
 """One recording of an event camera, and the error of a file that does not hold one."""
-from typing import NamedTuple, Optional, Tuple
+from typing import Any, Mapping, NamedTuple, Optional, Tuple
 
 import numpy as np
 
-__all__ = ['Events', 'DamagedEventFile', 'find_invalid']
+__all__ = ['Events', 'DamagedEventFile', 'find_invalid', 'read_events', 'unwrap_times']
+
+_MICROSECONDS = 1_000_000  # of a second
+_LARGEST = 2 ** 63 - 1024  # that a float64 holds below int64's end
 
 
 class Events(NamedTuple):
-    """The events of a recording in the order in which they were emitted, one array (N,) of whole numbers each."""
+    """The events of a recording in the order in which they were emitted, one array (N,) of whole numbers each.
+
+    `read_events` makes them of arrays of other types.
+    """
     t: np.ndarray  # microseconds
     x: np.ndarray  # column, from the left
     y: np.ndarray  # row, from the top
@@ -42,3 +48,80 @@ def find_invalid(events: Events, sensor_size: Tuple[int, int], ordered: bool = F
     if p[i] not in (0, 1):
         return i, f'polarity {p[i]} is neither 0 nor 1'
     return i, f'time runs backwards, from {t[i - 1]} to {t[i]} us'
+
+
+def read_events(arrays: Mapping[str, Any], sensor_size: Tuple[int, int], ordered: bool = False) -> Events:
+    """Events of arrays as files and data sets hold them; what would be another number as int64 is refused.
+
+    Times are microseconds where they are whole numbers, of whatever type, and seconds where they are not; frames depend
+    on their proportions alone. Times of 32 bits go on where the counter began anew. Polarities are 0 and 1, False and
+    True, or -1 and 1.
+
+    Args:
+        arrays: t, x, y and p.
+        sensor_size: (height, width) in pixels.
+        ordered: Whether time may not run backwards.
+
+    Returns:
+        Events with int64 arrays.
+
+    Raises:
+        ValueError: With the array, or the event, and what is wrong with it.
+    """
+    arrays = {name: np.asarray(arrays[name]) for name in Events._fields}
+    for name, array in arrays.items():
+        if array.ndim != 1 or array.dtype.kind not in 'iubf' or array.shape != arrays['t'].shape:
+            raise ValueError(f'{name} is {array.dtype} of shape {array.shape}; t, x, y and p must be numbers, one per '
+                             f'event')
+    for name, pixels in (('x', sensor_size[1]), ('y', sensor_size[0])):
+        kind = arrays[name].dtype
+        if kind.kind in 'iu' and np.iinfo(kind).max < pixels - 1:
+            raise ValueError(f'{name} is {kind}, which cannot hold the {pixels} pixels of the sensor')
+    events = Events(_times(arrays['t'], ordered), *(_whole(name, arrays[name]) for name in 'xyp'))
+    events = events._replace(p=_polarity(events.p))
+    wrong = find_invalid(events, sensor_size, ordered)
+    if wrong is not None:
+        raise ValueError(f'event {wrong[0]}: {wrong[1]}')
+    return events
+
+
+def unwrap_times(t: np.ndarray) -> np.ndarray:
+    """Times of a counter of 32 bits as int64, going on where it began anew."""
+    t = t.astype(np.int64)
+    wraps = np.diff(t, prepend=t[:1]) < -2 ** 31
+    return t + (np.cumsum(wraps) << 32)
+
+
+def _whole(name: str, array: np.ndarray) -> np.ndarray:
+    """Whole numbers of any type as int64."""
+    if array.dtype.kind == 'f':
+        wrong = ~np.isfinite(array) | (array != np.floor(array)) | (np.abs(array) > _LARGEST)
+    else:
+        wrong = array > np.iinfo(np.int64).max if array.dtype == np.uint64 else np.zeros(0, bool)
+    if wrong.any():
+        i = int(wrong.argmax())
+        raise ValueError(f'event {i}: {name} is {array.dtype} and holds {array[i]}, which is no whole number of 64 '
+                         f'bits')
+    return array.astype(np.int64)
+
+
+def _times(t: np.ndarray, ordered: bool) -> np.ndarray:
+    """Microseconds as int64."""
+    if t.dtype.kind != 'f':
+        return unwrap_times(t) if t.dtype.itemsize == 4 else _whole('t', t)
+    if not np.isfinite(t).all():
+        i = int((~np.isfinite(t)).argmax())
+        raise ValueError(f'event {i}: t is {t[i]}')
+    if ordered and len(t) > 1:
+        step, span = np.spacing(np.abs(t).max()), float(t.max()) - float(t.min())
+        if step > 1e-6 and step * 1000 > span:
+            raise ValueError(f't is {t.dtype}, whose numbers near {t.max()} are {step:g} apart: too coarse for times '
+                             f'that span {span:g}')
+    if (t == np.floor(t)).all():
+        return _whole('t', t)
+    return _whole('t', np.round(t.astype(np.float64) * _MICROSECONDS))
+
+
+def _polarity(p: np.ndarray) -> np.ndarray:
+    """0 and 1 also where off is -1; other numbers as they are."""
+    return (p + 1) // 2 if len(p) and np.isin(p, (-1, 1)).all() else p

@@ -2,13 +2,13 @@
 import inspect
 import os
 import struct
-from typing import Any, Callable, Optional, Tuple
+from typing import Any, Callable, Dict, Optional, Tuple
 
 import numpy as np
 
 from .dataset import EventDataset, spread_indices
 from .frames import FrameSettings
-from .recording import DamagedEventFile, Events, find_invalid
+from .recording import DamagedEventFile, Events, read_events
 from .splits import validation_mask
 
 __all__ = ['TonicDataset', 'create_tonic_dataset']
@@ -56,25 +56,44 @@ class TonicDataset(EventDataset):
         self.indices = np.arange(len(dataset)) if indices is None else np.asarray(indices)
         self.fixed_size = size is not None
         labels = [targets[i] for i in self.indices]
+        unknown = sorted({t for t in labels if isinstance(t, str)} - set(numbers))
+        if unknown:
+            raise ValueError(f"tonic's {name} has the label '{unknown[0]}', which is none of its classes.")
+        self._numbers = numbers
         super().__init__(
             classes, [numbers[t] if isinstance(t, str) else int(t) for t in labels],
             (size[1], size[0]) if size is not None else (settings.size,) * 2, settings, transform)
 
     def read(self, index: int) -> Events:
+        name = self.filename(index)
         try:
-            raw = self.dataset[int(self.indices[index])][0]
+            raw, target = self.dataset[int(self.indices[index])][:2]
         except (ValueError, IndexError, KeyError, struct.error) as error:  # tonic's readers check nothing
-            raise DamagedEventFile(f"'{self.filename(index)}' cannot be read by tonic: {error}") from error
-        events = Events(*(np.asarray(raw[name]).astype(np.int64) for name in Events._fields))
-        wrong = find_invalid(events, self.extent(events), ordered=self.settings.by == 'time')
-        if wrong is not None:
-            raise DamagedEventFile(f"'{self.filename(index)}', event {wrong[0]}: {wrong[1]}.")
-        return events
+            raise DamagedEventFile(f"'{name}' cannot be read by tonic: {error}") from error
+        label = self._numbers.get(target, target) if isinstance(target, str) else target
+        if isinstance(label, (int, np.integer)) and int(label) != self.targets[index]:
+            raise ValueError(f"'{name}' has the label {target} itself, and {self.targets[index]} in the list of labels "
+                             f'(targets).')
+        try:
+            arrays = {field: np.asarray(raw[field]) for field in Events._fields}
+        except (ValueError, IndexError, KeyError, TypeError) as error:
+            fields = getattr(getattr(raw, 'dtype', None), 'names', None) or type(raw).__name__
+            raise ValueError(f"'{name}' has events of {fields}; they must have the fields t, x, y and p.") from error
+        try:
+            return read_events(arrays, self._plane(arrays), ordered=self.settings.by == 'time')
+        except ValueError as error:
+            raise DamagedEventFile(f"'{name}': {error}.") from error
+
+    def _plane(self, arrays: Dict[str, np.ndarray]) -> Tuple[int, int]:
+        """(height, width) of the sensor, or of what the recording covers."""
+        if self.fixed_size or not all(a.size and np.isfinite(a).all() for a in (arrays['y'], arrays['x'])):
+            return self.sensor_size
+        return int(arrays['y'].max()) + 1, int(arrays['x'].max()) + 1
 
     def extent(self, events: Events) -> Tuple[int, int]:
         if self.fixed_size or not len(events.t):
             return self.sensor_size
-        return int(events.y.max()) + 1, int(events.x.max()) + 1
+        return self._plane(events._asdict())
 
     def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
         data = getattr(self.dataset, 'data', None)
@@ -88,8 +107,11 @@ def _classes(dataset: Any) -> list:
     """Names of the classes in the order of their labels."""
     classes = getattr(dataset, 'classes', None)
     if isinstance(classes, dict):
+        if sorted(classes.values()) != list(range(len(classes))):
+            raise ValueError(f"tonic's {type(dataset).__name__} numbers its classes {sorted(classes.values())}; must "
+                             f'be 0, 1, ...')
         return sorted(classes, key=classes.get)
-    if isinstance(dataset.targets[0], str):
+    if isinstance(dataset.targets[0], str) and not set(dataset.targets) <= set(classes or ()):
         return sorted(set(dataset.targets))
     return list(classes) if classes else [str(i) for i in range(max(dataset.targets) + 1)]
 
