@@ -1,6 +1,7 @@
 """SSCLLoss: the loss for anybody's training loop; hooks a student and a teacher and compares what the hooks saw."""
 import logging
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from contextlib import ExitStack, contextmanager
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -10,7 +11,7 @@ from timm.utils import unwrap_model
 from .frames_ann import fold_frames, takes_frames_folded
 from .losses.sscl import SSCLCriterion
 from .sharing import check_nothing_shared
-from .taps import Recorder, Tap, find_taps, fold_feature, match_by_depth, named_taps, tap_shapes
+from .taps import Recorder, Tap, guard_on_hooks, find_taps, fold_feature, match_by_depth, named_taps, tap_shapes
 from .teacher_input import TeacherInput
 
 __all__ = ['SSCLLoss']
@@ -28,6 +29,10 @@ class SSCLLoss(nn.Module):
     The parameters (g_S, g_A) belong in the optimizer. Student and teacher are no submodules: their parameters are not
     among these, and neither is in the state_dict. `.to(device)` moves the teacher along. Under
     DistributedDataParallel wrap this module as well as the student; the hooks are on the wrapped models.
+
+    A copy made together with both models (deepcopy or pickle of a module that holds the three) is attached to the
+    copies. A copy of the loss without them has their projections and no taps. `set_timesteps` on a spiking student
+    reaches its loss.
 
     Args:
         student: Student, spiking or not; not compiled yet.
@@ -71,9 +76,10 @@ class SSCLLoss(nn.Module):
         _refuse_compiled(teacher)
         check_nothing_shared(student, teacher)
         inner_student, inner_teacher = unwrap_model(student), unwrap_model(teacher)
-        self.timesteps = timesteps if timesteps is not None else getattr(inner_student, 'timesteps', 1)
-        if self.timesteps < 1:
+        if timesteps is not None and timesteps < 1:
             raise ValueError(f'timesteps={timesteps}: must be at least 1.')
+        follows = timesteps is None or timesteps == getattr(inner_student, 'timesteps', None)
+        self._timesteps = None if follows else timesteps
         self.teacher_input = TeacherInput(teacher_size, renormalize)
         shape = input_size if teacher_size is None or input_size is None else (input_size[0], *teacher_size)
         student_taps, teacher_taps = _pair_taps(inner_student, inner_teacher, taps, teacher_taps, input_size, shape)
@@ -89,13 +95,18 @@ class SSCLLoss(nn.Module):
         ).to(device)
         teacher.requires_grad_(False)
         # not submodules: neither their parameters nor their keys are this loss's
-        self.__dict__['_teacher'] = teacher
+        self.__dict__['_wrapped_teacher'] = teacher
         self.__dict__['_student_recorder'] = Recorder(inner_student, student_taps)
         self.__dict__['_teacher_recorder'] = Recorder(inner_teacher, teacher_taps, training_only=False)
         self._teacher_recorder.enabled = False  # but inside this loss: the teacher's other calls are not held
         self.__dict__['_trained'] = _TrainedCheck()
         _logger.info(f'SSCLLoss: {len(student_taps)} pairs of taps: ' + ', '.join(
             f'{s.module} - {a.module}' for s, a in zip(student_taps, teacher_taps)))
+
+    @property
+    def timesteps(self) -> int:
+        """T of the student's features: the student's own, where it has one."""
+        return self._student_recorder.timesteps if self._timesteps is None else self._timesteps
 
     @property
     def stats(self) -> Dict[str, Dict[str, float]]:
@@ -119,15 +130,49 @@ class SSCLLoss(nn.Module):
             0-d tensor, the weighted sum over the layers.
 
         Raises:
-            RuntimeError: The student was not called on x in training mode since the last call, a tap did not run, or
-                the hooks were removed.
+            RuntimeError: The student was not called on x in training mode since the last call (see
+                `record_in_eval`), a tap did not run or ran without gradients, the hooks were removed, or this is a
+                copy made without the models.
             ValueError: A feature's batch is neither B nor timesteps * B, or B is too small for CKA weights.
         """
         student_features = self._student_recorder.take(x)
+        training = self._student_recorder.took_training
         teacher_features = self._run_teacher(self.teacher_input(x) if teacher_input is None else teacher_input)
-        if self.training:
+        if self.training and training:
             self._trained(self._student_recorder.model, self.criterion)
-        return self.from_features(student_features, teacher_features)
+            self._warn_frozen(student_features)
+            return self.from_features(student_features, teacher_features)
+        with _evaluating(self.criterion):  # what an evaluation shows does not move the running CKA
+            return self.from_features(student_features, teacher_features)
+
+    def record_in_eval(self, enabled: bool = True) -> ExitStack:
+        """Let `sscl(x)` compare evaluation forwards of the student too, with or without gradients, from here on.
+
+        The running CKA and the queue stay as training left them; before the first training step the weights are those
+        of the batch.
+
+        Args:
+            enabled: Whether to.
+
+        Returns:
+            A context manager that, where it is used as one, sets it back at its end.
+
+        Examples:
+            ```python
+            with sscl.record_in_eval(), torch.no_grad():
+                for x, y in loader:
+                    loss = F.cross_entropy(student(x), y) + sscl(x)
+            ```
+        """
+        recorder = self._student_recorder
+        stack = ExitStack()
+        stack.callback(self._set_record_in_eval, not recorder.training_only)
+        self._set_record_in_eval(enabled)
+        return stack
+
+    def _set_record_in_eval(self, enabled: bool) -> None:
+        recorder = self._student_recorder
+        recorder.training_only, recorder.records = not enabled, []
 
     def from_features(
             self,
@@ -158,7 +203,34 @@ class SSCLLoss(nn.Module):
         self._student_recorder.close()
         self._teacher_recorder.close()
 
+    @property
+    def _teacher(self) -> Optional[nn.Module]:
+        """The teacher as it was given; None in a copy made without it."""
+        return self._teacher_recorder.model if self._wrapped_teacher is None else self._wrapped_teacher
+
+    def _warn_frozen(self, features: Sequence[torch.Tensor]) -> None:
+        """Warn, once, of taps that no trained parameter of the student lies before."""
+        frozen = [tap.name for tap, f in zip(self._student_recorder.taps, features) if not f.requires_grad]
+        if frozen and not self.__dict__.get('_frozen_said') and not torch.compiler.is_compiling():
+            self.__dict__['_frozen_said'] = True
+            _logger.warning(f'SSCLLoss: no parameter before {", ".join(frozen)} of the student is trained '
+                            f'(requires_grad=False), so the loss trains only the projections there.')
+
+    def __getstate__(self) -> Dict[str, Any]:
+        return {**self.__dict__, '_wrapped_teacher': None}  # the models are no part of a copy of the loss
+
+    def __setstate__(self, state: Dict[str, Any]) -> None:
+        state = dict(state)
+        if 'timesteps' in state:  # written by version 0.1.0
+            state['_timesteps'] = state.pop('timesteps')
+            state['_wrapped_teacher'] = None
+            del state['_teacher']
+        super().__setstate__(state)
+        self._student_recorder.enabled = True  # which has a model where that was copied along
+        guard_on_hooks()
+
     def _run_teacher(self, x: torch.Tensor) -> List[torch.Tensor]:
+        self._teacher_recorder.check_attached()
         self._teacher.eval()
         self._teacher_recorder.enabled = True
         try:
@@ -173,7 +245,7 @@ class SSCLLoss(nn.Module):
             self._teacher_recorder.enabled = False
 
     def _fold(self, tap: Tap, s: torch.Tensor, teacher_tap: Tap, a: torch.Tensor):
-        batch = a.shape[0] // getattr(self._teacher_recorder.model, 'timesteps', 1)
+        batch = a.shape[0] // self._teacher_recorder.timesteps
         if s.shape[0] not in (batch, self.timesteps * batch):
             raise ValueError(f"feature '{tap.name}' holds {s.shape[0]} rows, the teacher's batch is {batch}: expected "
                              f"{batch} or timesteps * batch = {self.timesteps * batch}. "
@@ -186,6 +258,18 @@ class SSCLLoss(nn.Module):
         if teacher is not None:
             teacher._apply(fn, *args, **kwargs)
         return super()._apply(fn, *args, **kwargs)
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode, set back afterwards."""
+    modes = {m: m.training for m in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for m, training in modes.items():
+            m.training = training
 
 
 def _refuse_compiled(model: nn.Module) -> None:

@@ -2,11 +2,12 @@
 import math
 from collections import Counter
 from contextlib import contextmanager
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
 
 import torch
 import torch._dynamo
 import torch.nn as nn
+from torch.utils.hooks import RemovableHandle
 
 from .channel_axis import ChannelAxes
 from .neurons import LIF
@@ -491,36 +492,54 @@ class FeatureReader:
 
 # ---- reading by hooks, in somebody else's loop
 
-def _guard_on_hooks() -> None:
+def guard_on_hooks() -> None:
     """Let torch.compile tell a model with hooks from its twin without.
 
     By default it takes a graph that it made of one for the other, whose taps then never fire (or fire in its place).
     """
-    torch._dynamo.config.skip_nnmodule_hook_guards = False
-    torch._dynamo.reset()  # graphs from before do not check
-
+    if torch._dynamo.config.skip_nnmodule_hook_guards:
+        torch._dynamo.config.skip_nnmodule_hook_guards = False
+        torch._dynamo.reset()  # graphs from before do not check
 
 
 class _Hook:
-    """Forward hook that tells a recorder; in a copy or a pickle of the model it is a detached no-op."""
+    """Forward hook that tells a recorder.
+
+    A copy of the model, by deepcopy or pickle, has a copy of the hook, which tells the recorder's copy. That one
+    records only if whoever owns the recorder was copied along with the model.
+    """
 
     def __init__(self, recorder: Optional['Recorder'] = None, key: Any = None):
         self.recorder = recorder
         self.key = key
+        self.handle: Optional[RemovableHandle] = None
 
     def __call__(self, module: nn.Module, args: Tuple, kwargs: Dict, out: Any) -> None:
         if self.recorder is not None:
             self.recorder.saw(self.key, out)
 
-    def __deepcopy__(self, memo: Dict) -> '_Hook':
-        return type(self)()
+    def added(self, handle: RemovableHandle) -> None:
+        """Keep the handle here as well: its copy removes the hook's copy."""
+        self.handle = handle
+        self.recorder.handles.append(handle)
 
-    def __reduce__(self):
-        return type(self), ()
+    def __setstate__(self, state: Dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self.recorder is not None:
+            self.recorder.handles.append(self.handle)
 
 
 class _PreHook(_Hook):
     """Forward pre-hook on the whole model: a call begins."""
+
+    def __getstate__(self) -> Dict[str, Any]:
+        return {**self.__dict__, 'model': getattr(self.recorder, 'model', None)}  # the one that is being copied
+
+    def __setstate__(self, state: Dict[str, Any]) -> None:
+        model = state.pop('model')
+        super().__setstate__(state)
+        if self.recorder is not None:
+            self.recorder.model = model
 
     def __call__(self, module: nn.Module, args: Tuple, kwargs: Dict) -> None:
         if self.recorder is not None:
@@ -538,7 +557,9 @@ class _InputHook(_Hook):
 class _Record:
     """What one forward showed: the input it was called with, and what went out of, or into, the tapped modules."""
 
-    def __init__(self, inputs: Any):
+    def __init__(self, inputs: Any, training: bool):
+        self.training = training
+        self.without_gradients: Set[Tuple[str, bool]] = set()  # places that ran so inside a call with gradients
         self.inputs = [(x, _version(x)) for x in inputs if isinstance(x, torch.Tensor)]
         self.seen: Dict[Tuple[str, bool], List[Any]] = {}  # by place, call by call
 
@@ -572,6 +593,9 @@ class Recorder:
     the features of the call on x and forgets all records. At most two calls are held, the first since the last take
     and the newest, so that a forgotten take keeps no more than that alive. Nothing is recorded while `enabled` is off.
 
+    A copy made together with the model is attached to the model's copy, and off until it is enabled; a copy alone has
+    no model.
+
     Args:
         model: Model to hook.
         taps: Where.
@@ -583,24 +607,33 @@ class Recorder:
         self.taps = list(taps)
         self.training_only = training_only
         self.enabled = True
-        _guard_on_hooks()
+        guard_on_hooks()
         self.records: List[_Record] = []
         self.open: Optional[_Record] = None
+        self.took_training = False  # whether what was taken last was a training step
+        self.handles: List[RemovableHandle] = []
         modules = dict(model.named_modules())
-        self.handles = [model.register_forward_pre_hook(_PreHook(self), with_kwargs=True)]
+        hook: _Hook = _PreHook(self)
+        hook.added(model.register_forward_pre_hook(hook, with_kwargs=True))
         for place in dict.fromkeys(part.place for tap in self.taps for part in tap.parts or (tap,)):
-            module = modules[place[0]]
-            self.handles.append(
-                module.register_forward_pre_hook(_InputHook(self, place), with_kwargs=True) if place[1] else
-                module.register_forward_hook(_Hook(self, place), with_kwargs=True))
-        self.handles.append(model.register_forward_hook(_Hook(self), with_kwargs=True, always_call=True))
+            module, of_input = modules[place[0]], place[1]
+            hook = _InputHook(self, place) if of_input else _Hook(self, place)
+            register = module.register_forward_pre_hook if of_input else module.register_forward_hook
+            hook.added(register(hook, with_kwargs=True))
+        hook = _Hook(self)
+        hook.added(model.register_forward_hook(hook, with_kwargs=True, always_call=True))
+
+    @property
+    def timesteps(self) -> int:
+        """T of the model, or of the one that this copy's original is on."""
+        return self._timesteps if self.model is None else getattr(self.model, 'timesteps', 1)
 
     def begin(self, args: Tuple, kwargs: Dict) -> None:
-        unwanted = self.training_only and not (self.model.training and torch.is_grad_enabled())
-        if unwanted or not self.enabled:
+        if not self.enabled:
             self.open = None
             return
-        self.open = _Record((*args, *kwargs.values()))
+        training = self.model.training and torch.is_grad_enabled()
+        self.open = None if self.training_only and not training else _Record((*args, *kwargs.values()), training)
 
     def saw(self, place: Optional[Tuple[str, bool]], out: Any) -> None:
         record = self.open
@@ -608,6 +641,8 @@ class Recorder:
             return
         if place is not None:
             record.seen.setdefault(place, []).append(out)
+            if record.training and not torch.is_grad_enabled():
+                record.without_gradients.add(place)
             return
         self.open = None  # the model's own hook: the call has ended
         if out is not None:
@@ -617,11 +652,10 @@ class Recorder:
         """Features of the call on x, one (T * B, ...) tensor per tap.
 
         Raises:
-            RuntimeError: The hooks were removed, no call on x was recorded, or a tap did not run in it.
+            RuntimeError: The hooks were removed, no call on x was recorded, or a tap did not run in it, or ran without
+                gradients inside a call with gradients.
         """
-        if not self.handles:
-            raise RuntimeError('the taps were removed (close()) or belong to a copy; '
-                               'build a new SSCLLoss to attach again.')
+        self.check_attached()
         records, self.records = self.records, []
         if not records:
             raise RuntimeError(
@@ -633,11 +667,34 @@ class Recorder:
                 if missing:
                     raise RuntimeError(f'taps did not run in the forward of {type(self.model).__name__}: '
                                        f'{", ".join(missing)}.')
-                return [self._feature(tap, record) for tap in self.taps]
+                self.took_training = record.training
+                features = [self._feature(tap, record) for tap in self.taps]
+                self._check_gradients(record, features)
+                return features
         raise RuntimeError(
             f'the recorded forward of {type(self.model).__name__} was not on this input: call the loss on the tensor '
             f'that the student saw (student(x), then sscl(x)), unchanged; teacher_input=... is for a teacher that sees '
             f'another.')
+
+    def check_attached(self) -> None:
+        """Raise where there is no model to record.
+
+        Raises:
+            RuntimeError: The hooks were removed, or this is a copy made without its model.
+        """
+        if self.model is None or not self.handles:
+            raise RuntimeError('the taps were removed (close()) or belong to a copy that was made without its model; '
+                               'build a new SSCLLoss to attach again.')
+
+    def _check_gradients(self, record: _Record, features: Sequence[torch.Tensor]) -> None:
+        """A tap inside a reentrantly checkpointed region is a tensor that nothing can be learned from."""
+        lost = [tap.name for tap, feature in zip(self.taps, features) if not feature.requires_grad
+                and any(part.place in record.without_gradients for part in tap.parts or (tap,))]
+        if lost:
+            raise RuntimeError(
+                f'{", ".join(lost)} of {type(self.model).__name__} ran without gradients, as under reentrant '
+                f'checkpointing or no_grad, so the loss could not train it: use checkpoint(..., use_reentrant=False), '
+                f'in timm timm.layers.set_reentrant_ckpt(False), or tap other modules.')
 
     def _feature(self, tap: Tap, record: _Record) -> torch.Tensor:
         if tap.call is not None:
@@ -655,11 +712,14 @@ class Recorder:
             handle.remove()
         self.handles, self.records, self.open = [], [], None
 
-    def __deepcopy__(self, memo: Dict) -> 'Recorder':
-        return _detached(self.taps, self.training_only)
+    def __getstate__(self) -> Dict[str, Any]:
+        return dict(taps=self.taps, training_only=self.training_only, timesteps=self.timesteps)
 
-    def __reduce__(self):
-        return _detached, (self.taps, self.training_only)
+    def __setstate__(self, state: Dict[str, Any]) -> None:
+        # the model's hooks, where they are copied too, say which the copy's is
+        self.model, self.enabled, self.handles = None, False, []
+        self.records, self.open, self.took_training = [], None, False
+        self.taps, self.training_only, self._timesteps = state['taps'], state['training_only'], state['timesteps']
 
 
 def _part(part: Tap, out: torch.Tensor) -> torch.Tensor:
@@ -670,8 +730,7 @@ def _part(part: Tap, out: torch.Tensor) -> torch.Tensor:
 
 
 def _detached(taps: Sequence[Tap], training_only: bool) -> Recorder:
-    """A recorder without a model: what a copy of an attached one becomes."""
+    """A recorder without a model: what pickles of version 0.1.0 hold."""
     recorder = Recorder.__new__(Recorder)
-    recorder.model, recorder.taps, recorder.training_only = None, list(taps), training_only
-    recorder.handles, recorder.records, recorder.open, recorder.enabled = [], [], None, False
+    recorder.__setstate__(dict(taps=list(taps), training_only=training_only, timesteps=1))
     return recorder

@@ -37,7 +37,8 @@ def _rate(calls: List[_Call]) -> torch.Tensor:
 
 
 class _RateHook:
-    """Forward hook of a neuron that tells a recorder; in a copy or a pickle of the model it is a detached no-op."""
+    """Forward hook of a neuron that tells a recorder; a copy of the model has a copy of it, which tells the recorder's
+    copy."""
 
     def __init__(self, recorder: Optional['RateRecorder'] = None, name: str = ''):
         self.recorder = recorder
@@ -46,12 +47,6 @@ class _RateHook:
     def __call__(self, lif: LIF, args: Tuple[Any, ...], out: torch.Tensor) -> None:
         if self.recorder is not None and self.recorder.recording:
             self.recorder.saw(self.name, lif, out)
-
-    def __deepcopy__(self, memo: Dict) -> '_RateHook':
-        return type(self)()
-
-    def __reduce__(self):
-        return type(self), ()
 
 
 class RateRecorder:
@@ -95,15 +90,12 @@ class RateRecorder:
         seen, self._seen, self.recording = self._seen, {}, False
         return {name: _rate(calls) for name, calls in seen.items()}
 
-    def __deepcopy__(self, memo: Dict) -> 'RateRecorder':
-        return _detached()
-
-    def __reduce__(self):
-        return _detached, ()
+    def __getstate__(self) -> Dict[str, Any]:
+        return {'recording': False, '_gradients': False, '_seen': {}}  # a copy starts afresh
 
 
 def _detached() -> RateRecorder:
-    """A recorder without a model: what a copy becomes."""
+    """A recorder without a model: what pickles of version 0.1.0 hold."""
     recorder = RateRecorder.__new__(RateRecorder)
     recorder.recording, recorder._gradients, recorder._seen = False, False, {}
     return recorder
