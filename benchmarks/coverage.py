@@ -22,11 +22,13 @@ import timm
 import torch
 import torch.nn as nn
 from timm.models._registry import _model_to_module
+from torch.utils._pytree import tree_leaves, tree_map
 
 import timm_sscl  # registers the spiking_ names
 from timm_sscl import LIF, calibrate
 from timm_sscl.registry import PREFIX
-from timm_sscl.taps import Recorder, find_taps, fold_feature, probe_sizes, stage_indices
+from timm_sscl.probing import probe_sizes
+from timm_sscl.taps import Recorder, find_taps, fold_feature, stage_indices
 
 T, B, CLASSES = 2, 2, 10
 
@@ -126,15 +128,25 @@ class Subject:
         """The twin, calibrated, its running statistics those of the images."""
         model = self.create(PREFIX, timesteps=T)
         model.load_state_dict(self.ann.state_dict(), strict=True)
-        self.drives = calibrate(model, self.images)
-        momenta = {m: m.momentum for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
-        for norm in momenta:
-            norm.momentum = 1.
-        with torch.no_grad():
-            model.train()(self.images)
-        for norm, momentum in momenta.items():
-            norm.momentum = momentum
+        self.drives = wake(model, self.images)
         return model
+
+    def batch(self, size: int) -> torch.Tensor:
+        """So many images of noise."""
+        return torch.randn(size, *self.images.shape[1:], generator=torch.Generator().manual_seed(2))
+
+
+def wake(model: nn.Module, images: torch.Tensor) -> List[Any]:
+    """Calibrate a spiking model and give its norms the statistics of the images; returns what drives its layers."""
+    drives = calibrate(model, images)
+    momenta = {m: m.momentum for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    for norm in momenta:
+        norm.momentum = 1.
+    with torch.no_grad():
+        model.train()(images)
+    for norm, momentum in momenta.items():
+        norm.momentum = momentum
+    return drives
 
 
 def name_has_no_head(name: str) -> bool:
@@ -202,15 +214,54 @@ def binary(s: Subject) -> Result:
     return Result('no', ', '.join(bad[:3])) if bad else Result('yes')
 
 
-@torch.no_grad()
-def independent(s: Subject) -> Result:
-    """A batch equals its samples one by one (float64, evaluation mode)."""
-    model, images = copy.deepcopy(s.spiking).double().eval(), s.images.double()
-    whole = logits(model(images))
-    single = torch.cat([logits(model(images[i:i + 1])) for i in range(B)])
-    error = (whole - single).abs().max().item() / (whole[0] - whole[1]).abs().max().item()
+def apart(model: nn.Module, run: Callable[[nn.Module, torch.Tensor], Any], images: torch.Tensor) -> Result:
+    """Whether a batch equals its samples (float64, evaluation mode): a batch of 2 T, cut to 1, T and an odd number.
+
+    Args:
+        model: Spiking model.
+        run: Entry point, (model, images) -> tensors (B, ...).
+        images: 2 T of them.
+    """
+    model, images = copy.deepcopy(model).double().eval(), images.double()
+    whole = tree_leaves(run(model, images))
+    spread = [(w[0] - w[1]).abs().max().item() for w in whole]
+    worst = 0.
+    for size in (1, T, T + 1):
+        for w, part, scale in zip(whole, tree_leaves(run(model, images[:size])), spread):
+            if part.shape != (size, *w.shape[1:]):
+                return Result('no', f'{tuple(part.shape)} for a batch of {size}, T={T}')
+            worst = max(worst, (w[:size] - part).abs().max().item() / (scale or 1.))
+    if not any(spread):
+        return Result('no', 'the same for every image')
     # sums in another order; a flipped spike or a wrong step shows at 1e-3 of what tells two images apart
-    return Result('yes' if error < 1e-8 else 'no', f'{error:.1e}')
+    return Result('yes' if worst < 1e-8 else 'no', f'{worst:.1e}')
+
+
+def by_sample(features: Any) -> Any:
+    """(T * B, ...) tensors as (B, T, ...)."""
+    return tree_map(lambda x: x.unflatten(0, (T, -1)).transpose(0, 1), features)
+
+
+@torch.no_grad()
+def apart_forward(s: Subject) -> Result:
+    return apart(s.spiking, lambda model, x: model(x), s.batch(2 * T))
+
+
+@torch.no_grad()
+def apart_features(s: Subject) -> Result:
+    """forward_features, and forward_head of it."""
+    def run(model: nn.Module, x: torch.Tensor) -> Any:
+        features = model.forward_features(x)
+        return by_sample(features), [] if name_has_no_head(s.name) else model.forward_head(features)
+    return apart(s.spiking, run, s.batch(2 * T))
+
+
+@torch.no_grad()
+def apart_intermediates(s: Subject) -> Result:
+    def run(model: nn.Module, x: torch.Tensor) -> Any:
+        final, maps = model.forward_intermediates(x)
+        return by_sample(final), maps
+    return apart(s.spiking, run, s.batch(2 * T))
 
 
 def live(s: Subject) -> Result:
@@ -292,6 +343,15 @@ def features_only(s: Subject) -> Result:
     return Result('yes' if same else 'no', f'{len(maps)} maps')
 
 
+def apart_features_only(s: Subject) -> Result:
+    if features_only(s).outcome == 'upstream':
+        return Result('upstream', 'no such form')
+    model = s.create(PREFIX, timesteps=T, features_only=True)
+    wake(model, s.images)
+    with torch.no_grad():
+        return apart(model, lambda model, x: list(model(x)), s.batch(2 * T))
+
+
 def checkpointing(s: Subject) -> Result:
     if not set_checkpointing(copy.deepcopy(s.ann)):
         return Result('upstream', 'not supported')
@@ -306,7 +366,8 @@ def checkpointing(s: Subject) -> Result:
 
 CHECKS: Dict[str, Callable[[Subject], Result]] = {
     check.__name__: check
-    for check in (converts, forward, backward, binary, independent, live, taps, features_only, checkpointing)}
+    for check in (converts, forward, backward, binary, live, taps, features_only, checkpointing, apart_forward,
+                  apart_features, apart_intermediates, apart_features_only)}
 
 
 # ---- running them

@@ -9,14 +9,14 @@ import torch.nn as nn
 from .adapters import give_neuron, hidden_activation, split_over_samples, take_neuron, why_no_adapter
 from .batch_axis import without_batch_axis
 from .call_sites import CallSites, set_calls
-from .functional import (NEURON_NAME, called_activations, calls_noise, function_module, only_raises,
-                         repeats_activations, replace_functions)
+from .functional import (NEURON_NAME, called_activations, calls_noise, function_module, repeats_activations,
+                         replace_functions)
 from .fused import leave_fused_path, return_to_fused_path
 from .neurons import LIF
 from .policy import GROUPS, HEAD, Policy
-from .spiking import SpikingEncoder, SpikingModel, SpikingModule, SpikingSettings, spiking_class
+from .spiking import SpikingModel, SpikingModule, SpikingSettings, spiking_class
 from .stem_pool import has_average_stem_pool, set_stem_pool, stem_max_pool
-from .stochastic import share_mask_over_time, why_no_shared_mask
+from .stochastic import OverTime, share_mask_over_time, why_no_shared_mask
 from .tdbn import scaled_batch_norms, set_norm
 
 __all__ = ['convert_to_spiking', 'ConversionRecord', 'SOFT_RESET']
@@ -45,7 +45,9 @@ class ConversionRecord(NamedTuple):
 
 
 def _neuron(settings: SpikingSettings, training: bool) -> LIF:
-    return LIF(**settings.neuron()).train(training)
+    lif = LIF(**settings.neuron()).train(training)
+    lif.part_of_model = True
+    return lif
 
 
 def _replacement(module: nn.Module, settings: SpikingSettings) -> LIF:
@@ -249,6 +251,8 @@ def _share_over_time(module: nn.Module, timesteps: int) -> None:
         module.fused_attn = False  # the mask inside the fused kernel is out of reach
     if calls_noise(type(module)):
         replace_functions(module, timesteps)
+    if isinstance(module, OverTime):
+        module.part_of_model = True
 
 
 def _refuse_unsupported(model: nn.Module) -> None:
@@ -442,9 +446,7 @@ def _check_fits(model: nn.Module, settings: SpikingSettings) -> None:
 
 def _mixin(model: nn.Module) -> type:
     """Which of a converted model's methods fold and decode."""
-    if not (hasattr(model, 'forward_features') and hasattr(model, 'forward_head')):
-        return SpikingModule
-    return SpikingEncoder if only_raises(type(model).forward_head) else SpikingModel
+    return SpikingModel if hasattr(model, 'forward_features') and hasattr(model, 'forward_head') else SpikingModule
 
 
 def _patterns(patterns: Union[str, Sequence[str], None]) -> Optional[Tuple[str, ...]]:

@@ -5,17 +5,19 @@ forward_features / forward_head, `(SpikingModule, Base)` for anything else. Insi
 """
 import json
 import logging
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
-from typing import Any, Dict, FrozenSet, List, Optional, Tuple, Type
+from typing import Any, Callable, Dict, FrozenSet, Iterator, List, Optional, Tuple, Type
 
 import torch
 import torch.nn as nn
+from torch.utils._pytree import tree_map
 
 from .call_sites import set_calls
 from .functional import NEURON_NAME, FunctionsOverTime
 from .neurons import LIF
+from .neurons.folding import enter_fold, folding_model, leave_fold
 from .neurons.lif import check_neuron
 from .stem_pool import check_stem_pool, set_stem_pool
 from .stochastic import OverTime
@@ -124,6 +126,11 @@ def _new_spiking(mixin: type, base: Type[nn.Module]) -> nn.Module:
     return cls.__new__(cls)
 
 
+def _given(x: Any, args: Tuple[Any, ...]) -> Tuple[Any, ...]:
+    """Positional arguments of a call whose first one may be given by its name instead."""
+    return args if x is None else (x, *args)
+
+
 class SpikingModule:
     """Mixin for a converted model that is called as a whole: features_only wrappers, encoders, plain nn.Modules."""
     _spiking_bases: Tuple[type, type]
@@ -161,16 +168,64 @@ class SpikingModule:
         from .convert import current_records
         return current_records(self, self._report)
 
-    def forward(self, x: torch.Tensor, *args, per_step: bool = False, **kwargs) -> Any:
+    def forward(self, x: Any = None, *args, per_step: bool = False, **kwargs) -> Any:
         """Run all time steps.
 
         Args:
             x: Images (B, C, H, W), or event frames (B, T, C, H, W).
             per_step: Whether to return every step's output, (T, B, ...), instead of their mean, (B, ...).
         """
-        with self._functions():
-            out = super().forward(self._repeat_over_time(x), *args, **kwargs)
+        if self._is_folded():
+            return super().forward(*_given(x, args), **kwargs)
+        args, kwargs = self._fold_arguments(x, args, kwargs)
+        out = self._call_folded(super().forward, *args, **kwargs)
         return decode(out, self.timesteps, per_step)
+
+    @contextmanager
+    def time_folded(self) -> Iterator[None]:
+        """Context in which parts of the model (`model.layer1`) may be called on (T * B, ...) tensors."""
+        before = enter_fold(self)
+        try:
+            yield
+        finally:
+            leave_fold(before)
+
+    def _call_folded(self, method: Callable, *args, **kwargs) -> Any:
+        """Call one of the base class's methods on folded arguments."""
+        before = enter_fold(self)
+        try:
+            with self._functions():
+                return method(*args, **kwargs)
+        finally:
+            leave_fold(before)
+
+    def _is_folded(self) -> bool:
+        """Whether the input is (T * B, ...) already: inside a call of this model, or of one that it is part of."""
+        model = folding_model()
+        if model is None or (model is not self and all(module is not self for module in model.modules())):
+            return False
+        if model.timesteps != self.timesteps:
+            raise ValueError(f'{type(self).__name__} runs timesteps={self.timesteps} inside {type(model).__name__}, '
+                             f'which runs timesteps={model.timesteps}; set_timesteps makes them agree.')
+        return True
+
+    def _fold_arguments(self, x: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Tuple[Tuple, Dict[str, Any]]:
+        """The arguments of a call with time folded into the batch.
+
+        The first tensor is encoded. Every other that has its batch axis is repeated over time.
+        """
+        if x is None and kwargs:
+            name = next((k for k, v in kwargs.items() if isinstance(v, torch.Tensor)), next(iter(kwargs)))
+            x, kwargs = kwargs[name], {k: v for k, v in kwargs.items() if k != name}
+            return (), {name: self._repeat_over_time(x), **self._repeat_like(x, kwargs)}
+        return (self._repeat_over_time(x), *self._repeat_like(x, args)), self._repeat_like(x, kwargs)
+
+    def _repeat_like(self, x: torch.Tensor, others: Any) -> Any:
+        """Further arguments, those with the batch axis of x repeated over time."""
+        def repeat(other: Any) -> Any:
+            has_batch = isinstance(other, torch.Tensor) and other.ndim and other.shape[0] == x.shape[0]
+            return torch.cat([other] * self.timesteps) if has_batch else other
+        return tree_map(repeat, others) if others and self.settings.stem is None else others
 
     def set_stem(self, name: Optional[str]) -> None:
         """Let the neuron of this name repeat its current over T (`share_stem` checks first); None repeats the input."""
@@ -283,33 +338,32 @@ class SpikingModule:
 
 
 class SpikingModel(SpikingModule):
-    """Mixin for a converted timm model: folds in forward_features, decodes in forward_head.
+    """Mixin for a converted timm model: the outermost of its forward methods folds, and decodes what it returns.
 
     `forward_features` and the final output of `forward_intermediates` carry (T * B, ...); `forward`, `forward_head` and
     the intermediates return the mean over T, (B, ...), or (T, B, ...) with per_step=True.
     """
 
-    def forward_features(self, x: torch.Tensor, *args, **kwargs) -> Any:
+    def forward_features(self, x: Any = None, *args, **kwargs) -> Any:
         """Features of all time steps, (T * B, ...)."""
-        with self._functions():
-            return super().forward_features(self._repeat_over_time(x), *args, **kwargs)
+        if self._is_folded():
+            return super().forward_features(*_given(x, args), **kwargs)
+        args, kwargs = self._fold_arguments(x, args, kwargs)
+        return self._call_folded(super().forward_features, *args, **kwargs)
 
     def forward_head(self, x: torch.Tensor, *args, per_step: bool = False, **kwargs) -> Any:
         """Logits (or pre_logits) from features (T * B, ...): the mean over time, (B, ...), or (T, B, ...) per step."""
-        with self._functions():
-            out = super().forward_head(x, *args, **kwargs)
+        if self._is_folded():
+            return super().forward_head(x, *args, **kwargs)
+        out = self._call_folded(super().forward_head, x, *args, **kwargs)
         return decode(out, self.timesteps, per_step)
 
-    def forward(self, x: torch.Tensor, *args, per_step: bool = False, **kwargs) -> Any:
-        if per_step:
-            return self.forward_head(self.forward_features(x, *args, **kwargs), per_step=True)
-        with self._functions():
-            return super(SpikingModule, self).forward(x, *args, **kwargs)
-
-    def forward_intermediates(self, x: torch.Tensor, *args, per_step: bool = False, **kwargs) -> Any:
+    def forward_intermediates(self, x: Any = None, *args, per_step: bool = False, **kwargs) -> Any:
         """timm's forward_intermediates on T steps: the final features stay (T * B, ...), intermediates are decoded."""
-        with self._functions():
-            out = super().forward_intermediates(self._repeat_over_time(x), *args, **kwargs)
+        if self._is_folded():
+            return super().forward_intermediates(*_given(x, args), **kwargs)
+        args, kwargs = self._fold_arguments(x, args, kwargs)
+        out = self._call_folded(super().forward_intermediates, *args, **kwargs)
         if isinstance(out, dict):
             return {k: v if k == 'image_features' else decode(v, self.timesteps, per_step) for k, v in out.items()}
         if isinstance(out, tuple):
@@ -328,25 +382,4 @@ class SpikingModel(SpikingModule):
         set_norm(self, self.settings.norm, self.settings.v_threshold)
 
 
-class SpikingEncoder(SpikingModel):
-    """Mixin for a converted encoder, whose forward_head raises: forward returns features, decoded.
-
-    Its forward may or may not go through its forward_features, so that the input is folded once, by whichever is
-    called.
-    """
-    _folded: bool = False  # inside forward, where the input is (T * B, ...) already
-
-    def forward(self, x: torch.Tensor, *args, per_step: bool = False, **kwargs) -> Any:
-        self._folded = True
-        try:
-            with self._functions():
-                out = super(SpikingModule, self).forward(self._repeat_over_time(x), *args, **kwargs)
-        finally:
-            self._folded = False
-        return decode(out, self.timesteps, per_step)
-
-    def forward_features(self, x: torch.Tensor, *args, **kwargs) -> Any:
-        """Features of all time steps, (T * B, ...)."""
-        if self._folded:
-            return super(SpikingModel, self).forward_features(x, *args, **kwargs)
-        return super().forward_features(x, *args, **kwargs)
+SpikingEncoder = SpikingModel  # its name in pickles of version 0.1.0

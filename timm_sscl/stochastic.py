@@ -13,6 +13,8 @@ from timm.layers.drop import DropBlock2d
 from timm.layers.patch_dropout import PatchDropoutWithIndices, patch_dropout_forward
 from torchvision.ops import StochasticDepth
 
+from .neurons.folding import require_fold
+
 __all__ = ['share_mask_over_time', 'dropout_over_time', 'rand_over_time', 'OverTime']
 
 
@@ -29,8 +31,11 @@ def _keep_mask(x: torch.Tensor, shape: Tuple[int, ...], p: float) -> torch.Tenso
 class OverTime:
     """Marks a module that draws one mask per sample; `timesteps` is set at conversion."""
     timesteps: int = 1
+    part_of_model = False  # runs only inside a call of its model
 
     def _samples(self, x: torch.Tensor) -> int:
+        if self.part_of_model:
+            require_fold(type(self).__name__)
         if x.shape[0] % self.timesteps:
             raise ValueError(f'{type(self).__name__}: the first axis of {tuple(x.shape)} does not hold '
                              f'timesteps={self.timesteps} equal steps.')

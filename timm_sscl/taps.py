@@ -1,7 +1,7 @@
 """Where to read features in a model, and the two ways to read them: functionally, and by hooks in anybody's loop."""
 import math
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
 
 import torch
@@ -698,7 +698,8 @@ class Recorder:
 
     def _feature(self, tap: Tap, record: _Record) -> torch.Tensor:
         if tap.call is not None:
-            return self.model.get_submodule(tap.call.module)(record.tensor(tap), *tap.call.args, **tap.call.kwargs)
+            with self.model.time_folded() if _is_spiking(self.model) else nullcontext():
+                return self.model.get_submodule(tap.call.module)(record.tensor(tap), *tap.call.args, **tap.call.kwargs)
         if not tap.through_head:
             return record.tensor(tap)
         parts = [_part(part, record.tensor(part)) for part in tap.parts]

@@ -7,6 +7,7 @@ from torch.autograd.function import once_differentiable
 
 from .backend import run
 from .flat import Flat
+from .folding import require_fold
 from .norm_source import NormSource
 from .packing import active_packing
 from .recursion import Neuron, backward_from_bits, backward_from_input, backward_from_norm, fire
@@ -132,6 +133,7 @@ class LIF(nn.Module):
 
     Gain and scale are None (1) unless a calibration or an ANN's conversion sets them (`set_gain`); they broadcast
     against a sample: 0-d, or (C, 1, 1) for channels of NCHW maps and (C,) for channels of tokens. They are not trained.
+    A neuron that is `part_of_model`, as a conversion makes it, runs only inside a call of its model.
     A neuron that `encodes` takes a current (B, ...) that is the same at every step, and returns (T * B, ...).
 
     Args:
@@ -142,6 +144,8 @@ class LIF(nn.Module):
         detach_reset: Whether the gradient skips the reset.
         v_init: Initial potential; None is v_reset, or 0 for the soft reset.
     """
+
+    part_of_model = False
 
     def __init__(
             self,
@@ -173,6 +177,8 @@ class LIF(nn.Module):
         self.scale = scale
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.part_of_model:
+            require_fold('a spiking neuron')
         if self.encodes:
             x_t = x.expand(self.timesteps, *x.shape)
         elif x.ndim == 0 or x.shape[0] % self.timesteps:
