@@ -13,7 +13,7 @@ from .convert import convert_to_spiking
 from .neurons import LIF
 from .spiking import SpikingModule
 from .tdbn import norm_records
-from .untouched import undone_on_error, untouched
+from .untouched import all_or_nothing, untouched
 
 __all__ = ['convert_ann', 'ann_obstacles']
 
@@ -48,6 +48,7 @@ def ann_obstacles(model: SpikingModule) -> List[str]:
     return [f'{len(names)} {kind} ({names[0]}{", ..." if len(names) > 1 else ""})' for kind, names in found.items()]
 
 
+@all_or_nothing()
 def convert_ann(
         model: nn.Module,
         images: torch.Tensor,
@@ -61,14 +62,15 @@ def convert_ann(
     threshold is the largest activation, or a percentile, that the ANN shows on the images: gain 1 / threshold on its
     current, scale threshold on its spikes, so that the mean over T of its output is the activation, rounded to
     threshold / T and clipped to the threshold. Gains and scales are in the state_dict; `fold_gains` moves them into the
-    weights around where that is exact. A ReLU that runs several times in a forward becomes a neuron per call. Max pooling takes the maximum of spikes at every step, which is an upper bound.
+    weights around where that is exact. A ReLU that runs several times in a forward becomes a neuron per call. Max
+    pooling takes the maximum of spikes at every step, which is an upper bound.
 
     Args:
         model: ANN in timm's or any form, or a spiking model that has the ANN's weights.
         images: Real images (N, C, H, W), normalised as in the ANN's training.
         timesteps: Time steps T.
-        per_channel: Whether each channel has a threshold, or a layer. The channels are on axis 1 behind a convolution or
-            batch norm, whether of maps or sequences, and on the last behind a linear map.
+        per_channel: Whether each channel has a threshold, or a layer. The channels are on axis 1 behind a convolution
+            or batch norm, whether of maps or sequences, and on the last behind a linear map.
         percentile: Percentile of the activations, above 0 to 100, that the threshold is; 100 is the maximum.
 
     Returns:
@@ -76,23 +78,27 @@ def convert_ann(
 
     Raises:
         ValueError: The network has parts that this cannot stand for (activations other than ReLU, layer norms,
-            attention, gates), or percentile is out of range.
+            attention, gates), percentile is out of range, or images or activations on them are none or not finite.
+            The model stays what it was.
     """
     if not 0 < percentile <= 100:
         raise ValueError(f'percentile={percentile}: must be above 0 and at most 100 (the maximum).')
-    with undone_on_error(model):
-        if not isinstance(model, SpikingModule):
-            convert_to_spiking(model, timesteps=timesteps, input_size=images.shape[1:], **INTEGRATE_AND_FIRE)
-        obstacles = ann_obstacles(model)
-        if obstacles:
-            raise ValueError(f'{type(model).__name__} is no network of ReLU and batch norms, so that thresholds cannot '
-                             f'stand for its activations: {"; ".join(obstacles)}. Use its weights as an '
-                             f'initialisation (calibrate).')
-        calls = model.settings.calls or find_calls(model, images[:1])
-        model._set_settings(replace(model.settings, timesteps=timesteps, calls=calls, **INTEGRATE_AND_FIRE))
-        thresholds = _thresholds(model, images, per_channel, percentile / 100)
-        for lif, threshold in thresholds.items():
-            lif.set_gain(1 / threshold, threshold)
+    if len(images) == 0:
+        raise ValueError('images: holds no image to take the thresholds from.')
+    if not torch.isfinite(images).all():
+        raise ValueError('images: holds values that are not finite.')
+    if not isinstance(model, SpikingModule):
+        convert_to_spiking(model, timesteps=timesteps, input_size=images.shape[1:], **INTEGRATE_AND_FIRE)
+    obstacles = ann_obstacles(model)
+    if obstacles:
+        raise ValueError(f'{type(model).__name__} is no network of ReLU and batch norms, so that thresholds cannot '
+                         f'stand for its activations: {"; ".join(obstacles)}. Use its weights as an '
+                         f'initialisation (calibrate).')
+    calls = model.settings.calls or find_calls(model, images[:1])
+    model._set_settings(replace(model.settings, timesteps=timesteps, calls=calls, **INTEGRATE_AND_FIRE))
+    thresholds = _thresholds(model, images, per_channel, percentile / 100)
+    for lif, threshold in thresholds.items():
+        lif.set_gain(1 / threshold, threshold)
     _logger.info(f'{type(model).__name__}: {len(thresholds)} layers of ReLU are integrate-and-fire neurons, thresholds '
                  f'{"per channel" if per_channel else "per layer"} from {len(images)} images, T={timesteps}.')
     return model
@@ -118,9 +124,13 @@ def _thresholds(model: SpikingModule, images: torch.Tensor, per_channel: bool, q
     names = {lif: name for name, lif in model.neurons().items()}
     for lif, values in seen.items():
         if len({value.shape for value in values}) > 1:
-            raise ValueError(f'{type(model).__name__}: {names[lif]} runs on {" and ".join(_widths(values))} channels, and '
-                             f'not as often in each forward of the module that holds it, so that no threshold per '
-                             f'channel fits; give each call a ReLU of its own, or use per_channel=False.')
+            raise ValueError(
+                f'{type(model).__name__}: {names[lif]} runs on {" and ".join(_widths(values))} channels, and not as often '
+                f'in each forward of the module that holds it, so that no threshold per channel fits; give each call a '
+                f'ReLU of its own, or use per_channel=False.')
+        if not all(value.isfinite().all() for value in values):
+            raise ValueError(f'{type(model).__name__}: the activations of {names[lif]} are not finite on these images, '
+                             f'so that no threshold fits them; check the weights before it, or run in float32.')
     return {lif: _threshold(torch.stack(values), q) for lif, values in seen.items()}
 
 

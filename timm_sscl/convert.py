@@ -18,6 +18,7 @@ from .spiking import SpikingModel, SpikingModule, SpikingSettings, spiking_class
 from .stem_pool import has_average_stem_pool, set_stem_pool, stem_max_pool
 from .stochastic import OverTime, share_mask_over_time, why_no_shared_mask
 from .tdbn import scaled_batch_norms, set_norm
+from .untouched import all_or_nothing
 
 __all__ = ['convert_to_spiking', 'ConversionRecord', 'SOFT_RESET']
 
@@ -335,6 +336,7 @@ def _explicit_settings(
 _NOT_GIVEN = object()
 
 
+@all_or_nothing()
 def convert_to_spiking(
         model: nn.Module,
         timesteps: Optional[int] = None,

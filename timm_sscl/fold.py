@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_leaves
 from .channel_axis import layer_axis, moved_axis
 from .neurons import LIF
 from .spiking import SpikingModule
+from .untouched import all_or_nothing, untouched
 
 __all__ = ['fold_gains', 'Folded']
 
@@ -53,10 +54,9 @@ class _Trace(TorchFunctionMode):
         self.taken: Dict[int, List[Any]] = {}
         self.neurons: Dict[str, List[Tuple[torch.Tensor, torch.Tensor]]] = {}
         self.inside = 0  # in a neuron's forward
-        self.handles = []
         for name, lif in model.neurons().items():
-            self.handles += [lif.register_forward_pre_hook(self._enter),
-                             lif.register_forward_hook(self._leave(name))]
+            lif.register_forward_pre_hook(self._enter)
+            lif.register_forward_hook(self._leave(name))
 
     def _enter(self, lif: LIF, args: Tuple[torch.Tensor]) -> None:
         self.inside += 1
@@ -86,11 +86,8 @@ class _Trace(TorchFunctionMode):
         call = self.made.get(id(weight))
         return call.args[0] if call is not None and call.name == 'mul' and isinstance(call.args[1], float) else weight
 
-    def close(self) -> None:
-        for handle in self.handles:
-            handle.remove()
 
-
+@all_or_nothing(parameters=True)
 @torch.no_grad()
 def fold_gains(model: SpikingModule, images: torch.Tensor) -> List[Folded]:
     """Fold gains and scales of neuron layers into the parameters around them, in place, where that changes nothing.
@@ -106,14 +103,8 @@ def fold_gains(model: SpikingModule, images: torch.Tensor) -> List[Folded]:
     Returns:
         One Folded per factor that there was.
     """
-    was_training = model.training
-    trace = _Trace(model.eval())
-    try:
-        with trace:
-            model(images)
-    finally:
-        trace.close()
-        model.train(was_training)
+    with untouched(model), _Trace(model) as trace:
+        model(images)
     parameters = {id(p): name for name, p in model.named_parameters()}
     result = []
     for name, lif in model.neurons().items():

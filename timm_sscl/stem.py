@@ -10,6 +10,7 @@ from .neurons import LIF
 from .probing import probe_sizes, undisturbed
 from .spiking import SpikingModule
 from .stochastic import OverTime
+from .untouched import untouched
 
 __all__ = ['share_stem']
 
@@ -43,13 +44,9 @@ def share_stem(model: SpikingModule, input_size: Optional[Sequence[int]] = None)
         raise ValueError(f'{type(model).__name__} does not spike; convert_to_spiking(model) makes it.')
     if model.settings.stem is not None:
         return model.settings.stem
-    timesteps, explicit = model.timesteps, model._explicit
-    try:
+    with untouched(model):
         model.set_timesteps(2)
         name, why = _probe(model, input_size)
-    finally:
-        model.set_timesteps(timesteps)
-        model._explicit = explicit
     if why is not None:
         raise ValueError(f'{type(model).__name__}: the part before the first neuron ({name}) cannot run once per '
                          f'image: {why}.')
@@ -98,7 +95,6 @@ def _run_in_full(model: SpikingModule, input_size: Optional[Sequence[int]]):
     return None, None, None, None
 
 
-@torch.no_grad()
 def _outputs(model: SpikingModule, x: torch.Tensor, quiet: bool = True) -> List[torch.Tensor]:
     """All that the model returns for x, norms by the batch: an untrained network is silent in evaluation mode."""
     def run() -> List[Any]:

@@ -3,6 +3,8 @@ from typing import Optional, Tuple
 
 import torch.nn as nn
 
+from .untouched import all_or_nothing
+
 __all__ = ['set_stem_pool', 'check_stem_pool', 'stem_max_pool', 'has_average_stem_pool']
 
 _NAME = 'maxpool'  # of the stem's pooling in timm's and torchvision's ResNets and what descends from them
@@ -44,6 +46,7 @@ def has_average_stem_pool(model: nn.Module) -> bool:
     return bool(_pools(model, StemAvgPool2d))
 
 
+@all_or_nothing()
 def set_stem_pool(model: nn.Module, kind: Optional[str]) -> nn.Module:
     """Pool by the average in the stem of a ResNet, spiking or not, in place; None is max pooling, as timm has it.
 

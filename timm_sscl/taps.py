@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from .channel_axis import ChannelAxes
 from .neurons import LIF
 from .probing import probe_sizes
+from .untouched import untouched
 
 __all__ = ['Tap', 'POOLED', 'stage_indices', 'find_taps', 'named_taps', 'fold_feature', 'FeatureReader', 'Recorder']
 
@@ -108,17 +109,11 @@ def fold_feature(x: torch.Tensor, timesteps: int, channel_axis: int = 1, prefix_
 @contextmanager
 def _probing(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, no gradient, and neurons that all but pass their input on, so that no feature is silent."""
-    modes = {module: module.training for module in model.modules()}
-    handles = [m.register_forward_hook(_pass_on) for m in modes if isinstance(m, LIF)]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, training in modes.items():
-            module.training = training
+    with untouched(model):
+        for module in model.modules():
+            if isinstance(module, LIF):
+                module.register_forward_hook(_pass_on)
+        yield
 
 
 def _pass_on(lif: LIF, args: Tuple[torch.Tensor], spikes: torch.Tensor) -> torch.Tensor:
@@ -409,7 +404,7 @@ def tap_shapes(
         input_size: Optional[Sequence[int]] = None,
 ) -> List[Tuple[int, ...]]:
     """(T, C, ...) of every tap's feature of one image, by a probe."""
-    recorder = Recorder(model, taps, training_only=False)
+    recorder = Recorder(model, taps, training_only=False, compiled=False)
 
     def run(x: torch.Tensor) -> List[Tuple[int, ...]]:
         model(x)
@@ -600,14 +595,23 @@ class Recorder:
         model: Model to hook.
         taps: Where.
         training_only: Whether to record calls in training mode with gradients on only.
+        compiled: Whether the model may be compiled while it is hooked, for which dynamo's guards on hooks are turned
+            on, for the whole process.
     """
 
-    def __init__(self, model: nn.Module, taps: Sequence[Tap], training_only: bool = True):
+    def __init__(
+            self,
+            model: nn.Module,
+            taps: Sequence[Tap],
+            training_only: bool = True,
+            compiled: bool = True,
+    ):
         self.model = model
         self.taps = list(taps)
         self.training_only = training_only
         self.enabled = True
-        guard_on_hooks()
+        if compiled:
+            guard_on_hooks()
         self.records: List[_Record] = []
         self.open: Optional[_Record] = None
         self.took_training = False  # whether what was taken last was a training step

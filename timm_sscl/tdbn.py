@@ -7,6 +7,8 @@ import torch.nn.functional as F
 
 from timm.layers import BatchNormAct2d
 
+from .untouched import all_or_nothing
+
 __all__ = ['TdBatchNorm', 'NormRecord', 'set_norm', 'check_norm', 'scaled_batch_norms', 'norm_records']
 
 _WHERE_BRANCHES_ADD = 0.5 ** 0.5
@@ -91,6 +93,7 @@ def check_norm(norm: Optional[str]) -> None:
         raise ValueError(f"norm={norm!r}: must be 'tdbn', or None for the model's own norms.")
 
 
+@all_or_nothing()
 def set_norm(model: nn.Module, norm: Optional[str], v_threshold: float) -> None:
     """Make all batch norms with a scale tdBN for this threshold, or plain again, in place.
 

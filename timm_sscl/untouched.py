@@ -1,6 +1,7 @@
 """Running a model leaves it bit for bit as it was; a change that fails is undone."""
 from collections import OrderedDict, deque
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import torch
@@ -11,7 +12,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from .random_state import get_random_state, set_random_state
 
-__all__ = ['untouched', 'undone_on_error', 'without_hooks', 'part_of_layer']
+__all__ = ['untouched', 'undone_on_error', 'all_or_nothing', 'without_hooks', 'part_of_layer']
 
 _CONTAINERS = dict, list, set, deque  # that a module may fill in its forward
 _HOOKS = '_forward_hooks', '_forward_pre_hooks'
@@ -107,6 +108,17 @@ def undone_on_error(model: nn.Module, parameters: bool = False) -> Iterator[None
     except BaseException:
         state.restore()
         raise
+
+
+def all_or_nothing(parameters: bool = False) -> Callable[[Callable], Callable]:
+    """Decorator for a function that changes its first argument, a model, in place: see `undone_on_error`."""
+    def decorate(change: Callable) -> Callable:
+        @wraps(change)
+        def changed(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            with undone_on_error(model, parameters):
+                return change(model, *args, **kwargs)
+        return changed
+    return decorate
 
 
 def part_of_layer(hook: Callable) -> Callable:

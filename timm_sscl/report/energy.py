@@ -4,6 +4,8 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 
+from timm_sscl.untouched import untouched
+
 from .macs import count_macs
 
 __all__ = ['Energy', 'estimate_energy', 'MAC_PJ', 'AC_PJ']
@@ -45,13 +47,10 @@ def estimate_energy(model: nn.Module, images: torch.Tensor) -> Energy:
         Energy per image.
     """
     shares = count_macs(model, images)
-    timesteps = model.timesteps
     frames = images[:, :1] if images.ndim == 5 else images
-    try:
+    with untouched(model):
         model.set_timesteps(1)
         ann_macs = count_macs(model, frames[:1]).total
-    finally:
-        model.set_timesteps(timesteps)
     macs = shares.total - shares.whole
     return Energy(
         (MAC_PJ * macs + AC_PJ * shares.additions) * 1e-6, MAC_PJ * ann_macs * 1e-6, macs, shares.additions, ann_macs)

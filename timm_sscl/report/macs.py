@@ -10,6 +10,7 @@ from torch.utils.flop_counter import flop_registry
 from torch.utils.module_tracker import ModuleTracker
 
 from timm_sscl.neurons import LIF
+from timm_sscl.untouched import untouched
 
 __all__ = ['MacShares', 'count_macs', 'input_kind', 'KINDS']
 
@@ -100,18 +101,11 @@ class _CountMacs(TorchDispatchMode):
 @contextmanager
 def _plain(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, spikes without the output scales of a converted ANN (they fold into the weights)."""
-    modes = {module: module.training for module in model.modules()}
-    scales = {lif: lif.scale for lif in modes if isinstance(lif, LIF)}
-    model.eval()
-    for lif in scales:
-        lif.scale = None
-    try:
+    with untouched(model):
+        for module in model.modules():
+            if isinstance(module, LIF):
+                module.set_gain(module.gain, None)
         yield
-    finally:
-        for lif, scale in scales.items():
-            lif.scale = scale
-        for module, training in modes.items():
-            module.training = training
 
 
 def count_macs(model: nn.Module, images: torch.Tensor) -> MacShares:
@@ -131,13 +125,12 @@ def count_macs(model: nn.Module, images: torch.Tensor) -> MacShares:
     recurrent = any(isinstance(m, nn.RNNBase) for m in model.modules())
     # fused kernels hide their products
     unfused = torch.backends.mkldnn.flags(enabled=False) if recurrent else nullcontext()
-    handles = [m.register_forward_hook(counter.saw_neuron) for m in model.modules() if isinstance(m, LIF)]
-    try:
-        with _plain(model), torch.no_grad(), unfused, sdpa_kernel(SDPBackend.MATH), counter.tracker, counter:
+    with _plain(model), unfused, sdpa_kernel(SDPBackend.MATH):
+        for module in model.modules():
+            if isinstance(module, LIF):
+                module.register_forward_hook(counter.saw_neuron)
+        with counter.tracker, counter:
             model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
     n = len(images)
     by_module = {name: {kind: macs // n for kind, macs in counts.items()} for name, counts in counter.by_module.items()}
     totals = {kind: sum(counts[kind] for counts in by_module.values()) for kind in KINDS}
