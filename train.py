@@ -58,7 +58,8 @@ from timm_sscl.checkpoint import (
     LAST, LOCK, Position, RunSaver, StorageError, find_newest, lock_folder, put_aside_later, read_run_state,
     why_damaged, write_text)
 from timm_sscl.data import CIFAR_POLICY, augment_cifar, create_dataset
-from timm_sscl.data.checks import check_apart, check_channels, check_classes, check_labels, check_metadata
+from timm_sscl.data.checks import (
+    check_apart, check_channels, check_classes, check_copies, check_labels, check_metadata, check_seen)
 from timm_sscl.data.folders import class_to_idx_of
 from timm_sscl.data.events import EventAugment, FrameSettings, create_event_loader, is_event_dataset
 from timm_sscl.data.samples import Samples, UnreadableSample, WrongLabel
@@ -451,6 +452,8 @@ def create_datasets(args: Namespace) -> Tuple[Any, Any]:
     check_apart(train, val, args.train_split == args.val_split)
     if not args.class_map:
         check_classes(train, val)
+    check_seen(train, val, cut=args.train_num_samples is not None)
+    check_copies(train, val)
     return train, val
 
 
@@ -468,6 +471,8 @@ def _create_event_datasets(args: Namespace) -> Tuple[Any, Any]:
         return val, val
     train = create_dataset(args.dataset, split=args.train_split, num_samples=args.train_num_samples, **common)
     check_classes(train, val)
+    check_seen(train, val, cut=args.train_num_samples is not None)
+    check_copies(train, val)
     return train, val
 
 

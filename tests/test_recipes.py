@@ -154,7 +154,7 @@ def _write_cifar(folder, rng):
 
     for i in range(1, 6):
         write(f'cifar-10-batches-py/data_batch_{i}', data=images(1), labels=[i])
-    write('cifar-10-batches-py/test_batch', data=images(4), labels=[0, 1, 2, 9])
+    write('cifar-10-batches-py/test_batch', data=images(4), labels=[1, 2, 3, 5])
     write('cifar-10-batches-py/batches.meta', label_names=[f'class{i}' for i in range(10)])
     write('cifar-100-python/train', data=images(4), fine_labels=[0, 1, 50, 99])
     write('cifar-100-python/test', data=images(4), fine_labels=[0, 1, 50, 99])

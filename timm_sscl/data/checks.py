@@ -1,19 +1,22 @@
 """What is wrong with a data set, found before anything is trained on it."""
 import logging
 import os
-from typing import Any, Sequence
+from typing import Any, List, Optional, Sequence
 
 from PIL import Image
 
+from .copies import find_copies
 from .folders import class_to_idx_of, some
 from .samples import sample_name
 
-__all__ = ['check_apart', 'check_classes', 'check_labels', 'check_channels', 'check_metadata']
+__all__ = [
+    'check_apart', 'check_classes', 'check_copies', 'check_labels', 'check_channels', 'check_metadata', 'check_seen']
 
 _logger = logging.getLogger(__name__)
 
 _ORIENTATION, _UPRIGHT = 0x0112, 1  # EXIF
 _HEADERS = 200  # read by check_metadata
+_MANY_FILES = 200_000  # check_copies would take minutes on a network
 
 
 def check_apart(train: Any, val: Any, same_split: bool) -> None:
@@ -79,16 +82,69 @@ def _empty_folders(dataset: Any) -> Sequence[str]:
     return sorted(name for name in folders if name not in classes)
 
 
+def _known_labels(dataset: Any) -> Optional[List[int]]:
+    """Labels of all samples, where they are known without reading the samples."""
+    reader = getattr(dataset, 'reader', dataset)
+    samples = getattr(reader, 'samples', None)
+    if isinstance(samples, list) and samples and isinstance(samples[0], tuple):
+        return [sample[1] for sample in samples]
+    targets = getattr(reader, 'targets', None)
+    return None if targets is None else [int(label) for label in targets]
+
+
+def check_seen(train: Any, val: Any, cut: bool = False) -> None:
+    """Raise where validation asks for classes that training never shows; say which classes are in one of them only.
+
+    Args:
+        train: Data set for training.
+        val: For validation.
+        cut: Whether only so many samples were asked for: then it is said only.
+
+    Raises:
+        ValueError: With the classes.
+    """
+    shown, asked = _known_labels(train), _known_labels(val)
+    if shown is None or asked is None:
+        return
+    names = {label: str(name) for name, label in (class_to_idx_of(train) or {}).items()}
+    unseen, unasked = (sorted(a - b) for a, b in ((set(asked), set(shown)), (set(shown), set(asked))))
+    for labels, holds, lacks in ((unseen, 'validation', 'training'), (unasked, 'training', 'validation')):
+        if not labels:
+            continue
+        text = (f'{holds} data has {len(labels)} classes of which {lacks} data has no sample: '
+                f'{some([names.get(label, str(label)) for label in labels])}')
+        if lacks == 'training' and not cut:
+            raise ValueError(f'{text}; is the training data whole?')
+        _logger.warning(f'{text[0].upper()}{text[1:]}.')
+
+
+def check_copies(train: Any, val: Any) -> None:
+    """Say how many files of the validation data are in the training data as well, byte by byte."""
+    if len(train) + len(val) > _MANY_FILES:
+        return
+    ours, theirs = _files(train), _files(val)
+    copies = find_copies(theirs, ours) if ours and theirs else []
+    if copies:
+        _logger.warning(f"{len(copies)} of {len(theirs)} validation files are also training files ('{copies[0][0]}' is "
+                        f"'{copies[0][1]}'): the accuracy counts what was learned by heart.")
+
+
+def _files(dataset: Any) -> List[str]:
+    """Files of a data set that has one per sample."""
+    try:
+        files = [sample_name(dataset, index) for index in range(len(dataset))]
+    except (AttributeError, TypeError, IndexError, KeyError, NotImplementedError):
+        return []
+    return files if files and os.path.isfile(files[0]) and len(set(files)) == len(files) else []
+
+
 def check_labels(dataset: Any, num_classes: int, split: str) -> None:
     """Raise for a label outside [0, num_classes), where the labels are known without reading the samples.
 
     Raises:
         ValueError: With the sample and its label.
     """
-    reader = getattr(dataset, 'reader', dataset)
-    samples = getattr(reader, 'samples', None)
-    labels = [s[1] for s in samples] if isinstance(samples, list) and samples and isinstance(samples[0], tuple) else \
-        getattr(reader, 'targets', None)
+    labels = _known_labels(dataset)
     if labels is None:
         return  # checked sample by sample
     for index, label in enumerate(labels):

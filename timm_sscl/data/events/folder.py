@@ -1,13 +1,13 @@
 """Event recordings in one folder per class, as CIFAR10-DVS comes: AEDAT 2.0, or SpikingJelly's .npz."""
 import logging
 import os
-import re
-from typing import Any, Callable, Dict, List, Optional, Tuple, Union
+from typing import Callable, Dict, List, Optional, Tuple, Union
 
 import numpy as np
 
-from .aedat import DVS128_SIZE, read_aedat
+from .aedat import AXES, DVS128_SIZE, read_aedat
 from .dataset import EventDataset, spread_indices
+from .derived import EXTENSIONS, FRAMES_FOLDER, check_whole, class_folders
 from .frames import FrameSettings
 from .npz import read_npz
 from .recording import Events
@@ -16,9 +16,6 @@ from .splits import validation_mask
 __all__ = ['EventFolder']
 
 _logger = logging.getLogger(__name__)
-
-_EXTENSIONS = '.aedat', '.npz'
-_FRAMES_FOLDER = re.compile(r'frames_number_([0-9]+)_split_by_(number|time)')
 
 
 class EventFolder(EventDataset):
@@ -38,7 +35,8 @@ class EventFolder(EventDataset):
 
     Raises:
         FileNotFoundError: root does not exist.
-        ValueError: There are no recordings, a class has none or one twice, or the split does not fit.
+        ValueError: There are no recordings, a class has none or one twice, the folder is not whole (see
+            `check_whole`), or the split does not fit.
     """
 
     def __init__(
@@ -51,13 +49,16 @@ class EventFolder(EventDataset):
             transform: Optional[Callable] = None,
     ):
         self.root = _find_root(root, settings)
-        recordings = _class_folders(self.root)
+        recordings = class_folders(self.root)
+        _refuse_twice(self.root, recordings)
         empty = [name for name, files in recordings.items() if not files]
         if empty:
             raise ValueError(f"'{self.root}': class {', '.join(empty)} holds no recordings "
-                             f'({" or ".join(_EXTENSIONS)}), which would shift the labels of the classes after it; '
+                             f'({" or ".join(EXTENSIONS)}), which would shift the labels of the classes after it; '
                              f'fill or remove it.')
         files = [os.path.join(name, file) for name, members in recordings.items() for file in members]
+        check_whole(self.root, recordings)
+        _check_axes(settings.axes, files)
         targets = np.repeat(np.arange(len(recordings)), [len(members) for members in recordings.values()])
         part = np.flatnonzero(validation_mask(targets, split) != training)
         part = part[spread_indices(len(part), num_samples)]
@@ -81,38 +82,36 @@ def _find_root(root: str, settings: FrameSettings) -> str:
     if not root or not os.path.isdir(root):
         raise FileNotFoundError(f"data folder '{root}' does not exist; give --data-dir the folder that holds one "
                                 f'sub-folder of recordings per class.')
-    if any(_class_folders(root).values()):
-        made = _FRAMES_FOLDER.fullmatch(os.path.basename(os.path.abspath(root)))
+    if any(class_folders(root).values()):
+        made = FRAMES_FOLDER.fullmatch(os.path.basename(os.path.abspath(root)))
         if made and (int(made[1]), made[2]) != (settings.timesteps, settings.by):
             raise ValueError(f"'{root}' holds {made[1]} frames by {made[2]}, {settings.timesteps} by {settings.by} "
                              f'were asked for (--timesteps, --event-frames).')
         return root
     for name in (f'frames_number_{settings.timesteps}_split_by_{settings.by}', 'events_np', 'extract'):
         folder = os.path.join(root, name)
-        if os.path.isdir(folder) and any(_class_folders(folder).values()):
+        if os.path.isdir(folder) and any(class_folders(folder).values()):
             _logger.info(f'Event data: reading {folder}.')
             return folder
-    raise ValueError(f"data folder '{root}' holds no class folders with recordings ({' or '.join(_EXTENSIONS)}), and "
+    raise ValueError(f"data folder '{root}' holds no class folders with recordings ({' or '.join(EXTENSIONS)}), and "
                      f'is no folder of SpikingJelly that does.')
 
 
-def _class_folders(root: str) -> Dict[str, List[str]]:
-    """Recordings by class, both in order."""
-    names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith('.'))
-    return {name: _recordings(os.path.join(root, name)) for name in names}
+def _refuse_twice(root: str, recordings: Dict[str, List[str]]) -> None:
+    """A recording as .aedat and as .npz would be two."""
+    for name, files in recordings.items():
+        stems = [os.path.splitext(f)[0] for f in files]
+        twice = sorted({stem for stem in stems if stems.count(stem) > 1}) if len(set(stems)) < len(stems) else []
+        if twice:
+            raise ValueError(f"'{os.path.join(root, name)}' holds '{twice[0]}' twice, as .aedat and as .npz, which "
+                             f'training and validation could share; keep one of them.')
 
 
-def _recordings(folder: str) -> List[str]:
-    files = [entry.name for entry in os.scandir(folder) if not entry.name.startswith('.') and entry.is_file()]
-    files = sorted((f for f in files if f.lower().endswith(_EXTENSIONS)), key=_natural)
-    stems = [os.path.splitext(f)[0] for f in files]
-    twice = sorted({stem for stem in stems if stems.count(stem) > 1}) if len(set(stems)) < len(stems) else []
-    if twice:
-        raise ValueError(f"'{folder}' holds '{twice[0]}' twice, as .aedat and as .npz, which training and validation "
-                         f'could share; keep one of them.')
-    return files
-
-
-def _natural(name: str) -> Tuple[Any, ...]:
-    """Sort key that takes runs of digits by their value."""
-    return tuple((int(part), '') if part.isdigit() else (-1, part) for part in re.split(r'([0-9]+)', name))
+def _check_axes(axes: str, files: List[str]) -> None:
+    """`axes` says how AEDAT is read; .npz files hold coordinates that someone has decided on."""
+    kinds = {os.path.splitext(f)[1].lower() for f in files}
+    if axes != AXES[0] and kinds == set(EXTENSIONS):
+        raise ValueError(f"axes='{axes}' (--event-axes): turns the .aedat files and not the .npz files that lie beside "
+                         f'them; keep one kind.')
+    if axes != AXES[0] and '.npz' in kinds:
+        _logger.warning(f"axes='{axes}' (--event-axes) changes nothing: .npz files hold coordinates.")

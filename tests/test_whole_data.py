@@ -1,0 +1,164 @@
+"""Data sets that are not whole, or not what they seem: cut off conversions, missing classes, copies in both splits."""
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from test_bad_data import fails
+from test_events_datasets import write_classes
+from test_train import write_images
+
+import train
+from timm_sscl.data.checks import check_copies, check_seen
+from timm_sscl.data.copies import find_copies
+from timm_sscl.data.events import EventFolder, FrameSettings, read_aedat, to_frames
+from timm_sscl.options import parse_args
+
+FRAMES = 'frames_number_10_split_by_number'
+
+
+@pytest.fixture
+def converted(tmp_path):
+    """Nine recordings of three classes in SpikingJelly's layout: as they came, as .npz, and as frames."""
+    root = tmp_path / 'dvs'
+    write_classes(root / 'extract', 3, ('ant', 'bee', 'cat'))
+    for file in (root / 'extract').rglob('*.aedat'):
+        events = read_aedat(str(file))
+        arrays = dict(frames=to_frames(events, FrameSettings(mode='count'), (128, 128)).astype(np.float32))
+        for name, content in (('events_np', events._asdict()), (FRAMES, arrays)):
+            folder = root / name / file.parent.name
+            folder.mkdir(parents=True, exist_ok=True)
+            np.savez(folder / f'{file.stem}.npz', **content)
+    return root
+
+
+def cut_off(folder):
+    """As a conversion leaves it that was killed: one class is not there, of another there is a part."""
+    shutil.rmtree(folder / 'cat')
+    (folder / 'bee' / 'cifar10_bee_2.npz').unlink()
+
+
+@pytest.mark.parametrize('given', ['', FRAMES])
+@pytest.mark.parametrize('beside', ['events_np', 'extract', 'both'])
+def test_frames_whose_making_was_cut_off_are_refused(beside, given, converted):
+    cut_off(converted / FRAMES)
+    if beside != 'both':
+        shutil.rmtree(converted / ('extract' if beside == 'events_np' else 'events_np'))
+    for training in (True, False):
+        with pytest.raises(ValueError, match=f'{FRAMES}.*holds 5 of the 9 recordings.*bee/cifar10_bee_2.*anew'):
+            EventFolder(str(converted / given), training, 'last1')
+    shutil.rmtree(converted / FRAMES)  # as the message says
+    assert len(EventFolder(str(converted), True, 'last1')) == 6
+
+
+@pytest.mark.parametrize('given', ['', 'events_np'])
+def test_events_whose_conversion_was_cut_off_are_refused(given, converted):
+    shutil.rmtree(converted / FRAMES)
+    cut_off(converted / 'events_np')
+    with pytest.raises(ValueError, match='events_np.*holds 5 of the 9 recordings in .*extract'):
+        EventFolder(str(converted / given), True, 'last1')
+
+
+def test_the_script_does_not_train_on_a_part(converted, tmp_path, monkeypatch, capsys):
+    cut_off(converted / FRAMES)
+    args = ['--dataset', 'events/cifar10dvs', '--data-dir', 'dvs', '--event-split', 'last1', '--model',
+            'spiking_test_resnet', '--device', 'cpu', '--output', 'out']
+    code, line = fails(args, tmp_path, monkeypatch, capsys)
+    assert code == 2 and 'holds 5 of the 9 recordings' in line and not (tmp_path / 'out').exists()
+
+
+def test_whole_folders_are_read_and_give_the_same(converted, caplog):
+    frames = EventFolder(str(converted), True, 'last1')
+    assert frames.root.endswith(FRAMES) and len(frames) == 6
+    events = EventFolder(str(converted / 'events_np'), True, 'last1')
+    assert all((a == b).all() for (a, _), (b, _) in zip(frames, events))
+    assert 'WARNING' not in caplog.text
+    (converted / 'events_np' / 'cat' / 'cifar10_cat_0.npz').unlink()  # of the source: the frames are whole
+    shutil.rmtree(converted / 'extract')
+    assert len(EventFolder(str(converted), True, 'last1')) == 6
+    assert 'holds 1 recordings' in caplog.text and 'cat/cifar10_cat_0' in caplog.text
+
+
+def test_a_folder_of_ones_own_is_read_and_what_cannot_be_known_is_said(converted, caplog):
+    (converted / FRAMES).rename(converted.parent / 'mine')
+    mine = converted.parent / 'mine'
+    assert len(EventFolder(str(mine), True, 'last1')) == 6 and 'cut off' not in caplog.text
+    (mine / 'bee' / 'cifar10_bee_2.npz').unlink()
+    assert len(EventFolder(str(mine), True, 'last1')) == 5
+    assert 'classes hold 2 (bee) to 3 recordings' in caplog.text and 'cut off' in caplog.text
+
+
+@pytest.mark.parametrize('name', ['ant/cifar10_ant_3.npz.tmp', 'bee/x.part', 'frames.zip.crdownload'])
+def test_files_that_are_being_written_are_named(name, converted):
+    (converted / FRAMES / name).write_bytes(b'')
+    with pytest.raises(ValueError, match=f'{name}.*still being written'):
+        EventFolder(str(converted), True, 'last1')
+
+
+def test_axes_that_turn_a_part_of_the_recordings_are_refused(converted, caplog):
+    settings = FrameSettings(axes='tonic')
+    EventFolder(str(converted), True, 'last1', settings)
+    assert "axes='tonic' (--event-axes) changes nothing" in caplog.text
+    file = next((converted / 'extract' / 'ant').iterdir())
+    shutil.copy(converted / 'events_np' / 'ant' / f'{file.stem}.npz', file.parent / 'other.npz')
+    with pytest.raises(ValueError, match='--event-axes.*keep one kind'):
+        EventFolder(str(converted / 'extract'), True, 'last1', settings)
+
+
+# ---- what training never shows
+
+def labelled(labels, names='abcd'):
+    return SimpleNamespace(targets=list(labels), class_to_idx={name: i for i, name in enumerate(names)})
+
+
+def test_classes_that_training_never_shows_are_refused(caplog):
+    with pytest.raises(ValueError, match='validation data has 2 classes of which training data has no sample: c, d'):
+        check_seen(labelled([0, 1, 0]), labelled([0, 1, 2, 3]))
+    check_seen(labelled([0, 1, 0]), labelled([0, 2]), cut=True)
+    assert 'Validation data has 1 classes of which training data has no sample: c' in caplog.text
+    caplog.clear()
+    check_seen(labelled([0, 1, 2]), labelled([0, 2]))
+    assert 'Training data has 1 classes of which validation data has no sample: b' in caplog.text
+    caplog.clear()
+    check_seen(labelled([0, 1]), labelled([1, 0]))
+    check_seen([1], [2])  # does not tell its labels
+    assert not caplog.text
+
+
+def test_a_class_map_does_not_hide_them(tmp_path):
+    root = write_images(tmp_path / 'images', per_class=1)
+    shutil.rmtree(root / 'train' / 'class1')
+    (tmp_path / 'map.txt').write_text('class0\nclass1\nclass2\n')
+    args = parse_args(['--data-dir', str(root), '--class-map', str(tmp_path / 'map.txt')])[0]
+    with pytest.raises(ValueError, match='training data has no sample: class1'):
+        train.create_datasets(args)
+
+
+# ---- copies
+
+def test_copies_are_found_by_their_bytes(tmp_path):
+    contents = dict(a=b'1' * 9000, b=b'2' * 9000, c=b'1' * 8999 + b'3', d=b'', e=b'3' + b'1' * 8999)
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+        (tmp_path / f'other_{name}').write_bytes(contents['a'] if name == 'b' else content * 2)
+    files = [str(tmp_path / name) for name in contents]
+    others = [str(tmp_path / f'other_{name}') for name in contents]
+    assert find_copies(files, others) == [(files[0], others[1]), (files[3], others[3])]
+    assert find_copies([*files, str(tmp_path / 'gone')], []) == []
+
+
+def test_validation_files_that_are_training_files_are_said(tmp_path, caplog):
+    root = write_images(tmp_path / 'images', per_class=2)
+    args = parse_args(['--data-dir', str(root)])[0]
+    train.create_datasets(args)
+    assert not caplog.text
+    shutil.copy(root / 'train/class1/0.png', root / 'validation/class1/renamed.png')
+    train.create_datasets(args)
+    assert '1 of 7 validation files are also training files' in caplog.text and 'renamed.png' in caplog.text
+
+
+def test_recordings_that_both_parts_have_are_said(tmp_path, caplog):
+    write_classes(tmp_path, 4)
+    shutil.copy(tmp_path / 'bird/cifar10_bird_1.aedat', tmp_path / 'bird/cifar10_bird_9.aedat')
+    check_copies(*(EventFolder(str(tmp_path), training, 'last2') for training in (True, False)))
+    assert '1 of 4 validation files' in caplog.text and 'cifar10_bird_9' in caplog.text
