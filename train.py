@@ -37,12 +37,10 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
     DataLoaderConfiguration, DistributedDataParallelKwargs, ProjectConfiguration, broadcast, broadcast_object_list,
     gather_object)
-from timm.data import Mixup, create_loader, resolve_data_config
+from timm.data import Mixup, create_loader, create_transform, resolve_data_config
 from timm.data.loader import adapt_to_chs
 from timm.layers import convert_sync_batchnorm, set_fast_norm
 from timm.models import clean_state_dict, load_checkpoint, resolve_model_input_args, safe_model_name
-from timm.optim import create_optimizer_v2, optimizer_kwargs
-from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import ClassificationTask
 from timm.task._helpers import load_task_ema_checkpoint, resume_task_checkpoint
 from timm.task.evaluator import ClassificationEvaluator
@@ -55,27 +53,35 @@ from torchvision.utils import save_image
 
 from timm_sscl import SSCLTask, calibrate, convert_ann, set_stem_pool, share_stem
 from timm_sscl.checkpoint import (
-    LAST, LOCK, Position, RunSaver, StorageError, find_newest, lock_folder, put_aside_later, read_run_state,
+    LAST, Position, RunSaver, StorageError, find_newest, holds_a_run, lock_folder, put_aside_later, read_run_state,
     why_damaged, write_text)
+from timm_sscl.compile_check import check_compile_options
 from timm_sscl.data import CIFAR_POLICY, augment_cifar, create_dataset
 from timm_sscl.data.checks import (
     check_apart, check_channels, check_classes, check_copies, check_labels, check_metadata, check_seen)
 from timm_sscl.data.folders import class_to_idx_of
 from timm_sscl.data.events import EventAugment, FrameSettings, create_event_loader, is_event_dataset
-from timm_sscl.data.samples import Samples, UnreadableSample, WrongLabel
+from timm_sscl.data.posterize import allow_posterize_to_black
+from timm_sscl.data.samples import FailedTransform, Samples, UnreadableSample, WrongLabel
+from timm_sscl.errors import OptionError, blame_options
 from timm_sscl.frames_ann import accept_frames
 from timm_sscl.losses import loss_needs
 from timm_sscl.neurons import packed_spikes
-from timm_sscl.options import ARGS_FILE, AUTO, OptionError, parse_args
+from timm_sscl.optimizer import create_optimizer_and_schedule
+from timm_sscl.option_ranges import check_choices, check_ranges
+from timm_sscl.options import ARGS_FILE, AUTO, parse_args
 from timm_sscl.progress import ProgressLine
 from timm_sscl.random_state import get_random_state, set_random_state
 from timm_sscl.registry import PREFIX
 from timm_sscl.report import FiringRates, SpikingReport, estimate_energy
 from timm_sscl.report.rows import append_row, keep_rows
+from timm_sscl.run_checks import LabelCountingEvaluator, warn_long_warmup, warn_teacher_at_chance
+from timm_sscl.run_summary import best_epoch_facts, best_epoch_text, last_epoch_text
 from timm_sscl.spiking import SpikingModule
 from timm_sscl.stop import Interrupted, StopRequest
 from timm_sscl.teacher_cache import TeacherCache
 from timm_sscl.teacher_input import TeacherInput
+from timm_sscl.weights_file import check_file_exists, check_weights_file, match_with_file
 
 _logger = logging.getLogger('train')
 
@@ -116,7 +122,7 @@ class OtherProcessFailed(RuntimeError):
 
 # these end a run with one line; all others keep their traceback
 INPUT_ERRORS = OptionError, FileNotFoundError, FileExistsError, NotImplementedError, ValueError
-DATA_ERRORS = UnreadableSample, WrongLabel
+DATA_ERRORS = UnreadableSample, WrongLabel, FailedTransform
 RUN_ERRORS = StorageError, NonFiniteLoss, OtherProcessFailed, *DATA_ERRORS
 
 
@@ -176,6 +182,7 @@ def create_accelerator(args: Namespace) -> Accelerator:
     if args.sync_bn and cpu:
         raise OptionError('--sync-bn: PyTorch\'s SyncBatchNorm does not run on a CPU.')
     _check_tracker(args.report_to)
+    check_launch_plugins()
     accelerator = Accelerator(
         cpu=cpu, mixed_precision=precision, gradient_accumulation_steps=args.grad_accum_steps, log_with=args.report_to,
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
@@ -188,6 +195,19 @@ def create_accelerator(args: Namespace) -> Accelerator:
     if accelerator.mixed_precision == 'fp16' and accelerator.device.type == 'cpu':
         raise OptionError('--mixed_precision fp16 does not train on a CPU; bf16 does.')
     return accelerator
+
+
+# of Accelerate's; by the variable that accelerate launch sets
+_SHARDING = {'ACCELERATE_USE_FSDP': 'FSDP', 'ACCELERATE_USE_DEEPSPEED': 'DeepSpeed',
+             'ACCELERATE_USE_MEGATRON_LM': 'Megatron-LM', 'ACCELERATE_USE_PARALLELISM_CONFIG': 'a parallelism config'}
+
+
+def check_launch_plugins() -> None:
+    """Raise where Accelerate would shard the model: a checkpoint of this script holds a whole one."""
+    for variable, name in _SHARDING.items():
+        if os.environ.get(variable, 'false').lower() in ('true', '1', 'yes'):
+            raise OptionError(f'Accelerate was launched with {name}, which shards the model; this script keeps a whole '
+                              f'copy per process. Launch it without {name} (accelerate config, or --multi_gpu).')
 
 
 def _check_tracker(name: Optional[str]) -> None:
@@ -206,6 +226,8 @@ def set_threads(args: Namespace, accelerator: Accelerator) -> None:
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     threads = args.threads or max(1, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
+    if threads > cores and accelerator.is_main_process:
+        _logger.warning(f'--threads {threads}: this process may run on {cores} cores; more threads are slower.')
     torch.set_num_threads(threads)
     _logger.info(f'Using {threads} CPU threads per process ({cores} cores); --threads sets another number.')
 
@@ -222,16 +244,14 @@ def load_weights(model: nn.Module, file: str, option: str) -> None:
         if not found:
             raise FileNotFoundError(f"{option}: folder '{file}' holds none of {', '.join(_WEIGHT_FILES)}.")
         file = os.path.join(file, found[0])
-    if not os.path.isfile(file):
-        raise FileNotFoundError(f"{option}: file '{file}' does not exist.")
+    check_file_exists(file, option)
     expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     if zipfile.is_zipfile(file) and why_damaged(Path(file)):
         raise ValueError(f"{option}: '{file}' is damaged ({why_damaged(Path(file))}).")
     try:
         load_checkpoint(model, file)
-    except (pickle.UnpicklingError, EOFError, KeyError, AttributeError, TypeError, OSError) as error:
-        raise ValueError(f"{option}: '{file}' is no weights file that can be read safely ({error}).") from error
-    except Exception as error:  # safetensors raises its own types
+    except Exception as error:  # torch, pickle and safetensors each raise their own
+        check_weights_file(file, option)
         text = ' '.join(str(error).split())
         if 'state_dict' in text:
             raise ValueError(f"{option}: '{file}' holds the weights of another model than {type(model).__name__} with "
@@ -279,20 +299,27 @@ def create_student(args: Namespace, num_classes: int) -> nn.Module:
                   .replace('exclude', 'neuron-exclude'))
         raise OptionError(f"--{option}: '{args.model}' does not spike; "
                           f"--model {PREFIX}{args.model} does.")
+    if args.torchcompile:
+        check_compile_options(args.torchcompile, args.torchcompile_mode)
     if args.norm is not None and args.sync_bn:
         raise OptionError(f'--norm {args.norm}: --sync-bn would replace its norms by plain ones; use one.')
     if args.stem_pool is not None and args.model.startswith(PREFIX):
         neuron['stem_pool'] = args.stem_pool
     overlay = {}
     if args.pretrained_path:
-        if not os.path.isfile(args.pretrained_path):
-            raise FileNotFoundError(f"--pretrained-path: file '{args.pretrained_path}' does not exist.")
+        check_file_exists(args.pretrained_path, '--pretrained-path')
         overlay = dict(pretrained_cfg_overlay=dict(file=args.pretrained_path, num_classes=-1))  # -1: adapt the head
     kwargs = model_kwargs(args, args.model, num_classes, {**args.model_kwargs, **overlay, **neuron})
     try:
         student = timm.create_model(pretrained=args.pretrained or bool(args.pretrained_path), **kwargs)
     except TypeError as error:  # --drop-block, --bn-momentum, --model-kwargs: not every architecture takes them
         raise OptionError(f'--model {args.model} cannot be built with these options: {error}') from error
+    except OptionError:
+        raise
+    except Exception as error:  # timm, torch, safetensors and the hub's client each raise their own
+        raise OptionError(_why_not_built(args, error)) from error
+    if args.pretrained_path and not args.pretrained_path.lower().endswith(('.npz', '.npy')):
+        _check_pretrained(student, args.pretrained_path)
     if args.stem_pool is not None:
         set_stem_pool(student, args.stem_pool)
     if args.initial_checkpoint:
@@ -310,6 +337,29 @@ def create_student(args: Namespace, num_classes: int) -> nn.Module:
     if args.sync_bn:
         student = convert_sync_batchnorm(student)
     return _placed(args, student)
+
+
+def _check_pretrained(student: nn.Module, file: str) -> None:
+    found, missing = match_with_file(student, file)
+    if not found:
+        raise OptionError(f"--pretrained-path: '{file}' holds the weights of another model: none of "
+                          f'{", ".join(missing[:4])}, ... of {type(student).__name__} is in it.')
+    if missing:
+        _logger.warning(f"--pretrained-path: {len(missing)} of {len(found) + len(missing)} parameters are not in "
+                        f"'{file}' as they are, such as {', '.join(missing[:4])}; they start at random, or adapted.")
+
+
+def _why_not_built(args: Namespace, error: Exception) -> str:
+    """What is wrong with the student's options, or with the weights that it starts from."""
+    reason = ' '.join(str(error).split())[:300] or type(error).__name__
+    if args.pretrained_path:
+        check_weights_file(args.pretrained_path, '--pretrained-path')
+    if args.pretrained_path and 'Error(s) in loading state_dict' in reason:
+        return f"--pretrained-path: '{args.pretrained_path}' holds the weights of another model: {reason}"
+    if args.pretrained and not args.pretrained_path and isinstance(error, (OSError, RuntimeError)):
+        return f'--pretrained: the weights of {args.model} cannot be had: {reason}'
+    kind = '' if isinstance(error, ValueError) else f' ({type(error).__name__})'
+    return f'--model {args.model} cannot be built with these options{kind}: {reason}'
 
 
 def _share_stem(student: nn.Module) -> None:
@@ -353,12 +403,14 @@ def create_teacher(args: Namespace, num_classes: int, data_config: Dict[str, Any
 
     try:
         teacher = create((channels, *wanted))
-    except (AssertionError, TypeError, RuntimeError, ValueError) as error:
+    except Exception as error:  # timm's models each raise their own
         if args.teacher_size:
             raise OptionError(
                 f'--teacher-size {wanted[0]} {wanted[1]}: {name} cannot be built for it: {error}') from error
-        wanted = tuple(timm.get_pretrained_cfg(name).input_size[1:])
-        teacher = create((channels, *wanted))
+        cfg = timm.get_pretrained_cfg(name)
+        wanted = tuple(cfg.input_size[1:]) if cfg is not None else wanted
+        with blame_options(dict(teacher=name, teacher_pretrained=args.teacher_pretrained, teacher_kwargs=extra)):
+            teacher = create((channels, *wanted))
         _logger.info(f'Teacher {name} cannot be built for images of {size[0]} x {size[1]} ({error}): it sees them '
                      f'resized to {wanted[0]} x {wanted[1]}.')
     if _pools_as_student(args):
@@ -435,6 +487,11 @@ class Loaders(NamedTuple):
 
 def create_datasets(args: Namespace) -> Tuple[Any, Any]:
     """Training and validation set; with --eval-only the validation set twice."""
+    with blame_options(dict(dataset=args.dataset, data_dir=args.data_dir), passing=(ValueError, FileNotFoundError)):
+        return _create_datasets(args)
+
+
+def _create_datasets(args: Namespace) -> Tuple[Any, Any]:
     if is_event_dataset(args.dataset):
         return _create_event_datasets(args)
     common = dict(
@@ -529,6 +586,14 @@ def resolve_num_classes(args: Namespace, dataset: Any) -> int:
     return args.num_classes if args.num_classes is not None else len(classes)
 
 
+_LOSS_OPTIONS = (
+    'distill', 'loss', 'loss_file', 'sscl_taps', 'sscl_teacher_taps', 'teacher', 'bce_loss', 'bce_pos_weight')
+# what timm's transforms and loaders may refuse, where it is given
+_LOADER_OPTIONS = (
+    'color_jitter', 'crop_padding', 'cutout', 'crop_pct', 'scale', 'ratio', 'reprob', 'img_size', 'mean', 'std',
+    'batch_size', 'workers')
+
+
 def create_loaders(
         args: Namespace,
         datasets: Tuple[Any, Any],
@@ -537,7 +602,8 @@ def create_loaders(
 ) -> Loaders:
     """Loaders that are not sharded and do not move batches: Accelerate does both."""
     make = _create_event_loaders if is_event_dataset(args.dataset) else _create_image_loaders
-    train, val = make(args, datasets, data_config)
+    with blame_options({name: getattr(args, name) for name in _LOADER_OPTIONS}):
+        train, val = make(args, datasets, data_config)
     if hasattr(datasets[0], '__len__') and len(train) == 0:
         raise OptionError(f'--batch-size {args.batch_size} is larger than the training set '
                           f'({len(datasets[0])} images).')
@@ -556,6 +622,8 @@ def _create_image_loaders(args: Namespace, datasets: Tuple[Any, Any], data_confi
     if args.no_aug or not interpolation:
         interpolation = data_config['interpolation']
     policy = args.aa == CIFAR_POLICY  # not timm's; color jitter is off beside it, as beside timm's
+    with blame_options(dict(aa=args.aa)):
+        create_transform(data_config['input_size'], is_training=True, auto_augment=None if policy else args.aa)
     train = create_loader(
         datasets[0], batch_size=args.batch_size, is_training=True, no_aug=args.no_aug, re_prob=args.reprob,
         re_mode=args.remode, re_count=args.recount, train_crop_mode=args.train_crop_mode,
@@ -564,6 +632,7 @@ def _create_image_loaders(args: Namespace, datasets: Tuple[Any, Any], data_confi
         grayscale_prob=args.grayscale_prob or 0., gaussian_blur_prob=args.gaussian_blur_prob or 0.,
         auto_augment=None if policy else args.aa,
         interpolation=interpolation, **common)
+    allow_posterize_to_black(datasets[0].transform)
     if not args.no_aug and (policy or args.crop_padding is not None or args.cutout is not None):
         datasets[0].transform = augment_cifar(
             datasets[0].transform, data_config['input_size'][1:], args.crop_padding, policy, args.cutout)
@@ -719,11 +788,9 @@ class Fit:
         self.task, self.folder, self.name = task, folder, name
         self.loaders = loaders = session.make_loaders()
         random_seed(args.seed, accelerator.process_index)
-        optimizer = create_optimizer_v2(
-            task.get_trainable_module(), **{**optimizer_kwargs(cfg=args), **args.opt_kwargs})
         updates = math.ceil(len(loaders.train) / accelerator.num_processes / args.grad_accum_steps)
-        self.scheduler, self.epochs = create_scheduler_v2(
-            optimizer, **scheduler_kwargs(args), updates_per_epoch=updates)
+        optimizer, self.scheduler, self.epochs = create_optimizer_and_schedule(
+            args, task.get_trainable_module(), updates)
         if ema:
             task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup,
                            device=torch.device('cpu') if args.model_ema_force_cpu else None)
@@ -1069,11 +1136,17 @@ def _told_to_others(session: Session, loader: Any) -> Iterator[Any]:
 
 
 @torch.no_grad()
-def evaluate(session: Session, model: nn.Module, loader: Any, cast: Callable) -> 'OrderedDict[str, float]':
+def evaluate(
+        session: Session,
+        model: nn.Module,
+        loader: Any,
+        cast: Callable,
+        evaluator: Optional[ClassificationEvaluator] = None,
+) -> 'OrderedDict[str, float]':
     """Loss, top-1 and top-5 on a prepared validation loader, every image counted once."""
     model.eval()
     accelerator = session.accelerator
-    evaluator = ClassificationEvaluator(accelerator.device)
+    evaluator = ClassificationEvaluator(accelerator.device) if evaluator is None else evaluator
     for input, target in _told_to_others(session, loader):
         failed, stop = session.stop_if_asked()
         if failed:
@@ -1122,8 +1195,12 @@ def obtain_teacher(
     teacher.to(accelerator.device)
     loader = accelerator.prepare(session.make_loaders().eval)
     dtype = next(teacher.parameters()).dtype
-    metrics = evaluate(session, teacher, loader, lambda x: teacher_input(x.to(dtype)))
+    evaluator = LabelCountingEvaluator(accelerator.device)
+    metrics = evaluate(session, teacher, loader, lambda x: teacher_input(x.to(dtype)), evaluator)
     _logger.info(f'Teacher {name}: {metrics["top1"]:.2f} top-1 on the validation set ({source}).')
+    if accelerator.is_main_process:
+        counts = evaluator.label_counts.tolist()
+        warn_teacher_at_chance(name, metrics['top1'], sum(counts), max(counts))
     accelerator.free_memory()
     return TeacherResult(name, metrics['top1'], source)
 
@@ -1168,6 +1245,10 @@ def teacher_folder(args: Namespace, teacher: nn.Module, num_classes: int, root: 
     return root / 'teachers' / f'{safe_model_name(teacher_name(args))}-{digest}'
 
 
+def _warn_warmup(args: Namespace, name: str, epochs: int) -> None:
+    warn_long_warmup(name, args.sched, args.warmup_epochs, epochs, args.warmup_prefix)
+
+
 def train_teacher(session: Session, name: str, teacher: nn.Module, teacher_input: TeacherInput, folder: Path) -> None:
     """Train a copy of the teacher and keep it; a training that was cut off goes on from its newest whole checkpoint."""
     args, accelerator = session.args, session.accelerator
@@ -1177,6 +1258,8 @@ def train_teacher(session: Session, name: str, teacher: nn.Module, teacher_input
         _logger.info(
             f'Teacher {name}: no weights for it, so it is trained first, for {epochs} epochs, and kept in {folder}'
             + (f' (goes on from {resume.name})' if resume else '') + '.')
+        if accelerator.is_main_process:
+            _warn_warmup(args, f'teacher {name}', epochs)
         model = copy.deepcopy(teacher).requires_grad_(True)
         mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
         task = ClassificationTask(
@@ -1221,7 +1304,7 @@ def find_run(args: Namespace, root: Path, data_config: Dict[str, Any]) -> Tuple[
                              f'{file.parent} takes the newest one that is whole.')
         if file.parent.resolve() == folder.resolve():
             return folder, str(file)
-    if folder.exists() and any(file.name != LOCK for file in folder.iterdir()):
+    if holds_a_run(folder):
         raise FileExistsError(f"--experiment: '{folder}' holds a run already; choose another name, "
                               f'or --resume {folder}.')
     return folder, args.resume
@@ -1237,9 +1320,16 @@ def _newest_run(args: Namespace, root: Path) -> Optional[Path]:
     """Newest run under root that was started with these options and did not end."""
     options = yaml.safe_load(_arguments(args))
     for file in sorted(root.glob(f'*/{ARGS_FILE}'), key=lambda f: f.stat().st_mtime, reverse=True):
-        if not (file.parent / SUMMARY_FILE).exists() and yaml.safe_load(file.read_text()) == options:
+        if not (file.parent / SUMMARY_FILE).exists() and _read_options(file) == options:
             return file.parent
     return None
+
+
+def _read_options(file: Path) -> Any:
+    try:
+        return yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        _logger.warning(f"--resume auto: '{file}' cannot be read and is left out: {' '.join(str(error).split())}")
 
 
 def parse_taps(text: Optional[str]) -> Any:
@@ -1287,10 +1377,10 @@ def summarize(
     """Closing summary, on the terminal and as JSON."""
     timesteps = getattr(student, 'timesteps', None)
     losses = ' + '.join(f'{w:g} {name}' for name, w in args.losses.items()) or 'none'
+    best = best_epoch_facts(args.eval_metric, result.last, result.best, result.best_epoch)
     lines = ['', f'Teacher   {f"{teacher.name}: {teacher.top1:.2f} top-1 ({teacher.source})" if teacher else "none"}',
-             f'Student   {args.model}{f", T={timesteps}" if timesteps else ""}: {result.last["top1"]:.2f} top-1 '
-             f'after the last epoch' + (f', best {args.eval_metric} {result.best:.2f} (epoch {result.best_epoch + 1})'
-                         if result.best is not None else '') + f'; cross-entropy + {losses}']
+             f'Student   {args.model}{f", T={timesteps}" if timesteps else ""}: {last_epoch_text(result.last)}'
+             f'{best_epoch_text(best, args.eval_metric)}; cross-entropy + {losses}']
     if result.firing_rates:
         rates = result.firing_rates
         lines.append(f'Firing    {sum(rates.values()) / len(rates):.3f} spikes per neuron and step, '
@@ -1302,7 +1392,7 @@ def summarize(
     _logger.info('\n'.join(lines))
     facts = dict(
         model=args.model, timesteps=timesteps, losses=args.losses, seed=args.seed, student=result.last,
-        best={args.eval_metric: result.best, 'epoch': result.best_epoch},
+        best=best,
         teacher=teacher._asdict() if teacher else None,
         firing_rates=result.firing_rates, conversion=report.as_dict() if report is not None else None,
         seconds=round(seconds, 1))
@@ -1340,8 +1430,9 @@ def prepare(args: Namespace, accelerator: Accelerator, stop: StopRequest, held: 
     session = Session(
         args, accelerator, partial(create_loaders, args, datasets, data_config, num_classes), stop)
     loaders = session.make_loaders()
-    task = create_task(
-        args, student, teacher, teacher_input, data_config, accelerator.device, loaders.mixup is not None)
+    with blame_options({name: getattr(args, name) for name in _LOSS_OPTIONS}, passing=(ValueError,)):
+        task = create_task(
+            args, student, teacher, teacher_input, data_config, accelerator.device, loaders.mixup is not None)
     root = Path(args.output or './output/train')
     # one process looks: what it finds may change when it begins to write
     found = [find_run(args, root, data_config) if accelerator.is_main_process else None]
@@ -1351,6 +1442,10 @@ def prepare(args: Namespace, accelerator: Accelerator, stop: StopRequest, held: 
     if resume:
         _logger.info(f'Goes on from {resume}.')
         restore(task, resume)
+    if accelerator.is_main_process:
+        _warn_warmup(args, 'student', args.epochs)
+    lr = resolve_lr(args, accelerator.num_processes)
+    create_optimizer_and_schedule(Namespace(**{**vars(args), 'lr': lr}), task.get_trainable_module())
     held.enter_context(lock_folder(folder, accelerator.is_main_process))
     job = Job(session, task, student, teacher, teacher_input, num_classes, root, folder, resume)
     job.report = prepare_neurons(args, accelerator, student, loaders.train, bool(resume))
@@ -1506,8 +1601,11 @@ def main(argv: Optional[List[str]] = None) -> None:
     with ExitStack() as held:
         with one_line_errors():
             args, recipe = parse_args(argv)
-            for module in args.device_modules or []:
-                importlib.import_module(module)
+            check_ranges(args)
+            check_choices(args)
+            with blame_options(dict(device_modules=args.device_modules)):
+                for module in args.device_modules or []:
+                    importlib.import_module(module)
             accelerator = create_accelerator(args)
             setup_logging(accelerator)
             set_threads(args, accelerator)

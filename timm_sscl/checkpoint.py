@@ -15,13 +15,15 @@ from timm.utils import CheckpointSaver, unwrap_model
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
 __all__ = ['RunSaver', 'Position', 'find_newest', 'read_run_state', 'why_damaged', 'replacing', 'write_text',
-           'lock_folder', 'StorageError', 'put_aside_later', 'LAST', 'LOCK']
+           'lock_folder', 'StorageError', 'put_aside_later', 'holds_a_run', 'LAST', 'LOCK']
 
 _logger = logging.getLogger(__name__)
 
 LAST = 'last.pth.tar'
 LOCK = '.lock'
 _ASIDE = '.part'  # ending of a file that is being written
+# what a run writes before its first checkpoint; folders are trackers'
+_START_FILES = LOCK, 'args.yaml', f'*{_ASIDE}', 'teacher-features.bin', 'train-batch-*.jpg', 'timm_sscl'
 RUN_STATE = 'run_state'  # key of what a run needs beyond timm's checkpoint
 
 
@@ -290,6 +292,13 @@ def find_newest(folder: Path) -> Optional[Path]:
     return None
 
 
+def holds_a_run(folder: Path) -> bool:
+    """Whether a folder holds anything but what a start leaves that failed before its first checkpoint."""
+    if not folder.is_dir():
+        return folder.exists()
+    return any(not any(file.match(pattern) for pattern in _START_FILES) for file in folder.iterdir())
+
+
 def put_aside_later(folder: Path, position: Position, kept: Path) -> None:
     """Rename what a run left that goes back to an earlier checkpoint: else it would be taken for the newest again.
 
@@ -311,7 +320,7 @@ def put_aside_later(folder: Path, position: Position, kept: Path) -> None:
                      if not (name := file.with_name(f'{file.name}.abandoned-{i}')).exists())
         os.rename(file, aside)
     if later:
-        _logger.warning(f'Goes back to epoch {position.epoch}, step {position.step}: later files of {folder} are '
+        _logger.warning(f'Goes back to epoch {position.epoch + 1}, step {position.step}: later files of {folder} are '
                         f'renamed to *.abandoned-N ({", ".join(file.name for file in later)}).')
 
 

@@ -13,8 +13,10 @@ from timm.utils import ParseKwargs
 from .data.events.aedat import AXES
 from .data.events.factory import is_event_dataset
 from .data.events.frames import BY, MODES, FrameSettings
+from .errors import OptionError
 from .losses import create_loss, loss_needs
 from .losses.sscl import CRITICS, PROJECTIONS, WEIGHTINGS
+from .option_ranges import check_counts
 from .similarity import CKA_SCOPES
 from .task import PRESETS, resolve_losses
 
@@ -23,10 +25,6 @@ __all__ = ['parse_args', 'create_parser', 'list_recipes', 'load_recipe', 'UNSUPP
 DIGITS_RECIPE = 'digits'
 ARGS_FILE = 'args.yaml'  # in a run's folder
 AUTO = 'auto'  # of --resume
-
-
-class OptionError(ValueError):
-    """A wrong option; the message says what to do."""
 
 
 # timm's options that are refused when given, with the reason; README lists them under "Differences"
@@ -131,6 +129,13 @@ def home_path(text: str) -> str:
     return os.path.expanduser(text)
 
 
+class _ParseKwargs(ParseKwargs):
+    def __call__(self, parser, namespace, values, option_string=None):
+        if not all('=' in value for value in values):
+            parser.error(f'{option_string} {" ".join(values)}: takes KEY=VALUE pairs.')
+        super().__call__(parser, namespace, values, option_string)
+
+
 def create_parser() -> argparse.ArgumentParser:
     """Parser of all options, grouped as timm's."""
     parser = _Parser(
@@ -192,7 +197,7 @@ def _add_distillation(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--teacher-std', type=float, nargs='+', default=None, metavar='STD', help='likewise, deviation')
     group.add_argument('--teacher-cache', action='store_true',
                        help='ask the teacher once per training image and keep its features on disk; needs --no-aug')
-    group.add_argument('--teacher-kwargs', nargs='*', default={}, action=ParseKwargs,
+    group.add_argument('--teacher-kwargs', nargs='*', default={}, action=_ParseKwargs,
                        help='model kwargs of the teacher (--model-kwargs where it is the student\'s own ANN)')
     group.add_argument('--distill', default=None, choices=list(PRESETS),
                        help='what is added to cross-entropy: sscl (default), contrastive (uniform weights), kd or none')
@@ -299,7 +304,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
                        help='the contrastive batch is a micro-batch')
     group.add_argument('--grad-checkpointing', action='store_true')
     group.add_argument('--fast-norm', action='store_true')
-    group.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs)
+    group.add_argument('--model-kwargs', nargs='*', default={}, action=_ParseKwargs)
     group.add_argument('--head-init-scale', default=None, type=float)
     group.add_argument('--head-init-bias', default=None, type=float)
     group.add_argument('--torchcompile-mode', type=str, default=None)
@@ -332,7 +337,7 @@ def _add_optimizer(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--layer-decay', type=float, default=None)
     group.add_argument('--layer-decay-min-scale', type=float, default=0.)
     group.add_argument('--layer-decay-no-opt-scale', type=float, default=None)
-    group.add_argument('--opt-kwargs', nargs='*', default={}, action=ParseKwargs)
+    group.add_argument('--opt-kwargs', nargs='*', default={}, action=_ParseKwargs)
 
 
 def _add_schedule(parser: argparse.ArgumentParser) -> None:
@@ -538,13 +543,7 @@ def _check(args: argparse.Namespace, given: set) -> None:
         if getattr(args, name) not in (None, False):  # False: from an older run's options
             raise OptionError(f"--{name.replace('_', '-')} is not supported: {reason}.")
         delattr(args, name)
-    for name, least in (
-            ('batch_size', 1), ('epochs', 1), ('grad_accum_steps', 1), ('timesteps', 1), ('teacher_epochs', 0),
-            ('workers', 0), ('checkpoint_hist', 1), ('log_interval', 1), ('val_interval', 1), ('threads', 1),
-            ('num_classes', 1), ('validation_batch_size', 1), ('max_unreadable', 0), ('recovery_interval', 0)):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise OptionError(f"--{name.replace('_', '-')} {value}: must be {least} or more.")
+    check_counts(args)
     if args.eval_only and args.resume == AUTO:
         raise OptionError('--eval-only: --resume auto starts or continues a training; name a folder or a file.')
     if args.eval_timesteps and (not args.eval_only or min(args.eval_timesteps) < 1):

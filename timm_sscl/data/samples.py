@@ -7,7 +7,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from timm_sscl.random_state import seeded
 
-__all__ = ['Samples', 'UnreadableSample', 'WrongLabel', 'sample_name']
+__all__ = ['Samples', 'UnreadableSample', 'WrongLabel', 'FailedTransform', 'sample_name']
 
 _logger = logging.getLogger(__name__)
 
@@ -18,6 +18,10 @@ class UnreadableSample(RuntimeError):
 
 class WrongLabel(RuntimeError):
     """A label that is no class of the model."""
+
+
+class FailedTransform(RuntimeError):
+    """A sample that was read and could not be augmented or resized: an option is wrong, not the file."""
 
 
 def sample_name(dataset: Any, index: int) -> str:
@@ -46,6 +50,7 @@ class Samples(Dataset):
     Raises:
         UnreadableSample: While reading, by the policy above.
         WrongLabel: While reading, a label is no class.
+        FailedTransform: While reading, the transform raised.
     """
 
     def __init__(
@@ -103,8 +108,20 @@ class Samples(Dataset):
         if target is None or not 0 <= int(target) < self.num_classes:
             raise WrongLabel(f"'{sample_name(self.dataset, at)}' has the label {target}; the model has "
                              f'{self.num_classes} classes, 0 to {self.num_classes - 1}.')
-        item = item if self.transform is None else self.transform(item)
+        item = item if self.transform is None else self._transformed(item, at)
         return (item, target, at) if self.with_index else (item, target)
+
+    def _transformed(self, item: Any, index: int) -> Any:
+        try:
+            return self.transform(item)
+        except MemoryError:
+            raise
+        except Exception as error:  # timm, torchvision and Pillow each raise their own
+            split = 'training' if self.training else 'validation'
+            raise FailedTransform(
+                f"{split} sample '{sample_name(self.dataset, index)}' was read, but its transform failed "
+                f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); the options of the augmentation "
+                f'(--aa, --scale, --ratio, ...) and of the input size decide on it.') from error
 
     def _read(self, index: int) -> Tuple[int, Tuple[Any, Any]]:
         """The sample at index, or the next one that can be read, with its own index."""

@@ -1,0 +1,44 @@
+"""The error of a wrong option, and a way to name the options behind another library's error."""
+from contextlib import contextmanager
+from typing import Any, Iterator, Mapping, Tuple, Type
+
+__all__ = ['OptionError', 'blame_options', 'option_text']
+
+
+class OptionError(ValueError):
+    """A wrong option; the message says what to do."""
+
+
+def option_text(name: str, value: Any) -> str:
+    """An option as it stands on the command line: '--lr-noise 0.4 0.9'."""
+    flag = '--' + name.replace('_', '-')
+    if value is None or value is True:
+        return flag
+    if isinstance(value, Mapping):
+        value = [f'{key}={item}' for key, item in value.items()]
+    return ' '.join([flag, *map(str, value if isinstance(value, (list, tuple)) else [value])])
+
+
+@contextmanager
+def blame_options(options: Mapping[str, Any], passing: Tuple[Type[Exception], ...] = (OptionError,)) -> Iterator[None]:
+    """Turn any error of the block into an OptionError that names the options which the block reads.
+
+    Args:
+        options: Names and values of the options. Those that are None, False or empty are left out.
+        passing: Errors that name their option already.
+
+    Raises:
+        OptionError: The block raised.
+    """
+    try:
+        yield
+    except passing:
+        raise
+    except Exception as error:  # timm and torch raise AssertionError, KeyError, TypeError, ...
+        given = [option_text(name, value) for name, value in options.items() if value not in (None, False, '', {}, [])]
+        reason = ' '.join(str(error).split())
+        if isinstance(error, ImportError):
+            reason += f'; install the package {error.name}' if error.name else ''
+        elif not isinstance(error, (ValueError, RuntimeError)) or not reason:
+            reason = f'{type(error).__name__}{f": {reason}" if reason else ""}'
+        raise OptionError(f'{", ".join(given)}: {reason}') from error

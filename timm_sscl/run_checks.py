@@ -1,0 +1,56 @@
+"""Warnings about a training that cannot teach much: it only warms up, or its teacher is at chance."""
+import logging
+import math
+from typing import Optional
+
+import torch
+from timm.task.evaluator import ClassificationEvaluator
+
+__all__ = ['warn_long_warmup', 'warn_teacher_at_chance', 'LabelCountingEvaluator']
+
+_logger = logging.getLogger('train')
+
+
+def warn_long_warmup(name: str, sched: str, warmup_epochs: int, epochs: int, warmup_prefix: bool = False) -> None:
+    """Warn where a training ends before its warm-up does.
+
+    Args:
+        name: Of the training, for the message.
+        sched: --sched; 'none' has no warm-up.
+        warmup_epochs: --warmup-epochs.
+        epochs: Epochs of the training.
+        warmup_prefix: Whether the warm-up comes in front of these epochs.
+    """
+    if warmup_epochs and warmup_epochs >= epochs and sched != 'none' and not warmup_prefix:
+        _logger.warning(
+            f'{name}: --warmup-epochs {warmup_epochs} is no less than its {epochs} epochs, so the learning rate never '
+            f'reaches its full value; --warmup-epochs 0 leaves the warm-up out.')
+
+
+def warn_teacher_at_chance(name: str, top1: float, samples: int, most_frequent: int) -> None:
+    """Warn where a teacher is no better on the validation set than always naming its most frequent class.
+
+    Args:
+        name: Of the teacher.
+        top1: Its top-1 in percent.
+        samples: Number of validation samples.
+        most_frequent: Number of them that belong to the most frequent class.
+    """
+    chance = most_frequent / samples
+    error = math.sqrt(chance * (1 - chance) / samples)
+    if top1 / 100 <= chance + 2 * error:
+        _logger.warning(
+            f'Teacher {name}: {top1:.2f} top-1 is within two standard errors of chance ({100 * chance:.2f} ± '
+            f'{100 * error:.2f} on {samples} validation samples), so it teaches nothing. More --teacher-epochs, a '
+            f'shorter --warmup-epochs or --teacher-checkpoint FILE may help.')
+
+
+class LabelCountingEvaluator(ClassificationEvaluator):
+    """timm's evaluator that counts the samples of every class as well, `label_counts` (K,)."""
+
+    label_counts: Optional[torch.Tensor] = None
+
+    def update(self, output: torch.Tensor, target: torch.Tensor) -> None:
+        super().update(output, target)
+        counts = torch.bincount(target, minlength=output.shape[-1])
+        self.label_counts = counts if self.label_counts is None else self.label_counts + counts

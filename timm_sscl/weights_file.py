@@ -1,0 +1,75 @@
+"""Whether a file holds weights that can be read without running what is in it, and whether a model took them."""
+import os
+import zipfile
+from collections import defaultdict
+from pathlib import Path
+from typing import List, Tuple
+
+import torch
+import torch.nn as nn
+from timm.models import load_state_dict
+
+from .checkpoint import why_damaged
+
+__all__ = ['check_file_exists', 'check_weights_file', 'match_with_file']
+
+
+def check_file_exists(file: str, option: str) -> None:
+    """Raise where there is no such file.
+
+    Raises:
+        FileNotFoundError: With the option that named it.
+    """
+    if os.path.isdir(file):
+        raise FileNotFoundError(f"{option}: '{file}' is a folder; name the file of weights in it.")
+    if not os.path.isfile(file):
+        raise FileNotFoundError(f"{option}: file '{file}' does not exist.")
+
+
+def check_weights_file(file: str, option: str) -> None:
+    """Raise where a file is no weights file, is damaged, or would have to be unpickled.
+
+    Args:
+        file: File of weights as torch.save or safetensors write it.
+        option: The option that named it, for the message.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It holds no weights that can be read safely.
+    """
+    check_file_exists(file, option)
+    if file.lower().endswith(('.npz', '.npy')):
+        return  # of other formats, which the models themselves read
+    if zipfile.is_zipfile(file) and why_damaged(Path(file)):
+        raise ValueError(f"{option}: '{file}' is damaged ({why_damaged(Path(file))}).")
+    try:
+        weights = load_state_dict(file)
+    except Exception as error:  # torch, pickle and safetensors each raise their own
+        raise ValueError(f"{option}: '{file}' is no weights file that can be read safely; save model.state_dict(), not "
+                         f"the model ({' '.join(str(error).split())[:200]}).") from error
+    if not weights or not all(isinstance(name, str) for name in weights):
+        raise ValueError(f"{option}: '{file}' holds no weights by name.")
+
+
+def match_with_file(model: nn.Module, file: str) -> Tuple[List[str], List[str]]:
+    """Names of a model's parameters whose values stand in a file of weights, and of those whose values do not.
+
+    timm loads pretrained weights without complaint where their names do not fit the model, which then keeps its random
+    ones. The values are compared, as some models rename what they load. Constant parameters tell nothing and are left
+    out.
+
+    Args:
+        model: Model that was created with the file as its pretrained weights.
+        file: The file, as torch.save or safetensors write it.
+    """
+    by_shape = defaultdict(list)
+    for tensor in load_state_dict(file).values():
+        if isinstance(tensor, torch.Tensor):
+            by_shape[tensor.shape].append(tensor)
+    found, missing = [], []
+    for name, parameter in model.named_parameters():
+        value = parameter.detach()
+        if value.numel() > 1 and bool((value != value.flatten()[0]).any()):
+            same = any(torch.equal(value, tensor.to(value)) for tensor in by_shape[value.shape])
+            (found if same else missing).append(name)
+    return found, missing
