@@ -4,7 +4,7 @@
     python benchmarks/ablation.py --data-dir CIFAR100 --output DIR --phase select    # defaults, on held-out images
     python benchmarks/ablation.py --data-dir CIFAR100 --output DIR --phase primary   # the comparison
     python benchmarks/ablation.py --output DIR --phase diagnose                      # gradients of the terms
-    python benchmarks/ablation.py --report                                           # figure, table, README
+    python benchmarks/ablation.py --report                                           # figure and results page
 
 Every run is a train.py of its own in a folder of its own. Started again, the script skips what is done and resumes what
 was cut off; two of them on one --output share the work. CIFAR100 is a folder of images: train/CLASS, validation/CLASS.
@@ -21,7 +21,7 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tup
 import numpy as np
 
 from ablation_gradients import diagnose_all
-from ablation_results import Facts, collect, comparison_lines, report, selection_lines, write_results
+from ablation_results import PAGE, Facts, collect, comparison_lines, report, selection_lines, write_results
 from ablation_runs import Run, Runner, is_done
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -261,7 +261,7 @@ def create_parser() -> argparse.ArgumentParser:
                         help='start nothing that would not be done in this time')
     parser.add_argument('--revision', default=None, help="code revision to note (git's)")
     parser.add_argument('--report', action='store_true',
-                        help='no training: figure, tables and README from the results (of --output, if given)')
+                        help='no training: figure and results page from the results (of --output, if given)')
     return parser
 
 
@@ -296,7 +296,7 @@ def main() -> None:
     if args.report:
         if args.output is not None:
             write_results(RESULTS, *collect(args.output, args.scale))
-        return report(RESULTS, ROOT / 'README.md', facts(args.scale))
+        return report(RESULTS, PAGE, facts(args.scale))
     if args.output is None:
         parser.error('--output is needed')
     if args.phase == 'diagnose':

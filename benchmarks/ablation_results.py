@@ -1,4 +1,4 @@
-"""Results of the ablation: CSVs from finished runs, paired intervals, tables, the figure and README's section."""
+"""Results of the ablation: CSVs from finished runs, paired intervals, tables, the figure and the results page."""
 import csv
 import json
 import math
@@ -12,15 +12,16 @@ import yaml
 from scipy import stats
 
 from ablation_runs import Run, finished_runs
+from pages import FIGURES, PAGES, write_section
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402
 
 RUNS_CSV, LAYERS_CSV, GRADIENTS_CSV = 'ablation_runs.csv', 'ablation_layers.csv', 'ablation_gradients.csv'
 FIGURE = 'ablation.png'
-NOTES = 'ablation_notes.md'  # what the numbers do not say by themselves, written by hand; README takes it in
+NOTES = 'ablation_notes.md'  # what the numbers do not say by themselves, written by hand; the page takes it in
 BEGIN, END = '<!-- results: written by benchmarks/ablation.py -->', '<!-- end of results -->'
-NEXT_SECTION = '## Options that matter'
+PAGE = PAGES / 'results.md'
 
 # Table 3 of the paper: CIFAR-100, ResNet20, top-1 % by T
 PAPER = {
@@ -279,49 +280,48 @@ def gradient_lines(rows: Sequence[Mapping[str, Any]]) -> List[str]:
     return lines
 
 
-def readme_lines(
+def page_lines(
         rows: Sequence[Mapping[str, Any]],
         layers: Sequence[Mapping[str, Any]],
         gradients: Sequence[Mapping[str, Any]],
         facts: Facts,
         notes: str = '',
 ) -> List[str]:
-    """README's results section."""
+    """The results page's section."""
     primary = [r for r in rows if r['phase'] == 'primary']
     teachers = {r['phase']: float(r['teacher_top1']) for r in rows if r['teacher_top1']}
     what = 'all' if facts.classes is None else f'{facts.classes} of 100'
     count = 'all their' if facts.images_per_class is None else f'{facts.images_per_class} of 500'
     lines = [
-        BEGIN, '## Results', '',
-        f'The ablation of the paper\'s Table 3 at a scale that two CPU cores carry: real CIFAR-100, {what} classes, '
-        f'{count} training images per class, `resnet20_cifar` at width {facts.width}, {facts.epochs} epochs of '
-        f'{facts.recipe} (the paper: all classes and images, width 64, 400 epochs). The teacher is the ANN of the same '
-        'width, trained '
-        f'for {facts.teacher_epochs} epochs on the same images: {teachers.get("primary", float("nan")):.2f} top-1; all '
-        'runs share it. **Nothing here reproduces the paper\'s numbers**: they stand beside ours so that the order '
-        'and the size of the differences can be compared.', '']
-    lines += [f'Settings of the loss: {settings_text(primary)}.', '']
+        f'The ablation follows the paper\'s Table 3 at a scale that two CPU cores carry: real CIFAR-100, {what} '
+        f'classes, {count} training images per class, `resnet20_cifar` at width {facts.width}, {facts.epochs} epochs '
+        f'of {facts.recipe}. The paper has all classes and images, width 64 and 400 epochs. The teacher is the ANN of '
+        f'the same width, trained for {facts.teacher_epochs} epochs on the same images. It reaches '
+        f'{teachers.get("primary", float("nan")):.2f} top-1, and all runs share it. **Nothing here reproduces the '
+        'paper\'s numbers.** They stand beside ours so that the order and the size of the differences can be compared.',
+        '', f'Settings of the loss: {settings_text(primary)}.', '',
+        'Differences are paired by seed; ± is the half width of the 95 % interval (t distribution). "Best epoch" is '
+        'what public code of this line of work reports; it is chosen on the validation set.', '']
     for timesteps in sorted({int(r['timesteps']) for r in primary if int(r['timesteps'])}):
-        lines += [f'**T = {timesteps}**, validation set ({100 * (facts.classes or 100):,} images):', '',
+        lines += [f'## T = {timesteps}', '', f'Validation set ({100 * (facts.classes or 100):,} images):', '',
                   *comparison_lines(rows, timesteps), '', verdict(rows, timesteps),
                   *pair_lines(rows, timesteps), '']
-    lines += [
-        'Differences are paired by seed; ± is the half width of the 95 % interval (t distribution). "Best epoch" is '
-        'what public code of this line reports; it is chosen on the validation set.', '',
-        f'![Accuracy by mode, CKA and NCE per layer](benchmarks/results/{FIGURE})', '', *cka_lines(layers), '',
-        'The settings were chosen on a tenth of the training set held out (1,000 images, so that one run is about '
-        f'± 1.5 points; teacher {teachers.get("select", float("nan")):.2f} there). Every configuration tried, T = 2, '
-        'one seed where one number stands:', '',
-        *selection_lines(rows), '']
+    lines += [f'![Accuracy by mode, CKA and NCE per layer]({FIGURES}/{FIGURE})', '',
+              '## CKA, weight and bound per layer', '', *cka_lines(layers), '',
+              '## Every configuration that was tried', '',
+              'The settings were chosen on a tenth of the training set held out (1,000 images, so that one run is '
+              f'about ± 1.5 points; teacher {teachers.get("select", float("nan")):.2f} there). T = 2, one seed where '
+              'one number stands:', '', *selection_lines(rows), '']
     if gradients:
-        lines += ['Gradient of what is added over that of cross-entropy, ratio of the norms by stage and, in brackets, '
+        lines += ['## Gradients of the terms', '',
+                  'Gradient of what is added over that of cross-entropy: ratio of the norms by stage and, in brackets, '
                   'cosine between the two (`--phase diagnose`):', '', *gradient_lines(gradients), '']
     if notes:
-        lines += [notes.strip(), '']
+        lines += ['## What these numbers do and do not say', '', notes.strip(), '']
     run = 'python benchmarks/ablation.py --output output/ablation'
-    return [*lines, '```bash', f'{run} --data-dir CIFAR100 --phase select',
+    return [*lines, '## The commands', '', '```bash', f'{run} --data-dir CIFAR100 --phase select',
             f'{run} --data-dir CIFAR100 --phase primary  # --scale paper: full size', f'{run} --phase diagnose',
-            f'{run} --report  # figure, tables and this section', '```', '', END]
+            f'{run} --report  # figure, tables and this page', '```', '']
 
 
 def cka_lines(layers: Sequence[Mapping[str, Any]]) -> List[str]:
@@ -349,19 +349,6 @@ def settings_text(rows: Sequence[Mapping[str, Any]]) -> str:
     if row is None:
         return 'none yet'
     return ', '.join(f'{name.replace("_", " ").replace("cka", "CKA")} {row[f"sscl_{name}"]}' for name in _SETTINGS[:-1])
-
-
-def write_readme(lines: Sequence[str], file: Path) -> None:
-    """Put the section between its markers, or, the first time, before NEXT_SECTION."""
-    text = file.read_text()
-    section = '\n'.join(lines)
-    if BEGIN in text:
-        before, rest = text.split(BEGIN)
-        text = before + section + rest.split(END)[1]
-    else:
-        before, rest = text.split(NEXT_SECTION)
-        text = before + section + '\n\n' + NEXT_SECTION + rest
-    file.write_text(text)
 
 
 COLORS = dict(none='#7f7f7f', kd='#1f77b4', contrastive='#ff7f0e', contrastive_matched='#8c564b', sscl='#d62728',
@@ -437,8 +424,8 @@ def _draw_layers(axis: Any, layers: Sequence[Mapping[str, Any]], key: str) -> No
         axis.plot(epochs, means, marker='.', label=layer)
 
 
-def report(results: Path, readme: Path, facts: Facts) -> None:
-    """Figure, tables and README's section from the CSVs.
+def report(results: Path, page: Path, facts: Facts) -> None:
+    """Figure, tables and the page's section from the CSVs.
 
     Raises:
         SystemExit: There are none.
@@ -448,6 +435,6 @@ def report(results: Path, readme: Path, facts: Facts) -> None:
         raise SystemExit(f'{results / RUNS_CSV} is missing: run the ablation first.')
     draw(rows, layers, results / FIGURE)
     notes = (results / NOTES).read_text() if (results / NOTES).is_file() else ''
-    lines = readme_lines(rows, layers, read_csv(results / GRADIENTS_CSV), facts, notes)
-    write_readme(lines, readme)
+    lines = page_lines(rows, layers, read_csv(results / GRADIENTS_CSV), facts, notes)
+    write_section(page, BEGIN, END, lines)
     print('\n'.join(lines))

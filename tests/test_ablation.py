@@ -17,6 +17,7 @@ import ablation  # noqa: E402
 import ablation_gradients  # noqa: E402
 import ablation_results as results  # noqa: E402
 import ablation_runs  # noqa: E402
+import pages  # noqa: E402
 from ablation_runs import Runner  # noqa: E402
 from timm_sscl.options import parse_args  # noqa: E402
 
@@ -279,12 +280,30 @@ def test_verdict_compares_the_modes_on_their_common_seeds():
     assert 'not told apart' in results.pair_lines(table_rows(dict(kd=[40., 43.], sscl=[42., 42.])), 2)[0]
 
 
-def test_readme_section_is_put_in_once_and_replaced(tmp_path):
-    file = tmp_path / 'README.md'
-    file.write_text('before\n\n## Options that matter\n\nafter\n')
-    results.write_readme([results.BEGIN, 'first', results.END], file)
-    results.write_readme([results.BEGIN, 'second', results.END], file)
-    assert file.read_text() == f'before\n\n{results.BEGIN}\nsecond\n{results.END}\n\n## Options that matter\n\nafter\n'
+def test_a_pages_section_is_replaced_and_the_rest_stays(tmp_path):
+    page = tmp_path / 'results.md'
+    page.write_text(f'# Results\n\n{results.BEGIN}\nold\n{results.END}\n\nafter\n')
+    pages.write_section(page, results.BEGIN, results.END, ['first', 'second'])
+    assert page.read_text() == f'# Results\n\n{results.BEGIN}\nfirst\nsecond\n{results.END}\n\nafter\n'
+
+
+def test_a_page_without_markers_is_named_and_left_alone(tmp_path):
+    page = tmp_path / 'results.md'
+    page.write_text('# Results\n')
+    with pytest.raises(SystemExit, match='results.md'):
+        pages.write_section(page, results.BEGIN, results.END, ['lines'])
+    assert page.read_text() == '# Results\n'
+
+
+def test_the_results_page_holds_what_the_csvs_say(tmp_path):
+    page = tmp_path / 'results.md'
+    page.write_text(results.PAGE.read_text())
+    rows, layers, gradients = (results.read_csv(ablation.RESULTS / name) for name in (
+        results.RUNS_CSV, results.LAYERS_CSV, results.GRADIENTS_CSV))
+    notes = (ablation.RESULTS / results.NOTES).read_text()
+    lines = results.page_lines(rows, layers, gradients, ablation.facts('small'), notes)
+    pages.write_section(page, results.BEGIN, results.END, lines)
+    assert page.read_text() == results.PAGE.read_text()  # python benchmarks/ablation.py --report writes it
 
 
 # ---- diagnosis

@@ -1,47 +1,202 @@
-"""README's code runs as it stands, and its options exist."""
+"""README and the manual: their code runs, their commands parse, their options, links and figures exist."""
+import itertools
 import re
+import shlex
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+import timm_sscl
 from timm_sscl.losses import factory
-from timm_sscl.options import UNSUPPORTED, create_parser
+from timm_sscl.options import UNSUPPORTED, create_parser, parse_args
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'benchmarks'))
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted((ROOT / 'docs' / 'pages').glob('*.md'))
+TEXTS = [ROOT / 'README.md', *PAGES]
+sys.path.insert(0, str(ROOT / 'benchmarks'))
 
 import ablation  # noqa: E402
 
-README = (Path(__file__).resolve().parent.parent / 'README.md').read_text()
-BLOCKS = re.findall(r'```python\n(.*?)```', README, re.S)
+by_name = pytest.mark.parametrize('file', TEXTS, ids=lambda file: file.stem)
 
 
-@pytest.mark.parametrize('code', BLOCKS, ids=lambda code: code.strip().splitlines()[-1][:40])
-def test_code_runs(code, capsys, monkeypatch):
-    monkeypatch.setattr(factory, '_losses', dict(factory._losses))  # what a block registers does not stay
-    exec(compile(code, 'README.md', 'exec'), {})
-    losses = [float(x) for x in re.findall(r'loss (\d+\.\d+)', capsys.readouterr().out)]
+def blocks(file, language):
+    """(line number, code) of every fenced block in this language."""
+    text = file.read_text()
+    return [(text[:m.start(1)].count('\n'), m.group(1))
+            for m in re.finditer(rf'^```{language}\n(.*?)^```', text, re.S | re.M)]
+
+
+@pytest.fixture(autouse=True)
+def _registries_as_they_were(monkeypatch):
+    monkeypatch.setattr(factory, '_losses', dict(factory._losses))
+
+
+# ---- code
+
+def run(file, code, line, namespace):
+    exec(compile('\n' * line + code, str(file), 'exec'), namespace)  # a traceback names the page and its line
+
+
+def promised(code):
+    """What the comments behind `print`s say that they print."""
+    return re.findall(r'^print\(.*\)\s+# -> (.*)$', code, re.M)
+
+
+@pytest.mark.parametrize('line, code', blocks(ROOT / 'README.md', 'python'), ids=lambda x: str(x)[:20])
+def test_every_block_of_readme_runs_by_itself(line, code, capsys):
+    run(ROOT / 'README.md', code, line, {'__name__': 'readme'})
+    printed = capsys.readouterr().out
+    for expected in promised(code):
+        assert expected in printed.splitlines()
+    losses = [float(x) for x in re.findall(r'loss (\d+\.\d+)', printed)]
     if 'SSCLLoss(student' in code:
         assert len(code.splitlines()) <= 22 and len(losses) == 8
         # the second pass over the same images is better than the first; step 0 has the weights of a single batch's CKA
         assert sum(losses[5:]) < sum(losses[1:4])
-    else:
-        assert not losses
 
 
-def test_every_option_that_readme_names_exists():
+@pytest.mark.parametrize('file', [f for f in PAGES if blocks(f, 'python')], ids=lambda file: file.stem)
+def test_the_blocks_of_a_page_run_from_top_to_bottom(file, capsys):
+    torch.manual_seed(0)
+    namespace = {'__name__': file.stem}  # classes of a page have a module, as a user's have
+    for line, code in blocks(file, 'python'):
+        run(file, code, line, namespace)
+        printed = capsys.readouterr().out.splitlines()
+        for expected in promised(code):
+            assert expected in printed, f'{file.name}, block at line {line}'
+
+
+def test_readmes_uses_are_there_and_pages_say_what_they_print():
+    assert len(blocks(ROOT / 'README.md', 'python')) >= 2
+    assert sum(len(promised(code)) for file in PAGES for _, code in blocks(file, 'python')) > 15
+
+
+@by_name
+def test_only_public_names_are_imported(file):
+    for _, code in blocks(file, 'python'):
+        for module, names in re.findall(r'^from (timm_sscl[\w.]*) import (.+)$', code, re.M):
+            assert module.count('.') <= 1 or module == 'timm_sscl.data.events', module
+            assert not any(name.strip().startswith('_') for name in names.split(','))
+
+
+# ---- commands
+
+def commands(file):
+    """Arguments of every train.py in the shell blocks, with what is a placeholder left as it is."""
+    for _, code in blocks(file, 'bash'):
+        for text in code.replace('\\\n', ' ').splitlines():
+            words = shlex.split(text, comments=True)
+            if 'train.py' in words:
+                yield words[words.index('train.py') + 1:]
+
+
+def test_the_commands_of_readme_and_manual_parse(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path('mine.yaml').write_text(''.join(code for _, code in blocks(ROOT / 'docs/pages/recipes.md', 'yaml')))
+    seen = list(itertools.chain.from_iterable(map(commands, TEXTS)))
+    page = blocks(ROOT / 'docs/pages/extending.md', 'python')
+    Path('my_loss.py').write_text(next(code for _, code in page if "@register_loss('logit_norm')" in code))
+    for words in seen:
+        factory._losses.pop('logit_norm', None)  # every command is a process of its own
+        parse_args(words)
+    assert len(seen) > 12
+
+
+OTHERS = {  # of launchers, pytest, pip and the benchmarks
+    '--multi_gpu', '--num_processes', '--nproc_per_node', '--cpu', '--mixed_precision', '--skip-meta', '--families',
+    '--strict'}
+
+
+def test_every_option_that_is_named_exists():
     parsers = create_parser(), ablation.create_parser()
     known = {option for parser in parsers for action in parser._actions for option in action.option_strings}
-    launchers = {'--multi_gpu', '--num_processes', '--nproc_per_node', '--cpu', '--mixed_precision'}
-    named = set(re.findall(r'--[a-z][a-z_-]+', README))
-    assert len(named) > 30 and named - launchers <= known
+    named = set().union(*(re.findall(r'(?<![\w-])--[a-z][a-z_-]*[a-z]', file.read_text()) for file in TEXTS))
+    assert len(named) > 60 and named - OTHERS <= known
 
 
-def test_every_refused_option_is_in_differences_or_its_family_is():
-    text = README.split('## Differences')[1]
-    families = {'train_': '--train-img-sizes', 'variable_': '--train-img-sizes', 'naflex': 'NaFlex',
-                'wandb': '--log-wandb', 'kd_': 'Feature and token distillation'}
+def test_every_option_of_ours_is_explained():
+    """What timm's script lacks stands on the page of options or of event data."""
+    ours = {group.title: group for group in create_parser()._action_groups}
+    text = ''.join((ROOT / 'docs' / 'pages' / f'{name}.md').read_text() for name in ('options', 'event-data'))
+    for title in ('Spiking neuron parameters', 'Teacher and distillation parameters', 'Event data parameters'):
+        for action in ours[title]._group_actions:
+            name = action.option_strings[0]
+            assert name in text or name in (ROOT / 'docs/pages/differences.md').read_text(), name
+
+
+def test_every_refused_option_is_among_the_differences():
+    text = (ROOT / 'docs' / 'pages' / 'differences.md').read_text()
+    assert UNSUPPORTED
     for name in UNSUPPORTED:
-        stated = '--' + name.replace('_', '-') in text
-        family = next((words for prefix, words in families.items() if name.startswith(prefix)), None)
-        assert stated or (family and family in text), name
+        assert re.search(rf'`--{name.replace("_", "-")}`', text), name
+
+
+# ---- links
+
+def slug(heading):
+    """Anchor of a heading, as GitHub and MkDocs make it."""
+    return re.sub(r'[\s]+', '-', re.sub(r'[^\w\s-]', '', heading.lower()).strip())
+
+
+def anchors(file):
+    text = re.sub(r'^```.*?^```', '', file.read_text(), flags=re.S | re.M)
+    return {slug(heading) for heading in re.findall(r'^#+ (.+)$', text, re.M)}
+
+
+@by_name
+def test_links_and_figures_exist(file):
+    text = re.sub(r'^```.*?^```', '', file.read_text(), flags=re.S | re.M)
+    for target in re.findall(r'\]\(([^)\s]+)\)', text):
+        if re.match(r'[a-z]+:', target):
+            continue
+        path, _, anchor = target.partition('#')
+        there = file.parent / path if path else file
+        assert there.is_file(), target
+        assert not anchor or anchor in anchors(there), target
+
+
+def test_every_page_is_in_the_navigation_and_reached_from_readme():
+    nav = (ROOT / 'docs' / 'mkdocs.yml').read_text().split('\nnav:')[1]
+    for page in PAGES:
+        assert f': {page.name}\n' in nav, page.name
+    readme = (ROOT / 'README.md').read_text()
+    assert {page.name for page in PAGES} - set(re.findall(r'docs/pages/([\w-]+\.md)', readme)) <= {'index.md'}
+
+
+# ---- the whole
+
+def test_readme_is_short():
+    assert len((ROOT / 'README.md').read_text().splitlines()) <= 150
+
+
+def test_every_public_name_is_in_the_reference():
+    text = (ROOT / 'docs' / 'pages' / 'api.md').read_text()
+    public = [name for name, value in vars(timm_sscl).items()
+              if not name.startswith('_') and getattr(value, '__module__', '').startswith('timm_sscl')]
+    assert len(public) > 15
+    assert not [name for name in public if f'::: timm_sscl.{name}\n' not in text]
+
+
+@pytest.mark.skipif(not (ROOT / 'timm_sscl' / 'training').is_dir(), reason='the pages describe the layout in rooms')
+@by_name
+def test_files_of_the_repository_that_are_named_exist(file):
+    for path in re.findall(r'`((?:timm_sscl|docs|benchmarks|tests)/[\w/.*-]*)`', file.read_text()):
+        assert list(ROOT.glob(path.rstrip('/'))), path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('example', sorted((ROOT / 'docs' / 'examples').glob('*.py')), ids=lambda file: file.stem)
+def test_examples_are_short_and_learn(example, tmp_path):
+    import os
+    import subprocess
+    assert len(example.read_text().splitlines()) < 60
+    environment = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1')
+    done = subprocess.run([sys.executable, str(example)], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    accuracies = [float(x) for x in re.findall(r'spiking.* (\d+\.\d) %', done.stdout)]
+    # 10 classes: an untrained network has 10 %, within 5 on 360 images; the last line is after training
+    assert accuracies and accuracies[-1] > 60
+    assert not list(tmp_path.iterdir())  # leaves nothing behind

@@ -1,7 +1,7 @@
 """Every option of timm's train.py stands in its group with its default, and changes here what it changes there.
 
 timm_options.py holds the names. `observes` makes the table from option to observable: a test that runs the part of
-train.py which the option is about, with and without it. What has none must stand in README's "Differences" by its name.
+train.py which the option is about, with and without it. What has none must stand by its name on the manual's page of differences.
 """
 import copy
 import csv
@@ -34,10 +34,10 @@ from timm_sscl.options import UNSUPPORTED, OptionError, create_parser, parse_arg
 from timm_sscl.random_state import seeded
 from timm_sscl.teacher_input import TeacherInput
 
-README = (Path(__file__).resolve().parent.parent / 'README.md').read_text()
-IN_DIFFERENCES = set(re.findall(r'--[a-z][a-z_-]*[a-z]', README.split('## Differences from')[1].split('\n## ')[0]))
+DIFFERENCES = (Path(__file__).resolve().parent.parent / 'docs' / 'pages' / 'differences.md').read_text()
+IN_DIFFERENCES = set(re.findall(r'--[a-z][a-z_-]*[a-z]', DIFFERENCES))
 ALL = {name: default for options in TIMM_OPTIONS.values() for name, default in options.items()}
-CHANGE_NOTHING = {'--no-prefetcher', '--local_rank'}  # accepted, and README says why
+CHANGE_NOTHING = {'--no-prefetcher', '--local_rank'}  # accepted, and the page says why
 OBSERVED = {}
 
 
@@ -57,7 +57,7 @@ def dest(option):
 
 # ---- the list
 
-def test_every_option_has_an_observable_or_a_reason_in_readme():
+def test_every_option_has_an_observable_or_a_reason_on_the_page():
     refused = {option for option in ALL if dest(option) in UNSUPPORTED}
     unexplained = set(ALL) - set(OBSERVED) - (IN_DIFFERENCES & (refused | CHANGE_NOTHING))
     assert not unexplained

@@ -1,17 +1,17 @@
 #!/usr/bin/env python3
-"""Write README's performance section from the JSON that the speed benchmarks left.
+"""Write the performance page's tables from the JSON that the speed benchmarks left.
 
     python benchmarks/neuron.py && python benchmarks/train_step.py && python benchmarks/loss.py && \
-        python benchmarks/scaling.py && python benchmarks/readme.py
+        python benchmarks/scaling.py && python benchmarks/performance.py
 """
 import json
-from pathlib import Path
 from typing import Any, Dict, List, Mapping, Sequence, Tuple
 
 from harness import RESULTS
+from pages import FIGURES, PAGES, write_section
 
-README = Path(__file__).resolve().parent.parent / 'README.md'
-BEGIN, END = '<!-- performance: written by benchmarks/readme.py -->', '<!-- end of performance -->'
+PAGE = PAGES / 'performance.md'
+BEGIN, END = '<!-- performance: written by benchmarks/performance.py -->', '<!-- end of performance -->'
 
 
 def runs(name: str) -> List[Dict[str, Any]]:
@@ -54,7 +54,8 @@ def neuron() -> List[str]:
     newest = runs('neuron')[0]
     rows = newest['tables']['ratios']
     cases = [key for key in rows[0] if key != 'neuron']
-    return ['Forward and backward of one layer, T = 4 on a batch of 32 maps of 64 x 32 x 32, memory kept between '
+    return ['## One neuron layer', '',
+            'Forward and backward of one layer, T = 4 on a batch of 32 maps of 64 x 32 x 32, memory kept between '
             'calls; ReLU on the same tensor is 1:', '',
             *markdown(rows, [('neuron', 'layer', ''), *((case, case, '.2f') for case in cases)]), '',
             f'`python benchmarks/neuron.py`.{agreement("neuron", "ratios", "neuron", cases[0])}']
@@ -63,7 +64,8 @@ def neuron() -> List[str]:
 def train_step() -> List[str]:
     newest = runs('train_step')[0]
     batch = newest['batch_size']
-    return [f'Training step of a ResNet-18, T = 4, 112 x 112: time on {batch} images, peak memory on {2 * batch}; the '
+    return ['## A training step', '',
+            f'Training step of a ResNet-18, T = 4, 112 x 112: time on {batch} images, peak memory on {2 * batch}; the '
             f'ANN sees four times as many images and is 1:', '',
             *markdown(newest['tables']['steps'], [
                 ('step', 'step', ''), ('time', 'time', '.2f'), ('memory', 'memory', '.2f'),
@@ -77,7 +79,8 @@ def train_step() -> List[str]:
 
 def loss() -> List[str]:
     newest = runs('loss')[0]
-    return [f'What the losses add to a step (ResNet-18, T = 4, batch {newest["batch_size"]}, {newest["size"]} x '
+    return ['## The losses', '',
+            f'What the losses add to a step (ResNet-18, T = 4, batch {newest["batch_size"]}, {newest["size"]} x '
             f'{newest["size"]}), in percent of the step with cross-entropy alone:', '',
             *markdown(newest['tables']['parts'], [
                 ('part', 'part', ''), ('percent_of_step', '% of the step', '.1f'), ('seconds', 's', '.3f')]), '',
@@ -86,27 +89,26 @@ def loss() -> List[str]:
 
 def scaling() -> List[str]:
     newest = runs('scaling')[0]
-    return ['Growth with T (batch 4, 112 x 112, channels_last), per further step beside the ANN\'s cost of as many '
+    return ['## Growth with T', '',
+            'Growth with T (batch 4, 112 x 112, channels_last), per further step beside the ANN\'s cost of as many '
             'further images:', '',
             *markdown(newest['tables']['growth'], [
                 ('what', 'slope', ''), ('per_step_of_T', 'per step of T', '.3g'),
                 ('off_the_line_percent', 'off the line, %', '.1f')]), '',
             '`python benchmarks/scaling.py`, which draws it over T, batch and resolution:', '',
-            '![Time and memory over T, batch and resolution](benchmarks/results/scaling.png)']
+            f'![Time and memory over T, batch and resolution]({FIGURES}/scaling.png)']
 
 
 def main() -> None:
     machine, threads = runs('neuron')[0]['machine'], runs('neuron')[0]['threads']
     versions = ', '.join(f'{k} {machine[k]}' for k in ('torch', 'timm', 'spikingjelly', 'snntorch') if machine[k])
-    lines = [BEGIN, f'Measured on {machine["cores"]} cores of {machine["cpu"]} ({threads} threads), '
-                    f'{machine["memory_gib"]} GiB, Python {machine["python"]}, {versions}; medians of interleaved '
-                    f'runs, as ratios.', '']
+    lines = [f'Measured on {machine["cores"]} cores of {machine["cpu"]} ({threads} threads), '
+             f'{machine["memory_gib"]} GiB, Python {machine["python"]}, {versions}; medians of interleaved '
+             f'runs, as ratios.', '']
     for section in (neuron, train_step, loss, scaling):
         lines += [*section(), '']
-    text = README.read_text()
-    before, rest = text.split(BEGIN)
-    README.write_text(before + '\n'.join([*lines, END]) + rest.split(END)[1])
-    print(f'{README}: performance section written')
+    write_section(PAGE, BEGIN, END, lines)
+    print(f'{PAGE}: tables written')
 
 
 if __name__ == '__main__':
