@@ -331,8 +331,8 @@ def test_eval_only_of_what_is_damaged_unreadable_or_in_use(images, tmp_path, mon
         run_here(['--eval-only', '--resume', 'out/run'], tmp_path, monkeypatch)
     assert len(list((tmp_path / 'out/run').glob('evaluation-*.json'))) == 1
     data = bytearray((tmp_path / 'out/run/last.pth.tar').read_bytes())
-    middle = len(data) // 2
-    data[middle:middle + 128] = bytes(b ^ 255 for b in data[middle:middle + 128])  # more than the padding between records
+    middle = len(data) // 2  # more bytes than the padding between records
+    data[middle:middle + 128] = bytes(b ^ 255 for b in data[middle:middle + 128])
     (tmp_path / 'damaged.pth.tar').write_bytes(data)
     code, line = fails([*IMAGES, '--eval-only', '--resume', 'damaged.pth.tar'], tmp_path, monkeypatch, capsys)
     assert code == 2 and "'damaged.pth.tar' is damaged" in line

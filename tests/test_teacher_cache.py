@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import timm
 import torch
@@ -41,6 +43,48 @@ def test_asks_once_for_a_sample_and_gives_the_same_again(tmp_path):
 def test_disk_without_room_is_an_error(tmp_path):
     with pytest.raises(StorageError, match='--teacher-cache needs .* GiB'):
         TeacherCache(tmp_path, 10 ** 13).open(teacher_says([0], [])())
+
+
+def other_teacher_says():
+    return torch.ones(1, 3), [torch.ones(1, 1, 2, 5)]  # features of another width
+
+
+def test_file_that_is_not_whole_or_of_another_run_is_refused(tmp_path):
+    taught = teacher_says([0], [])()
+    with pytest.raises(StorageError, match='is not the cache of this run'):
+        TeacherCache(tmp_path, 6, create=False).open(taught)  # none yet; it must not be made empty
+    assert not list(tmp_path.iterdir())
+    TeacherCache(tmp_path, 6).open(taught)
+    for samples, says in ((7, taught), (6, other_teacher_says())):
+        with pytest.raises(StorageError, match='is not the cache of this run'):
+            TeacherCache(tmp_path, samples, create=False).open(says)
+    TeacherCache(tmp_path, 6, create=False).open(taught)
+    file = tmp_path / TeacherCache.FILE
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(StorageError, match='is not the cache of this run'):
+        TeacherCache(tmp_path, 6, create=False).open(taught)
+    assert file.stat().st_size % 16  # nor mended
+
+
+@pytest.mark.skipif(not hasattr(os, 'posix_fallocate'), reason='reserves blocks')
+def test_a_disk_that_is_full_leaves_no_file(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, 'No space left on device')
+
+    TeacherCache(tmp_path, 6).open(teacher_says([0], [])())
+    monkeypatch.setattr('os.posix_fallocate', full)
+    with pytest.raises(StorageError, match='No space left'):
+        TeacherCache(tmp_path, 6).open(teacher_says([0], [])())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not hasattr(os, 'posix_fallocate'), reason='reserves blocks')
+def test_the_file_has_all_its_blocks_at_once(tmp_path, monkeypatch):
+    """Else a disk that fills up later kills the process (SIGBUS) where it writes to the map."""
+    reserve, reserved = os.posix_fallocate, []
+    monkeypatch.setattr('os.posix_fallocate', lambda f, *span: reserved.append(span) or reserve(f, *span))
+    TeacherCache(tmp_path, 50_000).open(teacher_says([0], [])())
+    assert reserved == [(0, (tmp_path / TeacherCache.FILE).stat().st_size)] and reserved[0][1] > 1_000_000
 
 
 def test_task_takes_what_the_teacher_said_before():
