@@ -122,7 +122,7 @@ def test_home_is_expanded_in_every_option_that_takes_a_path(tmp_path, monkeypatc
     (tmp_path / 'losses.py').write_text('')
     (tmp_path / 'mine.yaml').write_text('epochs: 7\n')
     (tmp_path / 'c.yaml').write_text('base: ~/mine.yaml\nclass_map: ~/m.txt\n')
-    given = {'--loss-file': 'losses.py', '--config': 'c.yaml', 'data': 'images', '--resume': 'run'}
+    given = {'--loss-file': 'losses.py', '--plugin': 'losses.py', '--config': 'c.yaml', 'data': 'images', '--resume': 'run'}
     paths = [a for a in create_parser()._actions if _takes_a_path(a)]
     assert {a.dest for a in paths} >= {
         'config', 'data', 'data_dir', 'class_map', 'output', 'resume', 'initial_checkpoint', 'pretrained_path',
@@ -133,7 +133,8 @@ def test_home_is_expanded_in_every_option_that_takes_a_path(tmp_path, monkeypatc
         argv = [*([] if option == 'data' else [option]), f'~/{name}']
         args, _ = parse_args([*argv, *([] if 'data' in action.dest else DATA)])
         dest = 'data_dir' if action.dest == 'data' else action.dest
-        assert getattr(args, dest) == str(tmp_path / name), option
+        value = getattr(args, dest)
+        assert (value[0] if isinstance(value, list) else value) == str(tmp_path / name), option
     assert parse_args([*DATA, '--output', '$HOME/~'])[0].output == '$HOME/~'
     args, _ = parse_args(['--config', '~/c.yaml', *DATA])
     assert args.class_map == str(tmp_path / 'm.txt') and args.epochs == 7  # those in a file too

@@ -17,6 +17,7 @@ from .errors import OptionError
 from .losses import create_loss, loss_needs
 from .losses.sscl import CRITICS, PROJECTIONS, WEIGHTINGS
 from .option_ranges import check_counts
+from .plugins import import_plugin
 from .similarity import CKA_SCOPES
 from .task import PRESETS, resolve_losses
 
@@ -205,6 +206,8 @@ def _add_distillation(parser: argparse.ArgumentParser) -> None:
                        help='losses by name instead of --distill, for example sscl=0.1,kd=1')
     group.add_argument('--loss-file', type=home_path, default=None, metavar='FILE',
                        help='Python file with your own @register_loss losses')
+    group.add_argument('--plugin', type=home_path, default=None, nargs='+', metavar='FILE|MODULE',
+                       help='Python files or modules with your own models (timm\'s @register_model) and losses')
     group.add_argument('--sscl-weight', type=float, default=0.1,
                        help='weight of the sscl or contrastive loss (1: the paper)')
     group.add_argument('--sscl-temperature', type=float, default=0.2, help='temperature of the critic')
@@ -219,7 +222,7 @@ def _add_distillation(parser: argparse.ArgumentParser) -> None:
                        help='further negatives: the teacher\'s last N rows, also over accumulated micro-batches')
     group.add_argument('--sscl-taps', default='4', metavar='N|NAMES',
                        help='how many of the last stages to compare (and the pooled feature), or their names: '
-                            'layer3,pooled')
+                            'layer3,pooled; names of modules, layer1.0.act1, are read by hooks')
     group.add_argument('--sscl-teacher-taps', default=None, metavar='NAMES', help='the teacher\'s, where they differ')
     group.add_argument('--sscl-cka-floor', type=float, default=0.1, help='CKA is not taken below this')
     group.add_argument('--sscl-cka-momentum', type=float, default=0.1,
@@ -596,8 +599,7 @@ def _check_events(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
 
 def _losses(args: argparse.Namespace) -> Tuple[Dict[str, float], Dict[str, Dict[str, Any]]]:
     """Weights and options of the losses that --distill or --loss ask for."""
-    if args.loss_file:
-        _import_file(args.loss_file)
+    _import_plugins(args)
     preset = args.distill or ('kd' if args.kd_model_name else 'sscl')
     args.distill = None if args.loss else preset
     weights = _parse_losses(args.loss) if args.loss else dict(PRESETS[preset])
@@ -653,9 +655,13 @@ def _parse_losses(text: str) -> Dict[str, float]:
     return weights
 
 
-def _import_file(path: str) -> None:
-    import importlib.util
-    if not Path(path).is_file():
-        raise OptionError(f"--loss-file: '{path}' does not exist.")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+def _import_plugins(args: argparse.Namespace) -> None:
+    """Import the user's own files; a run that is resumed elsewhere finds them by their full paths."""
+    if args.plugin is not None:
+        args.plugin = list(dict.fromkeys(os.path.abspath(p) if os.path.isfile(p) else p for p in args.plugin))
+    for option, sources in (('plugin', args.plugin or []), ('loss-file', [args.loss_file] if args.loss_file else [])):
+        for source in sources:
+            try:
+                import_plugin(source)
+            except FileNotFoundError as error:
+                raise OptionError(f'--{option}: {error}') from error

@@ -8,6 +8,7 @@ from typing import Any, Callable, Dict, Optional, Sequence, Tuple, Union
 import torch
 import torch.nn as nn
 
+import timm.models._registry as _registry
 from timm.models import list_models, load_state_dict, model_entrypoint, register_model
 from timm.models._hub import load_state_dict_from_hf, load_state_dict_from_path
 from timm.models._pretrained import DefaultCfg, PretrainedCfg
@@ -115,14 +116,49 @@ def _entrypoint(base: str) -> Callable[..., nn.Module]:
     return create
 
 
+class _Entrypoints(dict):
+    """timm's table of architectures; the spiking twin of one that is registered later is added at the next look-up."""
+    grown = False
+
+    def __setitem__(self, name: str, entrypoint: Callable[..., nn.Module]) -> None:
+        super().__setitem__(name, entrypoint)
+        self.grown = self.grown or not name.startswith(PREFIX)
+
+    def _add_twins(self) -> None:
+        if self.grown:
+            register_spiking_models()
+
+    def __contains__(self, name: object) -> bool:
+        if not super().__contains__(name):
+            self._add_twins()
+        return super().__contains__(name)
+
+    def __missing__(self, name: str) -> Callable[..., nn.Module]:
+        self._add_twins()
+        if name not in self:
+            raise KeyError(name)
+        return self[name]
+
+    def keys(self):
+        self._add_twins()
+        return super().keys()
+
+
+def _watch_timms_registry() -> None:
+    if not isinstance(_registry._model_entrypoints, _Entrypoints):
+        _registry._model_entrypoints = _Entrypoints(_registry._model_entrypoints)
+
+
 def register_spiking_models() -> int:
     """Register `spiking_<name>` for every architecture that timm knows and that has none yet.
 
-    Runs at import; call it again after registering models of your own.
+    Runs at import, and by itself when a name is looked up after models were registered.
 
     Returns:
         Number of names added.
     """
+    if isinstance(_registry._model_entrypoints, _Entrypoints):
+        _registry._model_entrypoints.grown = False
     names = [n for n in list_models() if not n.startswith(PREFIX) and not is_model(PREFIX + n)]
     module = sys.modules[__name__]
     for base in names:
@@ -136,3 +172,4 @@ def register_spiking_models() -> int:
 
 
 register_spiking_models()
+_watch_timms_registry()

@@ -64,7 +64,7 @@ def stage_indices(model: nn.Module, num_stages: int = 4) -> List[int]:
     info = getattr(info, 'info', info)
     if not info or not hasattr(model, 'forward_intermediates'):
         raise ValueError(f'{type(model).__name__} has no feature_info and forward_intermediates to find its stages by; '
-                         f'name the modules to tap (taps=[...]).')
+                         f'name the modules to tap (taps=[...], --sscl-taps), for example {", ".join(_examples(model))}.')
     reductions = [entry['reduction'] for entry in info]
     if len(set(reductions)) == 1:
         n = len(reductions)
@@ -80,14 +80,23 @@ def match_by_depth(n: int, k: int) -> Tuple[List[int], List[int]]:
     return student, teacher
 
 
+def known_stages(model: nn.Module) -> Dict[str, int]:
+    """Names of a timm model's stages, as in its feature_info, and their indices for forward_intermediates."""
+    try:
+        indices = range(stage_indices(model)[-1] + 1)
+    except ValueError:
+        return {}
+    return {name: i for i, name in zip(indices, stage_names(model, indices))}
+
+
 def _named_indices(model: nn.Module, names: Sequence[str]) -> List[int]:
-    """Indices for forward_intermediates of stages by their names in feature_info, in the order of the stages."""
-    known = stage_names(model, range(stage_indices(model)[-1] + 1))
+    """Indices for forward_intermediates of stages by their names in feature_info, in the order of the names."""
+    known = known_stages(model)
     for name in names:
         if name != POOLED and name not in known:
             raise ValueError(f"tap '{name}' is no stage of {type(model).__name__}; it has {', '.join(known)} "
                              f'and {POOLED}.')
-    return [i for i, name in enumerate(known) if name in names]
+    return [known[name] for name in names if name != POOLED]
 
 
 def stage_names(model: nn.Module, indices: Sequence[int]) -> List[str]:
@@ -257,7 +266,11 @@ def find_taps(model: nn.Module, num_stages: int = 4, input_size: Optional[Sequen
     Raises:
         ValueError: The model has no stages to find, or no module returns a feature.
     """
-    indices = stage_indices(model, num_stages)
+    return _find(model, stage_indices(model, num_stages), input_size)
+
+
+def _find(model: nn.Module, indices: Sequence[int], input_size: Optional[Sequence[int]]) -> List[Tap]:
+    """Taps on stages, in their order, and the pooled feature."""
     names = stage_names(model, indices) + [POOLED]
 
     def run(x: torch.Tensor) -> List[Optional[Tap]]:
@@ -354,9 +367,9 @@ def _best(found: List[Tap], name: str) -> Tap:
 
 
 def named_taps(model: nn.Module, names: Sequence[str], input_size: Optional[Sequence[int]] = None) -> List[Tap]:
-    """Taps on modules by name, in any nn.Module; 'pooled' is the pooled feature of a timm model.
+    """Taps by name: modules of any nn.Module, stages of a timm model as in its feature_info, 'pooled' its pooled feature.
 
-    A container (nn.Sequential) is tapped at its last block. Where a feature has its channels is followed from the layers
+    A stage is what forward_intermediates returns for it. A container (nn.Sequential) is tapped at its last block. Where a feature has its channels is followed from the layers
     that made it: (B, C, L) behind a Conv1d, (B, N, C) or (B, H, W, C) behind a linear map. Where they made nothing,
     (B, N, C) are tokens and (B, C, ...) all else.
 
@@ -364,13 +377,14 @@ def named_taps(model: nn.Module, names: Sequence[str], input_size: Optional[Sequ
         ValueError: A module does not exist, does not run, or returns no tensor.
     """
     modules = dict(model.named_modules())
+    stages = known_stages(model)
     paths = {}
     for name in names:
-        if name == POOLED and name not in modules:
+        if name in stages or name == POOLED and name not in modules:
             continue
         if not name or name not in modules:
             raise ValueError(f"tap '{name}' is no module of {type(model).__name__}; it has for example "
-                             f"{', '.join(_examples(model))}.")
+                             f"{', '.join([*stages, *_examples(model)][:8])}.")
         path = name
         while isinstance(modules[path], nn.Sequential) and len(modules[path]):
             path = f'{path}.{list(modules[path]._modules)[-1]}'
@@ -384,12 +398,15 @@ def named_taps(model: nn.Module, names: Sequence[str], input_size: Optional[Sequ
                 seen.setdefault(call.module, (call.out, axis))
         return seen
 
-    seen = run_probe(model, input_size, run)
-    pooled = find_taps(model, 1, input_size)[-1] if POOLED in names and POOLED not in paths else None
+    seen = run_probe(model, input_size, run) if paths else {}
+    found = {}
+    if any(name not in paths for name in names):
+        indices = sorted({stages[name] for name in names if name in stages})
+        found = {tap.name: tap for tap in _find(model, indices or stage_indices(model, 1), input_size)}
     taps = []
     for name in names:
         if name not in paths:
-            taps.append(pooled)
+            taps.append(found[name])
             continue
         out, axis = seen.get(paths[name], (None, None))
         if not isinstance(out, torch.Tensor) or out.ndim < 2:
@@ -450,15 +467,19 @@ class FeatureReader:
                 raise ValueError(f'taps={taps}: at least one stage must be tapped.')
             self.indices = stage_indices(model, taps)
             self.pooled = True
+            self.names = stage_names(model, self.indices) + [POOLED]
         else:
-            self.indices = _named_indices(model, taps)
-            self.pooled = POOLED in taps
+            self.names = [taps] if isinstance(taps, str) else list(taps)
+            self.indices = sorted(set(_named_indices(model, self.names)))
+            self.pooled = POOLED in self.names
+        read = stage_names(model, self.indices) + [POOLED] * self.pooled
+        self.order = [read.index(name) for name in self.names]  # of what is read: names may come in any, or twice
 
         def run(x: torch.Tensor) -> List[Tuple[int, ...]]:
             _, stages, pooled = _references(model, self.indices, x)
-            return [tuple(f.shape) for f in stages] + [tuple(pooled.shape)] * self.pooled
+            shapes = [tuple(f.shape) for f in stages] + [tuple(pooled.shape)] * self.pooled
+            return [shapes[i] for i in self.order]
 
-        self.names = stage_names(model, self.indices) + [POOLED] * self.pooled
         self.shapes = run_probe(model, input_size, run)  # (T, C, ...) of the one image's features
 
     @property
@@ -471,6 +492,7 @@ class FeatureReader:
         kept = [*stages, *range(len(self.indices), len(self.names))]
         self.indices = [self.indices[i] for i in stages]
         self.names, self.shapes = [self.names[i] for i in kept], [self.shapes[i] for i in kept]
+        self.order = list(range(len(kept)))
 
     def __call__(self, model: nn.Module, x: torch.Tensor) -> Tuple[torch.Tensor, List[torch.Tensor]]:
         """One forward.
@@ -481,6 +503,7 @@ class FeatureReader:
         per_step = _per_step(model)
         final, stages = _stages(model, self.indices, x)
         features = stages + [model.forward_head(final, pre_logits=True, **per_step)] * self.pooled
+        features = [features[i] for i in self.order]
         logits = model.forward_head(final, **per_step)
         return (logits, features) if per_step else (logits.unsqueeze(0), [f.unsqueeze(0) for f in features])
 

@@ -16,7 +16,8 @@ from .frames_ann import fold_frames, takes_frames_folded
 from .losses import TrainStep, create_loss, loss_is_global, loss_needs
 from .neurons.rates import RateRecorder
 from .sharing import check_nothing_shared
-from .taps import FeatureReader, match_by_depth
+from .tap_reader import Reader, create_reader
+from .taps import match_by_depth
 from .teacher_input import TeacherInput
 
 __all__ = ['SSCLTask', 'PRESETS', 'resolve_losses']
@@ -56,7 +57,7 @@ class SSCLTrainableModule(nn.Module):
             self,
             student: nn.Module,
             losses: Mapping[str, nn.Module],
-            reader: Optional[FeatureReader],
+            reader: Optional[Reader],
             rate_recorder: Optional[RateRecorder] = None,
     ):
         super().__init__()
@@ -95,7 +96,7 @@ class SSCLTrainableModule(nn.Module):
 
 def _read(
         model: nn.Module,
-        reader: Optional[FeatureReader],
+        reader: Optional[Reader],
         input: torch.Tensor,
 ) -> Tuple[torch.Tensor, Optional[List[torch.Tensor]]]:
     """Logits per step (T, B, K), and the features where there is a reader for them.
@@ -134,8 +135,8 @@ class SSCLTask(TrainingTask):
         criterion: Classification loss; by default made by timm from criterion_kwargs.
         criterion_kwargs: For timm's create_classification_loss.
         task_loss_weight: Weight of the classification loss.
-        taps: How many of the last stages to tap, besides the pooled feature; or the names of the student's stages (as
-            in its feature_info) and 'pooled'.
+        taps: How many of the last stages to tap, besides the pooled feature; or names as SSCLLoss takes them: of the
+            student's stages (as in its feature_info), 'pooled', and of modules, which are read by hooks.
         teacher_taps: The same for the teacher, in pairs with the student's; by default what taps says.
         input_size: (C, H, W) of the training images, for the probe of the feature shapes.
         renormalize: (student mean, student std, teacher mean, teacher std) where the teacher was trained on images
@@ -182,9 +183,12 @@ class SSCLTask(TrainingTask):
 
         reader = self.teacher_reader = None
         if any(n['features'] for n in needs):
-            reader = FeatureReader(student, taps, input_size)
             teacher_taps = taps if teacher_taps is None else teacher_taps
-            self.teacher_reader = FeatureReader(teacher, teacher_taps, _teacher_shape(input_size, teacher_size))
+            if isinstance(taps, int) != isinstance(teacher_taps, int):
+                raise ValueError(f'taps={taps} and teacher_taps={teacher_taps}: give numbers of stages, or names, of '
+                                 f'both.')
+            reader = create_reader(student, taps, input_size)
+            self.teacher_reader = create_reader(teacher, teacher_taps, _teacher_shape(input_size, teacher_size))
             _match(reader, self.teacher_reader, cut=isinstance(taps, int))
         self.global_losses = {name for name in self.weights if loss_is_global(name)}
         rate_recorder = RateRecorder(student) if any(n['firing_rates'] for n in needs) else None
@@ -317,7 +321,7 @@ def _teacher_shape(
     return input_size if teacher_size is None or input_size is None else (input_size[0], *teacher_size)
 
 
-def _match(student: FeatureReader, teacher: FeatureReader, cut: bool) -> None:
+def _match(student: Reader, teacher: Reader, cut: bool) -> None:
     """Pair the taps of both models: the stages by their relative depth, or, by name, one to one."""
     if cut:
         for reader, kept in zip((student, teacher), match_by_depth(len(student.indices), len(teacher.indices))):
@@ -330,8 +334,8 @@ def _match(student: FeatureReader, teacher: FeatureReader, cut: bool) -> None:
 def _create(
         name: str,
         options: Mapping[str, Any],
-        student: Optional[FeatureReader],
-        teacher: Optional[FeatureReader],
+        student: Optional[Reader],
+        teacher: Optional[Reader],
 ) -> nn.Module:
     needs = loss_needs(name)
     taps = {}

@@ -93,7 +93,7 @@ class SSCLCriterion(nn.Module):
             raise ValueError(f'dim={dim}: the projections need at least one dimension.')
         if queue_size != int(queue_size) or queue_size < 0:
             raise ValueError(f'queue_size={queue_size}: must be a whole number of rows, 0 for no queue.')
-        self.names = list(names)
+        self.names = _unique(names)
         self.temperature = temperature
         self.critic = critic
         self.weighting = weighting
@@ -235,6 +235,16 @@ class SSCLCriterion(nn.Module):
                 undefined = 'is undefined: a side is the same for all images (a silent tap?)'
                 what = undefined if value != value else f'is {value:.3g}'
                 _logger.warning(f"CKA of '{name}' {what}; taken as the floor, {self.cka_floor}.")
+
+
+def _unique(names: Sequence[str]) -> List[str]:
+    """Names of layers that are compared twice are numbered: statistics are kept by them."""
+    seen: Dict[str, int] = {}
+    unique = []
+    for name in names:
+        seen[name] = seen.get(name, 0) + 1
+        unique.append(name if seen[name] == 1 else f'{name} ({seen[name]})')
+    return unique
 
 
 def _known_cka(stats: Dict[str, torch.Tensor]) -> torch.Tensor:
