@@ -12,5 +12,6 @@ from .sscl import SSCLLoss
 from .stem import share_stem
 from .stem_pool import set_stem_pool
 from .task import SSCLTask
+from . import tracing as _tracing  # tells timm which parts torch.fx takes as one node
 
 __version__ = '0.1.0'

@@ -5,6 +5,7 @@ import textwrap
 from functools import lru_cache
 from typing import Dict, FrozenSet, List, Optional, Type
 
+import torch.fx
 import torch.nn as nn
 from torch.overrides import TorchFunctionMode
 
@@ -20,6 +21,9 @@ ACTIVATION_FUNCTIONS = {
     'celu', 'celu_', 'gelu', 'silu', 'mish', 'hardswish', 'hardtanh', 'hardtanh_', 'tanh', 'tanh_', 'softplus',
     'softsign',
 }
+torch.fx.wrap('dropout_over_time')  # one node of a graph
+torch.fx.wrap('rand_over_time')
+
 _NOISE_FUNCTIONS = {'dropout', 'dropout_', 'rand'}
 
 

@@ -8,9 +8,10 @@ import logging
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
-from typing import Any, Callable, Dict, FrozenSet, Iterator, List, Optional, Tuple, Type
+from typing import Any, Callable, Dict, FrozenSet, Iterator, List, Optional, Sequence, Tuple, Type
 
 import torch
+import torch.fx
 import torch.nn as nn
 from torch.utils._pytree import tree_map
 
@@ -19,6 +20,7 @@ from .functional import NEURON_NAME, FunctionsOverTime
 from .neurons import LIF
 from .neurons.folding import enter_fold, folding_model, leave_fold
 from .neurons.lif import check_neuron
+from .notrace import functions_as_nodes
 from .stem_pool import check_stem_pool, set_stem_pool
 from .stochastic import OverTime
 from .tdbn import check_norm, set_norm
@@ -100,6 +102,21 @@ def encode_input(x: Any, timesteps: int, stem: Optional[str] = None) -> torch.Te
     return torch.cat([x] * timesteps)  # cat keeps channels_last, expand and reshape would not
 
 
+def fold_traced_input(x: Any, timesteps: int, stem: Optional[str], args: Sequence[Any], kwargs: Dict[str, Any]) -> Any:
+    """`encode_input` as one node of a torch.fx graph; `neurons.folding` looks for it.
+
+    Raises:
+        TypeError: The graph is called with further arguments, which it was not traced for.
+    """
+    if args or kwargs:
+        raise TypeError(f'a traced spiking model takes images and per_step, and no further arguments; got {len(args)} '
+                        f'more and {", ".join(kwargs) or "none"} by name.')
+    return encode_input(x, timesteps, stem)
+
+
+fold_traced_input.folds_time = True
+
+
 def decode(out: Any, timesteps: int, per_step: bool = False) -> Any:
     """(T * B, ...) -> (B, ...), the mean over time, or (T, B, ...) per step; lists, tuples and dicts entry by entry."""
     if isinstance(out, torch.Tensor):
@@ -177,6 +194,11 @@ class SpikingModule:
         """
         if self._is_folded():
             return super().forward(*_given(x, args), **kwargs)
+        if isinstance(x, torch.fx.Proxy):  # args and kwargs are, too
+            folded = fold_traced_input(x, self.timesteps, self.settings.stem, args, kwargs)
+            with functions_as_nodes(type(self), x.tracer):
+                out = self._call_folded(super().forward, folded)
+            return decode(out, self.timesteps, per_step)
         args, kwargs = self._fold_arguments(x, args, kwargs)
         out = self._call_folded(super().forward, *args, **kwargs)
         return decode(out, self.timesteps, per_step)

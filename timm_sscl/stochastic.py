@@ -127,6 +127,9 @@ _OVER_TIME: Dict[Type[nn.Module], Type[nn.Module]] = {
 }
 
 
+OVER_TIME_MODULES = tuple(_OVER_TIME.values())
+
+
 def why_no_shared_mask(module: nn.Module) -> Optional[str]:
     """Why a module's noise cannot be repeated over the time steps; None where it can, or there is none."""
     if isinstance(module, (nn.AlphaDropout, nn.FeatureAlphaDropout)) and module.p > 0:

@@ -178,7 +178,7 @@ class LIF(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.part_of_model:
-            require_fold('a spiking neuron')
+            require_fold('a spiking neuron', self.timesteps)
         if self.encodes:
             x_t = x.expand(self.timesteps, *x.shape)
         elif x.ndim == 0 or x.shape[0] % self.timesteps:
