@@ -6,6 +6,7 @@ from .convert import convert_to_spiking
 from .fold import fold_gains
 from .losses import create_loss, list_losses, nce_loss, register_loss
 from .neurons import LIF, lif
+from .report import record_spikes
 from .representation import representation_bits
 from .similarity import cka, hsic
 from .sscl import SSCLLoss

@@ -2,3 +2,4 @@ from .conversion import SpikingReport
 from .energy import Energy, estimate_energy
 from .firing import FiringRates
 from .macs import MacShares, count_macs
+from .spikes import SpikeRecord, record_spikes

@@ -1,5 +1,5 @@
 """Firing rate of every neuron layer, and entropy of its spikes, measured while a model runs."""
-from typing import Dict
+from typing import Dict, List, Optional
 
 import torch
 import torch.distributed as dist
@@ -24,14 +24,15 @@ class FiringRates:
         with FiringRates(model) as rates:
             model(images)
         rates.per_layer()  # {'act1': 0.21, ...}
+        rates.per_step()  # {'act1': [0.10, 0.24, 0.25, 0.25], ...}
         ```
     """
 
     def __init__(self, model: nn.Module, per_neuron: bool = False):
         self.model = model
         self.per_neuron = per_neuron
-        self._spikes: Dict[str, torch.Tensor] = {}
-        self._elements: Dict[str, int] = {}
+        self._spikes: Dict[str, torch.Tensor] = {}  # (T,), spikes of every step
+        self._elements: Dict[str, torch.Tensor] = {}  # (T,), neurons times images of every step
         self._neurons: Dict[str, torch.Tensor] = {}  # spikes of every neuron
         self._handles = []
 
@@ -52,28 +53,33 @@ class FiringRates:
             spikes = spikes.detach() if module.scale is None else spikes.detach() != 0
             dtype = torch.float64 if spikes.device.type != 'mps' else torch.float32
             if self.per_neuron:
-                neurons = spikes.sum(0, dtype=dtype)
-                self._neurons[name] = self._neurons.get(name, 0) + neurons
-                total = neurons.sum()
-            else:
-                total = spikes.sum(dtype=dtype)
-            self._spikes[name] = self._spikes.get(name, 0) + total
-            self._elements[name] = self._elements.get(name, 0) + spikes.numel()
+                self._neurons[name] = self._neurons.get(name, 0) + spikes.sum(0, dtype=dtype)
+            steps = spikes.reshape(module.timesteps, -1)
+            self._spikes[name] = _add(self._spikes.get(name), steps.sum(1, dtype=dtype))
+            self._elements[name] = _add(self._elements.get(name), torch.full(
+                (module.timesteps,), steps.shape[1], dtype=torch.int64))
         return hook
 
     def sum_over_processes(self) -> 'FiringRates':
         """Add up what all processes counted; called by all of them."""
         if world_size() > 1:
             for name, count in self._spikes.items():
-                elements = count.new_tensor(self._elements[name])
+                elements = self._elements[name].to(count)
                 for total in (count, elements, *([self._neurons[name]] if self.per_neuron else [])):
                     dist.all_reduce(total)
-                self._elements[name] = int(elements)
+                self._elements[name] = elements.round().long().cpu()
         return self
 
     def per_layer(self) -> Dict[str, float]:
         """Spikes per neuron and time step of every layer that ran, in the order of their first call."""
-        return {name: float(count) / self._elements[name] for name, count in self._spikes.items()}
+        return {name: float(count.sum()) / int(self._elements[name].sum()) for name, count in self._spikes.items()}
+
+    def per_step(self) -> Dict[str, List[float]]:
+        """Spikes per neuron at every time step, T of them for every layer that ran.
+
+        Where T changed between the forwards, a step's rate is over those that had it.
+        """
+        return {name: (count.cpu() / self._elements[name]).tolist() for name, count in self._spikes.items()}
 
     def entropy(self) -> Dict[str, float]:
         """Mean entropy H(p) of every layer's neurons in bits per step, p each neuron's own firing rate; 1 at most.
@@ -83,5 +89,13 @@ class FiringRates:
         """
         if not self.per_neuron:
             raise RuntimeError('the entropy needs FiringRates(model, per_neuron=True).')
-        return {name: float(spike_entropy(count * count.numel() / self._elements[name]).mean())
+        return {name: float(spike_entropy(count * count.numel() / int(self._elements[name].sum())).mean())
                 for name, count in self._neurons.items()}
+
+
+def _add(total: Optional[torch.Tensor], counts: torch.Tensor) -> torch.Tensor:
+    """Sum of two counts per step, the shorter one 0 at the steps that it lacks."""
+    if total is None or len(total) == len(counts):
+        return counts if total is None else total + counts
+    steps = max(len(total), len(counts))
+    return sum(torch.nn.functional.pad(x, (0, steps - len(x))) for x in (total, counts))

@@ -1,0 +1,139 @@
+"""All spikes of a forward, as bits."""
+from math import prod
+from typing import Dict, List, NamedTuple, Tuple
+
+import torch
+import torch.nn as nn
+
+from timm_sscl.neurons import LIF
+
+__all__ = ['record_spikes', 'SpikeRecord']
+
+
+class _Call(NamedTuple):
+    """Spikes of one call of a neuron layer."""
+    bits: torch.Tensor  # (T, ceil(n / 8)) uint8, the first of eight spikes in the lowest bit
+    shape: Tuple[int, ...]  # (T, B, ...)
+
+
+class SpikeRecord:
+    """Spikes of every neuron layer and time step, eight in a byte: what `record_spikes` returns.
+
+    A layer that runs several times, in one forward or in several, has several calls.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._neurons = {name: module for name, module in model.named_modules() if isinstance(module, LIF)}
+        if not self._neurons:
+            raise ValueError(f'{type(model).__name__} has no spiking neurons to record; convert_to_spiking(model) '
+                             f'makes it spike.')
+        compiled = [name for name, module in model.named_modules()
+                    if hasattr(module, '_orig_mod') or module._compiled_call_impl is not None]
+        if compiled:
+            raise ValueError(f'{compiled[0] or type(model).__name__} is compiled, and torch.compile ignores hooks '
+                             f'added after it; record the spikes of the model that is not.')
+        self._calls: Dict[str, List[_Call]] = {}
+        self._handles = []
+
+    def __enter__(self) -> 'SpikeRecord':
+        for name, lif in self._neurons.items():
+            self._handles.append(lif.register_forward_hook(
+                lambda lif, args, out, name=name: self._add(name, lif, out.detach())))
+        return self
+
+    def __exit__(self, *exc) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    @torch.no_grad()
+    def _add(self, name: str, lif: LIF, out: torch.Tensor) -> None:
+        if torch._C._current_graph_task_id() != -1:  # gradient checkpointing runs it a second time
+            return
+        fired = out != 0
+        one = torch.ones((), dtype=out.dtype, device=out.device) if lif.scale is None else lif.scale.to(out.dtype)
+        if not ((out == one) | ~fired).all() or not one.all():
+            raise ValueError(f'{name}: its output is not binary (0 or 1, times its scale), so that a bit per neuron '
+                             f'and step does not hold it; does a hook change it, or is a scale 0?')
+        shape = lif.timesteps, len(out) // lif.timesteps, *out.shape[1:]
+        self._calls.setdefault(name, []).append(_Call(_pack(fired.reshape(lif.timesteps, -1)), shape))
+
+    @property
+    def layers(self) -> List[str]:
+        """Names of the layers that ran, in the order of their first calls."""
+        return list(self._calls)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the record in bytes."""
+        return sum(call.bits.nbytes for calls in self._calls.values() for call in calls)
+
+    def num_calls(self, layer: str) -> int:
+        """How often a layer ran."""
+        return len(self._of(layer))
+
+    def packed(self, layer: str, call: int = 0) -> torch.Tensor:
+        """Bits of one call, (T, ceil(n / 8)) uint8, n = B * C * ... neurons: spike i of a step is bit i % 8 of byte
+        i // 8."""
+        return self._of(layer)[call].bits
+
+    def spikes(self, layer: str, call: int = 0) -> torch.Tensor:
+        """Spikes of one call, (T, B, ...) bool.
+
+        Args:
+            layer: Name of the neuron layer.
+            call: Which of its calls, in their order.
+
+        Raises:
+            KeyError: The layer did not run, or there is none of this name.
+        """
+        bits, shape = self._of(layer)[call]
+        return _unpack(bits, prod(shape[1:])).view(shape)
+
+    def __getitem__(self, layer: str) -> torch.Tensor:
+        """Spikes of a layer that ran once, (T, B, ...) bool."""
+        if self.num_calls(layer) > 1:
+            raise KeyError(f'{layer} ran {self.num_calls(layer)} times; spikes({layer!r}, call=i) tells which is meant.')
+        return self.spikes(layer)
+
+    def _of(self, layer: str) -> List[_Call]:
+        if layer not in self._calls:
+            raise KeyError(f'{layer} did not run; recorded are {", ".join(self._calls) or "no layers"}.')
+        return self._calls[layer]
+
+
+def _pack(fired: torch.Tensor) -> torch.Tensor:
+    """(T, n) bool -> (T, ceil(n / 8)) uint8."""
+    rows = nn.functional.pad(fired.view(torch.uint8), (0, -fired.shape[1] % 8)).unflatten(1, (-1, 8))
+    bits = rows[..., 0].clone()
+    for i in range(1, 8):
+        bits |= rows[..., i] << i
+    return bits
+
+
+def _unpack(bits: torch.Tensor, n: int) -> torch.Tensor:
+    """(T, ceil(n / 8)) uint8 -> (T, n) bool."""
+    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return ((bits.unsqueeze(-1) >> places) & 1).flatten(1)[:, :n].bool()
+
+
+def record_spikes(model: nn.Module) -> SpikeRecord:
+    """Context manager that records every spike of the forwards inside it, one bit each.
+
+    Args:
+        model: Spiking model, not compiled.
+
+    Returns:
+        SpikeRecord, to be entered; it can be read inside and afterwards.
+
+    Raises:
+        ValueError: The model has no neurons or is compiled; or, in the forward, a layer's output is not binary.
+
+    Examples:
+        ```python
+        with record_spikes(model) as record, torch.no_grad():
+            model(images)
+        record['layer1.0.act1'][0]  # spikes of the first step, (B, C, H, W) bool
+        ```
+    """
+    return SpikeRecord(model)
