@@ -60,6 +60,7 @@ from timm_sscl.data import CIFAR_POLICY, augment_cifar, create_dataset
 from timm_sscl.data.checks import (
     check_apart, check_channels, check_classes, check_copies, check_labels, check_metadata, check_seen)
 from timm_sscl.data.folders import class_to_idx_of
+from timm_sscl.data.manifest import DATA_FILE, check_data, describe_data
 from timm_sscl.data.events import EventAugment, FrameSettings, create_event_loader, is_event_dataset
 from timm_sscl.data.posterize import allow_posterize_to_black
 from timm_sscl.data.samples import FailedTransform, Samples, UnreadableSample, WrongLabel
@@ -583,6 +584,9 @@ def resolve_num_classes(args: Namespace, dataset: Any) -> int:
         raise OptionError('--num-classes: the data set does not tell its number of classes; give it.')
     if args.num_classes is not None and classes and len(classes) > args.num_classes:
         raise OptionError(f'--num-classes {args.num_classes}: the data set has {len(classes)} classes.')
+    if args.num_classes is not None and classes and len(classes) < args.num_classes:
+        _logger.warning(f'--num-classes {args.num_classes}: the data set has {len(classes)} classes, labelled 0 to '
+                        f'{len(classes) - 1} in its own order; --class-map gives them other labels.')
     return args.num_classes if args.num_classes is not None else len(classes)
 
 
@@ -1423,6 +1427,7 @@ def prepare(args: Namespace, accelerator: Accelerator, stop: StopRequest, held: 
     data_config = args.data_config = resolve_input(args, student)
     if is_event_dataset(args.dataset):  # a teacher depends on these as well
         data_config['events'] = {name: getattr(args, name) for name in EVENT_SETTINGS}
+    described = {split: describe_data(dataset) for split, dataset in zip(('training', 'validation'), datasets)}
     datasets = guard_samples(args, datasets, data_config, num_classes)
     teacher, teacher_input = None, TeacherInput()
     if _needs_teacher(args):
@@ -1441,6 +1446,7 @@ def prepare(args: Namespace, accelerator: Accelerator, stop: StopRequest, held: 
         check_teacher(args, teacher, num_classes, root)
     if resume:
         _logger.info(f'Goes on from {resume}.')
+        check_data(Path(resume).parent / DATA_FILE, **described)
         restore(task, resume)
     if accelerator.is_main_process:
         _warn_warmup(args, 'student', args.epochs)
@@ -1451,6 +1457,7 @@ def prepare(args: Namespace, accelerator: Accelerator, stop: StopRequest, held: 
     job.report = prepare_neurons(args, accelerator, student, loaders.train, bool(resume))
     if accelerator.is_main_process:
         write_text(folder / ARGS_FILE, _arguments(args))
+        write_text(folder / DATA_FILE, json.dumps(described, indent=2) + '\n')
     if args.report_to:
         accelerator.project_configuration.logging_dir = str(folder)
         accelerator.init_trackers('timm_sscl', {k: v if isinstance(v, (int, float, str)) else str(v)
@@ -1496,12 +1503,15 @@ def evaluate_only(args: Namespace, accelerator: Accelerator, stop: StopRequest) 
     """--eval-only: accuracy, firing rates, entropy and energy of a checkpoint, at its own T or at others."""
     with one_line_errors():
         datasets = create_datasets(args)
+        described = describe_data(datasets[1])
         num_classes = resolve_num_classes(args, datasets[1])
         student = create_student(args, num_classes)
         data_config = resolve_input(args, student)
         datasets = guard_samples(args, datasets, data_config, num_classes)
         session = Session(args, accelerator, partial(create_loaders, args, datasets, data_config, num_classes), stop)
         folder, weights = _weights_to_evaluate(args)
+        if args.resume:
+            check_data(folder / DATA_FILE, validation=described)
         if args.eval_timesteps and not isinstance(student, SpikingModule):
             raise OptionError(f"--eval-timesteps: '{args.model}' does not spike and has no time steps.")
     student.to(accelerator.device)

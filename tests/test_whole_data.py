@@ -1,17 +1,20 @@
 """Data sets that are not whole, or not what they seem: cut off conversions, missing classes, copies in both splits."""
+import json
 import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from test_bad_data import fails
+from test_bad_data import IMAGES, fails
 from test_events_datasets import write_classes
-from test_train import write_images
+from test_train import run_here, write_images
 
 import train
+from timm_sscl.data import DigitsDataset, create_dataset
 from timm_sscl.data.checks import check_copies, check_seen
 from timm_sscl.data.copies import find_copies
-from timm_sscl.data.events import EventFolder, FrameSettings, read_aedat, to_frames
+from timm_sscl.data.events import EventDigits, EventFolder, FrameSettings, read_aedat, to_frames
+from timm_sscl.data.manifest import describe_data
 from timm_sscl.options import parse_args
 
 FRAMES = 'frames_number_10_split_by_number'
@@ -162,3 +165,46 @@ def test_recordings_that_both_parts_have_are_said(tmp_path, caplog):
     shutil.copy(tmp_path / 'bird/cifar10_bird_1.aedat', tmp_path / 'bird/cifar10_bird_9.aedat')
     check_copies(*(EventFolder(str(tmp_path), training, 'last2') for training in (True, False)))
     assert '1 of 4 validation files' in caplog.text and 'cifar10_bird_9' in caplog.text
+
+
+# ---- the data that a run was started on
+
+def test_a_run_is_not_continued_or_evaluated_on_other_classes(tmp_path, monkeypatch, capsys, caplog):
+    """With --num-classes, three of four folders would be numbered anew, and all labels after the gap be wrong."""
+    root = write_images(tmp_path / 'images', classes=4, per_class=4)
+    run_here([*IMAGES, '--epochs', '1', '--num-classes', '4'], tmp_path, monkeypatch)
+    started = json.loads((tmp_path / 'out/run/data.json').read_text())
+    assert started['validation']['classes'] == {f'class{i}': i for i in range(4)}
+    assert (started['training']['samples'], started['validation']['samples']) == (16, 16)
+    shutil.move(root / 'validation/class1', tmp_path / 'class1')
+    code, line = fails(['--eval-only', '--resume', 'out/run'], tmp_path, monkeypatch, capsys)
+    assert code == 2 and 'validation data has 3 classes' in line and 'class1 differ' in line and '--class-map' in line
+    shutil.move(root / 'train/class1', tmp_path / 'other')
+    code, line = fails(['--resume', 'out/run', '--epochs', '2'], tmp_path, monkeypatch, capsys)
+    assert code == 2 and 'training data has 3 classes' in line and 'class1 differ' in line
+    shutil.move(tmp_path / 'class1', root / 'validation/class1')
+    (root / 'validation/class2/1.png').rename(root / 'validation/class2/new.png')
+    caplog.clear()
+    run_here(['--eval-only', '--resume', 'out/run'], tmp_path, monkeypatch)
+    assert 'other file names or labels' in caplog.text
+    (root / 'validation/class2/new.png').unlink()
+    caplog.clear()
+    run_here(['--eval-only', '--resume', 'out/run'], tmp_path, monkeypatch)
+    assert 'validation data has other samples' in caplog.text and '(16, now 15)' in caplog.text
+    (tmp_path / 'out/run/data.json').unlink()  # a run of an older version
+    run_here(['--eval-only', '--resume', 'out/run'], tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize('make', [
+    lambda tmp: DigitsDataset('validation', 30), lambda tmp: EventDigits('validation', num_samples=30),
+    lambda tmp: EventFolder(str(write_classes(tmp)), False, 'last2'),
+    lambda tmp: create_dataset('', str(write_images(tmp / 'a', per_class=2)), 'train'),
+    lambda tmp: create_dataset('torch/image_folder', str(write_images(tmp / 'a', per_class=2)), 'train')])
+def test_data_is_described_as_it_is(make, tmp_path):
+    data = make(tmp_path)
+    found = describe_data(data)
+    classes = getattr(getattr(data, 'reader', data), 'class_to_idx', None) or {str(i): i for i in range(10)}
+    assert found['classes'] == classes and found['samples'] == len(data)
+    assert (found['files'] is None) == isinstance(data, (DigitsDataset, EventDigits))
+    assert json.loads(json.dumps(found)) == found and describe_data(data) == found
+    assert describe_data([1, 2]) == dict(classes=None, samples=2, files=None)

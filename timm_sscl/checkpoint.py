@@ -23,7 +23,7 @@ LAST = 'last.pth.tar'
 LOCK = '.lock'
 _ASIDE = '.part'  # ending of a file that is being written
 # what a run writes before its first checkpoint; folders are trackers'
-_START_FILES = LOCK, 'args.yaml', f'*{_ASIDE}', 'teacher-features.bin', 'train-batch-*.jpg', 'timm_sscl'
+_START_FILES = LOCK, 'args.yaml', 'data.json', f'*{_ASIDE}', 'teacher-features.*', 'train-batch-*.jpg', 'timm_sscl'
 RUN_STATE = 'run_state'  # key of what a run needs beyond timm's checkpoint
 
 
