@@ -10,7 +10,7 @@ from .flat import Flat
 from .folding import require_fold
 from .norm_source import NormSource
 from .packing import active_packing
-from .recursion import Neuron, backward_from_bits, backward_from_input, backward_from_norm, fire
+from .recursion import Neuron, backward_from_bits, backward_from_input, backward_from_norm, fire, traced
 
 __all__ = ['lif', 'LIF', 'check_neuron']
 
@@ -123,6 +123,8 @@ def _apply(x: torch.Tensor, gain: Optional[torch.Tensor], neuron: Neuron, norm: 
         raise ValueError(f'x has shape {tuple(x.shape)}: lif needs (T, ...) with at least one time step.')
     if not x.is_floating_point():
         raise ValueError(f'x has dtype {x.dtype}: lif integrates floating point currents.')
+    if torch.jit.is_tracing():
+        return traced(x, gain, x.shape[0], neuron)
     return _LIF.apply(x, gain, neuron, torch.is_grad_enabled() and x.requires_grad, norm)
 
 

@@ -5,7 +5,8 @@ import torch
 
 from .surrogate import rectangle_window
 
-__all__ = ['Neuron', 'fire', 'backward_from_input', 'backward_from_norm', 'backward_from_bits', 'unpack_bits']
+__all__ = ['Neuron', 'fire', 'backward_from_input', 'backward_from_norm', 'backward_from_bits', 'traced',
+           'unpack_bits']
 
 _BYTE = 8
 
@@ -93,6 +94,22 @@ def fire(
             windows.append(_window(u, neuron))
     spikes = torch.stack([o.to(x.dtype) for o in fired])
     return spikes, _pack_bits(fired) if fired_bits else None, _pack_bits(windows) if window_bits else None
+
+
+def traced(x: torch.Tensor, gain: Optional[torch.Tensor], timesteps: int, neuron: Neuron) -> torch.Tensor:
+    """Spikes (T, ...) by operations that torch.jit.trace can record, with autograd's gradient equal to the written one.
+
+    A spike is its own value plus the window times (u - u), which is 0 and has the surrogate's gradient.
+    """
+    dtype, v, spikes = _membrane_dtype(x.dtype), neuron.v_init, []
+    for t in range(timesteps):
+        x_t = _at(x, t).to(dtype)
+        u = v * neuron.tau + (x_t if gain is None else x_t * gain.to(dtype))
+        passed = u.detach()
+        o = (passed >= neuron.v_threshold).to(dtype) + _window(passed, neuron) * (u - passed)
+        spikes.append(o.to(x.dtype))
+        v = _reset(u, o.detach() if neuron.detach_reset else o, neuron)
+    return torch.stack(spikes)
 
 
 def backward_from_input(
