@@ -74,7 +74,7 @@ from timm_sscl.options import ARGS_FILE, AUTO, parse_args
 from timm_sscl.progress import ProgressLine
 from timm_sscl.random_state import get_random_state, set_random_state
 from timm_sscl.registry import PREFIX
-from timm_sscl.report import FiringRates, SpikingReport, estimate_energy
+from timm_sscl.report import FiringRates, SpikingReport, estimate_energy, mean_per_step
 from timm_sscl.report.rows import append_row, keep_rows
 from timm_sscl.run_checks import LabelCountingEvaluator, warn_long_warmup, warn_teacher_at_chance
 from timm_sscl.run_summary import best_epoch_facts, best_epoch_text, last_epoch_text
@@ -698,6 +698,7 @@ class FitResult(NamedTuple):
     best: Optional[float]
     best_epoch: Optional[int]
     firing_rates: Dict[str, float]  # of the last epoch, on the validation set; empty for an ANN
+    step_rates: Dict[str, List[float]]  # the same at every time step
 
 
 _TERMS = {'task_loss': 'the cross-entropy (task_loss)'}
@@ -809,6 +810,7 @@ class Fit:
         self.saver = self._create_saver(optimizer, resume)
         self.meters = Meters()
         self.num_updates = self.position.epoch * updates
+        self.step_rates: Dict[str, List[float]] = {}  # of the last validation, by layer and time step
         self.odd_layers: Dict[str, str] = {}
         self.failure: Optional[Exception] = None  # met by this process while it read data
         self._restore_run_state()
@@ -910,7 +912,7 @@ class Fit:
             metrics, rates = self._validate(self.epochs - 1)
         self.accelerator.wait_for_everyone()
         best, best_epoch = (self.saver.best_metric, self.saver.best_epoch) if self.saver else (None, None)
-        return FitResult(dict(metrics), best, best_epoch, rates)
+        return FitResult(dict(metrics), best, best_epoch, rates, self.step_rates if rates else {})
 
     def _train_epoch(self, epoch: int) -> None:
         """The steps of an epoch that are not done yet."""
@@ -1083,7 +1085,10 @@ class Fit:
             model = unwrap_model(model) if spiking else model
         with FiringRates(model) if spiking else nullcontext() as rates:
             metrics = evaluate(self.session, model, self.eval_loader, self._cast)
-        rates = rates.sum_over_processes().per_layer() if spiking else {}
+        if spiking:
+            rates.sum_over_processes()
+        self.step_rates = rates.per_step() if spiking else {}
+        rates = rates.per_layer() if spiking else {}
         self._warn_odd_layers(epoch, rates)
         if self.task.has_ema() and not self.args.model_ema_force_cpu:
             ema = self.task.get_eval_model(ema=True)
@@ -1111,7 +1116,9 @@ class Fit:
         lr = sum(group['lr'] for group in self.optimizer.param_groups) / len(self.optimizer.param_groups)
         columns = {
             **{f'train_{k}': v for k, v in train_metrics.items()}, **{f'eval_{k}': v for k, v in metrics.items()},
-            **{f'firing_rate_{k}': v for k, v in rates.items()}, 'lr': lr}
+            **{f'firing_rate_{k}': v for k, v in rates.items()},
+            **{f'firing_rate_step{t + 1}': v for t, v in enumerate(mean_per_step(self.step_rates) if rates else ())},
+            'lr': lr}
         self.accelerator.log({f'{self.name}/{k}': v for k, v in columns.items()}, step=epoch)
         if self.scheduler is not None:
             self.scheduler.step(epoch + 1, metric)
@@ -1391,6 +1398,7 @@ def summarize(
                      f'the mean of {len(rates)} layers:')
         width = max(map(len, rates))
         lines += [f'          {name:<{width}}  {rate:.3f}' for name, rate in rates.items()]
+        lines.append(f'          at every time step: {" ".join(f"{r:.3f}" for r in mean_per_step(result.step_rates))}')
     lines += [f'Files     {folder}: last.pth.tar, model_best.pth.tar, summary.csv, {ARGS_FILE}, {SUMMARY_FILE}',
               f'Time      {timedelta(seconds=round(seconds))}']
     _logger.info('\n'.join(lines))
@@ -1398,7 +1406,7 @@ def summarize(
         model=args.model, timesteps=timesteps, losses=args.losses, seed=args.seed, student=result.last,
         best=best,
         teacher=teacher._asdict() if teacher else None,
-        firing_rates=result.firing_rates, conversion=report.as_dict() if report is not None else None,
+        firing_rates=result.firing_rates, firing_rates_per_step=result.step_rates, conversion=report.as_dict() if report is not None else None,
         seconds=round(seconds, 1))
     write_text(folder / SUMMARY_FILE, json.dumps(facts, indent=2) + '\n')
 
@@ -1576,7 +1584,9 @@ def _evaluate_one(
     rates, entropy = firing.per_layer(), firing.entropy()
     images = broadcast(cast(next(iter(loader))[0][:_ENERGY_IMAGES]))
     energy = estimate_energy(student, images)
-    layers = {name: dict(firing_rate=rates[name], entropy=entropy[name]) for name in rates}
+    per_step = firing.per_step()
+    layers = {name: dict(firing_rate=rates[name], firing_rate_per_step=per_step[name], entropy=entropy[name])
+              for name in rates}
     mean = [sum(values.values()) / len(values) for values in (rates, entropy)]
     return Evaluation(weights, timesteps, **metrics, firing_rate=mean[0], entropy=mean[1], energy_uj=energy.spiking,
                       ann_energy_uj=energy.ann), layers
@@ -1589,7 +1599,8 @@ def _report_evaluation(args: Namespace, folder: Path, results: List[Evaluation],
     widths = [max(map(len, column)) for column in zip(columns, *rows)]
     lines = ['', *('  '.join(f'{cell:>{w}}' for cell, w in zip(row, widths)) for row in (columns, *rows))]
     if len(results) == 1:  # of several the JSON file has the layers
-        lines += [f'  {name:<30} {v["firing_rate"]:.3f} spikes, {v["entropy"]:.3f} bits per neuron and step'
+        lines += [f'  {name:<30} {v["firing_rate"]:.3f} spikes ({" ".join(f"{r:.3f}" for r in v["firing_rate_per_step"])}'
+                  f' step by step), {v["entropy"]:.3f} bits per neuron and step'
                   for layers in rates.values() for name, v in layers.items()]
     if any(r.energy_uj is not None for r in results):
         lines.append(f'Energy: microjoules of one image\'s arithmetic at 45 nm (4.6 pJ a MAC, 0.9 pJ an addition), '

@@ -288,6 +288,11 @@ def test_rows_of_the_summary_keep_their_columns(images, tmp_path, monkeypatch):
     run_here([*IMAGES, '--epochs', '3', '--val-interval', '2'], tmp_path, monkeypatch)
     rows = rows_of(tmp_path / 'out/run')
     assert [bool(row['eval_top1']) for row in rows] == [False, True, True]
+    layers = [k for k in rows[-1] if k.startswith('firing_rate_') and 'step' not in k]
+    steps = [float(v) for k, v in rows[-1].items() if k.startswith('firing_rate_step')]
+    facts = json.loads((tmp_path / 'out/run/summary.json').read_text())
+    assert len(steps) == facts['timesteps'] and list(facts['firing_rates_per_step']) == list(facts['firing_rates'])
+    assert sum(steps) / len(steps) == pytest.approx(sum(float(rows[-1][k]) for k in layers) / len(layers))
     assert (all(0 <= float(row['firing_rate_act1']) <= 1 for row in rows[1:])
             and all(float(row['lr']) > 0 for row in rows))
 
@@ -304,6 +309,10 @@ def test_eval_only(images, tmp_path, monkeypatch):
     assert [(r['weights'], r['timesteps']) for r in results] == [('model', 2), ('model', 5), ('ema', 2), ('ema', 5)]
     assert results[0]['top1'] == float(trained['eval_top1']) and results[2]['top1'] == float(trained['eval_top1_ema'])
     assert results[0]['loss'] == pytest.approx(float(trained['eval_loss']), rel=1e-6)
+    for layers in json.loads(file.read_text())['layers'].values():
+        for rates in layers.values():
+            per_step = rates['firing_rate_per_step']
+            assert len(per_step) in (2, 5) and sum(per_step) / len(per_step) == pytest.approx(rates['firing_rate'])
     for r in results:
         assert (0 < r['entropy'] < 1 and 0 < r['firing_rate'] < 1
                 and 0 < r['energy_uj'] < r['timesteps'] * r['ann_energy_uj'])

@@ -9,7 +9,7 @@ from timm_sscl.distributed import world_size
 from timm_sscl.neurons import LIF
 from timm_sscl.representation import spike_entropy
 
-__all__ = ['FiringRates']
+__all__ = ['FiringRates', 'mean_per_step']
 
 
 class FiringRates:
@@ -91,6 +91,11 @@ class FiringRates:
             raise RuntimeError('the entropy needs FiringRates(model, per_neuron=True).')
         return {name: float(spike_entropy(count * count.numel() / int(self._elements[name].sum())).mean())
                 for name, count in self._neurons.items()}
+
+
+def mean_per_step(rates: Dict[str, List[float]]) -> List[float]:
+    """Firing rate at every time step, the mean of the layers; rates are those of `FiringRates.per_step`."""
+    return [sum(step) / len(step) for step in zip(*rates.values())]
 
 
 def _add(total: Optional[torch.Tensor], counts: torch.Tensor) -> torch.Tensor:
