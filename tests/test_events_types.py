@@ -107,6 +107,7 @@ REFUSED = [  # what would be another number, the frames by time or number, and w
     (lambda e: e._replace(t=e.t[::-1]), 'number', 'time runs backwards.*sort them'),
     (lambda e: Events(*(a[np.argsort(e.p, kind='stable')] for a in e)), 'number', 'backwards.*of 400 events.*sort'),
     (lambda e: e._replace(t=(1.7e9 + e.t * 1e-6).astype(np.float32)), 'time', 't is float32.*128 apart: too coarse'),
+    (at('t', 0, -2 ** 63 + 1), 'time', 't goes from -9223372036854775807'),
     (lambda e: e._replace(t=e.t.astype('datetime64[us]')), 'number', r't is datetime64\[us\]'),
     (lambda e: e._replace(x=e.x + 1j), 'number', 'x is complex128'),
 ]
@@ -136,6 +137,19 @@ def test_a_few_events_in_the_wrong_order_are_a_cameras():
     assert to_frames(events._replace(t=t), settings, (HEIGHT, WIDTH)).sum() == 400
     with pytest.raises(ValueError, match='event 8: time runs backwards'):
         to_frames(events._replace(t=t), FrameSettings(T, 'time'), (HEIGHT, WIDTH))
+
+
+def test_times_that_leave_the_frames_empty_are_said(caplog):
+    """By its definition a frame of equal time may be empty; nearly all of them are where one time is wrong."""
+    for by, said in (('number', False), ('time', True)):
+        data = TonicDataset(Recordings(at('t', 399, 2 ** 40)(plain())), FrameSettings(T, by, 'count'))
+        for _ in range(2):
+            frames = data.frames(0)
+        assert (frames[0].sum() == 399) == said
+        assert caplog.text.count('its events lie in 2 of 4 frames of equal time') == said
+    caplog.clear()
+    TonicDataset(Recordings(plain()), FrameSettings(T, 'time')).frames(0)
+    assert not caplog.text
 
 
 @pytest.mark.parametrize('read', [through_tonic, through_npz])

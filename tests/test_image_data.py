@@ -181,6 +181,13 @@ def test_hidden_images_and_a_class_map(tmp_path):
     assert [label for _, label in dataset] == [2, 1, 0]
 
 
+def test_a_class_map_with_an_empty_line_is_refused(tmp_path):
+    root = write_images(tmp_path / 'images', per_class=1)
+    (tmp_path / 'map.txt').write_text('class0\nclass1\nclass2\n\n')
+    with pytest.raises(ValueError, match='--class-map.*empty name, of class 3'):
+        create_dataset('', str(root), 'train', class_map=str(tmp_path / 'map.txt'))
+
+
 def test_class_of_hidden_images_alone_is_empty(tmp_path):
     root = write_images(tmp_path / 'images', per_class=1)
     hide(root, 'class10/._0.png')
@@ -273,6 +280,13 @@ def test_so_many_samples_are_spread_over_the_classes(source, tmp_path):
     assert [label for _, label in few] == [0, 0, 1, 1, 2, 2] and train.class_to_idx_of(few) == whole.reader.class_to_idx
     for (image, _), at in zip(few, (0, 2, 4, 6, 8, 10)):
         assert np.array_equal(image, whole[at][0])
+
+
+@pytest.mark.parametrize('name', ['', 'digits', 'events/digits'])
+def test_no_samples_are_not_asked_for(name, tmp_path):
+    for n in (0, -3):
+        with pytest.raises(ValueError, match=f'num_samples={n}.*--train-num-samples'):
+            create_dataset(name, str(write_images(tmp_path / f'{n}', per_class=1)), 'train', num_samples=n)
 
 
 def test_so_many_samples_of_torchvisions_arrays(tmp_path):

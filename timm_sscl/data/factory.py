@@ -52,6 +52,8 @@ def create_dataset(
         ValueError: The split does not exist or is empty.
     """
     name = _known_name(name)
+    if num_samples is not None and num_samples < 1:
+        raise ValueError(f'num_samples={num_samples}: must be 1 or more (--train-num-samples, --val-num-samples).')
     if name == 'digits':
         return DigitsDataset(split, num_samples, input_img_mode=kwargs.get('input_img_mode') or 'RGB')
     if is_event_dataset(name):

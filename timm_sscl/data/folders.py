@@ -110,7 +110,7 @@ def check_layout(dataset: Any) -> None:
     """Refuse images outside the class folders; say where a class comes from several folders, or from inside another.
 
     Raises:
-        ValueError: Images lie beside the class folders.
+        ValueError: Images lie beside the class folders, or a class has no name.
     """
     source = getattr(dataset, 'reader', dataset)
     paths = sample_paths(dataset)
@@ -120,6 +120,9 @@ def check_layout(dataset: Any) -> None:
     beside = [name for name in ('', '.') if name in classes and hasattr(dataset, 'reader')]
     if beside:
         outside = [path for path in paths if path.removeprefix('./').count('/') == 0]
+        if not outside:
+            raise ValueError(f'the class map (--class-map) has an empty name, of class {classes[beside[0]]}: remove '
+                             f'the empty line.')
         raise ValueError(f"'{source.root}': {len(outside)} images lie outside the class folders ({some(outside, 2)}) "
                          f'and would be a class of their own; move them into folders, one per class.')
     if type(source).__name__ != 'ReaderImageFolder':

@@ -1,4 +1,5 @@
 """What the event data sets share: a recording becomes frames, augmented, with its label."""
+import logging
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
@@ -9,6 +10,8 @@ from .frames import FrameSettings, resize_frames, to_frames
 from .recording import DamagedEventFile, Events
 
 __all__ = ['EventDataset', 'spread_indices']
+
+_logger = logging.getLogger(__name__)
 
 
 class EventDataset(Dataset):
@@ -38,6 +41,7 @@ class EventDataset(Dataset):
         self.sensor_size = tuple(sensor_size)
         self.settings = settings
         self.transform = transform
+        self._gap_is_said = False
 
     @property
     def frame_size(self) -> Tuple[int, int]:
@@ -73,9 +77,11 @@ class EventDataset(Dataset):
             if not len(recording.t):
                 raise DamagedEventFile(f"'{name}' holds no events.")
             try:
-                return to_frames(recording, self.settings, self.extent(recording))
+                frames = to_frames(recording, self.settings, self.extent(recording))
             except ValueError as error:
                 raise DamagedEventFile(f"'{name}': {error}.") from error
+            self._say_gap(name, frames, len(recording.t))
+            return frames
         expected = (self.settings.timesteps, 2, *self.sensor_size)
         if recording.shape != expected:
             raise DamagedEventFile(f"'{name}' holds frames of shape {recording.shape}, expected (T, 2, H, W) = "
@@ -86,6 +92,16 @@ class EventDataset(Dataset):
             raise DamagedEventFile(f"'{name}' holds frames of bool, which do not say how many events there were; "
                                    f'--event-mode binary takes them.')
         return resize_frames(recording, self.settings.size, self.settings.mode)
+
+    def _say_gap(self, name: str, frames: np.ndarray, events: int) -> None:
+        """Say once that a recording's time is nearly empty: a single wrong time at its end is enough."""
+        if self._gap_is_said or self.settings.by != 'time' or len(frames) < 3 or events < 10 * len(frames):
+            return
+        filled = int(frames.any((1, 2, 3)).sum())
+        if filled <= 2:
+            self._gap_is_said = True
+            _logger.warning(f"'{name}': its events lie in {filled} of {len(frames)} frames of equal time, the others "
+                            f'are empty. Are its times right? --event-frames number does not depend on them.')
 
     def __getitem__(self, index: int) -> Tuple[Any, int]:
         frames = torch.from_numpy(self.frames(index).astype(np.float32))

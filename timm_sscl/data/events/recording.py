@@ -78,6 +78,8 @@ def read_events(arrays: Mapping[str, Any], sensor_size: Tuple[int, int], ordered
         if kind.kind in 'iu' and np.iinfo(kind).max < pixels - 1:
             raise ValueError(f'{name} is {kind}, which cannot hold the {pixels} pixels of the sensor')
     events = Events(_times(arrays['t'], ordered), *(_whole(name, arrays[name]) for name in 'xyp'))
+    if len(events.t) and int(events.t.max()) - int(events.t.min()) > _LARGEST:
+        raise ValueError(f't goes from {events.t.min()} to {events.t.max()} us, further than 64 bits')
     events = events._replace(p=_polarity(events.p))
     wrong = find_invalid(events, sensor_size, ordered)
     if wrong is not None:
