@@ -455,7 +455,8 @@ def main() -> None:
     parser.add_argument('--jobs', type=int, default=2, help='processes, one thread each (default: 2)')
     parser.add_argument('--output', type=Path, default=Path('output/coverage'), help='folder for CSV and JSON')
     args = parser.parse_args()
-    names = [n for n in timm.list_models() if not n.startswith(PREFIX) and _model_to_module[n] != 'resnet_cifar']
+    own = {'resnet_cifar', 'vgg_cifar'}
+    names = [n for n in timm.list_models() if not n.startswith(PREFIX) and _model_to_module[n] not in own]
     families = args.families.split(',') if args.families else sorted({_model_to_module[n] for n in names})
     unknown = [f for f in families if f not in REPRESENTATIVES]
     if unknown:

@@ -965,19 +965,16 @@ def test_activation_without_a_batch_axis_is_found_by_a_probe():
     assert calls == [1]
 
 
-def test_probe_of_an_input_that_cannot_be_guessed(caplog):
+def test_probe_of_an_input_that_cannot_be_guessed():
     class Odd(_Net):
         def forward(self, x):
             assert x.shape[-1] == 77
             return super().forward(x)
 
-    with caplog.at_level(logging.INFO, logger='timm_sscl'):
+    with pytest.raises(ValueError, match='example_inputs.*input_size'):
         convert_to_spiking(Odd())
-    assert 'input_size' in caplog.text
-    caplog.clear()
-    with caplog.at_level(logging.INFO, logger='timm_sscl'):
-        convert_to_spiking(Odd(), input_size=(3, 77, 77))
-    assert 'input_size' not in caplog.text
+    assert isinstance(convert_to_spiking(Odd(), input_size=(3, 77, 77)).act, LIF)
+    assert isinstance(convert_to_spiking(Odd(), example_inputs=torch.zeros(1, 3, 77, 77)).act, LIF)
 
 
 # -------------------------------------------------------------------------------------------- hidden in norms, split

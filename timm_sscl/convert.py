@@ -7,10 +7,10 @@ import torch
 import torch.nn as nn
 
 from .adapters import give_neuron, hidden_activation, split_over_samples, take_neuron, why_no_adapter
-from .batch_axis import without_batch_axis
+from .batch_axis import PENDING, BatchAxis, find_batch_axis
 from .call_sites import CallSites, set_calls
-from .functional import (NEURON_NAME, called_activations, calls_noise, function_module, repeats_activations,
-                         replace_functions)
+from .functional import NEURON_NAME, calls_noise, repeats_activations, replace_functions
+from .function_calls import Caller, called_by_source, give_neurons
 from .fused import leave_fused_path, return_to_fused_path
 from .neurons import LIF
 from .policy import GROUPS, HEAD, Policy
@@ -34,6 +34,7 @@ _ACTIVATIONS = {
 }
 _GATES = {'Sigmoid', 'HardSigmoid', 'HardSigmoidMe', 'Hardsigmoid', 'LogSigmoid', 'Softmax', 'Softmax2d', 'GLU'}
 _POSITION_BIAS = ({'RelPosMlp'}, {'cpb_mlp', 'meta_mlp'})  # class names, attribute names: their input has no batch axis
+_KNOWN_MODELS = 'timm.', 'timm_sscl.models.'
 _CALLS_FUNCTIONS = _ACTIVATIONS | {'HardSigmoid', 'HardSigmoidMe'}  # modules whose forward may be such a function
 
 
@@ -75,15 +76,16 @@ class _Plan:
     Args:
         model: Model, converted already in part or not.
         policy: Which activations become neurons.
-        unbatched: Names of activations that have no batch axis.
+        found: What a probe found; without it the source of each module tells which functions it calls.
     """
 
-    def __init__(self, model: nn.Module, policy: Policy, unbatched: Set[str] = frozenset()):
+    def __init__(self, model: nn.Module, policy: Policy, found: Optional[BatchAxis] = None):
         self.policy = policy
-        self.unbatched = unbatched
+        self.found = found or BatchAxis(set(), {}, False)
         self.swaps: Dict[str, Tuple[nn.Module, str, nn.Module]] = {}  # name -> parent, child's name, activation
         self.norms: Dict[str, nn.Module] = {}  # name of the neuron -> norm that hides its activation
-        self.callers: Dict[str, nn.Module] = {}  # name of the neuron -> module that calls functions
+        self.visited: Dict[str, nn.Module] = {}  # modules that may call functions, by name
+        self.callers: List[Caller] = []
         self.others: List[nn.Module] = []
         self.records: List[ConversionRecord] = []
         self._seen: Set[int] = set()  # a module registered under several names is reported once
@@ -116,15 +118,20 @@ class _Plan:
                 if self._decide(f'{name}.act', kind, [*around, (name, kind)], 'activation hidden in a norm', True):
                     self.norms[f'{name}.act'] = child
                 continue
-            self._calls_functions(child, f'{name}.', around)
+            if kind not in _GATES:
+                self._calls_functions(child, name, around)
             self._visit(child, f'{name}.', [*around, (name, kind)])
 
-    def _calls_functions(self, module: nn.Module, prefix: str, around: List[Tuple[str, str]]) -> None:
-        functions = called_activations(module)
-        if functions and NEURON_NAME not in module._modules and not repeats_activations(module):
-            inside = [*around, (prefix[:-1], type(module).__name__)]
-            if self._decide(f'{prefix}{NEURON_NAME}', ', '.join(functions), inside, 'called as a function', True):
-                self.callers[f'{prefix}{NEURON_NAME}'] = module
+    def _calls_functions(self, module: nn.Module, name: str, around: List[Tuple[str, str]]) -> None:
+        if NEURON_NAME in module._modules or repeats_activations(module):
+            return
+        self.visited[name] = module
+        called = self.found.calls.get(name) or vars(module).get('function_calls') or called_by_source(module, name)
+        inside = [*around, (name, type(module).__name__)]
+        neurons = [neuron for neuron, function in zip(called.names, called.functions)
+                   if self._decide(neuron, function, inside, 'called as a function', True)]
+        if neurons:
+            self.callers.append(Caller(name, module, called, neurons))
 
     def _decide(
             self,
@@ -137,11 +144,12 @@ class _Plan:
     ) -> bool:
         """Whether an activation becomes a neuron; a record is kept of either."""
         why = self.policy.why_analog(name, kind, around, gate)
-        if why is None and name in self.unbatched:
+        if why is None and name in self.found.unbatched:
             why = 'its input has no batch axis, stays analog'
         if first and why is not None:
             self._analog(name, kind, why)
         elif first:
+            reason += f', {PENDING}' if self.found.pending else ''
             self.records.append(ConversionRecord(name, kind, 'LIF', reason))
         return why is None
 
@@ -150,12 +158,12 @@ class _Plan:
 
     def check(self, model: nn.Module) -> None:
         """Raise where a module that stays analog runs inside one whose functions are replaced."""
-        for neuron, module in self.callers.items():
-            prefix = neuron[:-len(NEURON_NAME)]
+        for caller in self.callers:
+            prefix = f'{caller.name}.' if caller.name else ''
             for record in self.records:
                 if record.now == record.was and record.was in _CALLS_FUNCTIONS and record.name.startswith(prefix):
                     raise NotImplementedError(
-                        f"'{prefix[:-1] or type(model).__name__}' calls activations as functions and holds "
+                        f"'{caller.name or type(model).__name__}' calls activations as functions and holds "
                         f"'{record.name}' ({record.was}), which is to stay analog; exclude both, or make the "
                         f'activation a module (self.act = nn.ReLU()).')
 
@@ -167,12 +175,13 @@ class _Plan:
             parent._modules[child_name] = neurons[id(child)]
         for norm in self.norms.values():
             give_neuron(norm, _neuron(settings, norm.training))
-        for module in self.callers.values():
-            neuron = _neuron(settings, module.training)
-            neuron.__dict__['replaced'] = function_module(module)
-            module.add_module(NEURON_NAME, neuron)
-            if module is not model:
-                replace_functions(module, settings.timesteps)
+        for name, module in self.visited.items():
+            if name in self.found.calls:
+                module.__dict__['function_calls'] = self.found.calls[name]._replace(inputs=())
+        for caller in self.callers:
+            give_neurons(caller, lambda: _neuron(settings, caller.module.training))
+            if caller.module is not model:
+                replace_functions(caller.module, settings.timesteps)
         for module in self.others:
             _share_over_time(module, settings.timesteps)
         for module in model.modules():
@@ -291,15 +300,9 @@ def _make_plan(
     """The plan for a model that is not converted yet, after a probe where the model is not timm's."""
     policy = Policy(model, settings.include, settings.exclude)
     plan = _Plan(model, policy)
-    is_described = input_size is not None or example_inputs is not None
-    if is_described or not type(model).__module__.startswith('timm.'):  # timm's are known by name
+    if input_size is not None or example_inputs is not None or not _is_known(model):
         activations = {name: child for name, (_, _, child) in plan.swaps.items()}
-        unbatched = without_batch_axis(model, activations, plan.callers, input_size, example_inputs)
-        if unbatched is None:
-            _logger.info(f'{type(model).__name__} does not run on a guessed input, so that activations without a batch '
-                         f'axis (position biases) were not looked for; example_inputs or input_size tells it.')
-        elif unbatched:
-            plan = _Plan(model, policy, unbatched)
+        plan = _Plan(model, policy, find_batch_axis(model, activations, plan.visited, input_size, example_inputs))
     plan.check(model)
     unused = sorted(policy.unused)
     for pattern in unused:
@@ -308,6 +311,12 @@ def _make_plan(
                              f'for example {", ".join(record.name for record in plan.records[:6])}.')
         _logger.info(f"{type(model).__name__} has no activation of the group '{pattern}'.")
     return plan
+
+
+def _is_known(model: nn.Module) -> bool:
+    """Whether a model is one of timm's, of timm's and torch's modules only: what in it has no batch axis has a name."""
+    packages = {type(module).__module__.partition('.')[0] for module in model.modules()}
+    return type(model).__module__.startswith(_KNOWN_MODELS) and packages <= {'timm', 'timm_sscl', 'torch'}
 
 
 def _explicit_settings(
@@ -359,8 +368,9 @@ def convert_to_spiking(
     (B, T, C, H, W) and returns the mean over T; `model(x, per_step=True)` returns every step, (T, B, ...).
 
     All activations but gates (sigmoid, softmax) become neurons: modules, those hidden in a norm (EvoNorm, FRN: a group
-    or response norm and a neuron), and those called as functions (`F.relu(x)`; the neuron is a child named
-    'functional_act'). What has no batch axis (position biases) stays analog. `model.spiking_report()` lists what became
+    or response norm and a neuron), and those called as functions (`F.relu(x)`). For the latter the calling module gets a
+    child named 'functional_act': the neuron of its one call, or a ModuleDict with one neuron per call, by its number.
+    What has no batch axis (position biases) stays analog. `model.spiking_report()` lists what became
     of every activation.
 
     `include` and `exclude` choose among them by patterns (shell wildcards) on the name or class of an activation or of
@@ -381,8 +391,9 @@ def convert_to_spiking(
         include: Patterns of the activations that become neurons; all but gates by default. A gate becomes one where
             its class ('Sigmoid') or its full name is included.
         exclude: Patterns of activations that stay analog.
-        input_size: Shape of one sample, (C, H, W), for the probe that finds activations without a batch axis; guessed
-            from the model by default. timm's own models need no probe.
+        input_size: Shape of one sample, (C, H, W), for a forward that shows whether axis 0 is the batch at every
+            activation, and which are called as functions; guessed from the model by default. timm's own models need
+            none.
         stem_pool: 'avg' pools spikes by the average in the stem of a ResNet, as the paper does, where timm has a max
             pooling; see set_stem_pool.
         norm: 'tdbn' makes every batch norm a tdBN: its scale is multiplied by v_threshold, and by 1/sqrt(2) where two
@@ -395,7 +406,8 @@ def convert_to_spiking(
         The model itself, now of a subclass of its class.
 
     Raises:
-        ValueError: A setting is out of range, a pattern matches nothing, the model is spiking or compiled already, or
+        ValueError: The model runs on no guessed input, or a sample moves rows of others at an activation, so that axis
+            0 is not the batch there; a setting is out of range, a pattern matches nothing, the model is spiking or compiled already, or
             nothing would be swapped; stem_pool or norm are asked of a model without a max pooling in its stem, or
             without batch norms.
         NotImplementedError: The model holds a part whose activation cannot be swapped; the message names it.

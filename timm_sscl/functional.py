@@ -3,8 +3,9 @@ import ast
 import inspect
 import textwrap
 from functools import lru_cache
-from typing import Dict, FrozenSet, List, Optional, Type
+from typing import Any, Callable, Dict, FrozenSet, List, Optional, Sequence, Set, Type
 
+import torch
 import torch.fx
 import torch.nn as nn
 from torch.overrides import TorchFunctionMode
@@ -21,10 +22,17 @@ ACTIVATION_FUNCTIONS = {
     'celu', 'celu_', 'gelu', 'silu', 'mish', 'hardswish', 'hardtanh', 'hardtanh_', 'tanh', 'tanh_', 'softplus',
     'softsign',
 }
+_IN_PLACE_FUNCTIONS = {name for name in ACTIVATION_FUNCTIONS if name.endswith('_')}
 torch.fx.wrap('dropout_over_time')  # one node of a graph
 torch.fx.wrap('rand_over_time')
 
 _NOISE_FUNCTIONS = {'dropout', 'dropout_', 'rand'}
+
+
+def is_activation_function(func: Callable) -> bool:
+    """Whether a function that torch tells its modes about is an activation; an operator of somebody's own is none."""
+    return (getattr(func, '__name__', '') in ACTIVATION_FUNCTIONS
+            and not isinstance(func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)))
 
 
 @lru_cache(maxsize=None)
@@ -34,11 +42,13 @@ def _calls(cls: type) -> Dict[str, FrozenSet[str]]:
     `self.act(x)` calls a module, which the swap reaches; `F.relu(x)`, `relu(x)` and `x.relu()` it does not reach.
     """
     found: Dict[str, FrozenSet[str]] = {}
+    overridden: Set[str] = set()  # methods that do not go on to their parent's
+    parents = {'super', *(base.__name__ for base in cls.__mro__[1:])}
     for base in cls.__mro__:
         if base.__module__.startswith('torch.') or base.__module__ == 'builtins':
             continue
         for name, method in vars(base).items():
-            if name == '__init__' or not inspect.isfunction(method):
+            if name == '__init__' or name in overridden or not inspect.isfunction(method):
                 continue
             try:
                 tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
@@ -47,6 +57,8 @@ def _calls(cls: type) -> Dict[str, FrozenSet[str]]:
             own = first_argument(tree)
             names = (_function_name(node, own) for node in ast.walk(tree))
             found[name] = found.get(name, frozenset()).union(filter(None, names))
+            if not any(isinstance(node, ast.Name) and node.id in parents for node in ast.walk(tree)):
+                overridden.add(name)
     return found
 
 
@@ -78,10 +90,10 @@ def called_activations(module: nn.Module) -> List[str]:
     return sorted(called | (held & ACTIVATION_FUNCTIONS))
 
 
-def function_module(module: nn.Module) -> Optional[nn.Module]:
-    """The one activation that a module calls as a function, as a module; None where there are several or others."""
+def function_module(functions: Sequence[str]) -> Optional[nn.Module]:
+    """The activation that functions of these names compute, as a module; None where they are several or others."""
     modules = {'relu': nn.ReLU, 'relu_': nn.ReLU, 'relu6': nn.ReLU6}
-    kinds = {modules.get(name) for name in called_activations(module)}
+    kinds = {modules.get(name) for name in functions}
     kind = kinds.pop() if len(kinds) == 1 else None
     return kind() if kind is not None else None
 
@@ -107,17 +119,28 @@ def calls_noise(cls: Type[nn.Module]) -> bool:
 
 
 class FunctionsOverTime(TorchFunctionMode):
-    """While active, functional activations are the given neuron, and functional noise has one mask per sample.
+    """While active, functional activations are neurons, and functional noise has one mask per sample.
 
     Args:
         timesteps: T of the (T * B, ...) tensors.
-        neuron: What replaces a functional activation; None leaves them.
+        neuron: What replaces functional activations: one for all, or a ModuleDict with one per call, by its number;
+            None leaves them, as it leaves calls that a ModuleDict lacks.
+        first: Number of the first call.
+        last: Number of the call after the last one; None does not count.
     """
 
-    def __init__(self, timesteps: int, neuron: Optional[nn.Module] = None):
+    def __init__(
+            self,
+            timesteps: int,
+            neuron: Optional[nn.Module] = None,
+            first: int = 0,
+            last: Optional[int] = None,
+    ):
         super().__init__()
         self.timesteps = timesteps
         self.neuron = neuron
+        self.call = first
+        self.last = last
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -126,15 +149,41 @@ class FunctionsOverTime(TorchFunctionMode):
             return dropout_over_time(self.timesteps, *args, **kwargs)
         if name == 'rand':
             return rand_over_time(self.timesteps, *args, **kwargs)
-        if self.neuron is not None and name in ACTIVATION_FUNCTIONS:
-            return self._fire(name, *args, **kwargs)
+        if self.neuron is not None and is_activation_function(func):
+            neuron = self._next()
+            return func(*args, **kwargs) if neuron is None else self._fire(neuron, name, *args, **kwargs)
         return func(*args, **kwargs)
 
-    def _fire(self, name, input, *args, inplace=False, **kwargs):
+    def _next(self) -> Any:
+        call, self.call = self.call, self.call + 1
+        if self.last is not None and call >= self.last:
+            self._miscounted('more than')
+        if not isinstance(self.neuron, nn.ModuleDict):
+            return self.neuron
+        return self.neuron[str(call)] if str(call) in self.neuron else None
+
+    def check_count(self) -> None:
+        """Raise where a forward has ended before its last call."""
+        if self.neuron is not None and self.last is not None and self.call != self.last:
+            self._miscounted('fewer than')
+
+    def _miscounted(self, how: str) -> None:
+        raise RuntimeError(
+            f'a module with functional activations called {how} the {self.last} that it called when it was converted; '
+            f'each call has a neuron of its own, by its number. Make the activations modules (self.act = nn.ReLU()) '
+            f'where a forward does not always call the same.')
+
+    def _fire(self, neuron, name, input, *args, inplace=False, **kwargs):
         # for the functions whose second argument is inplace: relu, relu6, silu, mish, hardswish
-        inplace = inplace or name.endswith('_') or args[:1] == (True,)
-        spikes = self.neuron(input.clone() if inplace else input)  # which it keeps for its backward
+        inplace = inplace or name in _IN_PLACE_FUNCTIONS or args[:1] == (True,)
+        spikes = neuron(input.clone() if inplace else input)  # which it keeps for its backward
         return input.copy_(spikes) if inplace else spikes
+
+
+def number_of_calls(module: nn.Module) -> Optional[int]:
+    """How many functional activations every forward of a converted module calls; None where that is not known."""
+    called = module.__dict__.get('function_calls')
+    return len(called.functions) if called is not None and called.is_counted else None
 
 
 class _Functions(OverTime):
@@ -143,8 +192,11 @@ class _Functions(OverTime):
     def forward(self, *args, **kwargs):
         if self.part_of_model and self.training:  # its neuron sees to evaluation
             require_fold(type(self).__name__)
-        with FunctionsOverTime(self.timesteps, self._modules.get(NEURON_NAME)):
-            return super().forward(*args, **kwargs)
+        functions = FunctionsOverTime(self.timesteps, self._modules.get(NEURON_NAME), 0, number_of_calls(self))
+        with functions:
+            out = super().forward(*args, **kwargs)
+        functions.check_count()
+        return out
 
     def __reduce_ex__(self, protocol):
         return _new_functions, (self._base,), self.__dict__

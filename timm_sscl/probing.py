@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .untouched import untouched, without_hooks
 
-__all__ = ['Example', 'ProbeError', 'examples', 'probe', 'probe_sizes', 'undisturbed']
+__all__ = ['Example', 'ProbeError', 'as_example', 'examples', 'probe', 'probe_sizes', 'undisturbed']
 
 _logger = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ def examples(
     if example_inputs is not None:
         if input_size is not None:
             raise ValueError('input_size and example_inputs both say what the model takes; give one.')
-        given = _as_call(example_inputs)
+        given = as_example(example_inputs)
         if given.batch is None:
             raise ValueError(f'example_inputs={example_inputs!r}: holds no tensor with a batch axis; give what the '
                              f'model takes, a tensor, a tuple of arguments or a dict of keyword arguments.')
@@ -139,7 +139,8 @@ def examples(
     return (Example((_random_input(model, batch, size),), {}) for size in sizes)
 
 
-def _as_call(example_inputs: Any) -> Example:
+def as_example(example_inputs: Any) -> Example:
+    """The call that a tensor, a tuple or list of arguments, or a dict of keyword arguments stands for."""
     if isinstance(example_inputs, dict):
         return Example((), example_inputs)
     return Example(tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,), {})
@@ -173,19 +174,26 @@ def probe(
         example_inputs: What the model takes; see `examples`.
 
     Raises:
-        ProbeError: run raised on every example; the message has the last error and asks for example_inputs.
+        ProbeError: run raised on every example; the message has the last error and asks for example_inputs. Where run
+            raised a ProbeError of its own, that one.
     """
     if any(is_lazy(p) for p in itertools.chain(model.parameters(), model.buffers())):
         raise ProbeError(f'{type(model).__name__} has lazy parameters, whose shapes the first input decides; run it '
                          f'once on an input of yours before.')
-    last = None
+    last, refused = None, None
     for example in examples(model, batch, input_size, example_inputs):
+        if refused is not None and [x.ndim for x in example.tensors()] == refused[0]:
+            continue  # another size of what ran already
         try:
             with undisturbed(model):
                 return run(example)
+        except ProbeError as error:  # it ran, but run does not like what it saw
+            refused = refused or ([x.ndim for x in example.tensors()], error)
         except Exception as error:  # whatever an unknown model raises on an input that is not its own
             last = example, error
             _logger.debug(f'{type(model).__name__} does not run on {example}: {error}')
+    if refused is not None:
+        raise refused[1]
     example, error = last
     raise ProbeError(
         f'{type(model).__name__} does not run on {example} ({type(error).__name__}: '

@@ -16,7 +16,8 @@ import torch.nn as nn
 from torch.utils._pytree import tree_map
 
 from .call_sites import set_calls
-from .functional import NEURON_NAME, FunctionsOverTime
+from .function_calls import spread_over_calls
+from .functional import NEURON_NAME, FunctionsOverTime, number_of_calls
 from .neurons import LIF
 from .neurons.folding import enter_fold, folding_model, leave_fold
 from .neurons.lif import check_neuron
@@ -197,10 +198,10 @@ class SpikingModule:
         if isinstance(x, torch.fx.Proxy):  # args and kwargs are, too
             folded = fold_traced_input(x, self.timesteps, self.settings.stem, args, kwargs)
             with functions_as_nodes(type(self), x.tracer):
-                out = self._call_folded(super().forward, folded)
+                out = self._call_folded('forward', super().forward, folded)
             return decode(out, self.timesteps, per_step)
         args, kwargs = self._fold_arguments(x, args, kwargs)
-        out = self._call_folded(super().forward, *args, **kwargs)
+        out = self._call_folded('forward', super().forward, *args, **kwargs)
         return decode(out, self.timesteps, per_step)
 
     @contextmanager
@@ -212,14 +213,18 @@ class SpikingModule:
         finally:
             leave_fold(before)
 
-    def _call_folded(self, method: Callable, *args, **kwargs) -> Any:
-        """Call one of the base class's methods on folded arguments."""
+    def _call_folded(self, name: str, method: Callable, *args, **kwargs) -> Any:
+        """Call one of the base class's forward methods on folded arguments."""
+        functions = self._functions(name)
         before = enter_fold(self)
         try:
-            with self._functions():
-                return method(*args, **kwargs)
+            with functions:
+                out = method(*args, **kwargs)
         finally:
             leave_fold(before)
+        if isinstance(functions, FunctionsOverTime) and name != 'forward_intermediates':  # which may stop early
+            functions.check_count()
+        return out
 
     def _is_folded(self) -> bool:
         """Whether the input is (T * B, ...) already: inside a call of this model, or of one that it is part of."""
@@ -256,12 +261,18 @@ class SpikingModule:
     def _repeat_over_time(self, x: Any) -> torch.Tensor:
         return encode_input(x, self.timesteps, self.settings.stem)
 
-    def _functions(self):
-        """Functions that the model's own methods call become the neuron and noise with one mask over time."""
+    def _functions(self, method: str):
+        """Functions that a method of the model calls become neurons and noise with one mask over time."""
         neuron = self._fire_feature if self._repeats_activations else self._modules.get(NEURON_NAME)
         noise = self.training and self._calls_noise and (
             getattr(self, 'drop_rate', True) or getattr(self, 'patch_drop_rate', 0))
-        return FunctionsOverTime(self.timesteps, neuron) if noise or neuron is not None else nullcontext()
+        if not noise and neuron is None:
+            return nullcontext()
+        head, last = self.__dict__.get('function_calls', (None,) * 4)[3], number_of_calls(self)
+        if method != 'forward' and head is None:
+            return FunctionsOverTime(self.timesteps, neuron)
+        first = head if method == 'forward_head' else 0
+        return FunctionsOverTime(self.timesteps, neuron, first, last if method in ('forward', 'forward_head') else head)
 
     def _fire_feature(self, x: torch.Tensor) -> torch.Tensor:
         """What the activation that feature_info names makes of a feature (nasnet, pnasnet, xception apply it again as a
@@ -329,6 +340,7 @@ class SpikingModule:
     def load_spiking_state(self, state_dict: Dict[str, torch.Tensor], prefix: str = '') -> None:
         """Take settings, gains and scales out of a state dict; a spiking checkpoint without gains means 1."""
         stored = state_dict.pop(prefix + SETTINGS_KEY, None)
+        spread_over_calls(self, state_dict, prefix, FACTORS.values())
         if stored is not None:
             self._restore_settings(SpikingSettings.from_tensor(stored))
         for name, lif in self.neurons().items():
@@ -371,13 +383,13 @@ class SpikingModel(SpikingModule):
         if self._is_folded():
             return super().forward_features(*_given(x, args), **kwargs)
         args, kwargs = self._fold_arguments(x, args, kwargs)
-        return self._call_folded(super().forward_features, *args, **kwargs)
+        return self._call_folded('forward_features', super().forward_features, *args, **kwargs)
 
     def forward_head(self, x: torch.Tensor, *args, per_step: bool = False, **kwargs) -> Any:
         """Logits (or pre_logits) from features (T * B, ...): the mean over time, (B, ...), or (T, B, ...) per step."""
         if self._is_folded():
             return super().forward_head(x, *args, **kwargs)
-        out = self._call_folded(super().forward_head, x, *args, **kwargs)
+        out = self._call_folded('forward_head', super().forward_head, x, *args, **kwargs)
         return decode(out, self.timesteps, per_step)
 
     def forward_intermediates(self, x: Any = None, *args, per_step: bool = False, **kwargs) -> Any:
@@ -385,7 +397,7 @@ class SpikingModel(SpikingModule):
         if self._is_folded():
             return super().forward_intermediates(*_given(x, args), **kwargs)
         args, kwargs = self._fold_arguments(x, args, kwargs)
-        out = self._call_folded(super().forward_intermediates, *args, **kwargs)
+        out = self._call_folded('forward_intermediates', super().forward_intermediates, *args, **kwargs)
         if isinstance(out, dict):
             return {k: v if k == 'image_features' else decode(v, self.timesteps, per_step) for k, v in out.items()}
         if isinstance(out, tuple):

@@ -5,6 +5,7 @@ from typing import Any, Dict, List, Optional, Sequence
 import torch
 import torch.nn as nn
 
+from timm_sscl.batch_axis import PENDING
 from timm_sscl.neurons import LIF
 from timm_sscl.probing import probe_sizes
 from timm_sscl.tdbn import NormRecord, norm_records
@@ -91,6 +92,10 @@ class SpikingReport(list):
             reasons.setdefault(record.reason, []).append(record)
         lines += [f'  {_counted(records)}: {reason} ({records[0].name}{", ..." if records[1:] else ""})'
                   for reason, records in reasons.items()]
+        pending = sum(PENDING in record.reason for record in self)
+        if pending:
+            lines.append(f'  {pending} converted on the meta device, where it is not seen whether axis 0 is the batch '
+                         f'(pending)')
         if self.model.settings.stem_pool is not None:
             lines.append('  stem: average pooling instead of max pooling')
         if self.norms:
