@@ -1,7 +1,9 @@
 """README and the manual: their code runs, their commands parse, their options, links and figures exist."""
 import itertools
+import os
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -147,7 +149,7 @@ def anchors(file):
     return {slug(heading) for heading in re.findall(r'^#+ (.+)$', text, re.M)}
 
 
-@by_name
+@pytest.mark.parametrize('file', [*TEXTS, ROOT / 'CONTRIBUTING.md', ROOT / 'CHANGELOG.md'], ids=lambda file: file.stem)
 def test_links_and_figures_exist(file):
     text = re.sub(r'^```.*?^```', '', file.read_text(), flags=re.S | re.M)
     for target in re.findall(r'\]\(([^)\s]+)\)', text):
@@ -173,6 +175,24 @@ def test_readme_is_short():
     assert len((ROOT / 'README.md').read_text().splitlines()) <= 150
 
 
+def test_readmes_result_is_the_tables():
+    section = (ROOT / 'README.md').read_text().split('## Results')[1].split('## ')[0]
+    numbers = re.findall(r'[+-]?\d+\.\d\d(?: ± \d+\.\d\d)?', section)
+    results = (ROOT / 'docs' / 'pages' / 'results.md').read_text()
+    assert len(numbers) == 4 and all(number in results for number in numbers)
+
+
+@pytest.mark.slow
+def test_the_manual_builds_without_a_warning_and_asks_no_other_server(tmp_path):
+    pytest.importorskip('mkdocs', reason='the extra `docs` is not installed')
+    build = [sys.executable, '-m', 'mkdocs', 'build', '--strict', '-f', ROOT / 'docs' / 'mkdocs.yml', '-d', tmp_path]
+    done = subprocess.run(build, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / 'figures' / 'ablation.png').is_file() and (tmp_path / 'overview.svg').is_file()
+    for page in tmp_path.glob('*.html'):
+        assert not re.findall(r'(?:<script|<img|<link rel="(?:stylesheet|preconnect)")[^>]*https?://', page.read_text())
+
+
 def test_every_public_name_is_in_the_reference():
     text = (ROOT / 'docs' / 'pages' / 'api.md').read_text()
     public = [name for name, value in vars(timm_sscl).items()
@@ -191,8 +211,6 @@ def test_files_of_the_repository_that_are_named_exist(file):
 @pytest.mark.slow
 @pytest.mark.parametrize('example', sorted((ROOT / 'docs' / 'examples').glob('*.py')), ids=lambda file: file.stem)
 def test_examples_are_short_and_learn(example, tmp_path):
-    import os
-    import subprocess
     assert len(example.read_text().splitlines()) < 60
     environment = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1')
     done = subprocess.run([sys.executable, str(example)], cwd=tmp_path, env=environment, capture_output=True, text=True)
