@@ -6,9 +6,12 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import timm
 import torch
+from timm.models import _registry
 
 import timm_sscl
 from timm_sscl.losses import factory
@@ -34,6 +37,24 @@ def blocks(file, language):
 @pytest.fixture(autouse=True)
 def _registries_as_they_were(monkeypatch):
     monkeypatch.setattr(factory, '_losses', dict(factory._losses))
+    monkeypatch.setattr(sys, 'path', list(sys.path))
+    models, modules = set(timm.list_models()), set(sys.modules)
+    yield
+    for name in {'tiny_net', 'spiking_tiny_net'} - models:
+        _registry._clear_model_entries(name)
+        _registry._model_entrypoints.pop(name, None)
+    for name in {'my_loss', 'my_model'} - modules:
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def new_namespace(monkeypatch):
+    """Names of a module of its own, as a user's file has them."""
+    def make(name):
+        module = ModuleType(f'page_{name.replace("-", "_")}')
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        return vars(module)
+    return make
 
 
 # ---- code
@@ -48,8 +69,8 @@ def promised(code):
 
 
 @pytest.mark.parametrize('line, code', blocks(ROOT / 'README.md', 'python'), ids=lambda x: str(x)[:20])
-def test_every_block_of_readme_runs_by_itself(line, code, capsys):
-    run(ROOT / 'README.md', code, line, {'__name__': 'readme'})
+def test_every_block_of_readme_runs_by_itself(line, code, new_namespace, capsys):
+    run(ROOT / 'README.md', code, line, new_namespace('readme'))
     printed = capsys.readouterr().out
     for expected in promised(code):
         assert expected in printed.splitlines()
@@ -61,9 +82,9 @@ def test_every_block_of_readme_runs_by_itself(line, code, capsys):
 
 
 @pytest.mark.parametrize('file', [f for f in PAGES if blocks(f, 'python')], ids=lambda file: file.stem)
-def test_the_blocks_of_a_page_run_from_top_to_bottom(file, capsys):
+def test_the_blocks_of_a_page_run_from_top_to_bottom(file, new_namespace, capsys):
     torch.manual_seed(0)
-    namespace = {'__name__': file.stem}  # classes of a page have a module, as a user's have
+    namespace = new_namespace(file.stem)
     for line, code in blocks(file, 'python'):
         run(file, code, line, namespace)
         printed = capsys.readouterr().out.splitlines()
@@ -100,11 +121,13 @@ def test_the_commands_of_readme_and_manual_parse(tmp_path, monkeypatch):
     Path('mine.yaml').write_text(''.join(code for _, code in blocks(ROOT / 'docs/pages/recipes.md', 'yaml')))
     seen = list(itertools.chain.from_iterable(map(commands, TEXTS)))
     page = blocks(ROOT / 'docs/pages/extending.md', 'python')
-    Path('my_loss.py').write_text(next(code for _, code in page if "@register_loss('logit_norm')" in code))
-    Path('my_models.py').write_text('')
+    for name, registers in (('my_loss.py', "@register_loss('logit_norm')"), ('my_model.py', '@register_model')):
+        Path(name).write_text(next(code for _, code in page if registers in code))
     for words in seen:
         factory._losses.pop('logit_norm', None)  # every command is a process of its own
-        parse_args(words)
+        sys.modules.pop('my_loss', None)
+        args, _ = parse_args(words)
+        assert not args.plugin or 'logit_norm' in args.losses or timm.create_model(args.model, timesteps=2)
     assert len(seen) > 12
 
 
