@@ -8,7 +8,6 @@ Shaped like timm's train.py and taking its options; Accelerate owns devices, pre
 """
 import copy
 import difflib
-import hashlib
 import importlib
 import json
 import logging
@@ -70,7 +69,7 @@ from timm_sscl.losses import loss_needs
 from timm_sscl.neurons import packed_spikes
 from timm_sscl.optimizer import create_optimizer_and_schedule
 from timm_sscl.option_ranges import check_choices, check_ranges
-from timm_sscl.options import ARGS_FILE, AUTO, parse_args
+from timm_sscl.options import ARGS_FILE, AUTO, create_parser, parse_args
 from timm_sscl.progress import ProgressLine
 from timm_sscl.random_state import get_random_state, set_random_state
 from timm_sscl.registry import PREFIX
@@ -82,6 +81,8 @@ from timm_sscl.spiking import SpikingModule
 from timm_sscl.stop import Interrupted, StopRequest
 from timm_sscl.teacher_cache import TeacherCache
 from timm_sscl.teacher_input import TeacherInput
+from timm_sscl.teacher_key import differing_from_legacy, legacy_settings, settings_digest, teacher_settings
+from timm_sscl.teacher_record import TeacherRecord, check_asked_teacher, check_same_teacher, weights_digest
 from timm_sscl.weights_file import check_file_exists, check_weights_file, match_with_file
 
 _logger = logging.getLogger('train')
@@ -91,24 +92,7 @@ _THRESHOLD_IMAGES = 512  # images that --neuron-init ann measures activations on
 TEACHER_FILE = 'teacher.json'  # in a teacher's folder, written when it is trained to its end
 SUMMARY_FILE = 'summary.json'  # in a run's folder, written at its end
 
-# what a teacher depends on, besides its architecture: two runs that agree in these share one
-TEACHER_SETTINGS = (
-    'dataset', 'train_split', 'train_num_samples', 'class_map', 'input_img_mode', 'input_key', 'target_key',
-    'batch_size', 'grad_accum_steps', 'opt', 'opt_eps', 'opt_betas', 'momentum', 'weight_decay', 'clip_grad',
-    'clip_mode', 'layer_decay', 'layer_decay_min_scale', 'layer_decay_no_opt_scale', 'opt_kwargs', 'sched',
-    'sched_on_updates', 'lr', 'lr_base', 'lr_base_size', 'lr_base_scale', 'lr_noise', 'lr_noise_pct', 'lr_noise_std',
-    'lr_cycle_mul', 'lr_cycle_decay', 'lr_cycle_limit', 'lr_k_decay', 'warmup_lr', 'min_lr', 'decay_milestones',
-    'decay_epochs', 'warmup_epochs', 'warmup_prefix', 'cooldown_epochs', 'patience_epochs', 'decay_rate',
-    'epoch_repeats', 'no_aug', 'train_crop_mode', 'scale', 'ratio',
-    'hflip', 'vflip', 'color_jitter', 'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob', 'aa', 'bce_loss',
-    'bce_sum', 'bce_target_thresh', 'bce_pos_weight', 'reprob', 'remode', 'recount', 'mixup', 'cutmix', 'cutmix_minmax',
-    'mixup_prob', 'mixup_switch_prob', 'mixup_mode', 'mixup_off_epoch', 'smoothing', 'train_interpolation', 'drop',
-    'drop_path', 'drop_block', 'bn_momentum', 'bn_eps', 'teacher_pretrained', 'teacher_size', 'teacher_mean',
-    'teacher_std',
-)
-
-_NEWER_TEACHER_SETTINGS = ('crop_padding', 'cutout')  # counted where given, so that older teachers are found
-# and on event data these
+# what event frames depend on
 EVENT_SETTINGS = (
     'timesteps', 'event_frames', 'event_mode', 'event_size', 'event_roll', 'event_split', 'event_axes')
 
@@ -682,6 +666,11 @@ class Session:
     make_loaders: Callable[[], Loaders]
     stop: StopRequest
 
+    @property
+    def launch(self) -> Dict[str, Any]:
+        """What the launcher decides of a training."""
+        return dict(processes=self.accelerator.num_processes, mixed_precision=self.accelerator.mixed_precision)
+
     def stop_if_asked(self, failed: bool = False) -> Tuple[bool, bool]:
         """(Did anything go wrong on any process, was any told to stop): all processes get the same answer."""
         flags = failed, self.stop.signal_number is not None
@@ -767,6 +756,7 @@ class Fit:
         ema: Whether --model-ema applies.
         prepare_input: What is done to a batch of images first.
         teacher_cache: What the task's teacher said of every sample.
+        teacher_record: The task's teacher, for the checkpoints.
     """
 
     def __init__(
@@ -780,8 +770,10 @@ class Fit:
             ema: bool = False,
             prepare_input: Optional[Callable[[torch.Tensor], torch.Tensor]] = None,
             teacher_cache: Optional[TeacherCache] = None,
+            teacher_record: Optional[TeacherRecord] = None,
     ):
         self.teacher_cache = teacher_cache
+        self.teacher_record = teacher_record
         self.prepare_input = prepare_input
         self.session = session
         self.accelerator = accelerator = session.accelerator
@@ -870,6 +862,7 @@ class Fit:
         dataset = self.loaders.train.dataset
         return dict(
             num_updates=self.num_updates, **self._settings(),
+            teacher=self.teacher_record._asdict() if self.teacher_record else None,
             random=gather_object([get_random_state()]), meters=self.meters.state_dict(),
             scaler=scaler.state_dict() if scaler is not None else None,
             scheduler=dict(restore_lr=self.scheduler.restore_lr, plateau=plateau.state_dict()) if plateau else None,
@@ -1178,6 +1171,7 @@ class TeacherResult(NamedTuple):
     name: str
     top1: float
     source: str  # where its weights come from
+    record: TeacherRecord
 
 
 def obtain_teacher(
@@ -1186,23 +1180,32 @@ def obtain_teacher(
         teacher_input: TeacherInput,
         num_classes: int,
         root: Path,
+        record: Optional[TeacherRecord] = None,
 ) -> TeacherResult:
     """Give the teacher its weights: from a file, from timm, from this output root, or by training it first."""
     args, accelerator = session.args, session.accelerator
     name = teacher_name(args)
     if args.teacher_checkpoint:
         load_weights(teacher, args.teacher_checkpoint, '--teacher-checkpoint')
-        source = args.teacher_checkpoint
+        source = file = args.teacher_checkpoint
     elif args.teacher_pretrained and not args.teacher_epochs:
-        source = f"timm's pretrained weights ({teacher.pretrained_cfg.get('tag') or 'default'})"
+        source, file = f"timm's pretrained weights ({teacher.pretrained_cfg.get('tag') or 'default'})", None
+    elif record is not None:
+        file = str(recorded_file(args, teacher, num_classes, root, session.launch, record))
+        _logger.info(f'Teacher {name}: goes on with {file}, which this run was taught by.')
+        load_weights(teacher, file, '--resume')
+        source = f'{Path(file).parent}, {record.epochs} epochs' if record.epochs else file
     else:
-        folder = teacher_folder(args, teacher, num_classes, root)
+        folder, = broadcast_object_list(
+            [find_teacher(args, teacher, num_classes, root, session.launch) if accelerator.is_main_process else None])
         if broadcast_object_list([_is_trained(folder) if accelerator.is_main_process else None])[0]:
             _logger.info(f'Teacher {name}: found {folder}, trained on the same data with the same settings.')
         else:
             train_teacher(session, name, teacher, teacher_input, folder)
-        load_weights(teacher, str(folder / LAST), 'teacher')
+        file = str(folder / LAST)
+        load_weights(teacher, file, 'teacher')
         source = f'{folder}, {json.loads((folder / TEACHER_FILE).read_text())["epochs"]} epochs'
+    taught_by = _record(args, teacher, file)
     teacher.to(accelerator.device)
     loader = accelerator.prepare(session.make_loaders().eval)
     dtype = next(teacher.parameters()).dtype
@@ -1213,7 +1216,7 @@ def obtain_teacher(
         counts = evaluator.label_counts.tolist()
         warn_teacher_at_chance(name, metrics['top1'], sum(counts), max(counts))
     accelerator.free_memory()
-    return TeacherResult(name, metrics['top1'], source)
+    return TeacherResult(name, metrics['top1'], source, taught_by)
 
 
 def _is_trained(folder: Path) -> bool:
@@ -1226,34 +1229,139 @@ def _is_trained(folder: Path) -> bool:
     return not reason
 
 
-def check_teacher(args: Namespace, teacher: nn.Module, num_classes: int, root: Path) -> None:
-    """Find what is wrong with the teacher before anything is trained."""
+def check_teacher(
+        args: Namespace,
+        teacher: nn.Module,
+        num_classes: int,
+        root: Path,
+        launch: Optional[Dict[str, Any]] = None,
+        record: Optional[TeacherRecord] = None,
+) -> None:
+    """Find what is wrong with the teacher before anything is trained; of a resumed run it must be the recorded one."""
+    pretrained, file = args.teacher_pretrained and not args.teacher_epochs, args.teacher_checkpoint
+    if record is not None:
+        check_asked_teacher(record, teacher_name(args), None if args.teacher_checkpoint else args.teacher_epochs)
     if args.teacher_checkpoint:
         load_weights(teacher, args.teacher_checkpoint, '--teacher-checkpoint')
-    elif args.teacher_pretrained and not args.teacher_epochs:
+    elif pretrained:
         classes = teacher.pretrained_cfg.get('num_classes')
         if classes != num_classes:
             raise OptionError(f'--teacher-pretrained: the pretrained {teacher_name(args)} knows {classes} classes, the '
                               f'data has {num_classes}; --teacher-epochs N fine-tunes it first.')
-    elif args.teacher_epochs == 0 and not _is_trained(teacher_folder(args, teacher, num_classes, root)):
+    elif record is not None:
+        file = str(recorded_file(args, teacher, num_classes, root, launch or {}, record))
+        load_weights(teacher, file, '--resume')
+    elif args.teacher_epochs == 0 and not _is_trained(find_teacher(args, teacher, num_classes, root, launch or {})):
         raise OptionError('--teacher-epochs 0: there are no weights for the teacher, and an untrained one teaches '
                           'nothing; give --teacher-checkpoint FILE or --teacher-pretrained, or let it train.')
+    if record is not None:
+        check_same_teacher(record, _record(args, teacher, file))
 
 
-def teacher_folder(args: Namespace, teacher: nn.Module, num_classes: int, root: Path) -> Path:
+def recorded_file(
+        args: Namespace,
+        teacher: nn.Module,
+        num_classes: int,
+        root: Path,
+        launch: Dict[str, Any],
+        record: TeacherRecord,
+) -> Path:
+    """File of the teacher that a resumed run was taught by; where it was moved, that of the same settings."""
+    file = Path(record.file or '')
+    if file.is_file() and not why_damaged(file):
+        return file
+    folder = find_teacher(args, teacher, num_classes, root, launch)
+    if _is_trained(folder):
+        return folder / LAST
+    raise OptionError(f'--resume: the run was taught by {record}, and that file is gone or damaged; --teacher-checkpoint '
+                      f'FILE says where it is.')
+
+
+def _record(args: Namespace, teacher: nn.Module, file: Optional[str]) -> TeacherRecord:
+    """The teacher as a checkpoint records it."""
+    facts = Path(file or '').parent / TEACHER_FILE
+    epochs = json.loads(facts.read_text())['epochs'] if file and facts.is_file() else None
+    dtype = str(next(teacher.parameters()).dtype)
+    return TeacherRecord(teacher_name(args), file, epochs, weights_digest(teacher), dtype)
+
+
+def read_teacher_record(
+        file: str,
+        teacher: nn.Module,
+        num_classes: int,
+        root: Path,
+) -> Optional[TeacherRecord]:
+    """The teacher that a checkpoint names; of one that version 0.1.0 wrote, what its options led to."""
+    state = load_checkpoint_metadata(file)
+    run_state = state.get('run_state') or {}
+    if 'teacher' in run_state:
+        return TeacherRecord(**run_state['teacher']) if run_state['teacher'] else None
+    options = _stored_options(state)
+    if not options.get('data_config') or options.get('teacher_checkpoint'):
+        return None
+    parser = create_parser()
+    then = Namespace(**{**{action.dest: action.default for action in parser._actions}, **options})
+    folder = _teacher_folder(then, teacher, num_classes, root, legacy_settings(then))
+    if not (folder / TEACHER_FILE).is_file():
+        return None
+    epochs = json.loads((folder / TEACHER_FILE).read_text())['epochs']
+    return TeacherRecord(teacher_name(then), str(folder / LAST), epochs, '', '')
+
+
+def teacher_folder(
+        args: Namespace,
+        teacher: nn.Module,
+        num_classes: int,
+        root: Path,
+        launch: Optional[Dict[str, Any]] = None,
+) -> Path:
     """Folder of the teacher for this data and these settings, named by a digest of them."""
-    settings = {name: getattr(args, name) for name in TEACHER_SETTINGS}
-    settings = {name: float(v) if type(v) is int else v for name, v in settings.items()}  # a file may say 0 for 0.
-    settings.update(
-        model=teacher_name(args), num_classes=num_classes, kwargs=sorted(map(str, teacher._model_args.items())),
+    return _teacher_folder(args, teacher, num_classes, root, {'options': teacher_settings(args, launch)})
+
+
+def _teacher_folder(
+        args: Namespace,
+        teacher: nn.Module,
+        num_classes: int,
+        root: Path,
+        settings: Dict[str, Any],
+) -> Path:
+    settings = dict(
+        settings, model=teacher_name(args), num_classes=num_classes,
+        kwargs=sorted(map(str, teacher._model_args.items())),
         data_dir=str(Path(args.data_dir).resolve()) if args.data_dir else None,
         epochs=args.teacher_epochs or args.epochs,
         data_config={k: str(v) for k, v in sorted(args.data_config.items())})
-    settings.update({name: getattr(args, name) for name in _NEWER_TEACHER_SETTINGS if getattr(args, name) is not None})
     if _pools_as_student(args):
         settings['stem_pool'] = args.stem_pool
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:10]
-    return root / 'teachers' / f'{safe_model_name(teacher_name(args))}-{digest}'
+    return root / 'teachers' / f'{safe_model_name(teacher_name(args))}-{settings_digest(settings)}'
+
+
+def find_teacher(
+        args: Namespace,
+        teacher: nn.Module,
+        num_classes: int,
+        root: Path,
+        launch: Dict[str, Any],
+) -> Path:
+    """Folder of the teacher for these settings: a new one's, or one of version 0.1.0, where it had the same."""
+    folder = teacher_folder(args, teacher, num_classes, root, launch)
+    legacy = _teacher_folder(args, teacher, num_classes, root, legacy_settings(args))
+    if (folder / TEACHER_FILE).is_file() or not (legacy / TEACHER_FILE).is_file() or why_damaged(legacy / LAST):
+        return folder
+    state = load_checkpoint_metadata(str(legacy / LAST))
+    differ = differing_from_legacy(args, launch, _stored_options(state), state.get('run_state') or {})
+    if not differ:
+        return legacy
+    _logger.info(f'Teacher {teacher_name(args)}: {legacy}, which an earlier version trained, had other settings '
+                 f'({", ".join(differ)}) and is not taken.')
+    return folder
+
+
+def _stored_options(state: Dict[str, Any]) -> Dict[str, Any]:
+    """The options in a checkpoint; version 0.1.0 kept a Namespace."""
+    options = state.get('args') or {}
+    return dict(options if isinstance(options, dict) else vars(options))
 
 
 def _warn_warmup(args: Namespace, name: str, epochs: int) -> None:
@@ -1279,7 +1387,8 @@ def train_teacher(session: Session, name: str, teacher: nn.Module, teacher_input
         result = Fit(
             session, task, folder, epochs, 'teacher', resume=str(resume or ''), prepare_input=teacher_input).run()
         if accelerator.is_main_process:
-            facts = dict(model=name, epochs=epochs, seed=args.seed, metrics=result.last, file=LAST)
+            facts = dict(model=name, epochs=epochs, seed=args.seed, metrics=result.last, file=LAST,
+                         options=teacher_settings(args, session.launch))
             write_text(folder / TEACHER_FILE, json.dumps(facts, indent=2) + '\n')
         accelerator.wait_for_everyone()
     accelerator.free_memory()
@@ -1405,8 +1514,10 @@ def summarize(
     facts = dict(
         model=args.model, timesteps=timesteps, losses=args.losses, seed=args.seed, student=result.last,
         best=best,
-        teacher=teacher._asdict() if teacher else None,
-        firing_rates=result.firing_rates, firing_rates_per_step=result.step_rates, conversion=report.as_dict() if report is not None else None,
+        teacher=dict(name=teacher.name, top1=teacher.top1, source=teacher.source, file=teacher.record.file,
+                     digest=teacher.record.digest) if teacher else None,
+        firing_rates=result.firing_rates, firing_rates_per_step=result.step_rates,
+        conversion=report.as_dict() if report is not None else None,
         seconds=round(seconds, 1))
     write_text(folder / SUMMARY_FILE, json.dumps(facts, indent=2) + '\n')
 
@@ -1423,6 +1534,7 @@ class Job:
     root: Path  # of all runs and teachers
     folder: Path
     resume: str
+    teacher_record: Optional[TeacherRecord]  # that the checkpoint names
     report: Optional[SpikingReport] = None
 
 
@@ -1450,8 +1562,10 @@ def prepare(args: Namespace, accelerator: Accelerator, stop: StopRequest, held: 
     # one process looks: what it finds may change when it begins to write
     found = [find_run(args, root, data_config) if accelerator.is_main_process else None]
     folder, resume = broadcast_object_list(found)[0]
+    record = None
     if teacher is not None:
-        check_teacher(args, teacher, num_classes, root)
+        record = read_teacher_record(resume, teacher, num_classes, root) if resume else None
+        check_teacher(args, teacher, num_classes, root, session.launch, record)
     if resume:
         _logger.info(f'Goes on from {resume}.')
         check_data(Path(resume).parent / DATA_FILE, **described)
@@ -1461,7 +1575,7 @@ def prepare(args: Namespace, accelerator: Accelerator, stop: StopRequest, held: 
     lr = resolve_lr(args, accelerator.num_processes)
     create_optimizer_and_schedule(Namespace(**{**vars(args), 'lr': lr}), task.get_trainable_module())
     held.enter_context(lock_folder(folder, accelerator.is_main_process))
-    job = Job(session, task, student, teacher, teacher_input, num_classes, root, folder, resume)
+    job = Job(session, task, student, teacher, teacher_input, num_classes, root, folder, resume, record)
     job.report = prepare_neurons(args, accelerator, student, loaders.train, bool(resume))
     if accelerator.is_main_process:
         write_text(folder / ARGS_FILE, _arguments(args))
@@ -1478,13 +1592,14 @@ def train(job: Job, started: float) -> None:
     args, accelerator = job.session.args, job.session.accelerator
     taught_by = None
     if job.teacher is not None:
-        taught_by = obtain_teacher(job.session, job.teacher, job.teacher_input, job.num_classes, job.root)
+        taught_by = obtain_teacher(
+            job.session, job.teacher, job.teacher_input, job.num_classes, job.root, job.teacher_record)
     cache = None
     if args.teacher_cache:
         samples = len(job.session.make_loaders().train.dataset)
         cache = TeacherCache(job.folder, samples, create=accelerator.is_local_main_process)
     result = Fit(job.session, job.task, job.folder, args.epochs, 'student', resume=job.resume, ema=args.model_ema,
-                 teacher_cache=cache).run()
+                 teacher_cache=cache, teacher_record=taught_by.record if taught_by else None).run()
     if accelerator.is_main_process:
         summarize(args, job.folder, job.student, taught_by, result, job.report, time.time() - started)
 
