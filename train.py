@@ -77,6 +77,7 @@ from timm_sscl.report import FiringRates, SpikingReport, estimate_energy, mean_p
 from timm_sscl.report.rows import append_row, keep_rows
 from timm_sscl.run_checks import LabelCountingEvaluator, warn_long_warmup, warn_teacher_at_chance
 from timm_sscl.run_summary import best_epoch_facts, best_epoch_text, last_epoch_text
+from timm_sscl.silent_layers import SilentLayers
 from timm_sscl.spiking import SpikingModule
 from timm_sscl.stop import Interrupted, StopRequest
 from timm_sscl.teacher_cache import TeacherCache
@@ -803,7 +804,8 @@ class Fit:
         self.meters = Meters()
         self.num_updates = self.position.epoch * updates
         self.step_rates: Dict[str, List[float]] = {}  # of the last validation, by layer and time step
-        self.odd_layers: Dict[str, str] = {}
+        self.odd_layers: Dict[str, str] = {}  # on the validation set
+        self.silent_layers: List[str] = []  # in training
         self.failure: Optional[Exception] = None  # met by this process while it read data
         self._restore_run_state()
 
@@ -890,7 +892,8 @@ class Fit:
         if self.run_state.get('random'):
             set_random_state(self.run_state['random'][self.accelerator.process_index])
         for epoch in range(self.position.epoch, self.epochs):
-            self._train_epoch(epoch)
+            with self._watch_layers() as layers:
+                self._train_epoch(epoch, layers)
             self._distribute_bn()
             train_metrics = self.meters.means()
             metrics, rates = OrderedDict(), {}  # an epoch without validation has none
@@ -907,7 +910,22 @@ class Fit:
         best, best_epoch = (self.saver.best_metric, self.saver.best_epoch) if self.saver else (None, None)
         return FitResult(dict(metrics), best, best_epoch, rates, self.step_rates if rates else {})
 
-    def _train_epoch(self, epoch: int) -> None:
+    def _watch_layers(self) -> Any:
+        """What notes the layers that do not fire; nothing for an ANN, or where hooks would be compiled."""
+        model = self.eval_model
+        spiking = isinstance(model, nn.Module) and hasattr(unwrap_model(model), 'set_timesteps')
+        return SilentLayers(unwrap_model(model)) if spiking and not self.args.torchcompile else nullcontext()
+
+    def _warn_silent_layers(self, layers: Optional[SilentLayers], step: int) -> None:
+        """Name the layers that have not fired since the last log, when they begin not to; called by all processes."""
+        silent = layers.names() if layers is not None else []
+        new = [name for name in silent if name not in self.silent_layers]
+        if new and self.accelerator.is_main_process:
+            _logger.warning(f'Not one spike in training since the last log, at epoch {self.position.epoch + 1}, step '
+                            f'{step}: {", ".join(new)}.')
+        self.silent_layers = silent
+
+    def _train_epoch(self, epoch: int, layers: Optional[SilentLayers] = None) -> None:
         """The steps of an epoch that are not done yet."""
         args, accelerator, loader = self.args, self.accelerator, self.train_loader
         done = self.position.step if epoch == self.position.epoch else 0
@@ -930,6 +948,8 @@ class Fit:
             logs = (step + 1) % args.log_interval == 0 or step + 1 == steps
             rate = images / (time.time() - began)
             progress.update(partial(self._progress, step + 1, steps, rate), logs, last=step + 1 == steps)
+            if logs:
+                self._warn_silent_layers(layers, step + 1)
             if logs and args.save_images and accelerator.is_main_process:
                 save_image(input, self.folder / f'train-batch-{step}.jpg', padding=0, normalize=True)
             due = due or bool(args.recovery_interval and (step + 1) % args.recovery_interval == 0)
