@@ -133,10 +133,14 @@ class SSCLLoss(nn.Module):
             RuntimeError: The student was not called on x in training mode since the last call (see
                 `record_in_eval`), a tap did not run or ran without gradients, the hooks were removed, or this is a
                 copy made without the models.
-            ValueError: A feature's batch is neither B nor timesteps * B, or B is too small for CKA weights.
+            ValueError: teacher_input holds another number of samples, a feature's batch is neither B nor timesteps * B,
+                or B is too small for CKA weights.
         """
         student_features = self._student_recorder.take(x)
         training = self._student_recorder.took_training
+        if teacher_input is not None and len(teacher_input) != len(x):
+            raise ValueError(f'teacher_input holds {len(teacher_input)} samples, x holds {len(x)}: row i of both must '
+                             f'be of one image.')
         teacher_features = self._run_teacher(self.teacher_input(x) if teacher_input is None else teacher_input)
         if self.training and training:
             self._trained(self._student_recorder.model, self.criterion)

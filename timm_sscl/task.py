@@ -108,10 +108,18 @@ def _read(
         logits, *features = (_mean_over_frames(x, input.shape[1]) for x in (logits, *(features or ())))
         return logits, features if reader is not None else None
     if reader is not None:
-        return reader(model, input)
+        logits, features = reader(model, input)
+        return _check_logits(model, logits), features
     if hasattr(model, 'set_timesteps'):
-        return model(input, per_step=True), None
-    return model(input).unsqueeze(0), None
+        return _check_logits(model, model(input, per_step=True)), None
+    return _check_logits(model, model(input)).unsqueeze(0), None
+
+
+def _check_logits(model: nn.Module, logits: Any) -> torch.Tensor:
+    if not isinstance(logits, torch.Tensor):
+        raise TypeError(f'{type(model).__name__} returns a {type(logits).__name__} and not a tensor of logits (B, K); of '
+                        f"timm's distilled models set_distilled_training(False) returns one.")
+    return logits
 
 
 def _mean_over_frames(x: torch.Tensor, timesteps: int) -> torch.Tensor:
@@ -260,6 +268,7 @@ class SSCLTask(TrainingTask):
         """Teacher logits (B, K) and features; images need one forward, not T, and of event frames it sees all T."""
         if self.teacher is None:
             return None, None
+        self.teacher.eval()  # also where somebody called teacher.train(): its batch norms would move
         step_logits, features = _read(self.teacher, self.teacher_reader, self.teacher_input(input))
         return step_logits.mean(0), features
 

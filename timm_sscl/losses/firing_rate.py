@@ -23,7 +23,14 @@ def firing_rate_loss(rates: torch.Tensor, low: float, high: float) -> torch.Tens
 
     Returns:
         0-d tensor.
+
+    Raises:
+        ValueError: There are no rates, or low lies above high.
     """
+    if not low <= high:
+        raise ValueError(f'low={low} and high={high}: the lower end must come first.')
+    if not rates.numel():
+        raise ValueError('there are no firing rates: no neuron layer ran.')
     return (F.relu(low - rates) + F.relu(rates - high)).square().mean()
 
 

@@ -21,11 +21,13 @@ def kd_loss(logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: flo
         0-d tensor, the mean over the batch.
 
     Raises:
-        ValueError: The shapes differ: another number of samples or classes.
+        ValueError: The logits are not both (B, K), of the same samples and classes, or temperature is not positive.
     """
-    if logits.shape != teacher_logits.shape:
+    if logits.ndim != 2 or logits.shape != teacher_logits.shape:
         raise ValueError(f'student logits {tuple(logits.shape)} and teacher logits {tuple(teacher_logits.shape)} must '
-                         f'be of the same samples and classes.')
+                         f'be (B, K), of the same samples and classes.')
+    if not temperature > 0:
+        raise ValueError(f'temperature={temperature}: must be positive.')
     dtype = torch.promote_types(logits.dtype, torch.float32)
     student, teacher = (F.log_softmax(x.to(dtype) / temperature, dim=-1) for x in (logits, teacher_logits))
     return F.kl_div(student, teacher, reduction='batchmean', log_target=True) * temperature ** 2

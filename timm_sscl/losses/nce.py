@@ -31,6 +31,9 @@ def _scores(
 
 
 def _unit_rows(x: torch.Tensor) -> torch.Tensor:
+    # in units of the row's largest value: its square may leave float32, the row's direction has none of it
+    largest = torch.linalg.vector_norm(x.detach(), math.inf, dim=1, keepdim=True)
+    x = x / torch.where(largest > 0, largest, torch.ones_like(largest))
     norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
     # F.normalize would give a zero row (a silent sample) a gradient of 1e12
     return x / torch.where(norm > 0, norm, torch.ones_like(norm))

@@ -29,8 +29,15 @@ def tet_loss(
         level: What the outputs are held near, TET's firing threshold.
 
     Returns:
-        0-d tensor, the mean over the batch.
+        0-d tensor, float32 at least, the mean over the batch.
+
+    Raises:
+        ValueError: step_logits is not (T, B, K), or target is neither (B,) nor (B, K).
     """
+    if step_logits.ndim != 3 or target.shape not in (step_logits.shape[1:2], step_logits.shape[1:]):
+        raise ValueError(f'step_logits {tuple(step_logits.shape)} must be (T, B, K), and target '
+                         f'{tuple(target.shape)} labels (B,) or soft targets (B, K).')
+    step_logits = step_logits.to(torch.promote_types(step_logits.dtype, torch.float32))
     timesteps = step_logits.shape[0]
     target = target.repeat(timesteps, *(1,) * (target.ndim - 1))
     smoothing = 0. if target.ndim > 1 else smoothing
