@@ -121,6 +121,8 @@ def test_modes_without_a_scale_are_refused(tmp_path):
     for mode in ('I', 'F', 'P', 'I;16', 'rgb'):
         with pytest.raises(ValueError, match=f"input_img_mode='{mode}'.*L, RGB.*--input-img-mode"):
             create_dataset('', str(tmp_path), 'train', input_img_mode=mode)
+        with pytest.raises(ValueError, match='--input-img-mode'):
+            create_dataset('digits', split='train', input_img_mode=mode)
 
 
 def test_rotation_and_transparency_that_are_ignored_are_said(tmp_path, caplog):

@@ -54,14 +54,14 @@ def create_dataset(
     name = _known_name(name)
     if num_samples is not None and num_samples < 1:
         raise ValueError(f'num_samples={num_samples}: must be 1 or more (--train-num-samples, --val-num-samples).')
-    if name == 'digits':
-        return DigitsDataset(split, num_samples, input_img_mode=kwargs.get('input_img_mode') or 'RGB')
-    if is_event_dataset(name):
-        return create_event_dataset(name, root, split, num_samples, **kwargs)
     mode = kwargs.get('input_img_mode') or 'RGB'
     if mode not in MODES:
         raise ValueError(f"input_img_mode='{mode}': must be one of {', '.join(MODES)}, whose values are scaled to 0 to "
                          f'1 (--input-img-mode).')
+    if name == 'digits':
+        return DigitsDataset(split, num_samples, input_img_mode=mode)
+    if is_event_dataset(name):
+        return create_event_dataset(name, root, split, num_samples, **kwargs)
     if name in _TORCH_PARTED and split not in _SPLITS_OF_PARTED:
         raise ValueError(f"split '{split}': {name} has 'train' and 'validation'.")  # timm takes the test set for others
     local = not name.startswith(('hfds/', *_STREAMS))
