@@ -184,8 +184,11 @@ class _Plan:
                 replace_functions(caller.module, settings.timesteps)
         for module in self.others:
             _share_over_time(module, settings.timesteps)
+        device = next(model.parameters(), next(model.buffers(), torch.empty(0))).device
         for module in model.modules():
             leave_fused_path(module)
+            if isinstance(module, LIF):
+                module.keep_factors(device)
 
 
 def swap_modules(model: nn.Module, settings: SpikingSettings) -> List[ConversionRecord]:

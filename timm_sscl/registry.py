@@ -15,7 +15,8 @@ from timm.models._pretrained import DefaultCfg, PretrainedCfg
 from timm.models._registry import _model_default_cfgs, _model_pretrained_cfgs, is_model
 
 from .convert import convert_to_spiking
-from .spiking import SETTINGS_KEY, SpikingSettings, split_spiking_state
+from .settings import SETTINGS_KEY, SpikingSettings
+from .state import split_spiking_state
 
 __all__ = ['register_spiking_models', 'PREFIX']
 

@@ -3,12 +3,10 @@
 A converted model is an instance of a subclass of its own class: `(SpikingModel, Base)` for what has timm's
 forward_features / forward_head, `(SpikingModule, Base)` for anything else. Inside, every tensor is (T * B, ...).
 """
-import json
-import logging
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import replace
 from functools import lru_cache
-from typing import Any, Callable, Dict, FrozenSet, Iterator, List, Optional, Sequence, Tuple, Type
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Type
 
 import torch
 import torch.fx
@@ -16,67 +14,18 @@ import torch.nn as nn
 from torch.utils._pytree import tree_map
 
 from .call_sites import set_calls
-from .function_calls import spread_over_calls
 from .functional import NEURON_NAME, FunctionsOverTime, number_of_calls
 from .neurons import LIF
 from .neurons.folding import enter_fold, folding_model, leave_fold
-from .neurons.lif import check_neuron
 from .notrace import functions_as_nodes
-from .stem_pool import check_stem_pool, set_stem_pool
+from .settings import SETTINGS_KEY, SpikingSettings
+from .state import SpikingState
+from .stem_pool import set_stem_pool
 from .stochastic import OverTime
-from .tdbn import check_norm, set_norm
+from .tdbn import set_norm
 
 __all__ = [
     'SpikingSettings', 'SpikingModule', 'SpikingModel', 'SpikingEncoder', 'SETTINGS_KEY', 'encode_input', 'decode']
-
-_logger = logging.getLogger(__name__)
-
-SETTINGS_KEY = 'spiking_settings'  # in the state_dict: the settings as JSON bytes, a uint8 tensor
-_NEURON_SETTINGS = ('timesteps', 'tau', 'v_threshold', 'v_reset', 'detach_reset', 'v_init')
-FACTORS = {'gain': 'spiking_gain', 'scale': 'spiking_scale'}  # of a LIF, and their names in the state_dict
-
-
-@dataclass(frozen=True)
-class SpikingSettings:
-    """All that a converted model's numbers depend on besides its weights; defaults are the paper's."""
-    timesteps: int = 4
-    tau: float = 0.25
-    v_threshold: float = 0.5
-    v_reset: Optional[float] = 0.
-    detach_reset: bool = False
-    v_init: Optional[float] = None
-    include: Optional[Tuple[str, ...]] = None  # which activations became neurons, see Policy
-    exclude: Optional[Tuple[str, ...]] = None
-    stem: Optional[str] = None  # neuron before which all runs once per image, see share_stem
-    stem_pool: Optional[str] = None  # 'avg': average pooling in the stem, see set_stem_pool
-    norm: Optional[str] = None  # 'tdbn': batch norms in units of the threshold, see TdBatchNorm
-    calls: Optional[Tuple[str, ...]] = None  # 'name:n': neurons with a copy per call, see set_calls
-
-    def __post_init__(self):
-        if isinstance(self.timesteps, bool) or not isinstance(self.timesteps, int) or self.timesteps < 1:
-            raise ValueError(f'timesteps={self.timesteps!r}: must be a whole number of time steps, 1 or more.')
-        check_neuron(self.tau, self.v_threshold, self.v_reset, self.v_init)
-        check_stem_pool(self.stem_pool)
-        check_norm(self.norm)
-
-    def neuron(self) -> Dict[str, Any]:
-        """Arguments of a LIF."""
-        return {k: v for k, v in asdict(self).items() if k in _NEURON_SETTINGS}
-
-    def to_tensor(self) -> torch.Tensor:
-        return torch.tensor(list(json.dumps(asdict(self)).encode()), dtype=torch.uint8)
-
-    @classmethod
-    def from_tensor(cls, tensor: torch.Tensor) -> 'SpikingSettings':
-        known = {f.name for f in fields(cls)}
-        stored = {k: v for k, v in json.loads(bytes(tensor.tolist())).items() if k in known}
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})
-
-
-def split_spiking_state(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
-    """Remove from a state dict, and return, what only a spiking model knows."""
-    keys = [key for key in state_dict if key == SETTINGS_KEY or key.endswith(tuple(FACTORS.values()))]
-    return {key: state_dict.pop(key) for key in keys}
 
 
 def encode_input(x: Any, timesteps: int, stem: Optional[str] = None) -> torch.Tensor:
@@ -149,13 +98,11 @@ def _given(x: Any, args: Tuple[Any, ...]) -> Tuple[Any, ...]:
     return args if x is None else (x, *args)
 
 
-class SpikingModule:
+class SpikingModule(SpikingState):
     """Mixin for a converted model that is called as a whole: features_only wrappers, encoders, plain nn.Modules."""
     _spiking_bases: Tuple[type, type]
-    settings: SpikingSettings
     _calls_noise: bool  # whether its own methods call F.dropout or torch.rand
     _repeats_activations: bool  # see functional.repeats_activations
-    _explicit: FrozenSet[str]  # names of the settings that were asked for, which a checkpoint does not override
 
     @property
     def timesteps(self) -> int:
@@ -168,7 +115,7 @@ class SpikingModule:
         Raises:
             ValueError: timesteps is not a positive whole number.
         """
-        self._set_settings(SpikingSettings(**{**asdict(self.settings), 'timesteps': timesteps}))
+        self._set_settings(replace(self.settings, timesteps=timesteps))
         self._explicit = self._explicit | {'timesteps'}
 
     def spiking_report(self) -> List[Any]:
@@ -256,7 +203,7 @@ class SpikingModule:
 
     def set_stem(self, name: Optional[str]) -> None:
         """Let the neuron of this name repeat its current over T (`share_stem` checks first); None repeats the input."""
-        self._set_settings(SpikingSettings(**{**asdict(self.settings), 'stem': name}))
+        self._set_settings(replace(self.settings, stem=name))
 
     def _repeat_over_time(self, x: Any) -> torch.Tensor:
         return encode_input(x, self.timesteps, self.settings.stem)
@@ -297,22 +244,6 @@ class SpikingModule:
         if settings.norm is not None or before.norm is not None:
             set_norm(self, settings.norm, settings.v_threshold)
 
-    def _restore_settings(self, stored: SpikingSettings) -> None:
-        """Take over a checkpoint's settings; what was asked for explicitly stays, and what differs is logged."""
-        wanted = asdict(self.settings)
-        for name, value in asdict(stored).items():
-            if name not in self._explicit:
-                wanted[name] = value
-            elif wanted[name] != value:
-                _logger.warning(f'{type(self).__name__}: the checkpoint was made with {name}={value}, '
-                                f'{name}={wanted[name]} was asked for and is kept.')
-        restored = SpikingSettings(**wanted)
-        if restored != self.settings:
-            _logger.info(f'{type(self).__name__}: settings restored from the checkpoint: {restored}')
-            if (restored.include, restored.exclude) != (self.settings.include, self.settings.exclude):
-                self._convert_again(restored)
-            self._set_settings(restored)
-
     def _convert_again(self, settings: SpikingSettings) -> None:
         """Change which activations are neurons."""
         from .convert import swap_modules, unswap_modules
@@ -323,48 +254,9 @@ class SpikingModule:
         """Neuron layers by module name."""
         return {name: module for name, module in self.named_modules() if isinstance(module, LIF)}
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + SETTINGS_KEY] = self.settings.to_tensor()
-        for name, lif in self.neurons().items():
-            for factor in FACTORS:
-                value = getattr(lif, factor)
-                if value is not None:
-                    destination[f'{prefix}{name}.{FACTORS[factor]}'] = value if keep_vars else value.detach()
-
-    def _load_from_state_dict(self, state_dict, prefix, *args):
-        self.load_spiking_state(state_dict, prefix)
-        self._forget(state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def load_spiking_state(self, state_dict: Dict[str, torch.Tensor], prefix: str = '') -> None:
-        """Take settings, gains and scales out of a state dict; a spiking checkpoint without gains means 1."""
-        stored = state_dict.pop(prefix + SETTINGS_KEY, None)
-        spread_over_calls(self, state_dict, prefix, FACTORS.values())
-        if stored is not None:
-            self._restore_settings(SpikingSettings.from_tensor(stored))
-        for name, lif in self.neurons().items():
-            for factor, key in FACTORS.items():
-                value = state_dict.pop(f'{prefix}{name}.{key}', None)
-                if value is not None:
-                    like = next(self.parameters(), value)
-                    setattr(lif, factor, value.detach().to(like.device, copy=True))
-                elif stored is not None:
-                    setattr(lif, factor, None)
-
-    def _forget(self, state_dict: Dict[str, torch.Tensor], prefix: str) -> None:
-        """Drop an ANN's parameters of activations that are neurons now (StarReLU's scale and bias, EvoNorm's v)."""
-        dropped = 0
-        for name, module in self.named_modules():
-            for parameter in getattr(module, 'forgotten', ()):
-                dropped += state_dict.pop(f'{prefix}{name}.{parameter}', None) is not None
-        if dropped:
-            _logger.info(f'{type(self).__name__}: {dropped} parameters of activations that are neurons now were not '
-                         f'loaded.')
-
     def __reduce_ex__(self, protocol):
         # the subclass has no importable name: rebuild it from its two bases (pickle, deepcopy, torch.save)
-        return _new_spiking, self._spiking_bases, self.__dict__
+        return _new_spiking, self._spiking_bases, {k: v for k, v in self.__dict__.items() if k != '_spiking_seen'}
 
     def __prepare_scriptable__(self):
         raise RuntimeError(f'{type(self).__name__}: TorchScript is not supported for spiking models; '

@@ -2,10 +2,10 @@
 from typing import Optional, Tuple
 
 import torch
-import torch.nn as nn
 from torch.autograd.function import once_differentiable
 
 from .backend import run
+from .factors import Factors
 from .flat import Flat
 from .folding import require_fold
 from .norm_source import NormSource
@@ -128,13 +128,15 @@ def _apply(x: torch.Tensor, gain: Optional[torch.Tensor], neuron: Neuron, norm: 
     return _LIF.apply(x, gain, neuron, torch.is_grad_enabled() and x.requires_grad, norm)
 
 
-class LIF(nn.Module):
+class LIF(Factors):
     """`lif` on a time-folded batch: (T * B, ...) in, spikes of the same shape out, time-major.
 
         out = scale * lif(gain * x)
 
     Gain and scale are None (1) unless a calibration or an ANN's conversion sets them (`set_gain`); they broadcast
     against a sample: 0-d, or (C, 1, 1) for channels of NCHW maps and (C,) for channels of tokens. They are not trained.
+    The buffers spiking_gain and spiking_scale hold them; a converted model's neurons have these always, a neuron by
+    itself once a factor was set. A factor that is 1 costs no multiplication.
     A neuron that is `part_of_model`, as a conversion makes it, runs only inside a call of its model.
     A neuron that `encodes` takes a current (B, ...) that is the same at every step, and returns (T * B, ...).
 
@@ -169,14 +171,6 @@ class LIF(nn.Module):
         self.detach_reset = detach_reset
         self.v_init = v_init
         self.encodes = False
-        # the converted model saves them: a plain buffer would be missing from an ANN's state_dict
-        self.register_buffer('gain', None, persistent=False)
-        self.register_buffer('scale', None, persistent=False)
-
-    def set_gain(self, gain: Optional[torch.Tensor] = None, scale: Optional[torch.Tensor] = None) -> None:
-        """Set the factors on the input and on the spikes; None is 1."""
-        self.gain = gain
-        self.scale = scale
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.part_of_model:
@@ -191,8 +185,8 @@ class LIF(nn.Module):
             x_t = x.reshape(self._fold(x.shape))
         neuron = Neuron.of(self.tau, self.v_threshold, self.v_reset, self.detach_reset, self.v_init)
         spikes = _apply(x_t, self.gain, neuron, NormSource.of(x))
-        spikes = spikes.flatten(0, 1)
-        return spikes if self.scale is None else spikes * self.scale.to(x.dtype)
+        spikes, scale = spikes.flatten(0, 1), self.scale
+        return spikes if scale is None else spikes * scale.to(x.dtype)
 
     def _fold(self, shape: torch.Size) -> Tuple[int, ...]:
         return self.timesteps, shape[0] // self.timesteps, *shape[1:]

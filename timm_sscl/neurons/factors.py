@@ -1,0 +1,128 @@
+"""A neuron's input gain and output scale, in buffers that load, save and average as all other state does."""
+from typing import Any, Dict, Optional
+
+import torch
+import torch.nn as nn
+
+from .watched import Seen, changed, is_readable, read_values
+
+__all__ = ['Factors', 'FACTORS']
+
+FACTORS = {'gain': 'spiking_gain', 'scale': 'spiking_scale'}  # and the buffers that hold them
+
+
+class Factors(nn.Module):
+    """Base of a neuron that computes scale * neuron(gain * x).
+
+    The neurons of a converted model have both buffers always, ones of shape () by default, so that the keys of its
+    state dict do not depend on a calibration; a neuron by itself has them once a factor is set. A factor that is 1
+    costs no multiplication.
+    """
+
+    def __init__(self):
+        super().__init__()
+        for key in FACTORS.values():
+            self.register_buffer(key, None)
+        self._in_force = dict.fromkeys(FACTORS.values(), False)  # whether a factor is other than 1
+        self._seen: Dict[str, Seen] = {}  # the buffers that this was read from
+
+    @property
+    def gain(self) -> Optional[torch.Tensor]:
+        """Factor on the input; None is 1."""
+        return self._factor('spiking_gain')
+
+    @gain.setter
+    def gain(self, value: Optional[torch.Tensor]) -> None:
+        self._set_factor('spiking_gain', value)
+
+    @property
+    def scale(self) -> Optional[torch.Tensor]:
+        """Factor on the spikes; None is 1."""
+        return self._factor('spiking_scale')
+
+    @scale.setter
+    def scale(self, value: Optional[torch.Tensor]) -> None:
+        self._set_factor('spiking_scale', value)
+
+    def set_gain(self, gain: Optional[torch.Tensor] = None, scale: Optional[torch.Tensor] = None) -> None:
+        """Set the factors on the input and on the spikes; None is 1."""
+        self.gain = gain
+        self.scale = scale
+
+    def kind_of_factors(self) -> str:
+        """'none' while both are 1, 'layer' or 'channel'; as last read, which does not wait for the device."""
+        values = [self._buffers[key] for key in FACTORS.values()]
+        if any(value is not None and value.ndim for value in values):
+            return 'channel'
+        return 'layer' if any(self._in_force.values()) else 'none'
+
+    def keep_factors(self, device: torch.device) -> None:
+        """Have the factors in the state dict even while they are 1."""
+        for key in FACTORS.values():
+            if self._buffers[key] is None:
+                self._buffers[key] = torch.ones((), dtype=torch.float32, device=device)
+                self._seen[key] = Seen.now(self._buffers[key])
+
+    def _factor(self, key: str) -> Optional[torch.Tensor]:
+        value = self._buffers[key]
+        if value is None:
+            return None
+        if not torch.compiler.is_compiling() and changed(value, self._seen.get(key), self.training):
+            self._read_factor(key)
+        return value if self._in_force[key] else None
+
+    def _read_factor(self, key: str) -> None:
+        value = self._buffers[key]
+        if is_readable(value):
+            self._in_force[key] = any(v != 1 for v in read_values(value))
+            self._seen[key] = Seen.now(value)
+
+    def _set_factor(self, key: str, value: Optional[torch.Tensor]) -> None:
+        before = self._factor(key)
+        if value is None and before is None:
+            return
+        neutral = value is None
+        if neutral:
+            value = torch.ones((), dtype=before.dtype, device=before.device)
+        self._buffers[key] = value.detach() if value.requires_grad else value
+        self._in_force[key] = not neutral
+        if not neutral:
+            self._read_factor(key)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+        """Factors take the shape of those that come; where none come, as from an ANN, they stay."""
+        for key in FACTORS.values():
+            own, value = self._buffers[key], state_dict.get(prefix + key)
+            if value is None and own is not None:
+                state_dict[prefix + key] = torch.ones(()) if own.is_meta else own.detach()
+            elif value is not None and (own is None or own.shape != value.shape):
+                like = value if own is None else own
+                self._buffers[key] = torch.ones(value.shape, dtype=like.dtype, device=like.device)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        for key in FACTORS.values():
+            self._factor(key)  # now: a compiled forward does not look
+
+    def _apply(self, fn, recurse=True):
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for key in FACTORS.values():  # to_empty leaves anything in them
+            was, value = before[key], self._buffers[key]
+            if value is None or not is_readable(value) or not (was.is_meta or is_readable(was)):
+                continue
+            if was.is_meta or read_values(was.to(value.dtype)) != read_values(value):
+                self._buffers[key] = torch.ones((), dtype=value.dtype, device=value.device)
+            self._factor(key)
+        return self
+
+    def __getstate__(self) -> Dict[str, Any]:
+        return {**self.__dict__, '_in_force': dict(self._in_force), '_seen': {}}
+
+    def __setstate__(self, state: Dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if '_seen' in self.__dict__:
+            return
+        self._seen, self._in_force = {}, dict.fromkeys(FACTORS.values(), False)  # a pickle of version 0.1.0
+        for factor, key in FACTORS.items():
+            value = self._buffers.pop(factor)
+            self._non_persistent_buffers_set.discard(factor)
+            self._buffers[key] = torch.ones(()) if value is None else value
