@@ -394,7 +394,7 @@ def test_another_choice_of_neurons_past_load_state_dict_is_refused(tmp_path):
             model(images())
 
 
-def test_gains_per_channel_that_a_selection_dropped_are_missed():
+def test_gains_per_channel_that_a_selection_dropped_are_missed(tmp_path):
     source, model = converted(), fresh()
     before = copy.deepcopy(model.state_dict())
     own = model.state_dict()
@@ -405,6 +405,10 @@ def test_gains_per_channel_that_a_selection_dropped_are_missed():
     model.load_spiking_state(source.state_dict())  # what the loader cannot give it
     model.load_state_dict(state, strict=False)
     same(model, source)
+    model = meta_model()
+    model.load_spiking_state(source.state_dict())
+    torch.save(source.state_dict(), tmp_path / 'pytorch_model.bin')
+    same(accelerate.load_checkpoint_and_dispatch(model, str(tmp_path / 'pytorch_model.bin'), {'': 'cpu'}), source)
 
 
 def test_memory_without_values_holds_neither_gains_nor_settings():
