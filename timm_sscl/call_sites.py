@@ -118,6 +118,7 @@ def _copy(lif: LIF) -> LIF:
     """A neuron with the same settings and factors, without hooks."""
     twin = copy.copy(lif)
     twin._modules, twin._parameters = dict(lif._modules), dict(lif._parameters)
+    twin._non_persistent_buffers_set = set(lif._non_persistent_buffers_set)
     twin._buffers = {name: None if b is None else b.clone() for name, b in lif._buffers.items()}
     for hooks in _HOOKS:
         twin.__dict__[hooks] = OrderedDict()
