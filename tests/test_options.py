@@ -140,6 +140,14 @@ def test_home_is_expanded_in_every_option_that_takes_a_path(tmp_path, monkeypatc
     assert args.class_map == str(tmp_path / 'm.txt') and args.epochs == 7  # those in a file too
 
 
+def test_home_is_expanded_in_lists_of_a_file(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    (tmp_path / 'mine.py').write_text('')
+    (tmp_path / 'c.yaml').write_text("plugin: ['~/mine.py']\noutput: null\n")
+    args = parse_args([*DATA, '--config', '~/c.yaml'])[0]
+    assert args.plugin == [str(tmp_path / 'mine.py')] and args.output is None
+
+
 def test_home_is_expanded_in_folders_that_are_models(tmp_path, monkeypatch):
     monkeypatch.setenv('HOME', str(tmp_path))
     for option in ('--model', '--teacher', '--kd-model-name'):

@@ -529,7 +529,8 @@ def _apply(parser: argparse.ArgumentParser, args: argparse.Namespace, options: D
         if name in given:
             continue
         kind = known[name].type
-        value = home_path(value) if kind is home_path and isinstance(value, str) else value
+        if kind is home_path:
+            value = [home_path(v) for v in value] if isinstance(value, list) else value and home_path(value)
         if kind in (int, float) and value is not None and not isinstance(value, (list, dict, bool)):
             try:
                 value = kind(value)
