@@ -1,5 +1,6 @@
 """Time is folded into the batch once, whichever way a converted model is entered, and nowhere outside of it."""
 import copy
+import pickle
 import threading
 
 import pytest
@@ -132,6 +133,34 @@ def test_functional_activation_outside_of_its_model_raises():
     assert model(_images(3)).shape[0] == 3
     with pytest.raises(RuntimeError, match='outside'):
         model[0](_images(4))
+
+
+class _Functional(nn.Module):
+    """Nothing but functions: no module of it is a neuron."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(6, 6), nn.Linear(6, 5)
+
+    def features(self, x):
+        return F.relu(self.fc1(x))
+
+    def forward(self, x):
+        return self.fc2(self.features(x))
+
+
+@pytest.mark.parametrize('batch', [1, T, 3, 2 * T])
+@pytest.mark.parametrize('root', [True, False], ids=['itself', 'inside'])
+@torch.no_grad()
+def test_a_method_with_functional_activations_raises_outside(root, batch):
+    model = convert_to_spiking(_Functional() if root else nn.Sequential(_Functional(), nn.Identity()), timesteps=T)
+    part, x = model if root else model[0], torch.randn(batch, 6)
+    for method in (part.features, copy.deepcopy(part).features, pickle.loads(pickle.dumps(part)).features):
+        with pytest.raises(RuntimeError, match='_Functional.features.* outside'):
+            method(x)
+    assert model(x).shape == (batch, 5)
+    excluded = convert_to_spiking(nn.Sequential(_Functional(), nn.ReLU()), timesteps=T, exclude='0')
+    assert torch.equal(excluded[0].features(x), excluded[0].fc1(x).relu())  # analog, so it may run anywhere
 
 
 def test_compiled_part_outside_of_its_model_raises():

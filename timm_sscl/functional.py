@@ -2,7 +2,7 @@
 import ast
 import inspect
 import textwrap
-from functools import lru_cache
+from functools import lru_cache, wraps
 from typing import Any, Callable, Dict, FrozenSet, List, Optional, Sequence, Set, Type
 
 import torch
@@ -26,6 +26,7 @@ _IN_PLACE_FUNCTIONS = {name for name in ACTIVATION_FUNCTIONS if name.endswith('_
 torch.fx.wrap('dropout_over_time')  # one node of a graph
 torch.fx.wrap('rand_over_time')
 
+_FORWARD_METHODS = {'forward', 'forward_features', 'forward_head', 'forward_intermediates'}
 _NOISE_FUNCTIONS = {'dropout', 'dropout_', 'rand'}
 
 
@@ -202,9 +203,26 @@ class _Functions(OverTime):
         return _new_functions, (self._base,), self.__dict__
 
 
+def methods_inside_only(base: Type[nn.Module]) -> Dict[str, Callable]:
+    """A class's methods that call activations as functions, but for its forward methods: outside of a converted
+    model's call, where no neuron replaces the activations, they raise."""
+    return {name: _inside_only(getattr(base, name)) for name, names in _calls(base).items()
+            if names & ACTIVATION_FUNCTIONS and name not in _FORWARD_METHODS}
+
+
+def _inside_only(method: Callable) -> Callable:
+    @wraps(method)
+    def call(self, *args, **kwargs):
+        if NEURON_NAME in self._modules:
+            require_fold(f'{type(self).__name__}.{method.__name__}')
+        return method(self, *args, **kwargs)
+    return call
+
+
 @lru_cache(maxsize=None)
 def _functions_class(base: Type[nn.Module]) -> type:
-    return type(base.__name__, (_Functions, base), {'__module__': base.__module__, '_base': base})
+    attributes = {'__module__': base.__module__, '_base': base, **methods_inside_only(base)}
+    return type(base.__name__, (_Functions, base), attributes)
 
 
 def _new_functions(base: Type[nn.Module]) -> nn.Module:

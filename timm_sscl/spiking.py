@@ -14,7 +14,7 @@ import torch.nn as nn
 from torch.utils._pytree import tree_map
 
 from .call_sites import set_calls
-from .functional import NEURON_NAME, FunctionsOverTime, number_of_calls
+from .functional import NEURON_NAME, FunctionsOverTime, methods_inside_only, number_of_calls
 from .neurons import LIF
 from .neurons.folding import enter_fold, folding_model, leave_fold
 from .notrace import functions_as_nodes
@@ -84,7 +84,7 @@ def decode(out: Any, timesteps: int, per_step: bool = False) -> Any:
 @lru_cache(maxsize=None)
 def spiking_class(mixin: type, base: Type[nn.Module]) -> type:
     """The subclass that an instance of base is given; one per base, so that isinstance and pickling work."""
-    attributes = {'__module__': base.__module__, '_spiking_bases': (mixin, base)}
+    attributes = {'__module__': base.__module__, '_spiking_bases': (mixin, base), **methods_inside_only(base)}
     return type(f'Spiking{base.__name__}', (mixin, base), attributes)
 
 
