@@ -15,7 +15,7 @@ __all__ = ['Example', 'ProbeError', 'as_example', 'examples', 'probe', 'probe_si
 
 _logger = logging.getLogger(__name__)
 
-_IMAGE_SIZES = (32, 64, 28, 224, 96, 128, 48, 256, 299)
+_IMAGE_SIZES = (32, 64, 28, 224, *range(4, 28), *range(29, 32), *range(33, 64), 96, 128, 256, 299)
 _LENGTHS = (16, 64, 128, 256, 1024, 4096)
 _FIRST_LAYERS = nn.Embedding, nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase
 
