@@ -88,7 +88,8 @@ def convert_ann(
     if not torch.isfinite(images).all():
         raise ValueError('images: holds values that are not finite.')
     if not isinstance(model, SpikingModule):
-        convert_to_spiking(model, timesteps=timesteps, input_size=images.shape[2 if images.ndim == 5 else 1:], **INTEGRATE_AND_FIRE)
+        size = images.shape[2 if images.ndim == 5 else 1:]  # event frames (N, T, C, H, W)
+        convert_to_spiking(model, timesteps=timesteps, input_size=size, **INTEGRATE_AND_FIRE)
     obstacles = ann_obstacles(model)
     if obstacles:
         raise ValueError(f'{type(model).__name__} is no network of ReLU and batch norms, so that thresholds cannot '
