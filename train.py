@@ -16,6 +16,7 @@ import os
 import pickle
 import signal
 import sys
+import threading
 import time
 import zipfile
 from argparse import Namespace
@@ -70,6 +71,7 @@ from timm_sscl.neurons import packed_spikes
 from timm_sscl.optimizer import create_optimizer_and_schedule
 from timm_sscl.option_ranges import check_choices, check_ranges
 from timm_sscl.options import ARGS_FILE, AUTO, create_parser, parse_args
+from timm_sscl.process_failures import ProcessDied, as_process_failure
 from timm_sscl.progress import ProgressLine
 from timm_sscl.random_state import get_random_state, set_random_state
 from timm_sscl.registry import PREFIX
@@ -109,7 +111,7 @@ class OtherProcessFailed(RuntimeError):
 # these end a run with one line; all others keep their traceback
 INPUT_ERRORS = OptionError, FileNotFoundError, FileExistsError, NotImplementedError, ValueError
 DATA_ERRORS = UnreadableSample, WrongLabel, FailedTransform
-RUN_ERRORS = StorageError, NonFiniteLoss, OtherProcessFailed, *DATA_ERRORS
+RUN_ERRORS = StorageError, NonFiniteLoss, OtherProcessFailed, ProcessDied, *DATA_ERRORS
 
 
 def _exit(error: Exception, code: int) -> None:
@@ -123,10 +125,26 @@ def _exit(error: Exception, code: int) -> None:
 
 
 @contextmanager
+def _name_dead_processes() -> Iterator[None]:
+    try:
+        yield
+    except (Interrupted, *RUN_ERRORS, OptionError):
+        raise
+    except (RuntimeError, OSError) as error:
+        died = as_process_failure(error, int(os.environ.get('WORLD_SIZE', 1)))
+        if died is None:
+            raise
+        if threading.current_thread() is threading.main_thread() and hasattr(signal, 'SIGCHLD'):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise it again at the next child's end
+        raise died from error
+
+
+@contextmanager
 def one_line_errors() -> Iterator[None]:
     """Wrong input ends the script with one line that says what to do."""
     try:
-        yield
+        with _name_dead_processes():
+            yield
     except (*INPUT_ERRORS, *RUN_ERRORS) as error:
         _exit(error, 2)
 
@@ -135,10 +153,13 @@ def one_line_errors() -> Iterator[None]:
 def told_how_to_go_on(folder: Optional[Path] = None) -> Iterator[None]:
     """What ends a training before its end is said in one line, with the command that continues it."""
     try:
-        yield
+        with _name_dead_processes():
+            yield
     except (Interrupted, *RUN_ERRORS) as error:
         if folder is not None:
-            print(f'To go on: {resume_command(folder)}', file=sys.stderr, flush=True)
+            newest = find_newest(folder)
+            print(f'Newest whole checkpoint: {newest or "none yet"}\nTo go on: {resume_command(folder)}',
+                  file=sys.stderr, flush=True)
         _exit(error, 128 + error.signal_number if isinstance(error, Interrupted) else 1)
 
 

@@ -136,3 +136,76 @@ def test_unreadable_image_of_one_process_stops_both_with_a_line_each(split, tmp_
         assert sum(words in line for line in errors) == 1
     assert 'RuntimeError' not in log.split('error')[0] and 'gloo' not in log
     assert '--resume out/run' in log
+
+
+# ---- one process that ends takes the others with it, each in a line
+
+LIMIT = '''
+import resource, signal, os
+from timm_sscl import register_loss
+calls = 0
+
+
+@register_loss('limited')
+def limited(step):
+    global calls
+    calls += 1
+    if calls == 3 and os.environ['RANK'] == '0':
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10000, 10000))
+    return step.logits.sum() * 0
+'''
+KILL = '''
+import os, signal
+import psutil
+from timm_sscl import register_loss
+calls = 0
+
+
+@register_loss('kills')
+def kills(step):
+    global calls
+    calls += 1
+    if calls == 3 and os.environ['RANK'] == '1':
+        for process in {processes}:
+            process.send_signal(signal.SIGKILL)
+    return step.logits.sum() * 0
+'''
+
+
+def errors_of(args, cwd):
+    write_images(cwd / 'images', per_class=15)
+    code, log = finish(start(cwd, [*ARGS, '--epochs', '3', '--neuron-init', 'none', *args]), cwd)
+    assert code != 0
+    assert 'train.py", line' not in log, log  # no traceback but the launcher's own
+    return [line for line in log.splitlines() if line.startswith('error')], log
+
+
+def test_full_disk_of_one_process_stops_both(tmp_path):
+    (tmp_path / 'limit.py').write_text(LIMIT)
+    errors, log = errors_of(['--loss-file', 'limit.py', '--loss', 'limited=1'], tmp_path)
+    assert len(errors) == 2, log
+    assert sum('cannot write' in line for line in errors) == sum('another process' in line for line in errors) == 1
+    assert 'Newest whole checkpoint: out/run/recovery-0-2.pth.tar' in log
+
+
+@pytest.mark.parametrize('processes, words', [
+    ('psutil.Process().children()[:1]', ['a worker of the data loader died', 'another process']),
+    ('[psutil.Process()]', ['another process'])])
+def test_killed_worker_or_process_stops_the_rest(processes, words, tmp_path):
+    (tmp_path / 'kill.py').write_text(KILL.format(processes=processes))
+    errors, log = errors_of(['--loss-file', 'kill.py', '--loss', 'kills=1', '--workers', '1'], tmp_path)
+    assert len(errors) == len(words), log
+    for word in words:
+        assert sum(word in line for line in errors) == 1, log
+    assert 'Newest whole checkpoint: out/run/recovery-0-' in log
+
+
+def test_unreadable_image_of_the_calibration_stops_both(tmp_path):
+    write_images(tmp_path / 'images', per_class=15)
+    for file in (tmp_path / 'images' / 'train').rglob('*.png'):
+        file.write_bytes(file.read_bytes()[:100])
+    code, log = finish(start(tmp_path, [*ARGS, '--distill', 'none', '--max-unreadable', '0']), tmp_path)
+    errors = [line for line in log.splitlines() if line.startswith('error')]
+    assert code != 0 and len(errors) == 2 and 'RuntimeError' not in log.split('error')[0], log
+    assert all('cannot be read' in line or 'another process' in line for line in errors)

@@ -1,0 +1,38 @@
+"""Errors by which a process meets the end of another one: a worker of its data loader, or a process of the same run."""
+import re
+from typing import Optional
+
+import torch.distributed as dist
+
+__all__ = ['ProcessDied', 'as_process_failure']
+
+_WORKER = re.compile(r'DataLoader worker \(pid\(?s?\)? ?[\d, ]+\) (is killed by signal: [^.]*|exited unexpectedly)')
+_CONNECTION = re.compile(
+    r'Connection (closed|reset) by peer|Broken pipe|Socket closed|Timed out waiting|gloo/transport|NCCL (communicator|'
+    r'error)|remote process exited|Connection refused', re.I)
+
+
+class ProcessDied(RuntimeError):
+    """A process that this one needs has ended."""
+
+
+def as_process_failure(error: BaseException, processes: int) -> Optional[ProcessDied]:
+    """The error as one that says which process ended; None where it is another error.
+
+    Args:
+        error: What a training raised.
+        processes: Number of processes of the run; one alone loses no other.
+    """
+    if not isinstance(error, (RuntimeError, OSError)):
+        return None
+    text = str(error)
+    worker = _WORKER.search(text)
+    if worker and processes > 1 and 'Terminated' in worker.group(1):  # the launcher ends what is left of a run
+        return ProcessDied('the launcher stopped this process (SIGTERM), since another process of the run has ended.')
+    if worker:
+        how = worker.group(1).replace('is killed by signal: ', 'killed by the signal ')
+        return ProcessDied(f'a worker of the data loader died ({how}); where memory ran out, fewer --workers or a smaller '
+                           f'--batch-size help.')
+    if processes > 1 and (isinstance(error, dist.DistError) or _CONNECTION.search(text)):
+        return ProcessDied('another process of the run has ended; its own message, where it left one, says why.')
+    return None
