@@ -101,7 +101,7 @@ def test_silent_channel_gets_a_threshold():
 def test_from_a_spiking_model_with_the_anns_weights():
     ann, x = _ann(), _images()
     first = convert_ann(copy.deepcopy(ann), x, 8)
-    spiking = convert_to_spiking(_ann(), timesteps=3)
+    spiking = convert_to_spiking(_ann(), timesteps=3, input_size=(3, 8, 8))
     spiking.load_state_dict(ann.state_dict())
     second = convert_ann(spiking, x, 8)
     assert second is spiking and second.timesteps == 8 and torch.equal(first(x), second(x))

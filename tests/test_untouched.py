@@ -62,6 +62,7 @@ def _images(n=2):
 
 def _snapshot(model):
     """All that can be seen of a model, of the generators and of torch's settings."""
+    model.state_dict()  # which writes the settings of its gains down
     seen = {}
     for name, module in model.named_modules():
         seen[name, 'class'] = type(module)
