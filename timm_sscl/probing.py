@@ -101,7 +101,7 @@ def probe_sizes(model: nn.Module) -> List[Tuple[int, ...]]:
             return [(16, module.input_size)]
         if isinstance(module, nn.Embedding):
             return [(n,) for n in _LENGTHS]
-    return [(3, s, s) for s in _IMAGE_SIZES]
+    return [*((3, s, s) for s in _IMAGE_SIZES), (8, 16), (16,)]
 
 
 def _images_of(features: int) -> List[Tuple[int, ...]]:
