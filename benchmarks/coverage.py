@@ -16,6 +16,7 @@ import time
 from datetime import timedelta
 from functools import cached_property, partial
 from pathlib import Path
+from random import Random
 from typing import Any, Callable, Dict, List, NamedTuple, Tuple
 
 import timm
@@ -26,6 +27,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import timm_sscl  # registers the spiking_ names
 from timm_sscl import LIF, calibrate
+from timm_sscl.activations import is_activation
+from timm_sscl.audit import audit
+from timm_sscl.policy import Policy
 from timm_sscl.registry import PREFIX
 from timm_sscl.probing import probe_sizes
 from timm_sscl.taps import Recorder, find_taps, fold_feature, stage_indices
@@ -364,10 +368,64 @@ def checkpointing(s: Subject) -> Result:
     return Result('no', ', '.join(different[:3])) if different else Result('yes')
 
 
+def audited(s: Subject) -> Result:
+    """One forward shows no nonlinearity that the report does not explain, and the table of timm's classes says so."""
+    found = audit(s.spiking, s.spiking._report, Policy(s.spiking, None, None))
+    listed = {record.name for record in s.spiking.spiking_report()}
+    missing = [finding.name for finding in found.findings if finding.name not in listed]
+    if found.unknown or missing or found.status.startswith('pending'):
+        return Result('no', '; '.join([*(f.reason for f in found.unknown[:3]), *missing[:3], found.status]))
+    return Result('yes', f'{len(found.findings)} operations explained')
+
+
+INJECTED: Dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    'clamp': lambda x: x.clamp(min=0),
+    'silu': lambda x: x * torch.sigmoid(x),
+    'gelu': lambda x: .5 * x * (1 + torch.tanh(.79788 * (x + .044715 * x ** 3))),
+}
+
+
+def injected(s: Subject) -> Result:
+    """An activation by hand that is put behind a random layer is refused, with the name of the layer."""
+    model, missed = s.create(), []
+    analog = [record.name for record in s.spiking.spiking_report() if record.now == record.was]
+    layers = [name for name in layers_that_run(model, s.images)
+              if not any(name == other or name.startswith(f'{other}.') for other in analog)]
+    random = Random(s.name)
+    for kind, function in INJECTED.items():
+        name = random.choice(layers)
+        layer = model.get_submodule(name)
+        forward = layer.forward
+        layer.forward = lambda *args, **kwargs: function(forward(*args, **kwargs))
+        try:
+            timm_sscl.convert_to_spiking(model, timesteps=T)
+        except ValueError as error:
+            if f' in {name}\n' not in str(error) and f' in {name} (' not in str(error):
+                missed.append(f'{kind} in {name}: {error}')
+        else:
+            return Result('no', f'{kind} in {name} was converted in silence')
+        del layer.forward
+    return Result('no', '; '.join(missed)) if missed else Result('yes')
+
+
+@torch.no_grad()
+def layers_that_run(model: nn.Module, images: torch.Tensor) -> List[str]:
+    """Layers with weights that a forward runs and whose output is a tensor of numbers."""
+    names: Dict[str, None] = {}
+    handles = [module.register_forward_hook(
+        lambda m, args, out, name=name: names.setdefault(name) if isinstance(out, torch.Tensor) else None)
+        for name, module in model.named_modules()
+        if name and not list(module.children()) and list(module.parameters()) and not is_activation(module)]
+    copy.deepcopy(model).eval()(images)
+    for handle in handles:
+        handle.remove()
+    return list(names)
+
+
 CHECKS: Dict[str, Callable[[Subject], Result]] = {
     check.__name__: check
     for check in (converts, forward, backward, binary, live, taps, features_only, checkpointing, apart_forward,
-                  apart_features, apart_intermediates, apart_features_only)}
+                  apart_features, apart_intermediates, apart_features_only, audited, injected)}
 
 
 # ---- running them

@@ -686,7 +686,7 @@ def test_activation_inside_a_torch_layer(training):
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0., batch_first=True, dtype=torch.float64)
     linear2 = layer.linear2
     model = convert_to_spiking(nn.Sequential(nn.Linear(8, 8, dtype=torch.float64), layer), timesteps=T).train(training)
-    assert [r.was for r in model.spiking_report()] == ['relu']
+    assert [r.was for r in model.spiking_report().neurons] == ['relu']
     seen = []
     linear2.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
     x = torch.randn(3, 5, 8, dtype=torch.float64)

@@ -1,5 +1,6 @@
 from . import models  # registers the architectures that timm lacks, before their spiking_ twins
 from . import registry as _registry  # importing it registers the spiking_ names with timm
+from .activations import register_activation, unregister_activation
 from .ann import convert_ann
 from .calibrate import calibrate
 from .convert import convert_to_spiking

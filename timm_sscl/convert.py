@@ -1,12 +1,15 @@
 """convert_to_spiking: which modules of a model become neurons, in place, and a report of what did and did not."""
 import logging
 from collections import Counter
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
+from functools import partial
+from typing import Any, Callable, Dict, FrozenSet, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
 
 import torch
 import torch.nn as nn
 
+from .activations import is_activation, is_gate, runs_functions
 from .adapters import give_neuron, hidden_activation, split_over_samples, take_neuron, why_no_adapter
+from .audit import Audit, audit, is_known, known_records, message
 from .batch_axis import PENDING, BatchAxis, find_batch_axis
 from .call_sites import CallSites, set_calls
 from .functional import NEURON_NAME, calls_noise, repeats_activations, replace_functions
@@ -26,16 +29,8 @@ _logger = logging.getLogger(__name__)
 
 SOFT_RESET = 'soft'  # v_reset=None where None cannot be passed: timm.create_model prunes it, YAML and shells lack it
 
-# by name: timm has several classes of one activation, and models with their own
-_ACTIVATIONS = {
-    'ReLU', 'ReLU6', 'LeakyReLU', 'PReLU', 'RReLU', 'ELU', 'SELU', 'CELU', 'GELU', 'GELUTanh', 'QuickGELU', 'SiLU',
-    'Swish', 'SwishMe', 'Mish', 'MishMe', 'Hardswish', 'HardSwish', 'HardSwishMe', 'HardMish', 'HardMishMe', 'Hardtanh',
-    'Tanh', 'Softplus', 'Softsign', 'StarReLU', 'SquaredReLU', 'GammaAct',
-}
-_GATES = {'Sigmoid', 'HardSigmoid', 'HardSigmoidMe', 'Hardsigmoid', 'LogSigmoid', 'Softmax', 'Softmax2d', 'GLU'}
 _POSITION_BIAS = ({'RelPosMlp'}, {'cpb_mlp', 'meta_mlp'})  # class names, attribute names: their input has no batch axis
 _KNOWN_MODELS = 'timm.', 'timm_sscl.models.'
-_CALLS_FUNCTIONS = _ACTIVATIONS | {'HardSigmoid', 'HardSigmoidMe'}  # modules whose forward may be such a function
 
 
 class ConversionRecord(NamedTuple):
@@ -77,11 +72,19 @@ class _Plan:
         model: Model, converted already in part or not.
         policy: Which activations become neurons.
         found: What a probe found; without it the source of each module tells which functions it calls.
+        gates: Names of activations that the audit found to be gates, and why.
     """
 
-    def __init__(self, model: nn.Module, policy: Policy, found: Optional[BatchAxis] = None):
+    def __init__(
+            self,
+            model: nn.Module,
+            policy: Policy,
+            found: Optional[BatchAxis] = None,
+            gates: Optional[Dict[str, str]] = None,
+    ):
         self.policy = policy
         self.found = found or BatchAxis(set(), {}, False)
+        self.gates = gates or {}
         self.swaps: Dict[str, Tuple[nn.Module, str, nn.Module]] = {}  # name -> parent, child's name, activation
         self.norms: Dict[str, nn.Module] = {}  # name of the neuron -> norm that hides its activation
         self.visited: Dict[str, nn.Module] = {}  # modules that may call functions, by name
@@ -98,7 +101,7 @@ class _Plan:
                 continue
             name, kind, first = f'{prefix}{child_name}', type(child).__name__, id(child) not in self._seen
             self._seen.add(id(child))
-            if kind in _ACTIVATIONS:
+            if is_activation(child):
                 if self._decide(name, kind, around, 'activation', first):
                     self.swaps[name] = parent, child_name, child
                 continue
@@ -108,17 +111,17 @@ class _Plan:
                 continue
             if not first:
                 continue
-            if kind in _GATES and self._decide(name, kind, around, 'gate, included by name', first, gate=True):
+            if is_gate(child) and self._decide(name, kind, around, 'gate, included by name', first, gate=True):
                 self.swaps[name] = parent, child_name, child
                 continue
-            if isinstance(child, nn.RNNBase):
+            if isinstance(child, (nn.RNNBase, nn.RNNCellBase)):
                 self._analog(name, kind, 'recurrent layer, its gates and activations stay analog')
             self.others.append(child)
             if hidden_activation(child):
                 if self._decide(f'{name}.act', kind, [*around, (name, kind)], 'activation hidden in a norm', True):
                     self.norms[f'{name}.act'] = child
                 continue
-            if kind not in _GATES:
+            if not is_gate(child):
                 self._calls_functions(child, name, around)
             self._visit(child, f'{name}.', [*around, (name, kind)])
 
@@ -146,6 +149,8 @@ class _Plan:
         why = self.policy.why_analog(name, kind, around, gate)
         if why is None and name in self.found.unbatched:
             why = 'its input has no batch axis, stays analog'
+        if why is None:
+            why = self.gates.get(name)
         if first and why is not None:
             self._analog(name, kind, why)
         elif first:
@@ -158,10 +163,13 @@ class _Plan:
 
     def check(self, model: nn.Module) -> None:
         """Raise where a module that stays analog runs inside one whose functions are replaced."""
+        modules = dict(model.named_modules(remove_duplicate=False))
         for caller in self.callers:
             prefix = f'{caller.name}.' if caller.name else ''
             for record in self.records:
-                if record.now == record.was and record.was in _CALLS_FUNCTIONS and record.name.startswith(prefix):
+                inner = modules.get(record.name)
+                if (record.now == record.was and inner is not None and runs_functions(inner)
+                        and record.name.startswith(prefix)):
                     raise NotImplementedError(
                         f"'{caller.name or type(model).__name__}' calls activations as functions and holds "
                         f"'{record.name}' ({record.was}), which is to stay analog; exclude both, or make the "
@@ -242,6 +250,14 @@ def _records_per_call(
                 name=f'{record.name}.{i}', reason=f'{record.reason}, call {i + 1} of {len(module)}')
 
 
+def audit_records(model: SpikingModule) -> List[ConversionRecord]:
+    """Nonlinear operations that stay analog besides the activations: gates by functions, and unknown ones."""
+    found = known_records(model) if model._audit is None else model._audit.findings
+    modules = dict(model.named_modules(remove_duplicate=False))
+    return [ConversionRecord(finding.name, finding.op, finding.op, finding.reason) for finding in found
+            if finding.name.removesuffix(finding.op).removesuffix('.') in modules]
+
+
 def unswap_modules(model: nn.Module) -> None:
     """Put the activations back that neurons replaced below model."""
     set_calls(model, None)
@@ -296,24 +312,30 @@ def _refuse_unsupported(model: nn.Module) -> None:
 
 def _make_plan(
         model: nn.Module,
-        settings: SpikingSettings,
+        policy: Policy,
         input_size: Optional[Sequence[int]],
         example_inputs: Any,
 ) -> _Plan:
     """The plan for a model that is not converted yet, after a probe where the model is not timm's."""
-    policy = Policy(model, settings.include, settings.exclude)
     plan = _Plan(model, policy)
     if input_size is not None or example_inputs is not None or not _is_known(model):
         activations = {name: child for name, (_, _, child) in plan.swaps.items()}
         plan = _Plan(model, policy, find_batch_axis(model, activations, plan.visited, input_size, example_inputs))
-    plan.check(model)
-    unused = sorted(policy.unused)
-    for pattern in unused:
-        if pattern not in GROUPS and pattern != HEAD:
-            raise ValueError(f"include/exclude: '{pattern}' matches no activation of {type(model).__name__}; it has "
-                             f'for example {", ".join(record.name for record in plan.records[:6])}.')
-        _logger.info(f"{type(model).__name__} has no activation of the group '{pattern}'.")
     return plan
+
+
+def _check_patterns(model: nn.Module, plan: _Plan) -> None:
+    """Raise where a pattern of include or exclude matches nothing."""
+    for pattern in sorted(plan.policy.unused):
+        if pattern not in GROUPS and pattern != HEAD:
+            raise ValueError(f"include/exclude: '{pattern}' matches no activation of {_ann_name(model)}; it has "
+                             f'for example {", ".join(record.name for record in plan.records[:6])}.')
+        _logger.info(f"{_ann_name(model)} has no activation of the group '{pattern}'.")
+
+
+def _ann_name(model: nn.Module) -> str:
+    """Name of the class that a model had before its conversion."""
+    return (model._spiking_bases[1] if isinstance(model, SpikingModule) else type(model)).__name__
 
 
 def _is_known(model: nn.Module) -> bool:
@@ -333,10 +355,12 @@ def _explicit_settings(
         exclude: Optional[Sequence[str]] = None,
         stem_pool: Optional[str] = None,
         norm: Optional[str] = None,
+        allow_analog: Optional[bool] = None,
 ) -> Dict[str, object]:
     """Only the settings that were given, as SpikingSettings takes them; 'soft' becomes v_reset=None."""
     given = dict(timesteps=timesteps, tau=tau, v_threshold=v_threshold, v_reset=v_reset, detach_reset=detach_reset,
-                 v_init=v_init, include=include, exclude=exclude, stem_pool=stem_pool, norm=norm)
+                 v_init=v_init, include=include, exclude=exclude, stem_pool=stem_pool, norm=norm,
+                 allow_analog=allow_analog)
     given = {k: v for k, v in given.items() if v is not None}
     if isinstance(v_reset, str):
         if v_reset != SOFT_RESET:
@@ -348,7 +372,6 @@ def _explicit_settings(
 _NOT_GIVEN = object()
 
 
-@all_or_nothing()
 def convert_to_spiking(
         model: nn.Module,
         timesteps: Optional[int] = None,
@@ -363,6 +386,7 @@ def convert_to_spiking(
         stem_pool: Optional[str] = None,
         norm: Optional[str] = None,
         example_inputs: Any = None,
+        allow_analog: Optional[bool] = None,
 ) -> nn.Module:
     """Turn a model into a spiking network, in place: its activations become multi-step LIF neurons.
 
@@ -380,6 +404,10 @@ def convert_to_spiking(
     a module around it: exclude=['SqueezeExcite', 'layer4'], include=['*.mlp']. The groups 'attention' (activations in
     attention, kernels of linear attention among them), 'squeeze_excite' and 'head' (those that forward_head runs) may
     stand for patterns.
+
+    One forward of the converted model on the example, in evaluation and in training mode, is audited: any other
+    nonlinear operation between layers (torch.clamp, x * sigmoid(x), an activation made in forward) raises, unless it is
+    excluded, its class is named by `register_activation`, or allow_analog is set. timm's own models are known.
 
     A setting that is given here wins over the one in a checkpoint loaded later; one that is not is restored from it.
 
@@ -404,42 +432,77 @@ def convert_to_spiking(
             give currents smaller by that factor.
         example_inputs: What the model takes, for the same probe: a tensor, a tuple or list of arguments, or a dict of
             keyword arguments. Values and batch size do not matter.
+        allow_analog: Whether nonlinear operations that are no known activations may stay analog, False by default; the
+            report lists them as unknown.
 
     Returns:
         The model itself, now of a subclass of its class.
 
     Raises:
         ValueError: The model runs on no guessed input, or a sample moves rows of others at an activation, so that axis
-            0 is not the batch there; a setting is out of range, a pattern matches nothing, the model is spiking or compiled already, or
-            nothing would be swapped; stem_pool or norm are asked of a model without a max pooling in its stem, or
-            without batch norms.
+            0 is not the batch there; a setting is out of range, a pattern matches nothing, the model is spiking or
+            compiled already, nothing would be swapped, or a nonlinear operation is no known activation; stem_pool or
+            norm are asked of a model without a max pooling in its stem, or without batch norms.
         NotImplementedError: The model holds a part whose activation cannot be swapped; the message names it.
     """
     v_reset = None if v_reset is _NOT_GIVEN else SOFT_RESET if v_reset is None else v_reset
     explicit = _explicit_settings(
         timesteps, tau, v_threshold, v_reset, detach_reset, v_init, _patterns(include), _patterns(exclude), stem_pool,
-        norm)
+        norm, allow_analog)
     kept = {'stem_pool': 'avg'} if has_average_stem_pool(model) else {}  # set_stem_pool was called on the ANN
     settings = SpikingSettings(**{**kept, **explicit})
     _refuse_unsupported(model)
     _check_fits(model, settings)
-    plan = _make_plan(model, settings, input_size, example_inputs)
+    policy = Policy(model, settings.include, settings.exclude)
+    plan = _make_plan(model, policy, input_size, example_inputs)
+    inspect = None if is_known(model) else partial(
+        audit, policy=policy, input_size=input_size, example_inputs=example_inputs)
+    try:
+        _carry_out(model, plan, settings, frozenset(explicit), inspect)
+    except _HardSigmoids as found:
+        plan = _Plan(model, policy, plan.found, found.reasons)
+        _carry_out(model, plan, settings, frozenset(explicit), inspect)
     swapped = Counter(record.was for record in plan.records if record.now == 'LIF')
-    if not swapped:
-        raise ValueError(_nothing_spikes(model, plan.records))
+    _logger.info(f'{type(model).__name__}: {sum(swapped.values())} activations became LIF '
+                 f'({", ".join(f"{n} {kind}" for kind, n in swapped.most_common())}), {settings}')
+    return model
 
+
+class _HardSigmoids(Exception):
+    """Neurons of a plan that the audit found to be gates."""
+
+    def __init__(self, names: FrozenSet[str]):
+        super().__init__(names)
+        self.reasons = dict.fromkeys(names, 'gate (hard sigmoid by hand), stays analog')
+
+
+@all_or_nothing()
+def _carry_out(
+        model: nn.Module,
+        plan: _Plan,
+        settings: SpikingSettings,
+        explicit: FrozenSet[str],
+        inspect: Optional[Callable[..., Audit]],
+) -> None:
+    """Make the model spiking, and audit it; whatever is raised leaves it as it was."""
+    plan.check(model)
+    if not any(record.now == 'LIF' for record in plan.records):
+        raise ValueError(_nothing_spikes(model, plan.records))
     plan.apply(model, settings)
     model._calls_noise = calls_noise(type(model))
     model._repeats_activations = repeats_activations(model)
     model.__class__ = spiking_class(_mixin(model), type(model))
     model.settings = settings
-    model._explicit = frozenset(explicit)
+    model._explicit = explicit
     set_stem_pool(model, settings.stem_pool)
     set_norm(model, settings.norm, settings.v_threshold)
     model._report = plan.records
-    _logger.info(f'{type(model).__name__}: {sum(swapped.values())} activations became LIF '
-                 f'({", ".join(f"{n} {kind}" for kind, n in swapped.most_common())}), {settings}')
-    return model
+    model._audit = None if inspect is None else inspect(model, plan.records)
+    if model._audit is not None and model._audit.hard_sigmoids:
+        raise _HardSigmoids(model._audit.hard_sigmoids)
+    _check_patterns(model, plan)
+    if model._audit is not None and model._audit.unknown and not settings.allow_analog:
+        raise ValueError(message(_ann_name(model), model._audit.unknown))
 
 
 def _nothing_spikes(model: nn.Module, records: Sequence[ConversionRecord]) -> str:

@@ -174,6 +174,9 @@ def _add_spiking(parser: argparse.ArgumentParser) -> None:
                        help='only these activations become neurons: names or classes, of modules around them too')
     group.add_argument('--neuron-exclude', nargs='+', default=None, metavar='PATTERN',
                        help='these stay analog; also attention, squeeze_excite, head')
+    group.add_argument('--allow-analog', action='store_true', default=None,
+                       help='train a model of your own whose nonlinear operations are not all known activations; they '
+                            'stay analog, the report lists them')
 
 
 def _v_reset(text: str):

@@ -70,7 +70,7 @@ def _fill_forgotten(base: str, kwargs: Dict[str, Any], state_dict: Dict[str, Any
         ann = model_entrypoint(base)(**kwargs)
     shapes = {name: p.shape for name, p in ann.named_parameters()}
     settings = SpikingSettings.from_tensor(stored[SETTINGS_KEY])
-    convert_to_spiking(ann, include=settings.include, exclude=settings.exclude)
+    convert_to_spiking(ann, include=settings.include, exclude=settings.exclude, allow_analog=True)
     for name, module in ann.named_modules():
         for parameter in getattr(module, 'forgotten', ()):
             state_dict.setdefault(f'{name}.{parameter}', torch.ones(shapes[f'{name}.{parameter}']))
@@ -91,6 +91,7 @@ def _entrypoint(base: str) -> Callable[..., nn.Module]:
             exclude: Union[str, Sequence[str], None] = None,
             stem_pool: Optional[str] = None,
             norm: Optional[str] = None,
+            allow_analog: Optional[bool] = None,
             **kwargs,
     ) -> nn.Module:
         stored = None
@@ -98,12 +99,15 @@ def _entrypoint(base: str) -> Callable[..., nn.Module]:
             pretrained_cfg_overlay, stored = _split_pretrained(pretrained_cfg, pretrained_cfg_overlay)
             if stored is not None:
                 _fill_forgotten(base, kwargs, pretrained_cfg_overlay['state_dict'], stored)
+                if allow_analog is None:
+                    allow_analog = SpikingSettings.from_tensor(stored[SETTINGS_KEY]).allow_analog
         model = model_entrypoint(base)(
             pretrained=pretrained, pretrained_cfg=pretrained_cfg, pretrained_cfg_overlay=pretrained_cfg_overlay,
             **kwargs)
         options = dict(
             timesteps=timesteps, tau=tau, v_threshold=v_threshold, v_reset=v_reset, detach_reset=detach_reset,
-            v_init=v_init, include=include, exclude=exclude, stem_pool=stem_pool, norm=norm)
+            v_init=v_init, include=include, exclude=exclude, stem_pool=stem_pool, norm=norm,
+            allow_analog=allow_analog)
         convert_to_spiking(model, **{k: v for k, v in options.items() if v is not None})
         if stored is not None:
             model.load_spiking_state(stored)

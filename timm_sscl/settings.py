@@ -36,6 +36,7 @@ class SpikingSettings:
     stem_pool: Optional[str] = None  # 'avg': average pooling in the stem, see set_stem_pool
     norm: Optional[str] = None  # 'tdbn': batch norms in units of the threshold, see TdBatchNorm
     calls: Optional[Tuple[str, ...]] = None  # 'name:n': neurons with a copy per call, see set_calls
+    allow_analog: bool = False  # whether nonlinear operations that are no known activations stay analog
 
     def __post_init__(self):
         if isinstance(self.timesteps, bool) or not isinstance(self.timesteps, int) or self.timesteps < 1:

@@ -130,8 +130,8 @@ class SpikingModule(SpikingState):
         return SpikingReport(self._records(), self, ann_obstacles(self))
 
     def _records(self) -> List[Any]:
-        from .convert import current_records
-        return current_records(self, self._report)
+        from .convert import audit_records, current_records
+        return current_records(self, self._report) + audit_records(self)
 
     def forward(self, x: Any = None, *args, per_step: bool = False, **kwargs) -> Any:
         """Run all time steps.

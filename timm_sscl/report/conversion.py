@@ -82,7 +82,8 @@ class SpikingReport(list):
         macs = None if self._macs is None else {kind: getattr(self._macs, kind) for kind in KINDS}
         return dict(
             activations=[record._asdict() for record in self], stem_pool=self.model.settings.stem_pool,
-            norms=[record._asdict() for record in self.norms], macs=macs, convert_ann=self.obstacles)
+            norms=[record._asdict() for record in self.norms], macs=macs,
+            audit=None if self.model._audit is None else self.model._audit.status, convert_ann=self.obstacles)
 
     def __str__(self) -> str:
         lines = [f'{type(self.model).__name__}, T={self.model.timesteps}: {len(self.neurons)} neuron layers '
@@ -96,6 +97,8 @@ class SpikingReport(list):
         if pending:
             lines.append(f'  {pending} converted on the meta device, where it is not seen whether axis 0 is the batch '
                          f'(pending)')
+        if self.model._audit is not None:
+            lines.append(f'  audit: {self.model._audit.status}')
         if self.model.settings.stem_pool is not None:
             lines.append('  stem: average pooling instead of max pooling')
         if self.norms:

@@ -1,0 +1,43 @@
+"""What the audit says of timm's own classes, kept per version of timm, so that their conversion needs no run."""
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import Dict, List
+
+import timm
+import torch.nn as nn
+
+from .verdicts import Finding, class_name
+
+__all__ = ['is_known', 'known_records', 'TABLES']
+
+TABLES = Path(__file__).parent / 'tables'  # one file per version of timm, written by benchmarks/audit_table.py
+
+
+@lru_cache(maxsize=None)
+def _table(version: str) -> Dict[str, Dict[str, str]]:
+    """Class name -> operations that stay analog in it -> reason; empty for a version that was not audited."""
+    file = TABLES / f'timm_{version}.json'
+    if not file.is_file():
+        return {}
+    modules = json.loads(file.read_text())
+    return {f'{module}.{cls}': ops for module, classes in modules.items() for cls, ops in classes.items()}
+
+
+def is_known(model: nn.Module) -> bool:
+    """Whether a model consists of classes that were audited with this version of timm, as timm and torch have them.
+
+    Args:
+        model: The ANN, before its conversion.
+    """
+    table = _table(timm.__version__)
+    return type(model).__module__.startswith(('timm.', 'timm_sscl.')) and all(
+        class_name(module) in table and 'forward' not in vars(module) for module in model.modules())
+
+
+def known_records(model: nn.Module) -> List[Finding]:
+    """What the table says of the modules of a spiking model, one finding per module and operation."""
+    table = _table(timm.__version__)
+    return [Finding(f'{name}.{op}' if name else op, op, reason, False)
+            for name, module in model.named_modules()
+            for op, reason in table.get(class_name(module), {}).items()]
