@@ -64,6 +64,34 @@ class _Net(nn.Module):
         return self.head(self.norm(self.point(x)).flatten(1))
 
 
+@pytest.mark.parametrize('layer, shape, macs', [
+    (nn.Conv2d(4, 8, 3), (4, 6, 6), 8 * 4 * 9 * 16), (nn.Linear(5, 7), (3, 5), 3 * 5 * 7)])
+def test_macs_in_inference_mode(layer, shape, macs):
+    with torch.inference_mode():
+        assert count_macs(layer, torch.randn(2, *shape)).total == macs
+
+
+class Product(nn.Module):
+    def __init__(self, product):
+        super().__init__()
+        self.product, self.act = product, nn.ReLU()
+        self.weight = nn.Parameter(torch.ones(6))
+        self.attention, self.bilinear = nn.MultiheadAttention(8, 2, batch_first=True), nn.Bilinear(8, 8, 3)
+
+    def forward(self, x):
+        return self.product(self, self.act(x))
+
+
+@pytest.mark.parametrize('product, shape, macs', [
+    (lambda m, x: m.attention(x, x, x, need_weights=False)[0], (5, 8), 4 * 5 * 8 * 8 + 2 * 5 * 5 * 8),  # fused in torch
+    (lambda m, x: x @ m.weight, (5, 6), 5 * 6),  # by a vector
+    (lambda m, x: m.bilinear(x, x), (5, 8), 5 * 3 * 8 * 8),
+])
+def test_products_that_torch_fuses_or_does_not_count(product, shape, macs):
+    model = convert_to_spiking(Product(product), timesteps=3, example_inputs=torch.randn(2, *shape))
+    assert count_macs(model, torch.randn(2, *shape)).total == 3 * macs
+
+
 def test_kinds_by_hand():
     torch.manual_seed(0)
     ann, images = _Net(), torch.randint(0, 256, (B, 3, 8, 8)) / 255  # pixels are multiples of 1 / 255, but no spikes

@@ -3,9 +3,8 @@
 Time is folded into axis 0 of the batch, so that a neuron takes rows for time steps. One sample of a batch is made NaN,
 which shows wherever it arrives, and what that leaves open is decided by other values for the sample.
 """
-from contextlib import contextmanager
 from functools import partial
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 import torch
 import torch.nn as nn
@@ -13,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from .function_calls import FunctionCalls, WatchFunctions, merge_modes
 from .functional import called_activations
+from .fused import without_fused_paths
 from .probing import Example, ProbeError, as_example, probe, undisturbed
 
 __all__ = ['BatchAxis', 'find_batch_axis', 'PENDING']
@@ -179,7 +179,7 @@ def _run(
 ) -> Tuple[_Run, Dict[str, FunctionCalls]]:
     """Inputs of all activations, and the output, in one forward; and which are functions."""
     seen: _Run = {}
-    with undisturbed(model), _without_fused_paths():
+    with undisturbed(model), without_fused_paths():
         model.train(training)
         watch = WatchFunctions(model, callers)
         for name, module in activations.items():
@@ -192,17 +192,6 @@ def _run(
         seen.update(zip(called.names, called.inputs))
     seen[_OUTPUT] = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
     return seen, calls
-
-
-@contextmanager
-def _without_fused_paths() -> Iterator[None]:
-    """torch's fused transformer layers call no activation."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def _try(run: _Runner, example: Example) -> Optional[_Run]:

@@ -1,10 +1,14 @@
 """Fused paths of torch's modules that compute a layer without calling its activation module."""
+from contextlib import contextmanager
+from typing import Iterator
+
+import torch
 import torch.nn as nn
 
 from .functional import NEURON_NAME
 from .neurons import LIF
 
-__all__ = ['leave_fused_path', 'return_to_fused_path']
+__all__ = ['leave_fused_path', 'return_to_fused_path', 'without_fused_paths']
 
 # what nn.TransformerEncoderLayer and nn.TransformerEncoder ask before they take their fused path
 _SWITCHES = {'activation_relu_or_gelu': 0, 'use_nested_tensor': False}
@@ -31,3 +35,14 @@ def _fused_over(module: nn.Module):
     if hasattr(module, 'activation_relu_or_gelu'):
         return [module._modules.get('activation'), module._modules.get(NEURON_NAME)]
     return module.modules() if hasattr(module, 'use_nested_tensor') else []
+
+
+@contextmanager
+def without_fused_paths() -> Iterator[None]:
+    """torch's attention and transformer layers call their parts inside, activations and products, one by one."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)

@@ -1,6 +1,6 @@
 """How spiking a network is: the multiply-accumulates (MACs) of a forward, by what their input is."""
 from contextlib import contextmanager, nullcontext
-from typing import Any, Dict, Iterator, NamedTuple, Sequence
+from typing import Any, Callable, Dict, Iterator, NamedTuple, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from torch.utils.module_tracker import ModuleTracker
 
+from timm_sscl.fused import without_fused_paths
 from timm_sscl.neurons import LIF
 from timm_sscl.untouched import untouched
 
@@ -20,6 +21,15 @@ _SAMPLE = 4096  # values looked at to tell fractions from analog values
 
 aten = torch.ops.aten
 _ADDED = {aten.addmm, aten.baddbmm}  # their first argument is added, not multiplied
+# products that torch's counter lacks: which arguments are multiplied, and their MACs
+_OTHERS: Dict[Any, Tuple[Tuple[int, int], Callable[..., int]]] = {
+    aten.dot: ((0, 1), lambda a, b: a.numel()),
+    aten.vdot: ((0, 1), lambda a, b: a.numel()),
+    aten.mv: ((0, 1), lambda matrix, vector: matrix.numel()),
+    aten.addmv: ((1, 2), lambda added, matrix, vector: matrix.numel()),
+    aten.addbmm: ((1, 2), lambda added, a, b: a.numel() * b.shape[-1]),
+    aten._trilinear: ((0, 2), lambda a, weight, b, *_: len(a) * weight.numel()),  # nn.Bilinear
+}
 
 
 class MacShares(NamedTuple):
@@ -71,11 +81,18 @@ class _CountMacs(TorchDispatchMode):
         self.whole, self.additions = 0, 0.
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        packet = func._overloadpacket
+        kwargs, packet = kwargs or {}, func._overloadpacket
+        if packet not in flop_registry and packet not in _OTHERS:
+            with self:  # in torch.inference_mode a linear map or a convolution arrives whole
+                out = func.decompose(*args, **kwargs)
+            return func(*args, **kwargs) if out is NotImplemented else out
+        out = func(*args, **kwargs)
         if packet in flop_registry:
-            flops = flop_registry[packet](*args, **(kwargs or {}), out_val=out)
+            flops = flop_registry[packet](*args, **kwargs, out_val=out)
             self._count(args[1:3] if packet in _ADDED else args[:2], flops // 2)
+        else:
+            operands, macs = _OTHERS[packet]
+            self._count([args[i] for i in operands], macs(*args))
         return out
 
     def _count(self, operands: Sequence[torch.Tensor], macs: int) -> None:
@@ -125,7 +142,7 @@ def count_macs(model: nn.Module, images: torch.Tensor) -> MacShares:
     recurrent = any(isinstance(m, nn.RNNBase) for m in model.modules())
     # fused kernels hide their products
     unfused = torch.backends.mkldnn.flags(enabled=False) if recurrent else nullcontext()
-    with _plain(model), unfused, sdpa_kernel(SDPBackend.MATH):
+    with _plain(model), unfused, without_fused_paths(), sdpa_kernel(SDPBackend.MATH):
         for module in model.modules():
             if isinstance(module, LIF):
                 module.register_forward_hook(counter.saw_neuron)
