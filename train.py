@@ -1358,7 +1358,8 @@ def teacher_folder(
         launch: Optional[Dict[str, Any]] = None,
 ) -> Path:
     """Folder of the teacher for this data and these settings, named by a digest of them."""
-    return _teacher_folder(args, teacher, num_classes, root, {'options': teacher_settings(args, launch)})
+    settings = {'options': teacher_settings(args, launch), 'training_data': getattr(args, 'training_data', None)}
+    return _teacher_folder(args, teacher, num_classes, root, settings)
 
 
 def _teacher_folder(
@@ -1522,7 +1523,7 @@ def create_task(
 
 def _arguments(args: Namespace) -> str:
     """The options as YAML; `--config` and `--resume` read them."""
-    skip = ('losses', 'loss_options', 'data_config', 'resume', 'config')
+    skip = ('losses', 'loss_options', 'data_config', 'training_data', 'resume', 'config')
     options = {name: value for name, value in sorted(vars(args).items()) if name not in skip}
     return yaml.safe_dump(options, default_flow_style=False)
 
@@ -1590,6 +1591,7 @@ def prepare(args: Namespace, accelerator: Accelerator, stop: StopRequest, held: 
     if is_event_dataset(args.dataset):  # a teacher depends on these as well
         data_config['events'] = {name: getattr(args, name) for name in EVENT_SETTINGS}
     described = {split: describe_data(dataset) for split, dataset in zip(('training', 'validation'), datasets)}
+    args.training_data = settings_digest(described['training'])  # a teacher knows these classes, from these files
     datasets = guard_samples(args, datasets, data_config, num_classes)
     teacher, teacher_input = None, TeacherInput()
     if _needs_teacher(args):

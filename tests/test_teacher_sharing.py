@@ -6,7 +6,7 @@ from argparse import Namespace
 import pytest
 import timm
 import torch
-from test_train import TINY, run_here
+from test_train import TINY, run_here, write_images
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
 from timm_sscl.errors import OptionError
@@ -84,6 +84,25 @@ def test_settings_that_version_0_1_0_did_not_count():
 def rewrite(state, file):
     torch.save(state, file.with_name('aside'))  # the state is mapped from the file
     file.with_name('aside').replace(file)
+
+
+# ---- the data
+
+def test_teacher_of_other_data_in_the_same_folder_is_not_taken(tmp_path, monkeypatch):
+    write_images(tmp_path / 'data', per_class=4)
+    args = ['--data-dir', 'data', '--model', 'spiking_test_resnet', '--img-size', '32', '--timesteps', '1',
+            '--batch-size', '4', '--workers', '0', '--epochs', '1', '--output', 'out', '--experiment']
+
+    def teachers(name):
+        run_here([*args, name], tmp_path, monkeypatch)
+        return len(list((tmp_path / 'out/teachers').iterdir()))
+
+    assert (teachers('first'), teachers('same')) == (1, 1)
+    for split in ('train', 'validation'):  # the labels of two classes change places
+        (tmp_path / 'data' / split / 'class0').rename(tmp_path / 'data' / split / 'class9')
+    assert teachers('renamed') == 2
+    (tmp_path / 'data/train/class1/0.png').unlink()
+    assert teachers('fewer') == 3
 
 
 # ---- a teacher of version 0.1.0
