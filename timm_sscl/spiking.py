@@ -14,6 +14,7 @@ import torch.nn as nn
 from torch.utils._pytree import tree_map
 
 from .call_sites import set_calls
+from .decoding import decode
 from .functional import NEURON_NAME, FunctionsOverTime, methods_inside_only, number_of_calls
 from .neurons import LIF
 from .neurons.folding import enter_fold, folding_model, leave_fold
@@ -65,20 +66,6 @@ def fold_traced_input(x: Any, timesteps: int, stem: Optional[str], args: Sequenc
 
 
 fold_traced_input.folds_time = True
-
-
-def decode(out: Any, timesteps: int, per_step: bool = False) -> Any:
-    """(T * B, ...) -> (B, ...), the mean over time, or (T, B, ...) per step; lists, tuples and dicts entry by entry."""
-    if isinstance(out, torch.Tensor):
-        out = out.unflatten(0, (timesteps, out.shape[0] // timesteps))
-        return out if per_step else out.mean(0)
-    if isinstance(out, tuple) and hasattr(out, '_fields'):
-        return type(out)(*(decode(o, timesteps, per_step) for o in out))
-    if isinstance(out, (list, tuple)):
-        return type(out)(decode(o, timesteps, per_step) for o in out)
-    if isinstance(out, dict):
-        return type(out)((k, decode(o, timesteps, per_step)) for k, o in out.items())
-    return out
 
 
 @lru_cache(maxsize=None)
@@ -149,7 +136,7 @@ class SpikingModule(SpikingState):
             return decode(out, self.timesteps, per_step)
         args, kwargs = self._fold_arguments(x, args, kwargs)
         out = self._call_folded('forward', super().forward, *args, **kwargs)
-        return decode(out, self.timesteps, per_step)
+        return decode(out, self.timesteps, per_step, self._samples(args, kwargs))
 
     @contextmanager
     def time_folded(self) -> Iterator[None]:
@@ -204,6 +191,11 @@ class SpikingModule(SpikingState):
     def set_stem(self, name: Optional[str]) -> None:
         """Let the neuron of this name repeat its current over T (`share_stem` checks first); None repeats the input."""
         self._set_settings(replace(self.settings, stem=name))
+
+    def _samples(self, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> int:
+        """B of arguments that `_fold_arguments` made."""
+        rows = (args[0] if args else next(iter(kwargs.values()))).shape[0]
+        return rows if self.settings.stem is not None else rows // self.timesteps
 
     def _repeat_over_time(self, x: Any) -> torch.Tensor:
         return encode_input(x, self.timesteps, self.settings.stem)
