@@ -52,10 +52,10 @@ from torch.utils.data import IterableDataset
 from torchvision.utils import save_image
 
 from timm_sscl import SSCLTask, calibrate, convert_ann, set_stem_pool, share_stem
-from timm_sscl.checkpoint import (
+from timm_sscl.training.checkpoint import (
     LAST, Position, RunSaver, StorageError, find_newest, holds_a_run, lock_folder, put_aside_later, read_run_state,
     why_damaged, write_text)
-from timm_sscl.compile_check import check_compile_options
+from timm_sscl.training.compile_check import check_compile_options
 from timm_sscl.data import CIFAR_POLICY, augment_cifar, create_dataset
 from timm_sscl.data.checks import (
     check_apart, check_channels, check_classes, check_copies, check_labels, check_metadata, check_seen)
@@ -64,29 +64,31 @@ from timm_sscl.data.manifest import DATA_FILE, check_data, describe_data
 from timm_sscl.data.events import EventAugment, FrameSettings, create_event_loader, is_event_dataset
 from timm_sscl.data.posterize import allow_posterize_to_black
 from timm_sscl.data.samples import FailedTransform, Samples, UnreadableSample, WrongLabel
-from timm_sscl.errors import OptionError, blame_options
-from timm_sscl.frames_ann import accept_frames
+from timm_sscl.training.errors import OptionError, blame_options
+from timm_sscl.distillation.frames_ann import accept_frames
 from timm_sscl.losses import loss_needs
 from timm_sscl.neurons import packed_spikes
-from timm_sscl.optimizer import create_optimizer_and_schedule
-from timm_sscl.option_ranges import check_choices, check_ranges
-from timm_sscl.options import ARGS_FILE, AUTO, create_parser, parse_args
-from timm_sscl.process_failures import ProcessDied, as_process_failure
-from timm_sscl.progress import ProgressLine
+from timm_sscl.training.optimizer import create_optimizer_and_schedule
+from timm_sscl.training.option_ranges import check_choices, check_ranges
+from timm_sscl.training.options import ARGS_FILE, AUTO, parse_args
+from timm_sscl.training.option_groups import create_parser
+from timm_sscl.training.process_failures import ProcessDied, as_process_failure
+from timm_sscl.training.progress import ProgressLine
 from timm_sscl.random_state import get_random_state, set_random_state
-from timm_sscl.registry import PREFIX
-from timm_sscl.report import FiringRates, SpikingReport, estimate_energy, mean_per_step
-from timm_sscl.report.rows import append_row, keep_rows
-from timm_sscl.run_checks import LabelCountingEvaluator, warn_long_warmup, warn_teacher_at_chance
-from timm_sscl.run_summary import best_epoch_facts, best_epoch_text, last_epoch_text
-from timm_sscl.silent_layers import SilentLayers
-from timm_sscl.spiking import SpikingModule
-from timm_sscl.stop import Interrupted, StopRequest
-from timm_sscl.teacher_cache import TeacherCache
-from timm_sscl.teacher_input import TeacherInput
-from timm_sscl.teacher_key import differing_from_legacy, legacy_settings, settings_digest, teacher_settings
-from timm_sscl.teacher_record import TeacherRecord, check_asked_teacher, check_same_teacher, weights_digest
-from timm_sscl.weights_file import check_file_exists, check_weights_file, match_with_file
+from timm_sscl.models.spiking import PREFIX
+from timm_sscl.report import FiringRates, estimate_energy, mean_per_step
+from timm_sscl.conversion import SpikingReport
+from timm_sscl.training.rows import append_row, keep_rows
+from timm_sscl.training.run_checks import LabelCountingEvaluator, warn_long_warmup, warn_teacher_at_chance
+from timm_sscl.training.run_summary import best_epoch_facts, best_epoch_text, last_epoch_text
+from timm_sscl.training.silent_layers import SilentLayers
+from timm_sscl.conversion.model import SpikingModule
+from timm_sscl.training.stop import Interrupted, StopRequest
+from timm_sscl.training.teacher_cache import TeacherCache
+from timm_sscl.distillation.teacher_input import TeacherInput
+from timm_sscl.training.teacher_key import differing_from_legacy, legacy_settings, settings_digest, teacher_settings
+from timm_sscl.training.teacher_record import TeacherRecord, check_asked_teacher, check_same_teacher, weights_digest
+from timm_sscl.training.weights_file import check_file_exists, check_weights_file, match_with_file
 
 _logger = logging.getLogger('train')
 

@@ -57,7 +57,7 @@ def diagnose(folder: Path, at_start: bool) -> List[Dict[str, Any]]:
     """term_gradients of a finished run, with its last weights or, rebuilt, with those that it started from."""
     sys.path.insert(0, str(ROOT))  # train.py is a script beside this folder
     import train
-    from timm_sscl.options import parse_args
+    from timm_sscl.training.options import parse_args
     args, _ = parse_args(['--config', str(folder / 'args.yaml')])
     accelerator = train.create_accelerator(args)
     train.set_threads(args, accelerator)

@@ -18,12 +18,12 @@ import torch
 from coverage import HARD_CASES, REPRESENTATIVES, Subject
 
 import timm_sscl  # registers the names of the models that timm lacks
-from timm_sscl.audit.run import run
-from timm_sscl.audit.table import TABLES
-from timm_sscl.audit.verdicts import class_name, findings
-from timm_sscl.policy import Policy
+from timm_sscl.conversion.audit.run import run
+from timm_sscl.conversion.audit.table import TABLES
+from timm_sscl.conversion.audit.verdicts import class_name, findings
+from timm_sscl.conversion.policy import Policy
 from timm_sscl.probing import ProbeError, probe
-from timm_sscl.registry import PREFIX
+from timm_sscl.models.spiking import PREFIX
 
 WRAPPERS = 'FeatureListNet', 'FeatureDictNet', 'FeatureHookNet', 'FeatureGetterNet'  # they call the model's own modules
 FAMILIES = tuple(dict.fromkeys([*REPRESENTATIVES.values(), *HARD_CASES]))

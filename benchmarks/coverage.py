@@ -27,12 +27,15 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import timm_sscl  # registers the spiking_ names
 from timm_sscl import LIF, calibrate
-from timm_sscl.activations import is_activation
-from timm_sscl.audit import audit
-from timm_sscl.policy import Policy
-from timm_sscl.registry import PREFIX
+from timm_sscl.conversion.activations import is_activation
+from timm_sscl.conversion.audit import audit
+from timm_sscl.conversion.policy import Policy
+from timm_sscl.models.spiking import PREFIX
 from timm_sscl.probing import probe_sizes
-from timm_sscl.taps import Recorder, find_taps, fold_feature, stage_indices
+from timm_sscl.features.recorder import Recorder
+from timm_sscl.features.finding import find_taps
+from timm_sscl.features.tap import fold_feature
+from timm_sscl.features.stages import stage_indices
 
 T, B, CLASSES = 2, 2, 10
 

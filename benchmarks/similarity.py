@@ -24,8 +24,8 @@ from timm.utils import ParseKwargs
 import timm_sscl  # registers the spiking_ names
 from timm_sscl.data import create_dataset
 from timm_sscl.losses import SSCLCriterion
-from timm_sscl.similarity import gram_matrix, hsic_terms
-from timm_sscl.taps import FeatureReader
+from timm_sscl.losses.cka import gram_matrix, hsic_terms
+from timm_sscl.features.reader import FeatureReader
 
 Features = List[List[torch.Tensor]]  # per batch, per layer (B, C)
 

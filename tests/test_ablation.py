@@ -19,7 +19,7 @@ import ablation_results as results  # noqa: E402
 import ablation_runs  # noqa: E402
 import pages  # noqa: E402
 from ablation_runs import Runner  # noqa: E402
-from timm_sscl.options import parse_args  # noqa: E402
+from timm_sscl.training.options import parse_args  # noqa: E402
 
 # stands in for train.py: keeps a checkpoint after its first epoch, and, with KILL in the folder above, dies there
 FAKE = '''

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 import train
 from timm.models import register_model
 
-import timm_sscl.convert
+import timm_sscl.conversion.convert
 from timm_sscl import LIF, convert_to_spiking, register_activation
-from timm_sscl.activations import unregister_activation
-from timm_sscl.options import OptionError, parse_args
-from timm_sscl.registry import register_spiking_models
+from timm_sscl.conversion.activations import unregister_activation
+from timm_sscl.training.options import OptionError, parse_args
+from timm_sscl.models.spiking import register_spiking_models
 
 T, SIZE = 2, (3, 12, 12)
 
@@ -417,7 +417,7 @@ def test_a_timm_model_needs_no_run_unless_it_was_changed(monkeypatch):
     def fail(*args, **kwargs):
         raise AssertionError('ran')
 
-    monkeypatch.setattr(timm_sscl.convert, 'audit', fail)
+    monkeypatch.setattr(timm_sscl.conversion.convert, 'audit', fail)
     report = timm.create_model('spiking_test_vit').spiking_report()
     assert [r.name for r in report.analog if r.reason.startswith('gate (function)')][0].startswith('blocks.0.attn.')
     model = timm.create_model('test_resnet')

@@ -90,7 +90,7 @@ def test_graphs_do_not_run_out():
                     with lif_backend('eager'):
                         expected = lif(x)
                     assert torch.equal(lif(x), expected)
-    from timm_sscl.neurons import backend
+    from timm_sscl.neurons.kernels import backend
     assert not backend._broken
 
 

@@ -11,7 +11,7 @@ from test_train import run_here, run_of, rows_of, write_images
 from timm.data import create_dataset
 
 from timm_sscl import LIF
-from timm_sscl.checkpoint import lock_folder
+from timm_sscl.training.checkpoint import lock_folder
 from timm_sscl.data.checks import check_labels
 from timm_sscl.data.samples import Samples, UnreadableSample, WrongLabel
 

@@ -7,8 +7,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from timm_sscl import SSCLLoss, convert_ann, convert_to_spiking, fold_gains
-from timm_sscl.channel_axis import ChannelAxes
-from timm_sscl.taps import named_taps
+from timm_sscl.features.channel_axis import ChannelAxes
+from timm_sscl.features.finding import named_taps
 
 B, C, T = 6, 5, 4
 CONV = {1: nn.Conv1d, 2: nn.Conv2d}

@@ -9,8 +9,8 @@ import torch
 import timm_sscl
 from timm_sscl import SSCLLoss, SSCLTask, calibrate
 from timm_sscl.data.events import EventDigits
-from timm_sscl.frames_ann import accept_frames
-from timm_sscl.teacher_input import TeacherInput
+from timm_sscl.distillation.frames_ann import accept_frames
+from timm_sscl.distillation.teacher_input import TeacherInput
 
 T, B = 3, 5
 
@@ -104,7 +104,7 @@ def test_the_loss_in_a_loop_compares_with_the_teachers_means(frames):
     features = sscl._student_recorder.records[-1]
     student_features = [sscl._student_recorder._feature(tap, features) for tap in sscl.taps]
     loss = sscl(frames)
-    indices = timm_sscl.taps.stage_indices(teacher)
+    indices = timm_sscl.features.taps.stage_indices(teacher)
     _, means = teacher_by_hand(teacher, frames, indices)
     assert torch.allclose(loss, sscl.from_features(student_features, means), rtol=1e-4)  # float32, another batch
     loss.backward()

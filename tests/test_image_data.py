@@ -16,7 +16,7 @@ from timm_sscl.data.checks import check_apart, check_classes, check_labels, chec
 from timm_sscl.data.folders import take_spread
 from timm_sscl.data.images import DecodedStream, to_mode
 from timm_sscl.data.samples import Samples, UnreadableSample
-from timm_sscl.options import parse_args
+from timm_sscl.training.options import parse_args
 
 LEVELS = np.arange(256, dtype=np.uint8).reshape(16, 16)  # as 8 bits; times 257 they are the same grey in 16 bits
 

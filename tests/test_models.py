@@ -10,7 +10,7 @@ from timm.models import group_parameters
 
 import timm_sscl  # registers the models
 from timm_sscl import LIF
-from timm_sscl.taps import find_taps
+from timm_sscl.features.finding import find_taps
 
 NAMES = ['resnet20_cifar', 'resnet19_cifar', 'resnet19_cifar_fc', 'vgg16_cifar']
 K = 5

@@ -5,7 +5,7 @@ from typing import List, Optional, Tuple
 import pytest
 import torch
 
-from timm_sscl.losses.nce import info_nce_loss, mi_lower_bound, nce_loss
+from timm_sscl.losses.critics import info_nce_loss, mi_lower_bound, nce_loss
 
 # The loops use exp and log of the same float64 numbers; scores reach 1 / 0.07 = 14, so round-off is some 1e-15 * 14.
 EXACT = dict(rtol=1e-12, atol=1e-12)

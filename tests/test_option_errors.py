@@ -11,8 +11,8 @@ from timm.data import create_transform
 import train
 from timm_sscl.data.posterize import allow_posterize_to_black
 from timm_sscl.data.samples import FailedTransform, Samples
-from timm_sscl.errors import OptionError, blame_options
-from timm_sscl.options import parse_args
+from timm_sscl.training.errors import OptionError, blame_options
+from timm_sscl.training.options import parse_args
 
 
 def error_line(args, cwd, monkeypatch, capsys):

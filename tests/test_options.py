@@ -1,7 +1,9 @@
 import pytest
 import yaml
 
-from timm_sscl.options import OptionError, create_parser, list_recipes, load_recipe, parse_args
+from timm_sscl.training.options import OptionError, parse_args
+from timm_sscl.training.option_groups import create_parser
+from timm_sscl.training.recipes import list_recipes, load_recipe
 
 # names and defaults read off timm's own parser (2026-08), where this script keeps them
 TIMM_DEFAULTS = dict(

@@ -1,7 +1,7 @@
 """Errors of torch that mean that a process has died are told apart from all others."""
 import pytest
 
-from timm_sscl.process_failures import as_process_failure
+from timm_sscl.training.process_failures import as_process_failure
 
 
 def test_worker_that_is_killed():  # test_processes.py kills one

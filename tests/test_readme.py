@@ -14,8 +14,10 @@ import torch
 from timm.models import _registry
 
 import timm_sscl
-from timm_sscl.losses import factory
-from timm_sscl.options import UNSUPPORTED, create_parser, parse_args
+from timm_sscl.losses import registry as factory
+from timm_sscl.training.refused_options import UNSUPPORTED
+from timm_sscl.training.option_groups import create_parser
+from timm_sscl.training.options import parse_args
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted((ROOT / 'docs' / 'pages').glob('*.md'))

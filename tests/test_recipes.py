@@ -18,7 +18,8 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 import timm_sscl  # registers the models
 import train
 from timm_sscl.neurons import lif_backend
-from timm_sscl.options import OptionError, list_recipes, load_recipe, parse_args
+from timm_sscl.training.options import OptionError, parse_args
+from timm_sscl.training.recipes import list_recipes, load_recipe
 
 # Tables 1 and 2: data set, network, T
 ROWS = [

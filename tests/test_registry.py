@@ -12,8 +12,9 @@ import torch
 import torch.nn as nn
 from timm.models import get_pretrained_cfg, register_model
 
-from timm_sscl import LIF, convert_to_spiking, spiking
-from timm_sscl.registry import register_spiking_models
+from timm_sscl import LIF, convert_to_spiking
+from timm_sscl.conversion import model as spiking
+from timm_sscl.models.spiking import register_spiking_models
 
 K = 5
 SETTINGS = dict(timesteps=3, tau=.5, v_threshold=.7, v_reset='soft', detach_reset=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import timm_sscl
-from timm_sscl.representation import representation_bits, spike_entropy
+from timm_sscl.report.representation import representation_bits, spike_entropy
 
 # entr and log round once or twice each; the values are at most 1.
 TOLS = {torch.float32: dict(rtol=0., atol=3e-7), torch.float64: dict(rtol=0., atol=1e-15)}

@@ -102,14 +102,14 @@ def test_what_is_shared_is_named(share, match, build):
     lambda student: _Net(),
 ], ids=['copy', 'meta', 'another'])
 def test_models_that_share_nothing_pass(make):
-    from timm_sscl.sharing import check_nothing_shared
+    from timm_sscl.distillation.sharing import check_nothing_shared
     student = _Net()
     check_nothing_shared(student, make(student))
 
 
 def test_neighbours_in_one_file_share_nothing():
     # two models whose tensors are slices of one storage, as files mapped to memory give them
-    from timm_sscl.sharing import check_nothing_shared
+    from timm_sscl.distillation.sharing import check_nothing_shared
     models = _nets()
     file = torch.randn(2 * sum(p.numel() for p in models[0].parameters()))
     at = 0

@@ -10,7 +10,7 @@ from test_train import run_here, write_images
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from timm_sscl import LIF
-from timm_sscl.silent_layers import SilentLayers
+from timm_sscl.training.silent_layers import SilentLayers
 
 
 def model():

@@ -6,7 +6,7 @@ from typing import Iterator, List, Tuple
 import pytest
 import torch
 
-from timm_sscl.similarity import RunningCKA, cka, gram_matrix, hsic, hsic_terms
+from timm_sscl.losses.cka import RunningCKA, cka, gram_matrix, hsic, hsic_terms
 
 Matrix = List[List[float]]
 

@@ -434,7 +434,7 @@ def test_gains_of_one_cost_no_multiplication():
 
 
 def test_nothing_is_read_while_nobody_writes(monkeypatch):
-    from timm_sscl import state
+    from timm_sscl.conversion import state
     from timm_sscl.neurons import factors
     model, reads = calibrated().train(), []
     for module in (state, factors):
@@ -487,7 +487,7 @@ def test_a_neuron_under_two_names_is_saved_once(tmp_path):
 
 
 def test_settings_of_a_later_version_are_refused():
-    from timm_sscl.settings import encode
+    from timm_sscl.conversion.settings import encode
     stored = {**plain().settings.stored(), 'neuron': 'plif'}
     state = {**plain().state_dict(), 'spiking_settings': torch.tensor(list(encode(stored)), dtype=torch.uint8)}
     with pytest.raises(RuntimeError, match="does not know: neuron='plif'"):

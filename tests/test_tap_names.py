@@ -9,8 +9,8 @@ import torch.nn as nn
 
 import timm_sscl  # noqa: F401  registers the spiking_ names
 from timm_sscl import SSCLLoss, SSCLTask
-from timm_sscl.taps import FeatureReader
-from timm_sscl.tap_reader import TapReader, create_reader
+from timm_sscl.features.reader import FeatureReader
+from timm_sscl.distillation.tap_reader import TapReader, create_reader
 
 T = 2
 SWIN = dict(img_size=32, patch_size=2, window_size=4, embed_dim=8, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2),

@@ -10,7 +10,10 @@ from timm.models.vgg import VGG
 
 import timm_sscl  # noqa: F401  registers the spiking_ names
 from timm_sscl import LIF, convert_to_spiking
-from timm_sscl.taps import POOLED, FeatureReader, find_taps, fold_feature, named_taps, stage_indices
+from timm_sscl.features.stages import POOLED, stage_indices
+from timm_sscl.features.reader import FeatureReader
+from timm_sscl.features.finding import find_taps, named_taps
+from timm_sscl.features.tap import fold_feature
 
 T = 2
 

@@ -10,8 +10,8 @@ import torch.nn as nn
 from timm.layers import BatchNormAct2d
 
 from timm_sscl import LIF, calibrate, convert_ann, convert_to_spiking, fold_gains
-from timm_sscl.neurons.norm_source import NormSource
-from timm_sscl.tdbn import TdBatchNorm
+from timm_sscl.neurons.kernels.batch_norm_recompute import NormSource
+from timm_sscl.conversion.variants.tdbn import TdBatchNorm
 
 T, B, C, K = 3, 4, 6, 5
 V_THRESHOLD = .7

@@ -6,8 +6,8 @@ import torch
 from test_train import TINY, rows_of, run_here
 
 from timm_sscl import SSCLTask
-from timm_sscl.checkpoint import StorageError
-from timm_sscl.teacher_cache import TeacherCache
+from timm_sscl.training.checkpoint import StorageError
+from timm_sscl.training.teacher_cache import TeacherCache
 
 
 def teacher_says(batch, calls):

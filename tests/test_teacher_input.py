@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from timm_sscl import SSCLLoss, SSCLTask
-from timm_sscl.taps import match_by_depth
-from timm_sscl.teacher_input import TeacherInput
+from timm_sscl.features.stages import match_by_depth
+from timm_sscl.distillation.teacher_input import TeacherInput
 
 K = 5
 STATS = ((.5, .4, .3), (.2, .3, .4), (.1, .2, .3), (.5, .6, .7))

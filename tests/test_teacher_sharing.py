@@ -9,10 +9,12 @@ import torch
 from test_train import TINY, run_here, write_images
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
-from timm_sscl.errors import OptionError
-from timm_sscl.options import UNSUPPORTED, create_parser, parse_args
-from timm_sscl.teacher_key import IRRELEVANT, differing_from_legacy, teacher_settings
-from timm_sscl.teacher_record import TeacherRecord, check_asked_teacher, check_same_teacher, weights_digest
+from timm_sscl.training.errors import OptionError
+from timm_sscl.training.refused_options import UNSUPPORTED
+from timm_sscl.training.option_groups import create_parser
+from timm_sscl.training.options import parse_args
+from timm_sscl.training.teacher_key import IRRELEVANT, differing_from_legacy, teacher_settings
+from timm_sscl.training.teacher_record import TeacherRecord, check_asked_teacher, check_same_teacher, weights_digest
 
 RUN = [*TINY, '--epochs', '1', '--output', 'out']
 OPTIONS = [action for action in create_parser()._actions if action.dest not in UNSUPPORTED and action.dest != 'help']
@@ -30,7 +32,7 @@ def test_every_option_counts_unless_it_is_listed(action):
 
 
 def test_option_that_this_list_does_not_know_counts_where_it_is_not_the_default(monkeypatch):
-    from timm_sscl import teacher_key
+    from timm_sscl.training import teacher_key
 
     def parser():
         made = create_parser()

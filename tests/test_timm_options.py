@@ -30,9 +30,11 @@ from timm_options import TIMM_OPTIONS
 import timm_sscl  # registers the spiking_ names
 import train
 from timm_sscl.data import factory
-from timm_sscl.options import UNSUPPORTED, OptionError, create_parser, parse_args
+from timm_sscl.training.refused_options import UNSUPPORTED
+from timm_sscl.training.options import OptionError, parse_args
+from timm_sscl.training.option_groups import create_parser
 from timm_sscl.random_state import seeded
-from timm_sscl.teacher_input import TeacherInput
+from timm_sscl.distillation.teacher_input import TeacherInput
 
 DIFFERENCES = (Path(__file__).resolve().parent.parent / 'docs' / 'pages' / 'differences.md').read_text()
 IN_DIFFERENCES = set(re.findall(r'--[a-z][a-z_-]*[a-z]', DIFFERENCES))

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 import timm_sscl  # registers the spiking_ names
 import train
-from timm_sscl.options import parse_args
+from timm_sscl.training.options import parse_args
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ['--model', 'spiking_test_resnet', '--timesteps', '2', '--epochs', '2', '--warmup-epochs', '0',

@@ -5,10 +5,10 @@ import pytest
 import torch.nn as nn
 
 import train
-from timm_sscl.options import parse_args
-from timm_sscl.spiking import SpikingModule
-from timm_sscl.stem_pool import has_average_stem_pool
-from timm_sscl.tdbn import TdBatchNorm
+from timm_sscl.training.options import parse_args
+from timm_sscl.conversion.model import SpikingModule
+from timm_sscl.conversion.variants.stem_pool import has_average_stem_pool
+from timm_sscl.conversion.variants.tdbn import TdBatchNorm
 
 CONFIG = dict(input_size=(3, 64, 64), mean=(.5,) * 3, std=(.5,) * 3, interpolation='bicubic', crop_pct=1.)
 DATA = ['--data-dir', 'somewhere', '--model', 'spiking_resnet18']

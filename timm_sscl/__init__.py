@@ -1,19 +1,21 @@
+"""Spiking timm models, trained with their real-valued twins as teachers (SSCL)."""
+from . import _moved
 from . import models  # registers the architectures that timm lacks, before their spiking_ twins
-from . import registry as _registry  # importing it registers the spiking_ names with timm
-from .activations import register_activation, unregister_activation
-from .ann import convert_ann
-from .calibrate import calibrate
-from .convert import convert_to_spiking
-from .fold import fold_gains
-from .losses import create_loss, list_losses, nce_loss, register_loss
+from .conversion import (
+    calibrate, convert_ann, convert_to_spiking, fold_gains, register_activation, set_stem_pool, share_stem,
+    unregister_activation)
+from .distillation import SSCLLoss, SSCLTask, accept_frames
+from .losses import TrainStep, cka, create_loss, hsic, list_losses, nce_loss, register_loss
+from .models import spiking as _spiking_names  # registers the spiking_ names with timm
 from .neurons import LIF, lif
-from .report import record_spikes
-from .representation import representation_bits
-from .similarity import cka, hsic
-from .sscl import SSCLLoss
-from .stem import share_stem
-from .stem_pool import set_stem_pool
-from .task import SSCLTask
-from . import tracing as _tracing  # tells timm which parts torch.fx takes as one node
+from .report import FiringRates, estimate_energy, record_spikes, representation_bits
 
+__all__ = [
+    'FiringRates', 'LIF', 'SSCLLoss', 'SSCLTask', 'TrainStep', 'accept_frames', 'calibrate', 'cka', 'convert_ann',
+    'convert_to_spiking', 'create_loss', 'estimate_energy', 'fold_gains', 'hsic', 'lif', 'list_losses', 'nce_loss',
+    'record_spikes', 'register_activation', 'register_loss', 'representation_bits', 'set_stem_pool', 'share_stem',
+    'unregister_activation',
+]
 __version__ = '0.1.0'
+
+_moved.install()

@@ -1,3 +1,6 @@
+"""Data sets: the bundled digits, images, event data; this room knows nothing of spiking."""
 from .cifar import CIFAR_POLICY, augment_cifar
 from .digits import DigitsDataset
 from .factory import create_dataset
+
+__all__ = ['CIFAR_POLICY', 'DigitsDataset', 'augment_cifar', 'create_dataset']

@@ -1,9 +1,15 @@
-from .factory import (
-    create_loss, list_losses, loss_compares_classes, loss_is_global, loss_needs, register_loss)
+"""One loss per file, by name in a registry, with critics and CKA; they know tensors, not models."""
+from .cka import cka, hsic
+from .critics import info_nce_loss, mi_lower_bound, nce_loss
 from .firing_rate import FiringRateLoss, firing_rate_loss
-from .kd import KDLoss, kd_loss
-from .kd_step import StepKDLoss, kd_step_loss
-from .nce import info_nce_loss, mi_lower_bound, nce_loss
+from .inputs import TrainStep
+from .kd import KDLoss, StepKDLoss, kd_loss, kd_step_loss
+from .registry import create_loss, list_losses, loss_compares_classes, loss_is_global, loss_needs, register_loss
 from .sscl import SSCLCriterion
-from .step import TrainStep
 from .tet import TETLoss, tet_loss
+
+__all__ = [
+    'FiringRateLoss', 'KDLoss', 'SSCLCriterion', 'StepKDLoss', 'TETLoss', 'TrainStep', 'cka', 'create_loss',
+    'firing_rate_loss', 'hsic', 'info_nce_loss', 'kd_loss', 'kd_step_loss', 'list_losses', 'loss_compares_classes',
+    'loss_is_global', 'loss_needs', 'mi_lower_bound', 'nce_loss', 'register_loss', 'tet_loss',
+]

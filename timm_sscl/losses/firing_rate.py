@@ -7,8 +7,8 @@ import torch.nn.functional as F
 
 from timm_sscl.distributed import batch_mean
 
-from .factory import register_loss
-from .step import TrainStep
+from .registry import register_loss
+from .inputs import TrainStep
 
 __all__ = ['FiringRateLoss', 'firing_rate_loss']
 

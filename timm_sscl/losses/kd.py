@@ -1,12 +1,12 @@
-"""Hinton's knowledge distillation on the logits."""
+"""Hinton's knowledge distillation on the logits: of their mean over time, and at every time step."""
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .factory import register_loss
-from .step import TrainStep
+from .registry import register_loss
+from .inputs import TrainStep
 
-__all__ = ['KDLoss', 'kd_loss']
+__all__ = ['KDLoss', 'StepKDLoss', 'kd_loss', 'kd_step_loss']
 
 
 def kd_loss(logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 4.) -> torch.Tensor:
@@ -52,3 +52,47 @@ class KDLoss(nn.Module):
 
     def forward(self, step: TrainStep) -> torch.Tensor:
         return kd_loss(step.logits, step.teacher_logits, self.temperature)
+
+
+def kd_step_loss(step_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 3.) -> torch.Tensor:
+    """Mean over the time steps of KL(teacher || student at that step), times temperature^2 as in `kd_loss`.
+
+    Args:
+        step_logits: Student logits of every time step, (T, B, K).
+        teacher_logits: Teacher logits, the same for every step, (B, K).
+        temperature: Softening of both.
+
+    Returns:
+        0-d tensor, the mean over time and batch; never below `kd_loss` of the mean logits, as KL is convex in them.
+
+    Raises:
+        ValueError: The logits are not of the same samples and classes.
+    """
+    if step_logits.ndim != 3 or step_logits.shape[1:] != teacher_logits.shape:
+        raise ValueError(f'student logits {tuple(step_logits.shape)} must be (T, B, K), and (B, K) that of the teacher '
+                         f'logits {tuple(teacher_logits.shape)}.')
+    return kd_loss(step_logits.flatten(0, 1), teacher_logits.repeat(step_logits.shape[0], 1), temperature)
+
+
+@register_loss('kd_step', needs_teacher=True)
+class StepKDLoss(nn.Module):
+    """`kd_step_loss` between the student's logits per step and the teacher's.
+
+    With per-step cross-entropy these are the first two terms of TWSNN: {'tet': 1., 'kd_step': 0.2} with tet's
+    mse_share=0 and task_loss_weight=0.
+
+    Args:
+        temperature: Softening of both.
+
+    Raises:
+        ValueError: temperature is not positive.
+    """
+
+    def __init__(self, temperature: float = 3.):
+        super().__init__()
+        if not temperature > 0:
+            raise ValueError(f'temperature={temperature}: must be positive.')
+        self.temperature = temperature
+
+    def forward(self, step: TrainStep) -> torch.Tensor:
+        return kd_step_loss(step.step_logits, step.teacher_logits, self.temperature)

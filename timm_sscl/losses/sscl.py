@@ -7,11 +7,11 @@ import torch
 import torch.nn as nn
 
 from timm_sscl.distributed import batch_counts, gather_rows, world_size
-from timm_sscl.similarity import RunningCKA
+from .cka import RunningCKA
 
-from .factory import register_loss
-from .nce import info_nce_loss, mi_lower_bound, nce_loss
-from .step import TrainStep
+from .registry import register_loss
+from .critics import info_nce_loss, mi_lower_bound, nce_loss
+from .inputs import TrainStep
 
 __all__ = ['SSCLCriterion', 'CRITICS', 'WEIGHTINGS', 'PROJECTIONS']
 

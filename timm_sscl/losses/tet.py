@@ -3,8 +3,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .factory import register_loss
-from .step import TrainStep
+from .registry import register_loss
+from .inputs import TrainStep
 
 __all__ = ['TETLoss', 'tet_loss']
 

@@ -4,13 +4,14 @@ from typing import Optional, Tuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from .backend import run
+from timm_sscl.neurons.kernels.backend import run
 from .factors import Factors
-from .flat import Flat
+from timm_sscl.neurons.kernels.memory_layout import Flat
 from .folding import require_fold
-from .norm_source import NormSource
-from .packing import active_packing
-from .recursion import Neuron, backward_from_bits, backward_from_input, backward_from_norm, fire, traced
+from timm_sscl.neurons.kernels.batch_norm_recompute import NormSource
+from timm_sscl.neurons.kernels.packing import active_packing
+from timm_sscl.neurons.kernels.recursion import (
+    Neuron, backward_from_bits, backward_from_input, backward_from_norm, fire, traced)
 
 __all__ = ['lif', 'LIF', 'check_neuron']
 

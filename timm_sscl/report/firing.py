@@ -7,7 +7,7 @@ import torch.nn as nn
 
 from timm_sscl.distributed import world_size
 from timm_sscl.neurons import LIF
-from timm_sscl.representation import spike_entropy
+from .representation import spike_entropy
 
 __all__ = ['FiringRates', 'mean_per_step']
 

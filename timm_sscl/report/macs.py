@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from torch.utils.module_tracker import ModuleTracker
 
-from timm_sscl.fused import without_fused_paths
+from timm_sscl.fused_paths import without_fused_paths
 from timm_sscl.neurons import LIF
 from timm_sscl.untouched import untouched
 

@@ -1,3 +1,4 @@
+"""Event data: recordings, their readers, and their frames."""
 from .aedat import read_aedat
 from .camera import simulate_events
 from .dataset import EventDataset
@@ -10,3 +11,9 @@ from .npz import read_npz
 from .recording import DamagedEventFile, Events
 from .tonic_data import TonicDataset
 from .transforms import EventAugment
+
+__all__ = [
+    'DamagedEventFile', 'EventAugment', 'EventDataset', 'EventDigits', 'EventFolder', 'Events', 'FrameSettings',
+    'TonicDataset', 'create_event_dataset', 'create_event_loader', 'is_event_dataset', 'read_aedat', 'read_npz',
+    'resize_frames', 'simulate_events', 'to_frames',
+]

@@ -1,7 +1,7 @@
 """Event recordings in one folder per class, as CIFAR10-DVS comes: AEDAT 2.0, or SpikingJelly's .npz."""
 import logging
 import os
-from typing import Callable, Dict, List, Optional, Tuple, Union
+from typing import Callable, Dict, List, Optional, Union
 
 import numpy as np
 

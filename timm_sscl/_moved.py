@@ -1,0 +1,86 @@
+"""Modules of version 0.1.0 under their old names: imports of them warn and give the new module, pickles find it."""
+import importlib
+import importlib.abc
+import importlib.util
+import sys
+import warnings
+from types import ModuleType
+from typing import Any, Optional
+
+__all__ = ['install']
+
+# old name -> new name, both below timm_sscl
+MOVED = {
+    'adapters': 'conversion.hidden_activations',
+    'ann': 'conversion.thresholds',
+    'batch_axis': 'conversion.batch_axis',
+    'calibrate': 'conversion.gains',
+    'checkpoint': 'training.checkpoint',
+    'convert': 'conversion',
+    'fold': 'conversion.gain_folding',
+    'frames_ann': 'distillation.frames_ann',
+    'functional': 'conversion.functional_calls',
+    'options': 'training.options',
+    'policy': 'conversion.policy',
+    'progress': 'training.progress',
+    'registry': 'models.spiking',
+    'representation': 'report.representation',
+    'similarity': 'losses.cka',
+    'spiking': 'conversion.model',
+    'sscl': 'distillation.sscl',
+    'stem': 'conversion.variants.shared_stem',
+    'stem_pool': 'conversion.variants.stem_pool',
+    'stochastic': 'conversion.dropout',
+    'stop': 'training.stop',
+    'taps': 'features',
+    'task': 'distillation.task',
+    'tdbn': 'conversion.variants.tdbn',
+    'teacher_cache': 'training.teacher_cache',
+    'teacher_input': 'distillation.teacher_input',
+    'losses.factory': 'losses.registry',
+    'losses.kd_step': 'losses.kd',
+    'losses.nce': 'losses.critics',
+    'losses.step': 'losses.inputs',
+    'neurons.backend': 'neurons.kernels.backend',
+    'neurons.flat': 'neurons.kernels.memory_layout',
+    'neurons.norm_source': 'neurons.kernels.batch_norm_recompute',
+    'neurons.packing': 'neurons.kernels.packing',
+    'neurons.rates': 'features.rates',
+    'neurons.recursion': 'neurons.kernels.recursion',
+    'report.conversion': 'conversion.report',
+    'report.rows': 'training.rows',
+}
+
+
+class _Alias(importlib.abc.Loader):
+    """Loads an old name as the new module itself, so that a class is the same under both."""
+
+    def __init__(self, old: str, new: str):
+        self.old, self.new = old, new
+
+    def create_module(self, spec: Any) -> ModuleType:
+        warnings.warn(f'{self.old} is {self.new} now; the old name goes with version 0.3.', DeprecationWarning,
+                      stacklevel=2)
+        self.module = importlib.import_module(self.new)
+        self.state = self.module.__spec__, self.module.__loader__, self.module.__package__
+        return self.module
+
+    def exec_module(self, module: ModuleType) -> None:
+        # the import system has written the old name's spec into it
+        module.__spec__, module.__loader__, module.__package__ = self.state
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Optional[Any]:
+        package, _, old = fullname.partition('.')
+        if package != __package__ or old not in MOVED:
+            return None
+        return importlib.util.spec_from_loader(fullname, _Alias(fullname, f'{package}.{MOVED[old]}'))
+
+
+def install() -> None:
+    """Let old names be found; where a file of that name exists, it comes first."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.append(_Finder())
+    # the package has a function of this name, which an import of the old module would replace by the module
+    sys.modules.setdefault(f'{__package__}.calibrate', importlib.import_module(f'{__package__}.{MOVED["calibrate"]}'))

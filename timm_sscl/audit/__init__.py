@@ -1,6 +1,0 @@
-"""Audit by execution: one forward of a converted model tells which nonlinear operations run outside its neurons."""
-from .audit import Audit, audit
-from .table import known_records, is_known
-from .verdicts import Finding, message
-
-__all__ = ['Audit', 'Finding', 'audit', 'is_known', 'known_records', 'message']

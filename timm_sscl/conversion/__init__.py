@@ -1,0 +1,20 @@
+"""A model becomes spiking: which activations become neurons, settings and state, time folded into the batch, gains and
+thresholds. `variants` holds the options that change more than the activation."""
+from . import tracing as _tracing  # tells timm which parts torch.fx takes as one node
+from .activations import register_activation, unregister_activation
+from .convert import SOFT_RESET, convert_to_spiking
+from .gain_folding import fold_gains
+from .gains import calibrate
+from .model import SpikingModel, SpikingModule
+from .plan import ConversionRecord
+from .report import SpikingReport
+from .settings import SpikingSettings
+from .thresholds import convert_ann
+from .variants.shared_stem import share_stem
+from .variants.stem_pool import set_stem_pool
+
+__all__ = [
+    'ConversionRecord', 'SOFT_RESET', 'SpikingModel', 'SpikingModule', 'SpikingReport', 'SpikingSettings', 'calibrate',
+    'convert_ann', 'convert_to_spiking', 'fold_gains', 'register_activation', 'set_stem_pool', 'share_stem',
+    'unregister_activation',
+]

@@ -1,0 +1,35 @@
+"""Why a spiking model cannot stand for its ANN by thresholds."""
+from typing import Dict, List
+
+import torch.nn as nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from timm_sscl.conversion.variants.tdbn import norm_records
+
+__all__ = ['ann_obstacles']
+
+_RECTIFIERS = {'ReLU', 'ReLU6', 'relu', 'relu_', 'relu6'}
+
+
+def ann_obstacles(model: nn.Module) -> List[str]:
+    """Why a spiking model cannot stand for its ANN by thresholds: what is no ReLU, norm of running statistics or sum.
+
+    Args:
+        model: Spiking model; its weights do not matter.
+
+    Returns:
+        One line per kind of part; empty where convert_ann applies.
+    """
+    found: Dict[str, List[str]] = {}
+    for record in model._records():
+        if record.was not in _RECTIFIERS:
+            found.setdefault(record.was, []).append(record.name)
+    if model.settings.norm is not None:
+        found['tdBN'] = [record.name for record in norm_records(model) if record.alpha is not None]
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        attends = 'attention' in kind.lower() and any(True for _ in module.children())
+        if ('norm' in kind.lower() and not isinstance(module, _BatchNorm)
+                and module._parameters.get('weight') is not None) or attends:
+            found.setdefault(kind, []).append(name)
+    return [f'{len(names)} {kind} ({names[0]}{", ..." if len(names) > 1 else ""})' for kind, names in found.items()]

@@ -1,0 +1,6 @@
+"""Audit by execution: one forward of a converted model tells which nonlinear operations run outside its neurons."""
+from .audit import Audit, audit
+from .table import is_known, known_records
+from .verdicts import Finding, message
+
+__all__ = ['Audit', 'Finding', 'audit', 'is_known', 'known_records', 'message']

@@ -1,0 +1,67 @@
+"""The audit of one conversion."""
+from dataclasses import dataclass, field
+from typing import Any, FrozenSet, List, Sequence
+
+import torch.nn as nn
+
+from timm_sscl.neurons import LIF
+from timm_sscl.conversion.policy import Policy
+from timm_sscl.probing import ProbeError, probe
+
+from .run import run
+from .verdicts import Finding, findings, notes
+
+__all__ = ['Audit', 'audit']
+
+_SAMPLES = 2
+
+
+@dataclass
+class Audit:
+    """What the audit of a conversion found.
+
+    Args:
+        status: One line for the report.
+        findings: Nonlinear operations that stay analog and that the conversion's records do not list.
+        hard_sigmoids: Neurons that stand in the middle of a hard sigmoid, relu6(x + 3) / 6, which is a gate.
+    """
+    status: str
+    findings: List[Finding] = field(default_factory=list)
+    hard_sigmoids: FrozenSet[str] = frozenset()
+
+    @property
+    def unknown(self) -> List[Finding]:
+        """Findings that nothing explains."""
+        return [finding for finding in self.findings if finding.unknown]
+
+
+def audit(
+        model: nn.Module,
+        records: Sequence[Any],
+        policy: Policy,
+        input_size: Any = None,
+        example_inputs: Any = None,
+) -> Audit:
+    """Run a spiking model once in evaluation and once in training mode, and tell what runs outside its neurons.
+
+    Values do not matter: neurons pass their input on. The model is left as it was.
+
+    Args:
+        model: The spiking model.
+        records: ConversionRecords of its conversion.
+        policy: The conversion's include and exclude.
+        input_size: Shape of one sample; guessed by default.
+        example_inputs: What the model takes, see `probing.examples`.
+
+    Returns:
+        An Audit; its status says 'pending' where the model runs on no input or lies on the meta device.
+    """
+    if any(p.is_meta for p in model.parameters()):
+        return Audit('pending: the model is on the meta device, where nothing runs')
+    try:
+        seen = probe(model, lambda example: run(model, example), _SAMPLES, input_size, example_inputs)
+    except ProbeError as error:
+        return Audit(f'pending: {error}')
+    neurons = [name for name, module in model.named_modules() if isinstance(module, LIF)]
+    return Audit('; '.join(['all operations of one forward', *notes(seen, neurons)]),
+                 findings(model, seen, records, policy), frozenset(seen.hard_sigmoids))

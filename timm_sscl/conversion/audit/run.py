@@ -1,0 +1,126 @@
+"""Run a model under the audit's interpreter: in evaluation and in training mode, neurons closed, without a trace."""
+from contextlib import contextmanager
+from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Set, Tuple
+
+import torch
+import torch.nn as nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+
+from timm_sscl.neurons import LIF
+from timm_sscl.probing import Example
+
+from .interpreter import Interpreter
+from .taint import Event
+
+__all__ = ['Run', 'run']
+
+_DETOURS = {'numpy': 'numpy', '__array__': 'numpy', 'tolist': 'tolist'}  # of Tensor: values leave torch
+
+
+class Run(NamedTuple):
+    """What one audit saw."""
+    events: List[Event]
+    fired: Set[str]  # neurons that ran
+    hard_sigmoids: Set[str]  # neurons that stand for the clip of a hand-written hard sigmoid, relu6(x + 3)
+    depends: bool  # whether the output depends on the input
+    untrained: Optional[str] = None  # why training mode was not run
+
+
+def run(model: nn.Module, example: Example) -> Run:
+    """Audit a spiking model on an example, in both modes.
+
+    The caller keeps the model's state (`probing.undisturbed`).
+
+    Raises:
+        Exception: Whatever the model raises in evaluation mode.
+    """
+    model.eval()
+    seen = _pass(model, example)
+    model.train()
+    try:
+        trained = _pass(model, example)
+    except Exception as error:  # one that wants labels, or more than it is given
+        return seen._replace(untrained=f'{type(error).__name__}: {" ".join(str(error).split())[:100]}')
+    return Run(seen.events + trained.events, seen.fired | trained.fired, seen.hard_sigmoids | trained.hard_sigmoids,
+               seen.depends)
+
+
+def _pass(model: nn.Module, example: Example) -> Run:
+    places, fired, hard = _Places(model), set(), set()
+    interpreter = Interpreter(places.now)
+
+    def fire(lif: LIF, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+        def identity(x: torch.Tensor) -> torch.Tensor:
+            return torch.cat([x] * lif.timesteps) if lif.encodes else x.clone()
+
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            fired.add(name)
+            meta = interpreter.taint.get(x)
+            if meta is not None and meta.shift == 3 and _is_clip(lif):
+                hard.add(name)
+            return interpreter.neuron(identity, x)
+        return forward
+
+    for name, module in model.named_modules():
+        if isinstance(module, LIF):
+            module.__dict__['forward'] = fire(module, name)
+    try:
+        with places.watched(), torch.no_grad(), _Detours(interpreter), interpreter:
+            for x in example.tensors():
+                interpreter.source(x)
+            depends = interpreter.leaves(example(model))
+    finally:
+        for module in model.modules():
+            if isinstance(module, LIF):
+                module.__dict__.pop('forward', None)
+    return Run(interpreter.events, fired, hard, depends)
+
+
+def _is_clip(lif: LIF) -> bool:
+    replaced = lif.__dict__.get('replaced')
+    return isinstance(replaced, nn.Hardtanh) and replaced.min_val == 0 and replaced.max_val == 6  # ReLU6 is one
+
+
+class _Places:
+    """Which module runs."""
+
+    def __init__(self, model: nn.Module):
+        self._names = {id(module): name for name, module in model.named_modules()}
+        self._stack: List[Tuple[str, Optional[str]]] = [('', None)]
+
+    def now(self) -> Tuple[str, Optional[str]]:
+        return self._stack[-1]
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        def enter(module: nn.Module, args: Any) -> None:
+            name = self._names.get(id(module))
+            path = self._stack[-1][0]
+            self._stack.append((path, type(module).__name__) if name is None else (name, None))
+
+        def leave(module: nn.Module, args: Any, out: Any) -> None:
+            self._stack.pop()
+
+        handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+class _Detours(TorchFunctionMode):
+    """Notes where values that depend on the input leave torch, to come back who knows how."""
+
+    def __init__(self, interpreter: Interpreter):
+        super().__init__()
+        self.interpreter = interpreter
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = _DETOURS.get(getattr(func, '__name__', ''))
+        if name is not None and isinstance(args[0], torch.Tensor) and args[0].ndim:
+            meta = self.interpreter.taint.get(args[0])
+            if meta is not None:
+                self.interpreter.event(f'{name} (values leave torch)', fate='unknown')
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,116 @@
+"""What a report says of the nonlinear operations that an audit saw."""
+from typing import Any, Dict, List, NamedTuple, Sequence
+
+import torch.nn as nn
+
+from timm_sscl.conversion.policy import Policy
+
+from .run import Run
+from .taint import Event
+
+__all__ = ['Finding', 'class_name', 'findings', 'message', 'notes']
+
+GATE = 'gate (function), stays analog'
+# operations of functions that are called by another name
+_OPS_OF_FUNCTIONS = {'relu6': {'hardtanh'}, 'selu': {'elu'}, 'rrelu': {'rrelu_with_noise'}, 'prelu': {'_prelu_kernel'},
+                     'softsign': {'abs', 'div'}}
+# of timm's own classes: what an operation is that looks like an activation
+_EXPLAINED = {
+    ('timm.models.gemma4_vit.Gemma4ClippableLinear', 'clamp'): 'range of a checkpoint (infinite without), stays analog',
+    ('timm.models._efficientnet_blocks.CondConvResidual', 'sigmoid'): 'gate (weights of experts), stays analog',
+}
+
+
+class Finding(NamedTuple):
+    """A nonlinear operation that stays analog."""
+    name: str  # of the module, a dot, and the operation
+    op: str
+    reason: str
+    unknown: bool  # whether nothing explains it
+
+
+def findings(model: nn.Module, seen: Run, records: Sequence[Any], policy: Policy) -> List[Finding]:
+    """What an audit found that the conversion's records do not list.
+
+    Args:
+        model: The spiking model.
+        seen: The audit's run.
+        records: ConversionRecords of the conversion.
+        policy: The conversion's include and exclude.
+    """
+    modules = dict(model.named_modules())
+    analog = {record.name: record.was for record in records if record.now == record.was}
+    found: Dict[str, Finding] = {}
+    for event in seen.events:
+        if not event.fates or _is_listed(event, analog):
+            continue
+        finding = _finding(event, modules, policy)
+        if finding.name not in found or finding.unknown:
+            found[finding.name] = finding
+    if not seen.depends:
+        found['output'] = Finding('output', 'output', 'unknown: the output does not depend on the input, as far as '
+                                                      'torch shows', True)
+    return list(found.values())
+
+
+def notes(seen: Run, neurons: Sequence[str]) -> List[str]:
+    """What else the reader of a report should know about an audit."""
+    lines = []
+    idle = [name for name in neurons if name not in seen.fired]
+    if idle:
+        lines.append(f'{len(idle)} neurons did not run in it ({", ".join(idle[:3])}{", ..." if idle[3:] else ""})')
+    flows = sorted({event.path or 'the model' for event in seen.events if event.op == 'control flow'})
+    if flows:
+        lines.append(f'control flow depends on the data in {", ".join(flows[:3])}; other branches were not seen')
+    if seen.untrained is not None:
+        lines.append(f'training mode was not seen ({seen.untrained})')
+    return lines
+
+
+def _is_listed(event: Event, analog: Dict[str, str]) -> bool:
+    """Whether the conversion's records say already that this stays analog."""
+    if any(event.path == name or event.path.startswith(f'{name}.') for name in analog):
+        return True
+    prefix = f'{event.path}.' if event.path else ''
+    functions = [was for name, was in analog.items() if name.startswith(prefix) and '.' not in name[len(prefix):]]
+    ops = {name.strip().rstrip('_') for was in functions for name in was.split(',')}
+    return event.op in ops or any(event.op in _OPS_OF_FUNCTIONS.get(name, ()) for name in ops)
+
+
+def _finding(event: Event, modules: Dict[str, nn.Module], policy: Policy) -> Finding:
+    name = f'{event.path}.{event.op}' if event.path else event.op
+    if event.fates == {'gate'}:
+        return Finding(name, event.op, GATE, False)
+    around = [(path, type(modules[path]).__name__) for path in _upwards(event.path)]
+    why = (_EXPLAINED.get((class_name(modules[event.path]), event.op))
+           or policy.why_analog(name, event.op, around, gate=False))
+    if why is not None:
+        return Finding(name, event.op, why, False)
+    where = event.path or class_name(modules['']).rpartition('.')[2]
+    made = f' (in a {event.made} that is no registered submodule)' if event.made else ''
+    output = ' (at the output)' if event.fates <= {'output', 'gate'} else ''
+    return Finding(name, event.op, f'unknown: {event.op} in {where}{made}{output}', True)
+
+
+def class_name(module: nn.Module) -> str:
+    """Name of a module's class, or of the class that it had before its conversion."""
+    cls = type(module)
+    if '_spiking_bases' in vars(cls):
+        cls = cls._spiking_bases[1]
+    return f'{cls.__module__}.{cls.__name__}'
+
+
+def _upwards(path: str) -> List[str]:
+    """A path, the paths around it, and the root."""
+    parts = path.split('.') if path else []
+    return ['.'.join(parts[:n]) for n in range(len(parts), -1, -1)]
+
+
+def message(model_name: str, unknown: Sequence[Finding]) -> str:
+    """The error that lists what nothing explains."""
+    lines = ''.join(f'\n  {finding.reason}' for finding in unknown[:20])
+    more = f'\n  and {len(unknown) - 20} more' if unknown[20:] else ''
+    return (f'{model_name}: {len(unknown)} nonlinear operations are no known activations and would stay analog in '
+            f'silence:{lines}{more}\nMake them modules that are activations (nn.ReLU), or name the class of such a '
+            f'module by register_activation(cls); name what is to stay analog by exclude=, or allow all of it by '
+            f'allow_analog=True. The model is as it was.')

@@ -1,0 +1,235 @@
+"""Does sample i of the batch move only the rows of sample i, at every activation? Found by running the model.
+
+Time is folded into axis 0 of the batch, so that a neuron takes rows for time steps. One sample of a batch is made NaN,
+which shows wherever it arrives, and what that leaves open is decided by other values for the sample.
+"""
+from functools import partial
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
+
+import torch
+import torch.nn as nn
+from torch.utils._pytree import tree_leaves
+
+from .function_calls import FunctionCalls, WatchFunctions, merge_modes
+from .functional_calls import called_activations
+from timm_sscl.fused_paths import without_fused_paths
+from timm_sscl.probing import Example, ProbeError, as_example, probe, undisturbed
+
+__all__ = ['BatchAxis', 'find_batch_axis', 'PENDING']
+
+PENDING = 'batch axis pending (meta device)'  # in a record's reason
+
+_OUTPUT = 'the output'
+_SAMPLES = 4  # at least; not 1, which broadcasts
+_CHANGED = 1  # sample that is changed: not the first, not its own mirror image
+
+
+class BatchAxis(NamedTuple):
+    """What a probe found."""
+    unbatched: Set[str]  # activations whose input depends on no sample and does not grow with the batch
+    calls: Dict[str, FunctionCalls]  # what each module that ran called as a function
+    pending: bool  # whether only shapes were looked at, on the meta device
+
+
+class _WrongAxis(ProbeError):
+    """Axis 0 of an activation is not the batch, or samples mix."""
+
+
+class _Seen(NamedTuple):
+    """What a tensor showed: the length of its first axis, and along its first axes which rows were hit."""
+    length: int
+    hit: Tuple[torch.Tensor, ...]
+
+    def is_own(self, batch: int) -> bool:
+        """Whether rows of axis 0 were hit, and only those of the changed sample."""
+        rows = self.hit[0].nonzero().flatten() if self.hit else torch.zeros(0)
+        if self.length % batch or not len(rows):
+            return False
+        k = self.length // batch
+        return bool((rows >= _CHANGED * k).all() and (rows < (_CHANGED + 1) * k).all())
+
+    def is_hit(self) -> bool:
+        return any(bool(hit.any()) for hit in self.hit)
+
+    def where(self, batch: int) -> str:
+        """How the hit rows lie, in words."""
+        for axis, hit in enumerate(self.hit[1:], 1):
+            if len(hit) == batch and hit.sum() == 1 and hit[_CHANGED]:
+                return f'the samples are on axis {axis}, not on axis 0'
+        if not self.hit:
+            return 'it is a single number for the whole batch'
+        rows = self.hit[0].nonzero().flatten().tolist()
+        shown = ', '.join(map(str, rows[:4])) + (', ...' if rows[4:] else '')
+        return f'sample {_CHANGED} of {batch} moves rows {shown} of {self.length}'
+
+
+_Run = Dict[str, List[torch.Tensor]]  # by activation: its inputs, call by call
+_Runner = Callable[[Example], Tuple[_Run, Dict[str, FunctionCalls]]]
+
+
+def find_batch_axis(
+        model: nn.Module,
+        activations: Dict[str, nn.Module],
+        callers: Dict[str, nn.Module],
+        input_size: Optional[Sequence[int]] = None,
+        example_inputs: Any = None,
+) -> BatchAxis:
+    """Check that axis 0 is the batch at every activation, those called as functions among them, and at the output.
+
+    A position-bias network works on a table of coordinates: a neuron in it would take rows of the table for time steps.
+
+    Args:
+        model: The ANN, before its conversion.
+        activations: Activation modules by name.
+        callers: Modules that may call activations as functions, by name.
+        input_size: Shape of one sample; guessed from the model by default.
+        example_inputs: What the model takes, see `probing.examples`.
+
+    Raises:
+        ProbeError: The model does not run on what was guessed or given, or a sample moves rows of another.
+    """
+    run = partial(_run, model, activations, callers)
+    if any(p.is_meta for p in model.parameters()):
+        try:
+            return probe(model, partial(_by_shapes, run), _SAMPLES, input_size, example_inputs)
+        except ProbeError:
+            return BatchAxis(set(), {}, True)
+    batch = _SAMPLES
+    if example_inputs is not None:  # a multiple of the given: some models split their batch into groups
+        given = as_example(example_inputs).batch or 1
+        batch = given * -(-_SAMPLES // given)
+    found = probe(model, partial(_check, model, run), batch, input_size, example_inputs)
+    return found._replace(calls=_in_training_too(model, callers, found.calls, batch, input_size, example_inputs))
+
+
+def _in_training_too(
+        model: nn.Module,
+        callers: Dict[str, nn.Module],
+        calls: Dict[str, FunctionCalls],
+        batch: int,
+        input_size: Optional[Sequence[int]],
+        example_inputs: Any,
+) -> Dict[str, FunctionCalls]:
+    """Function calls of both modes; what did not run in either is left to the source."""
+    if not any(called.names for called in calls.values()) and not any(map(called_activations, callers.values())):
+        return calls
+
+    def run(example: Example) -> Dict[str, FunctionCalls]:
+        return _run(model, {}, callers, example, training=True)[1]
+    try:
+        training = probe(model, run, batch, input_size, example_inputs)
+    except ProbeError:
+        training = {}
+    return {name: merge_modes(name, calls.get(name, training.get(name)), training.get(name, calls.get(name)))
+            for name in {**calls, **training}}
+
+
+def _by_shapes(run: _Runner, example: Example) -> BatchAxis:
+    """Without values: what does not grow with the batch."""
+    small, calls = run(example)
+    large, _ = run(example.with_batch(2 * example.batch))
+    unbatched = {name for name, inputs in small.items() if name != _OUTPUT and not _grows(inputs, large.get(name, []))}
+    return BatchAxis(unbatched, calls, True)
+
+
+def _grows(small: Sequence[torch.Tensor], large: Sequence[torch.Tensor]) -> bool:
+    return [2 * x.shape[0] if x.ndim else None for x in small] == [x.shape[0] if x.ndim else 0 for x in large]
+
+
+def _check(model: nn.Module, run: _Runner, example: Example) -> BatchAxis:
+    batch = example.batch
+    plain, calls = run(example)
+    own = {name: False for name in plain}
+    poisoned = _try(run, _changed(example, lambda x: torch.full_like(x, torch.nan)))
+    if poisoned is not None:
+        seen = {name: [_seen(x.isnan()) for x in inputs] for name, inputs in poisoned.items()}
+        own.update((name, all(s.is_own(batch) for s in seen[name])) for name in plain if seen.get(name))
+    rest = [name for name in plain if not own[name]]
+    if not rest:
+        return BatchAxis(set(), calls, False)
+    # a NaN stops at a comparison, and passes where a zero or a constant does not
+    moved, _ = run(_changed(example, _other_values))
+    larger, _ = run(example.with_batch(2 * batch))
+    unbatched = set()
+    for name in rest:
+        hits = [_seen(_differ(x, y)) for x, y in zip(plain[name], moved.get(name, []))]
+        wrong = [s for s in hits if s.is_hit() and not s.is_own(batch)]
+        if name == _OUTPUT:
+            wrong = [s for s in wrong if s.length % batch == 0]
+        if wrong:
+            raise _WrongAxis(_complaint(model, name, wrong[0].where(batch), example))
+        if name != _OUTPUT and not any(s.is_hit() for s in hits) and not _grows(plain[name], larger.get(name, [])):
+            unbatched.add(name)
+    return BatchAxis(unbatched, calls, False)
+
+
+def _complaint(model: nn.Module, name: str, where: str, example: Example) -> str:
+    cure = '' if name == _OUTPUT else f", exclude='{name}' leaves it analog"
+    return (f'{type(model).__name__}: the batch is not axis 0 at {name} (for {example}): {where}. Time is folded into '
+            f'axis 0, so that samples would be taken for time steps. example_inputs=... says what the model takes '
+            f'where that was guessed wrongly{cure}.')
+
+
+def _run(
+        model: nn.Module,
+        activations: Dict[str, nn.Module],
+        callers: Dict[str, nn.Module],
+        example: Example,
+        training: bool = False,
+) -> Tuple[_Run, Dict[str, FunctionCalls]]:
+    """Inputs of all activations, and the output, in one forward; and which are functions."""
+    seen: _Run = {}
+    with undisturbed(model), without_fused_paths():
+        model.train(training)
+        watch = WatchFunctions(model, callers)
+        for name, module in activations.items():
+            module.register_forward_pre_hook(
+                lambda m, args, name=name: seen.setdefault(name, []).append(args[0].detach().clone()))
+        with watch:
+            out = example(model)
+    calls = watch.result()
+    for called in calls.values():
+        seen.update(zip(called.names, called.inputs))
+    seen[_OUTPUT] = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+    return seen, calls
+
+
+def _try(run: _Runner, example: Example) -> Optional[_Run]:
+    """The run, or None where the model refuses a NaN, or has no input that takes one."""
+    if not any(x.is_floating_point() and x.isnan().any() for x in example.tensors()):
+        return None
+    try:
+        return run(example)[0]
+    except Exception:  # whatever a model raises on a NaN
+        return None
+
+
+def _changed(example: Example, change: Callable[[torch.Tensor], torch.Tensor]) -> Example:
+    """The example with one sample changed, where it has numbers."""
+    def with_change(x: torch.Tensor) -> torch.Tensor:
+        is_mask = x.dtype == torch.bool
+        if not x.ndim or x.shape[0] != example.batch or is_mask:
+            return x
+        rows = x.clone()
+        new = change(x[_CHANGED]) if x.is_floating_point() else _other_values(x[_CHANGED])
+        rows[_CHANGED] = new
+        return rows
+    return example.map(with_change)
+
+
+def _other_values(x: torch.Tensor) -> torch.Tensor:
+    """Values of the same kind and range as x, not x's."""
+    if x.is_floating_point():
+        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x)
+        return noise * (x.std() if x.numel() > 1 and x.std() > 0 else 1.) + x.mean()
+    return x.flip(-1).roll(1, -1) if x.ndim else x
+
+
+def _differ(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Exactly: the rows of other samples go through the same arithmetic."""
+    return x != y if x.shape == y.shape else torch.ones_like(x, dtype=torch.bool)
+
+
+def _seen(hit: torch.Tensor) -> _Seen:
+    axes = [hit.movedim(axis, 0).flatten(1).any(1) if hit.ndim > 1 else hit for axis in range(min(hit.ndim, 4))]
+    return _Seen(hit.shape[0] if hit.ndim else 0, tuple(axes))

@@ -1,0 +1,278 @@
+"""convert_to_spiking: turn a model into a spiking network, in place."""
+import logging
+from collections import Counter
+from functools import partial
+from typing import Any, Callable, Dict, FrozenSet, List, Optional, Sequence, Tuple, Union
+
+import torch
+import torch.nn as nn
+
+from timm_sscl.conversion.variants.stem_pool import has_average_stem_pool, set_stem_pool, stem_max_pool
+from timm_sscl.conversion.variants.tdbn import scaled_batch_norms, set_norm
+from timm_sscl.untouched import all_or_nothing
+
+from .audit import Audit, audit, is_known, message
+from .batch_axis import find_batch_axis
+from .dropout import why_no_shared_mask
+from .functional_calls import calls_noise, repeats_activations
+from .hidden_activations import why_no_adapter
+from .model import SpikingModel, SpikingModule, spiking_class
+from .plan import ConversionRecord, Plan
+from .policy import GROUPS, HEAD, Policy
+from .settings import SpikingSettings
+
+__all__ = ['SOFT_RESET', 'convert_to_spiking']
+
+_logger = logging.getLogger(__name__)
+
+SOFT_RESET = 'soft'  # v_reset=None where None cannot be passed: timm.create_model prunes it, YAML and shells lack it
+_KNOWN_MODELS = 'timm.', 'timm_sscl.models.'
+
+
+def _refuse_unsupported(model: nn.Module) -> None:
+    """Raise before anything is changed, naming the module, where a conversion would be wrong in silence."""
+    if isinstance(model, SpikingModule):
+        raise ValueError(f'{type(model).__name__} is a spiking model already; use set_timesteps to change T.')
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError('model is a TorchScript module, whose activations cannot be swapped; convert the eager model.')
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        where = f"'{name}' ({kind})" if name else kind
+        if isinstance(module, SpikingModule):
+            raise ValueError(f'{where} is a spiking model already, and returns its mean over time to the model around '
+                             f'it, which runs as it is. Convert other parts of {type(model).__name__} by themselves, '
+                             f'or the whole of it before any part.')
+        if hasattr(module, '_orig_mod') or module._compiled_call_impl is not None:
+            raise ValueError(f'{where} is compiled; convert the model first, then compile it.')
+        refused = why_no_shared_mask(module) or why_no_adapter(module)
+        if refused:
+            raise NotImplementedError(f'{where}: {refused}')
+        if isinstance(module, nn.MultiheadAttention) and module.dropout > 0:
+            raise NotImplementedError(f'{where} draws its dropout mask inside the fused kernel, another one at every '
+                                      f'time step; set its dropout to 0.')
+        if getattr(module, 'mix_token', False):
+            raise NotImplementedError(f'{where} mixes tokens of the batch in reverse order, which would reverse time '
+                                      f'as well; create it without mix_token.')
+
+
+def _make_plan(
+        model: nn.Module,
+        policy: Policy,
+        input_size: Optional[Sequence[int]],
+        example_inputs: Any,
+) -> Plan:
+    """The plan for a model that is not converted yet, after a probe where the model is not timm's."""
+    plan = Plan(model, policy)
+    if input_size is not None or example_inputs is not None or not _is_known(model):
+        activations = {name: child for name, (_, _, child) in plan.swaps.items()}
+        plan = Plan(model, policy, find_batch_axis(model, activations, plan.visited, input_size, example_inputs))
+    return plan
+
+
+def _check_patterns(model: nn.Module, plan: Plan) -> None:
+    """Raise where a pattern of include or exclude matches nothing."""
+    for pattern in sorted(plan.policy.unused):
+        if pattern not in GROUPS and pattern != HEAD:
+            raise ValueError(f"include/exclude: '{pattern}' matches no activation of {_ann_name(model)}; it has "
+                             f'for example {", ".join(record.name for record in plan.records[:6])}.')
+        _logger.info(f"{_ann_name(model)} has no activation of the group '{pattern}'.")
+
+
+def _ann_name(model: nn.Module) -> str:
+    """Name of the class that a model had before its conversion."""
+    return (model._spiking_bases[1] if isinstance(model, SpikingModule) else type(model)).__name__
+
+
+def _is_known(model: nn.Module) -> bool:
+    """Whether a model is one of timm's, of timm's and torch's modules only: what in it has no batch axis has a name."""
+    packages = {type(module).__module__.partition('.')[0] for module in model.modules()}
+    return type(model).__module__.startswith(_KNOWN_MODELS) and packages <= {'timm', 'timm_sscl', 'torch'}
+
+
+def _explicit_settings(
+        timesteps: Optional[int] = None,
+        tau: Optional[float] = None,
+        v_threshold: Optional[float] = None,
+        v_reset: Union[float, str, None] = None,
+        detach_reset: Optional[bool] = None,
+        v_init: Optional[float] = None,
+        include: Optional[Sequence[str]] = None,
+        exclude: Optional[Sequence[str]] = None,
+        stem_pool: Optional[str] = None,
+        norm: Optional[str] = None,
+        allow_analog: Optional[bool] = None,
+) -> Dict[str, object]:
+    """Only the settings that were given, as SpikingSettings takes them; 'soft' becomes v_reset=None."""
+    given = dict(timesteps=timesteps, tau=tau, v_threshold=v_threshold, v_reset=v_reset, detach_reset=detach_reset,
+                 v_init=v_init, include=include, exclude=exclude, stem_pool=stem_pool, norm=norm,
+                 allow_analog=allow_analog)
+    given = {k: v for k, v in given.items() if v is not None}
+    if isinstance(v_reset, str):
+        if v_reset != SOFT_RESET:
+            raise ValueError(f"v_reset={v_reset!r}: must be a number, or 'soft' for the soft reset.")
+        given['v_reset'] = None
+    return given
+
+
+_NOT_GIVEN = object()
+
+
+def convert_to_spiking(
+        model: nn.Module,
+        timesteps: Optional[int] = None,
+        tau: Optional[float] = None,
+        v_threshold: Optional[float] = None,
+        v_reset: Union[float, str, None] = _NOT_GIVEN,
+        detach_reset: Optional[bool] = None,
+        v_init: Optional[float] = None,
+        include: Union[str, Sequence[str], None] = None,
+        exclude: Union[str, Sequence[str], None] = None,
+        input_size: Optional[Sequence[int]] = None,
+        stem_pool: Optional[str] = None,
+        norm: Optional[str] = None,
+        example_inputs: Any = None,
+        allow_analog: Optional[bool] = None,
+) -> nn.Module:
+    """Turn a model into a spiking network, in place: its activations become multi-step LIF neurons.
+
+    Module names, parameters, hooks and methods stay, so the ANN's state_dict loads strictly. Time is folded into the
+    batch: inside, every tensor is (T * B, ...), time-major. `model(x)` takes images (B, C, H, W) or event frames
+    (B, T, C, H, W) and returns the mean over T; `model(x, per_step=True)` returns every step, (T, B, ...).
+
+    All activations but gates (sigmoid, softmax) become neurons: modules, those hidden in a norm (EvoNorm, FRN: a group
+    or response norm and a neuron), and those called as functions (`F.relu(x)`). For the latter the calling module gets a
+    child named 'functional_act': the neuron of its one call, or a ModuleDict with one neuron per call, by its number.
+    What has no batch axis (position biases) stays analog. `model.spiking_report()` lists what became
+    of every activation.
+
+    `include` and `exclude` choose among them by patterns (shell wildcards) on the name or class of an activation or of
+    a module around it: exclude=['SqueezeExcite', 'layer4'], include=['*.mlp']. The groups 'attention' (activations in
+    attention, kernels of linear attention among them), 'squeeze_excite' and 'head' (those that forward_head runs) may
+    stand for patterns.
+
+    One forward of the converted model on the example, in evaluation and in training mode, is audited: any other
+    nonlinear operation between layers (torch.clamp, x * sigmoid(x), an activation made in forward) raises, unless it is
+    excluded, its class is named by `register_activation`, or allow_analog is set. timm's own models are known.
+
+    A setting that is given here wins over the one in a checkpoint loaded later; one that is not is restored from it.
+
+    Args:
+        model: Any nn.Module that works on a batch; timm models keep all their methods.
+        timesteps: Time steps T, 4 by default.
+        tau: Decay factor of the membrane, 0.25 by default.
+        v_threshold: Firing threshold, 0.5 by default.
+        v_reset: Potential after a spike, 0. by default; None or 'soft' subtracts the threshold instead.
+        detach_reset: Whether the gradient skips the reset, False by default.
+        v_init: Initial potential; v_reset by default (0 for the soft reset).
+        include: Patterns of the activations that become neurons; all but gates by default. A gate becomes one where
+            its class ('Sigmoid') or its full name is included.
+        exclude: Patterns of activations that stay analog.
+        input_size: Shape of one sample, (C, H, W), for a forward that shows whether axis 0 is the batch at every
+            activation, and which are called as functions; guessed from the model by default. timm's own models need
+            none.
+        stem_pool: 'avg' pools spikes by the average in the stem of a ResNet, as the paper does, where timm has a max
+            pooling; see set_stem_pool.
+        norm: 'tdbn' makes every batch norm a tdBN: its scale is multiplied by v_threshold, and by 1/sqrt(2) where two
+            branches add (see set_norm). Weights load as before, but mean something else: an ANN's weights under tdBN
+            give currents smaller by that factor.
+        example_inputs: What the model takes, for the same probe: a tensor, a tuple or list of arguments, or a dict of
+            keyword arguments. Values and batch size do not matter.
+        allow_analog: Whether nonlinear operations that are no known activations may stay analog, False by default; the
+            report lists them as unknown.
+
+    Returns:
+        The model itself, now of a subclass of its class.
+
+    Raises:
+        ValueError: The model runs on no guessed input, or a sample moves rows of others at an activation, so that axis
+            0 is not the batch there; a setting is out of range, a pattern matches nothing, the model is spiking or
+            compiled already, nothing would be swapped, or a nonlinear operation is no known activation; stem_pool or
+            norm are asked of a model without a max pooling in its stem, or without batch norms.
+        NotImplementedError: The model holds a part whose activation cannot be swapped; the message names it.
+    """
+    v_reset = None if v_reset is _NOT_GIVEN else SOFT_RESET if v_reset is None else v_reset
+    explicit = _explicit_settings(
+        timesteps, tau, v_threshold, v_reset, detach_reset, v_init, _patterns(include), _patterns(exclude), stem_pool,
+        norm, allow_analog)
+    kept = {'stem_pool': 'avg'} if has_average_stem_pool(model) else {}  # set_stem_pool was called on the ANN
+    settings = SpikingSettings(**{**kept, **explicit})
+    _refuse_unsupported(model)
+    _check_fits(model, settings)
+    policy = Policy(model, settings.include, settings.exclude)
+    plan = _make_plan(model, policy, input_size, example_inputs)
+    inspect = None if is_known(model) else partial(
+        audit, policy=policy, input_size=input_size, example_inputs=example_inputs)
+    try:
+        _carry_out(model, plan, settings, frozenset(explicit), inspect)
+    except _HardSigmoids as found:
+        plan = Plan(model, policy, plan.found, found.reasons)
+        _carry_out(model, plan, settings, frozenset(explicit), inspect)
+    swapped = Counter(record.was for record in plan.records if record.now == 'LIF')
+    _logger.info(f'{type(model).__name__}: {sum(swapped.values())} activations became LIF '
+                 f'({", ".join(f"{n} {kind}" for kind, n in swapped.most_common())}), {settings}')
+    return model
+
+
+class _HardSigmoids(Exception):
+    """Neurons of a plan that the audit found to be gates."""
+
+    def __init__(self, names: FrozenSet[str]):
+        super().__init__(names)
+        self.reasons = dict.fromkeys(names, 'gate (hard sigmoid by hand), stays analog')
+
+
+@all_or_nothing()
+def _carry_out(
+        model: nn.Module,
+        plan: Plan,
+        settings: SpikingSettings,
+        explicit: FrozenSet[str],
+        inspect: Optional[Callable[..., Audit]],
+) -> None:
+    """Make the model spiking, and audit it; whatever is raised leaves it as it was."""
+    plan.check(model)
+    if not any(record.now == 'LIF' for record in plan.records):
+        raise ValueError(_nothing_spikes(model, plan.records))
+    plan.apply(model, settings)
+    model._calls_noise = calls_noise(type(model))
+    model._repeats_activations = repeats_activations(model)
+    model.__class__ = spiking_class(_mixin(model), type(model))
+    model.settings = settings
+    model._explicit = explicit
+    set_stem_pool(model, settings.stem_pool)
+    set_norm(model, settings.norm, settings.v_threshold)
+    model._report = plan.records
+    model._audit = None if inspect is None else inspect(model, plan.records)
+    if model._audit is not None and model._audit.hard_sigmoids:
+        raise _HardSigmoids(model._audit.hard_sigmoids)
+    _check_patterns(model, plan)
+    if model._audit is not None and model._audit.unknown and not settings.allow_analog:
+        raise ValueError(message(_ann_name(model), model._audit.unknown))
+
+
+def _nothing_spikes(model: nn.Module, records: Sequence[ConversionRecord]) -> str:
+    """Why no activation became a neuron."""
+    reasons: Dict[str, List[str]] = {}
+    for record in records:
+        reasons.setdefault(record.reason, []).append(f'{record.name} ({record.was})')
+    found = '; '.join(f'{", ".join(names[:3])}{", ..." if names[3:] else ""}: {reason}'
+                      for reason, names in reasons.items())
+    return f'{type(model).__name__}: nothing would spike, ' + (
+        f'all activations stay analog: {found}.' if found else 'no activation found to swap.')
+
+
+def _check_fits(model: nn.Module, settings: SpikingSettings) -> None:
+    """Raise before anything is changed where the model lacks what a setting is about."""
+    if settings.stem_pool is not None and not has_average_stem_pool(model):
+        stem_max_pool(model)
+    if settings.norm is not None and not scaled_batch_norms(model):
+        raise ValueError(f"norm='{settings.norm}': {type(model).__name__} has no batch norm with a scale.")
+
+
+def _mixin(model: nn.Module) -> type:
+    """Which of a converted model's methods fold and decode."""
+    return SpikingModel if hasattr(model, 'forward_features') and hasattr(model, 'forward_head') else SpikingModule
+
+
+def _patterns(patterns: Union[str, Sequence[str], None]) -> Optional[Tuple[str, ...]]:
+    return (patterns,) if isinstance(patterns, str) else None if patterns is None else tuple(patterns)

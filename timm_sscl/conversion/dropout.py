@@ -1,0 +1,185 @@
+"""Dropout and stochastic depth with one mask over time: drawn once per sample, repeated for its T steps (SPEC 2).
+
+Each class here replaces the class of an existing module in place, so that names, hooks and settings stay. The axis 0
+they see is time-major, (T * B, ...).
+"""
+from typing import Any, Dict, Optional, Tuple, Type
+
+import torch
+import torch.nn as nn
+
+from timm.layers import DropPath, PatchDropout
+from timm.layers.drop import DropBlock2d
+from timm.layers.patch_dropout import PatchDropoutWithIndices, patch_dropout_forward
+from torchvision.ops import StochasticDepth
+
+from timm_sscl.neurons.folding import require_fold
+
+__all__ = ['share_mask_over_time', 'dropout_over_time', 'rand_over_time', 'OverTime']
+
+
+def repeat_over_time(mask: torch.Tensor, timesteps: int) -> torch.Tensor:
+    """(B, ...) -> (T * B, ...), time-major."""
+    return mask.expand(timesteps, *mask.shape).reshape(timesteps * mask.shape[0], *mask.shape[1:])
+
+
+def _keep_mask(x: torch.Tensor, shape: Tuple[int, ...], p: float) -> torch.Tensor:
+    mask = x.new_empty(shape).bernoulli_(1 - p)
+    return mask.div_(1 - p) if p < 1 else mask
+
+
+class OverTime:
+    """Marks a module that draws one mask per sample; `timesteps` is set at conversion."""
+    timesteps: int = 1
+    part_of_model = False  # runs only inside a call of its model
+
+    def _samples(self, x: torch.Tensor) -> int:
+        if self.part_of_model:
+            require_fold(type(self).__name__)
+        if x.shape[0] % self.timesteps:
+            raise ValueError(f'{type(self).__name__}: the first axis of {tuple(x.shape)} does not hold '
+                             f'timesteps={self.timesteps} equal steps.')
+        return x.shape[0] // self.timesteps
+
+
+class _DropoutOverTime(OverTime):
+    spatial = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.p == 0:
+            return x
+        shape = (self._samples(x),) + x.shape[1:2] + (1,) * (x.ndim - 2) if self.spatial else (
+            self._samples(x), *x.shape[1:])
+        return x * repeat_over_time(_keep_mask(x, shape, self.p), self.timesteps)
+
+
+class DropoutOverTime(_DropoutOverTime, nn.Dropout):
+    pass
+
+
+class Dropout1dOverTime(_DropoutOverTime, nn.Dropout1d):
+    spatial = True
+
+
+class Dropout2dOverTime(_DropoutOverTime, nn.Dropout2d):
+    spatial = True
+
+
+class Dropout3dOverTime(_DropoutOverTime, nn.Dropout3d):
+    spatial = True
+
+
+class DropPathOverTime(OverTime, DropPath):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.drop_prob == 0:
+            return x
+        ones = x.new_ones((self._samples(x),) + (1,) * (x.ndim - 1))
+        return x * repeat_over_time(super().forward(ones), self.timesteps)
+
+
+class StochasticDepthOverTime(OverTime, StochasticDepth):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.p == 0:
+            return input
+        ones = input.new_ones((self._samples(input),) + (1,) * (input.ndim - 1))
+        return input * repeat_over_time(super().forward(ones), self.timesteps)
+
+
+class DropBlock2dOverTime(OverTime, DropBlock2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training or not self.drop_prob:
+            return x
+        return x * repeat_over_time(super().forward(torch.ones_like(x[:self._samples(x)])), self.timesteps)
+
+
+class _PatchDropoutOverTime(OverTime):
+    def _drop(self, x: torch.Tensor) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+        if not self.training or self.prob == 0.:
+            return x, None
+        prefix, patches = x[:, :self.num_prefix_tokens], x[:, self.num_prefix_tokens:]
+        positions = torch.arange(patches.shape[1], device=x.device).expand(self._samples(x), -1).unsqueeze(-1)
+        _, keep = patch_dropout_forward(positions, self.prob, 0, self.ordered, True)
+        keep = repeat_over_time(keep, self.timesteps)
+        patches = patches.gather(1, keep.unsqueeze(-1).expand((-1, -1) + patches.shape[2:]))
+        return torch.cat((prefix, patches), dim=1), keep
+
+
+class PatchDropoutOverTime(_PatchDropoutOverTime, PatchDropout):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._drop(x)[0]
+
+
+class PatchDropoutWithIndicesOverTime(_PatchDropoutOverTime, PatchDropoutWithIndices):
+    def forward(self, x: torch.Tensor) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+        return self._drop(x)
+
+
+_OVER_TIME: Dict[Type[nn.Module], Type[nn.Module]] = {
+    nn.Dropout: DropoutOverTime,
+    nn.Dropout1d: Dropout1dOverTime,
+    nn.Dropout2d: Dropout2dOverTime,
+    nn.Dropout3d: Dropout3dOverTime,
+    DropPath: DropPathOverTime,
+    StochasticDepth: StochasticDepthOverTime,
+    DropBlock2d: DropBlock2dOverTime,
+    PatchDropout: PatchDropoutOverTime,
+    PatchDropoutWithIndices: PatchDropoutWithIndicesOverTime,
+}
+
+
+OVER_TIME_MODULES = tuple(_OVER_TIME.values())
+
+
+def why_no_shared_mask(module: nn.Module) -> Optional[str]:
+    """Why a module's noise cannot be repeated over the time steps; None where it can, or there is none."""
+    if isinstance(module, (nn.AlphaDropout, nn.FeatureAlphaDropout)) and module.p > 0:
+        return 'alpha dropout would draw another mask at every time step.'
+    if isinstance(module, DropBlock2d) and module.drop_prob and module.with_noise:
+        return 'with_noise=True would draw other noise at every time step.'
+    if not isinstance(module, OverTime) and isinstance(module, tuple(_OVER_TIME)) and _over_time_class(module) is None:
+        return 'its own forward may draw another mask at every time step.'
+    return None
+
+
+def _over_time_class(module: nn.Module) -> Optional[Type[nn.Module]]:
+    """The class with one mask over time for a dropout-like module, or a subclass that changes no forward."""
+    for base, over_time in _OVER_TIME.items():
+        if type(module) is base or (isinstance(module, base) and type(module).forward is base.forward):
+            return over_time
+    return None
+
+
+def share_mask_over_time(module: nn.Module, timesteps: int) -> None:
+    """Turn a dropout-like module into its form with one mask over time, in place; others stay as they are."""
+    over_time = None if isinstance(module, OverTime) else _over_time_class(module)
+    if over_time is not None:
+        module.__class__ = over_time
+        module.timesteps = timesteps
+
+
+# ---- functions, for modules that call them in their forward
+
+def dropout_over_time(
+        timesteps: int,
+        input: torch.Tensor,
+        p: float = 0.5,
+        training: bool = True,
+        inplace: bool = False,
+        train: bool = True,
+) -> torch.Tensor:
+    """F.dropout and torch.dropout on (T * B, ...) with one mask per sample."""
+    if not (training and train) or p == 0:
+        return input
+    shape = (input.shape[0] // timesteps, *input.shape[1:])
+    return input * repeat_over_time(_keep_mask(input, shape, p), timesteps)
+
+
+def rand_over_time(timesteps: int, *size: Any, **kwargs: Any) -> torch.Tensor:
+    """torch.rand of (T * B, ...) numbers: drawn once per sample; another first axis is drawn as it is."""
+    size = tuple(kwargs.pop('size', size))
+    size = tuple(size[0]) if len(size) == 1 and not isinstance(size[0], int) else size
+    steps = 1 if not size or size[0] % timesteps else timesteps
+    generator = kwargs.pop('generator', None)
+    # not by torch.rand: the mode of an enclosing call would see that again
+    drawn = torch.empty((size[0] // steps, *size[1:]) if size else (), **kwargs).uniform_(generator=generator)
+    return repeat_over_time(drawn, steps) if steps > 1 else drawn

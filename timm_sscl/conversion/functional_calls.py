@@ -1,0 +1,237 @@
+"""Activations, dropout and noise that a module calls as functions: found in its source, replaced inside its forward."""
+import ast
+import inspect
+import textwrap
+from functools import lru_cache, wraps
+from typing import Any, Callable, Dict, FrozenSet, List, Optional, Sequence, Set, Type
+
+import torch
+import torch.fx
+import torch.nn as nn
+from torch.overrides import TorchFunctionMode
+
+from timm_sscl.neurons.folding import require_fold
+from .dropout import OverTime, dropout_over_time, rand_over_time
+
+__all__ = ['FunctionsOverTime', 'replace_functions', 'called_activations', 'calls_noise', 'NEURON_NAME']
+
+NEURON_NAME = 'functional_act'  # child that holds the neuron for a module's functional activations
+
+ACTIVATION_FUNCTIONS = {
+    'relu', 'relu_', 'relu6', 'leaky_relu', 'leaky_relu_', 'prelu', 'rrelu', 'rrelu_', 'elu', 'elu_', 'selu', 'selu_',
+    'celu', 'celu_', 'gelu', 'silu', 'mish', 'hardswish', 'hardtanh', 'hardtanh_', 'tanh', 'tanh_', 'softplus',
+    'softsign',
+}
+_IN_PLACE_FUNCTIONS = {name for name in ACTIVATION_FUNCTIONS if name.endswith('_')}
+torch.fx.wrap('dropout_over_time')  # one node of a graph
+torch.fx.wrap('rand_over_time')
+
+_FORWARD_METHODS = {'forward', 'forward_features', 'forward_head', 'forward_intermediates'}
+_NOISE_FUNCTIONS = {'dropout', 'dropout_', 'rand'}
+
+
+def is_activation_function(func: Callable) -> bool:
+    """Whether a function that torch tells its modes about is an activation; an operator of somebody's own is none."""
+    return (getattr(func, '__name__', '') in ACTIVATION_FUNCTIONS
+            and not isinstance(func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)))
+
+
+@lru_cache(maxsize=None)
+def _calls(cls: type) -> Dict[str, FrozenSet[str]]:
+    """Per method of a class, the functions it calls other than on self, as far as its source is to be had.
+
+    `self.act(x)` calls a module, which the swap reaches; `F.relu(x)`, `relu(x)` and `x.relu()` it does not reach.
+    """
+    found: Dict[str, FrozenSet[str]] = {}
+    overridden: Set[str] = set()  # methods that do not go on to their parent's
+    parents = {'super', *(base.__name__ for base in cls.__mro__[1:])}
+    for base in cls.__mro__:
+        if base.__module__.startswith('torch.') or base.__module__ == 'builtins':
+            continue
+        for name, method in vars(base).items():
+            if name == '__init__' or name in overridden or not inspect.isfunction(method):
+                continue
+            try:
+                tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
+            except (OSError, TypeError, SyntaxError):
+                continue
+            own = first_argument(tree)
+            names = (_function_name(node, own) for node in ast.walk(tree))
+            found[name] = found.get(name, frozenset()).union(filter(None, names))
+            if not any(isinstance(node, ast.Name) and node.id in parents for node in ast.walk(tree)):
+                overridden.add(name)
+    return found
+
+
+def first_argument(tree: ast.Module) -> Optional[str]:
+    """What the one method in a parsed source calls the module, 'self' by custom."""
+    method = tree.body[0]
+    arguments = [*method.args.posonlyargs, *method.args.args] if isinstance(method, ast.FunctionDef) else []
+    return arguments[0].arg if arguments else None
+
+
+def _function_name(node: ast.AST, own: Optional[str]) -> Optional[str]:
+    """Name of the function that a node calls; None for other nodes and for methods and modules of `own`, the module."""
+    if not isinstance(node, ast.Call):
+        return None
+    if isinstance(node.func, ast.Name):
+        return node.func.id
+    root = node.func
+    while isinstance(root, (ast.Attribute, ast.Subscript)):
+        root = root.value
+    is_own = isinstance(root, ast.Name) and root.id == own
+    return node.func.attr if isinstance(node.func, ast.Attribute) and not is_own else None
+
+
+def called_activations(module: nn.Module) -> List[str]:
+    """Activations that a module calls as functions or holds as such (`self.activation = F.relu`)."""
+    called = frozenset().union(*_calls(type(module)).values()) & ACTIVATION_FUNCTIONS
+    held = {getattr(value, '__name__', '') for value in vars(module).values()
+            if callable(value) and not isinstance(value, nn.Module)}
+    return sorted(called | (held & ACTIVATION_FUNCTIONS))
+
+
+def function_module(functions: Sequence[str]) -> Optional[nn.Module]:
+    """The activation that functions of these names compute, as a module; None where they are several or others."""
+    modules = {'relu': nn.ReLU, 'relu_': nn.ReLU, 'relu6': nn.ReLU6}
+    kinds = {modules.get(name) for name in functions}
+    kind = kinds.pop() if len(kinds) == 1 else None
+    return kind() if kind is not None else None
+
+
+def repeats_activations(model: nn.Module) -> bool:
+    """Whether a model calls activations as functions only to return a feature as one of its modules would activate it.
+
+    nasnet, pnasnet and xception do in forward_intermediates, and in forward_features after pruning; feature_info names
+    the activation module.
+    """
+    methods = {name for name, names in _calls(type(model)).items() if names & ACTIVATION_FUNCTIONS}
+    if 'forward_intermediates' not in methods or not methods <= {'forward_intermediates', 'forward_features'}:
+        return False
+    modules = dict(model.named_modules())
+    named = [modules.get(entry['module']) for entry in getattr(model, 'feature_info', ())]
+    return any(m is not None and not list(m.children()) and not list(m.parameters()) for m in named)
+
+
+@lru_cache(maxsize=None)
+def calls_noise(cls: Type[nn.Module]) -> bool:
+    """Whether a class draws dropout masks or random numbers by functions."""
+    return any(names & _NOISE_FUNCTIONS for names in _calls(cls).values())
+
+
+class FunctionsOverTime(TorchFunctionMode):
+    """While active, functional activations are neurons, and functional noise has one mask per sample.
+
+    Args:
+        timesteps: T of the (T * B, ...) tensors.
+        neuron: What replaces functional activations: one for all, or a ModuleDict with one per call, by its number;
+            None leaves them, as it leaves calls that a ModuleDict lacks.
+        first: Number of the first call.
+        last: Number of the call after the last one; None does not count.
+    """
+
+    def __init__(
+            self,
+            timesteps: int,
+            neuron: Optional[nn.Module] = None,
+            first: int = 0,
+            last: Optional[int] = None,
+    ):
+        super().__init__()
+        self.timesteps = timesteps
+        self.neuron = neuron
+        self.call = first
+        self.last = last
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = getattr(func, '__name__', '')
+        if name in ('dropout', 'dropout_'):
+            return dropout_over_time(self.timesteps, *args, **kwargs)
+        if name == 'rand':
+            return rand_over_time(self.timesteps, *args, **kwargs)
+        if self.neuron is not None and is_activation_function(func):
+            neuron = self._next()
+            return func(*args, **kwargs) if neuron is None else self._fire(neuron, name, *args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _next(self) -> Any:
+        call, self.call = self.call, self.call + 1
+        if self.last is not None and call >= self.last:
+            self._miscounted('more than')
+        if not isinstance(self.neuron, nn.ModuleDict):
+            return self.neuron
+        return self.neuron[str(call)] if str(call) in self.neuron else None
+
+    def check_count(self) -> None:
+        """Raise where a forward has ended before its last call."""
+        if self.neuron is not None and self.last is not None and self.call != self.last:
+            self._miscounted('fewer than')
+
+    def _miscounted(self, how: str) -> None:
+        raise RuntimeError(
+            f'a module with functional activations called {how} the {self.last} that it called when it was converted; '
+            f'each call has a neuron of its own, by its number. Make the activations modules (self.act = nn.ReLU()) '
+            f'where a forward does not always call the same.')
+
+    def _fire(self, neuron, name, input, *args, inplace=False, **kwargs):
+        # for the functions whose second argument is inplace: relu, relu6, silu, mish, hardswish
+        inplace = inplace or name in _IN_PLACE_FUNCTIONS or args[:1] == (True,)
+        spikes = neuron(input.clone() if inplace else input)  # which it keeps for its backward
+        return input.copy_(spikes) if inplace else spikes
+
+
+def number_of_calls(module: nn.Module) -> Optional[int]:
+    """How many functional activations every forward of a converted module calls; None where that is not known."""
+    called = module.__dict__.get('function_calls')
+    return len(called.functions) if called is not None and called.is_counted else None
+
+
+class _Functions(OverTime):
+    """Mixin for a submodule that calls activations, dropout or noise as functions."""
+
+    def forward(self, *args, **kwargs):
+        if self.part_of_model and self.training:  # its neuron sees to evaluation
+            require_fold(type(self).__name__)
+        functions = FunctionsOverTime(self.timesteps, self._modules.get(NEURON_NAME), 0, number_of_calls(self))
+        with functions:
+            out = super().forward(*args, **kwargs)
+        functions.check_count()
+        return out
+
+    def __reduce_ex__(self, protocol):
+        return _new_functions, (self._base,), self.__dict__
+
+
+def methods_inside_only(base: Type[nn.Module]) -> Dict[str, Callable]:
+    """A class's methods that call activations as functions, but for its forward methods: outside of a converted
+    model's call, where no neuron replaces the activations, they raise."""
+    return {name: _inside_only(getattr(base, name)) for name, names in _calls(base).items()
+            if names & ACTIVATION_FUNCTIONS and name not in _FORWARD_METHODS}
+
+
+def _inside_only(method: Callable) -> Callable:
+    @wraps(method)
+    def call(self, *args, **kwargs):
+        if NEURON_NAME in self._modules:
+            require_fold(f'{type(self).__name__}.{method.__name__}')
+        return method(self, *args, **kwargs)
+    return call
+
+
+@lru_cache(maxsize=None)
+def _functions_class(base: Type[nn.Module]) -> type:
+    attributes = {'__module__': base.__module__, '_base': base, **methods_inside_only(base)}
+    return type(base.__name__, (_Functions, base), attributes)
+
+
+def _new_functions(base: Type[nn.Module]) -> nn.Module:
+    cls = _functions_class(base)
+    return cls.__new__(cls)
+
+
+def replace_functions(module: nn.Module, timesteps: int) -> None:
+    """Give a submodule the subclass of its own class that replaces functions inside its forward, in place."""
+    if not isinstance(module, _Functions):
+        module.__class__ = _functions_class(type(module))
+        module.timesteps = timesteps

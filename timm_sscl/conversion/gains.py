@@ -1,0 +1,163 @@
+"""calibrate: an input gain for every neuron layer, from one forward, so that no layer starts silent."""
+import logging
+import math
+from contextlib import contextmanager
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
+
+import torch
+import torch.nn as nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from timm_sscl.neurons import LIF
+from .revive import revive_zeros
+from .model import SpikingModule
+from timm_sscl.untouched import undone_on_error, untouched
+
+__all__ = ['calibrate', 'normalising_by_batch', 'LayerDrive']
+
+_logger = logging.getLogger(__name__)
+
+_MIN_RATE = 0.01  # below this share of inputs over the threshold the mean square says too little about a skewed input
+
+
+class LayerDrive(NamedTuple):
+    """What drives one neuron layer."""
+    name: str
+    rms: float  # root mean square of the input current, before the gain
+    gain: float
+    rate: float  # spikes per neuron and step after the gain
+
+
+def calibrate(model: nn.Module, images: torch.Tensor) -> List[LayerDrive]:
+    """Set the input gain of every neuron layer so that its input is as large as a batch norm's output.
+
+        gain = (v_threshold / 0.5) / rms(x)        0.5 is the threshold that goes with a root mean square of 1
+
+    Where hardly any input would reach the threshold so (a few large negative values make the mean square), the median
+    of the positive inputs does. One forward measures and sets the layers in the order in which they run, each behind
+    the calibrated ones before it. Batch norms normalise by the batch, as in training, and keep their running
+    statistics; dropout and stochastic depth are off. A layer that runs several times gets one gain from all its inputs.
+
+    Behind a zero no neuron gets a gradient: a norm's scale (or a weight-standardised convolution's gain) that is zero
+    throughout, as in branches that start at zero, becomes 0.1, and weights that are, as of some classifiers, become
+    small noise.
+
+    Gains are no parameters; they are in the state_dict of the spiking model. Layers that fire never or always even so
+    are named in a warning.
+
+    Args:
+        model: Spiking model.
+        images: A batch as the model takes it, (B, C, H, W) or (B, T, C, H, W), of real images.
+
+    Returns:
+        One LayerDrive per layer that ran, in the order of their first call.
+
+    Raises:
+        ValueError: The model does not spike, its neurons have output scales (their thresholds come from an ANN), or
+            images holds something that is not finite, or a layer's current does, or no layer runs.
+    """
+    _check(model, images)
+    if model.settings.norm is not None:
+        _logger.warning(f"{type(model).__name__}: the gains make up for the scale that norm='{model.settings.norm}' "
+                        f'gives the currents, so that training starts as with plain batch norms.')
+    with undone_on_error(model, parameters=True):
+        revive_zeros(model)
+        drives = _measure(model, images)
+        for name, lif in model.neurons().items():
+            lif.set_gain(drives[name].gain if name in drives else None, lif.scale)
+    idle = [name for name in model.neurons() if name not in drives]
+    result = [drive.result(name) for name, drive in drives.items()]
+    _warn(model, result, idle)
+    return result
+
+
+def _check(model: nn.Module, images: torch.Tensor) -> None:
+    if not isinstance(model, SpikingModule):
+        raise ValueError(f'{type(model).__name__} does not spike; convert_to_spiking(model) makes it.')
+    if any(lif.scale is not None for lif in model.neurons().values()):
+        raise ValueError(f"{type(model).__name__}: its neurons' thresholds come from an ANN (convert_ann); a "
+                         f'calibration would undo them.')
+    if not torch.isfinite(images).all():
+        raise ValueError('images: holds values that are not finite.')
+
+
+def _measure(model: SpikingModule, images: torch.Tensor) -> Dict[str, '_Drive']:
+    """What drives every neuron layer that runs, in the order of their first calls, each with its gain."""
+    drives: Dict[str, _Drive] = {}
+    with normalising_by_batch(model):
+        for name, lif in model.neurons().items():
+            drive = _Drive(lif, lambda drive, name=name: drives.setdefault(name, drive))
+            lif.register_forward_pre_hook(drive.measure)
+            lif.register_forward_hook(drive.count)
+        model(images)
+    if not drives:
+        raise ValueError(f'{type(model).__name__}: none of its neuron layers ran on the images; nothing to calibrate.')
+    broken = [name for name, drive in drives.items() if not math.isfinite(drive.rms)]
+    if broken:
+        raise ValueError(f'{type(model).__name__}: the current of {broken[0]} is not finite on these images, so that '
+                         f'no gain fits it; check the weights before it, or run in float32.')
+    return drives
+
+
+class _Drive:
+    """Measures one layer's input and sets its gain, call by call."""
+
+    def __init__(self, lif: LIF, ran: Callable[['_Drive'], Any]):
+        self.lif = lif
+        self.ran = ran  # told of every call
+        self.gain: Optional[torch.Tensor] = None
+        self.squares: List[float] = []
+        self.fired = self.elements = 0
+        lif.set_gain(None, lif.scale)
+
+    def measure(self, lif: LIF, args: Tuple[torch.Tensor]) -> None:
+        self.ran(self)
+        x = args[0].detach()
+        self.squares.append(x.to(torch.promote_types(x.dtype, torch.float32)).square().mean().item())
+        self.gain = torch.tensor(self._gain(x), device=x.device)
+        lif.set_gain(self.gain, lif.scale)
+
+    def _gain(self, x: torch.Tensor) -> float:
+        if self.rms == 0:
+            return 1.
+        threshold = self.lif.v_threshold
+        gain = threshold / 0.5 / self.rms
+        if (x * gain >= threshold).float().mean() < _MIN_RATE and (x > 0).any():
+            gain = max(gain, threshold / x[x > 0].median().item())  # skewed: half of the positive inputs fire
+        return gain
+
+    def count(self, lif: LIF, args: Tuple[torch.Tensor], spikes: torch.Tensor) -> None:
+        self.fired += spikes.count_nonzero().item()
+        self.elements += spikes.numel()
+
+    @property
+    def rms(self) -> float:
+        return (sum(self.squares) / len(self.squares)) ** 0.5
+
+    def result(self, name: str) -> LayerDrive:
+        return LayerDrive(name, self.rms, self.gain.item(), self.fired / max(self.elements, 1))
+
+
+@contextmanager
+def normalising_by_batch(model: nn.Module) -> Iterator[None]:
+    """Norms with running statistics in training mode, all else in evaluation mode; afterwards the model, its
+    statistics among it, is as it was."""
+    with untouched(model):
+        for module in model.modules():
+            if isinstance(module, _NormBase):
+                module.training = True
+        yield
+
+
+def _warn(model: nn.Module, result: List[LayerDrive], idle: List[str]) -> None:
+    kind = type(model).__name__
+    for names, what in (
+            ([d.name for d in result if d.rate == 0], 'never fire, even after calibration'),
+            ([d.name for d in result if d.rate == 1], 'always fire, even after calibration'),
+            (idle, 'did not run in the forward and have no gain')):
+        if names:
+            _logger.warning(f'{kind}: {len(names)} neuron layers {what}: {", ".join(names)}.')
+    rates = sorted(d.rate for d in result)
+    gains = sorted(d.gain for d in result)
+    _logger.info(f'{kind}: {len(result)} neuron layers calibrated, gains {gains[0]:.3g} to {gains[-1]:.3g}, firing '
+                 f'rates {rates[0]:.3f} to {rates[-1]:.3f}, median {rates[len(rates) // 2]:.3f}.')

@@ -1,0 +1,125 @@
+"""Modules of timm that hide their activation, or that split the batch: their spiking form, by a subclass, in place."""
+import re
+from functools import lru_cache
+from typing import Optional, Tuple, Type
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from timm.layers import EvoNorm2dS0, EvoNorm2dS1, EvoNorm2dS2, FilterResponseNormTlu2d, SplitBatchNorm2d
+
+from .dropout import OverTime
+
+__all__ = ['hidden_activation', 'give_neuron', 'take_neuron', 'why_no_adapter', 'split_over_samples']
+
+_BATCH_EVONORM = re.compile(r'EvoNorm2dB\d')
+
+
+class _EvoNorm:
+    """Mixin: group norm, then the neuron. EvoNorm's own activation x * sigmoid(v x) / std has no part to swap."""
+    act: nn.Module
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(F.group_norm(x, self.groups, self.weight, self.bias, self.eps))
+
+
+class _FilterResponseNorm:
+    """Mixin: filter response norm without its threshold (tau is None), then the neuron."""
+    act: nn.Module
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(super().forward(x))
+
+
+# base class -> (mixin, parameters that the hidden activation had)
+_ADAPTERS = {
+    EvoNorm2dS0: (_EvoNorm, ('v',)),
+    EvoNorm2dS1: (_EvoNorm, ()),
+    EvoNorm2dS2: (_EvoNorm, ()),
+    FilterResponseNormTlu2d: (_FilterResponseNorm, ('tau',)),
+}
+
+
+def _adapter(module: nn.Module) -> Optional[Tuple[type, Tuple[str, ...]]]:
+    if not getattr(module, 'apply_act', False) or isinstance(module, (_EvoNorm, _FilterResponseNorm)):
+        return None
+    return next((adapter for base, adapter in _ADAPTERS.items() if isinstance(module, base)), None)
+
+
+def hidden_activation(module: nn.Module) -> bool:
+    """Whether a module hides an activation that `give_neuron` replaces."""
+    return _adapter(module) is not None
+
+
+def why_no_adapter(module: nn.Module) -> Optional[str]:
+    """Why a module's hidden activation cannot be replaced; None where it can, or there is none."""
+    kind = type(module).__name__
+    if _BATCH_EVONORM.search(kind) and getattr(module, 'apply_act', True):
+        return 'divides by a variance over the batch and hides its activation in that; use EvoNorm2dS0 or batch norm.'
+    return None
+
+
+@lru_cache(maxsize=None)
+def _adapted_class(mixin: type, base: Type[nn.Module]) -> type:
+    attributes = {'__module__': base.__module__, '_bases': (mixin, base), '__reduce_ex__': _reduce}
+    return type(base.__name__, (mixin, base), attributes)
+
+
+def _reduce(self: nn.Module, protocol: int):
+    return _new_adapted, self._bases, self.__dict__
+
+
+def _new_adapted(mixin: type, base: Type[nn.Module]) -> nn.Module:
+    cls = _adapted_class(mixin, base)
+    return cls.__new__(cls)
+
+
+def give_neuron(module: nn.Module, neuron: nn.Module) -> None:
+    """Make `act` the neuron of a norm that hid its activation; the activation's own parameters are dropped."""
+    mixin, dropped = _adapter(module)
+    module.__class__ = _adapted_class(mixin, type(module))
+    module.__dict__['_kept'] = {
+        'act': getattr(module, 'act', None), **{name: getattr(module, name) for name in dropped}}
+    for name in dropped:
+        setattr(module, name, None)
+    module.act = neuron
+    module.forgotten = dropped
+
+
+def take_neuron(module: nn.Module) -> None:
+    """Undo give_neuron; other modules stay as they are."""
+    if not isinstance(module, (_EvoNorm, _FilterResponseNorm)):
+        return
+    del module.act
+    for name, value in module.__dict__.pop('_kept').items():
+        if value is not None:
+            setattr(module, name, value.to(module.weight.device))
+    module.__class__ = module._bases[1]
+    del module.forgotten
+
+
+class SplitBatchNormOverTime(OverTime, SplitBatchNorm2d):
+    """Split batch norm whose parts are groups of samples, each with all its time steps."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return super().forward(input)
+        steps = input.unflatten(0, (self.timesteps, self._samples(input)))
+        if steps.shape[1] % self.num_splits:
+            raise ValueError(f'a batch of {steps.shape[1]} samples does not split into num_splits={self.num_splits} '
+                             f'equal parts for split batch norm.')
+        first, *others = steps.chunk(self.num_splits, dim=1)
+        parts = [nn.BatchNorm2d.forward(self, first.flatten(0, 1))]
+        parts += [bn(part.flatten(0, 1)) for bn, part in zip(self.aux_bn, others)]
+        x = torch.cat([part.unflatten(0, (self.timesteps, -1)) for part in parts], dim=1).flatten(0, 1)
+        for name in ('drop', 'act'):  # there where a norm with activation was split
+            x = self._modules[name](x) if name in self._modules else x
+        return x
+
+
+def split_over_samples(module: nn.Module, timesteps: int) -> None:
+    """Let a SplitBatchNorm2d split samples instead of time steps, in place; others stay as they are."""
+    if type(module) is SplitBatchNorm2d:
+        module.__class__ = SplitBatchNormOverTime
+        module.timesteps = timesteps

@@ -1,0 +1,301 @@
+"""What a converted model does beyond its ANN: fold the input over time, decode what leaves, keep its settings.
+
+A converted model is an instance of a subclass of its own class: `(SpikingModel, Base)` for what has timm's
+forward_features / forward_head, `(SpikingModule, Base)` for anything else. Inside, every tensor is (T * B, ...).
+"""
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Type
+
+import torch
+import torch.fx
+import torch.nn as nn
+from torch.utils._pytree import tree_map
+
+from .ann_obstacles import ann_obstacles
+from .call_sites import set_calls
+from timm_sscl.decoding import decode
+from .functional_calls import NEURON_NAME, FunctionsOverTime, methods_inside_only, number_of_calls
+from timm_sscl.neurons import LIF
+from timm_sscl.neurons.folding import enter_fold, folding_model, leave_fold
+from .notrace import functions_as_nodes
+from .report import SpikingReport
+from .settings import SETTINGS_KEY, SpikingSettings
+from .state import SpikingState
+from .swap import audit_records, current_records, swap_modules, unswap_modules
+from timm_sscl.conversion.variants.stem_pool import set_stem_pool
+from .dropout import OverTime
+from timm_sscl.conversion.variants.tdbn import set_norm
+
+__all__ = [
+    'SpikingSettings', 'SpikingModule', 'SpikingModel', 'SpikingEncoder', 'SETTINGS_KEY', 'encode_input', 'decode']
+
+
+def encode_input(x: Any, timesteps: int, stem: Optional[str] = None) -> torch.Tensor:
+    """Direct encoding: images (B, C, H, W) are repeated, event frames (B, T, C, H, W) are folded, to (T * B, ...).
+
+    Images stay (B, C, H, W) where the neuron named stem repeats its current instead.
+
+    Raises:
+        TypeError: x is no tensor.
+        ValueError: The number of event frames is not timesteps, or they meet a stem that runs once.
+    """
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f'a spiking model takes a tensor of images or event frames, got {type(x).__name__}.')
+    if x.ndim == 5:
+        if stem is not None:
+            raise ValueError(f'event frames differ in time, but what comes before {stem} runs once per sample '
+                             f'(share_stem); set_stem(None) undoes it.')
+        if x.shape[1] != timesteps:
+            raise ValueError(f'the input holds {x.shape[1]} frames per sample, the model runs timesteps={timesteps}; '
+                             f'set_timesteps({x.shape[1]}) makes them agree.')
+        return x.transpose(0, 1).flatten(0, 1)
+    if stem is not None:
+        return x
+    return torch.cat([x] * timesteps)  # cat keeps channels_last, expand and reshape would not
+
+
+def fold_traced_input(x: Any, timesteps: int, stem: Optional[str], args: Sequence[Any], kwargs: Dict[str, Any]) -> Any:
+    """`encode_input` as one node of a torch.fx graph; `neurons.folding` looks for it.
+
+    Raises:
+        TypeError: The graph is called with further arguments, which it was not traced for.
+    """
+    if args or kwargs:
+        raise TypeError(f'a traced spiking model takes images and per_step, and no further arguments; got {len(args)} '
+                        f'more and {", ".join(kwargs) or "none"} by name.')
+    return encode_input(x, timesteps, stem)
+
+
+fold_traced_input.folds_time = True
+
+
+@lru_cache(maxsize=None)
+def spiking_class(mixin: type, base: Type[nn.Module]) -> type:
+    """The subclass that an instance of base is given; one per base, so that isinstance and pickling work."""
+    attributes = {'__module__': base.__module__, '_spiking_bases': (mixin, base), **methods_inside_only(base)}
+    return type(f'Spiking{base.__name__}', (mixin, base), attributes)
+
+
+def _new_spiking(mixin: type, base: Type[nn.Module]) -> nn.Module:
+    cls = spiking_class(mixin, base)
+    return cls.__new__(cls)
+
+
+def _given(x: Any, args: Tuple[Any, ...]) -> Tuple[Any, ...]:
+    """Positional arguments of a call whose first one may be given by its name instead."""
+    return args if x is None else (x, *args)
+
+
+class SpikingModule(SpikingState):
+    """Mixin for a converted model that is called as a whole: features_only wrappers, encoders, plain nn.Modules."""
+    _spiking_bases: Tuple[type, type]
+    _calls_noise: bool  # whether its own methods call F.dropout or torch.rand
+    _repeats_activations: bool  # see functional.repeats_activations
+
+    @property
+    def timesteps(self) -> int:
+        """Number of time steps T."""
+        return self.settings.timesteps
+
+    def set_timesteps(self, timesteps: int) -> None:
+        """Run the model for another number of time steps from now on.
+
+        Raises:
+            ValueError: timesteps is not a positive whole number.
+        """
+        self._set_settings(replace(self.settings, timesteps=timesteps))
+        self._explicit = self._explicit | {'timesteps'}
+
+    def spiking_report(self) -> List[Any]:
+        """What the conversion did with every activation it met.
+
+        Returns:
+            A SpikingReport: a list of ConversionRecord (name, was, now, reason), whose `macs(images)` counts the share
+            of MACs with binary, fractional and analog input; print it for a summary.
+        """
+        return SpikingReport(self._records(), self, ann_obstacles(self))
+
+    def _records(self) -> List[Any]:
+        return current_records(self, self._report) + audit_records(self)
+
+    def forward(self, x: Any = None, *args, per_step: bool = False, **kwargs) -> Any:
+        """Run all time steps.
+
+        Args:
+            x: Images (B, C, H, W), or event frames (B, T, C, H, W).
+            per_step: Whether to return every step's output, (T, B, ...), instead of their mean, (B, ...).
+        """
+        if self._is_folded():
+            return super().forward(*_given(x, args), **kwargs)
+        if isinstance(x, torch.fx.Proxy):  # args and kwargs are, too
+            folded = fold_traced_input(x, self.timesteps, self.settings.stem, args, kwargs)
+            with functions_as_nodes(type(self), x.tracer):
+                out = self._call_folded('forward', super().forward, folded)
+            return decode(out, self.timesteps, per_step)
+        args, kwargs = self._fold_arguments(x, args, kwargs)
+        out = self._call_folded('forward', super().forward, *args, **kwargs)
+        return decode(out, self.timesteps, per_step, self._samples(args, kwargs))
+
+    @contextmanager
+    def time_folded(self) -> Iterator[None]:
+        """Context in which parts of the model (`model.layer1`) may be called on (T * B, ...) tensors."""
+        before = enter_fold(self)
+        try:
+            yield
+        finally:
+            leave_fold(before)
+
+    def _call_folded(self, name: str, method: Callable, *args, **kwargs) -> Any:
+        """Call one of the base class's forward methods on folded arguments."""
+        functions = self._functions(name)
+        before = enter_fold(self)
+        try:
+            with functions:
+                out = method(*args, **kwargs)
+        finally:
+            leave_fold(before)
+        if isinstance(functions, FunctionsOverTime) and name != 'forward_intermediates':  # which may stop early
+            functions.check_count()
+        return out
+
+    def _is_folded(self) -> bool:
+        """Whether the input is (T * B, ...) already: inside a call of this model, or of one that it is part of."""
+        model = folding_model()
+        if model is None or (model is not self and all(module is not self for module in model.modules())):
+            return False
+        if model.timesteps != self.timesteps:
+            raise ValueError(f'{type(self).__name__} runs timesteps={self.timesteps} inside {type(model).__name__}, '
+                             f'which runs timesteps={model.timesteps}; set_timesteps makes them agree.')
+        return True
+
+    def _fold_arguments(self, x: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Tuple[Tuple, Dict[str, Any]]:
+        """The arguments of a call with time folded into the batch.
+
+        The first tensor is encoded. Every other that has its batch axis is repeated over time.
+        """
+        if x is None and kwargs:
+            name = next((k for k, v in kwargs.items() if isinstance(v, torch.Tensor)), next(iter(kwargs)))
+            x, kwargs = kwargs[name], {k: v for k, v in kwargs.items() if k != name}
+            return (), {name: self._repeat_over_time(x), **self._repeat_like(x, kwargs)}
+        return (self._repeat_over_time(x), *self._repeat_like(x, args)), self._repeat_like(x, kwargs)
+
+    def _repeat_like(self, x: torch.Tensor, others: Any) -> Any:
+        """Further arguments, those with the batch axis of x repeated over time."""
+        def repeat(other: Any) -> Any:
+            has_batch = isinstance(other, torch.Tensor) and other.ndim and other.shape[0] == x.shape[0]
+            return torch.cat([other] * self.timesteps) if has_batch else other
+        return tree_map(repeat, others) if others and self.settings.stem is None else others
+
+    def set_stem(self, name: Optional[str]) -> None:
+        """Let the neuron of this name repeat its current over T (`share_stem` checks first); None repeats the input."""
+        self._set_settings(replace(self.settings, stem=name))
+
+    def _samples(self, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> int:
+        """B of arguments that `_fold_arguments` made."""
+        rows = (args[0] if args else next(iter(kwargs.values()))).shape[0]
+        return rows if self.settings.stem is not None else rows // self.timesteps
+
+    def _repeat_over_time(self, x: Any) -> torch.Tensor:
+        return encode_input(x, self.timesteps, self.settings.stem)
+
+    def _functions(self, method: str):
+        """Functions that a method of the model calls become neurons and noise with one mask over time."""
+        neuron = self._fire_feature if self._repeats_activations else self._modules.get(NEURON_NAME)
+        noise = self.training and self._calls_noise and (
+            getattr(self, 'drop_rate', True) or getattr(self, 'patch_drop_rate', 0))
+        if not noise and neuron is None:
+            return nullcontext()
+        head, last = self.__dict__.get('function_calls', (None,) * 4)[3], number_of_calls(self)
+        if method != 'forward' and head is None:
+            return FunctionsOverTime(self.timesteps, neuron)
+        first = head if method == 'forward_head' else 0
+        return FunctionsOverTime(self.timesteps, neuron, first, last if method in ('forward', 'forward_head') else head)
+
+    def _fire_feature(self, x: torch.Tensor) -> torch.Tensor:
+        """What the activation that feature_info names makes of a feature (nasnet, pnasnet, xception apply it again as a
+        function when they return intermediates)."""
+        name = next(entry['module'] for entry in self.feature_info if entry['num_chs'] == x.shape[1])
+        neuron = dict(self.named_modules()).get(name)
+        return neuron(x) if neuron is not None else LIF(**self.settings.neuron())(x)  # prune_intermediate_layers
+
+    def _set_settings(self, settings: SpikingSettings) -> None:
+        before, self.settings = self.settings, settings
+        if settings.calls is not None or before.calls is not None:
+            set_calls(self, settings.calls)
+        for module_name, module in self.named_modules():
+            if isinstance(module, LIF):
+                for name, value in settings.neuron().items():
+                    setattr(module, name, value)
+                module.encodes = module_name == settings.stem
+            elif isinstance(module, OverTime):
+                module.timesteps = settings.timesteps
+        if settings.stem_pool != before.stem_pool:
+            set_stem_pool(self, settings.stem_pool)
+        if settings.norm is not None or before.norm is not None:
+            set_norm(self, settings.norm, settings.v_threshold)
+
+    def _convert_again(self, settings: SpikingSettings) -> None:
+        """Change which activations are neurons."""
+        unswap_modules(self)
+        self._report = swap_modules(self, settings)
+
+    def neurons(self) -> Dict[str, LIF]:
+        """Neuron layers by module name."""
+        return {name: module for name, module in self.named_modules() if isinstance(module, LIF)}
+
+    def __reduce_ex__(self, protocol):
+        # the subclass has no importable name: rebuild it from its two bases (pickle, deepcopy, torch.save)
+        return _new_spiking, self._spiking_bases, {k: v for k, v in self.__dict__.items() if k != '_spiking_seen'}
+
+    def __prepare_scriptable__(self):
+        raise RuntimeError(f'{type(self).__name__}: TorchScript is not supported for spiking models; '
+                           f'use torch.compile or torch.export.')
+
+
+class SpikingModel(SpikingModule):
+    """Mixin for a converted timm model: the outermost of its forward methods folds, and decodes what it returns.
+
+    `forward_features` and the final output of `forward_intermediates` carry (T * B, ...); `forward`, `forward_head` and
+    the intermediates return the mean over T, (B, ...), or (T, B, ...) with per_step=True.
+    """
+
+    def forward_features(self, x: Any = None, *args, **kwargs) -> Any:
+        """Features of all time steps, (T * B, ...)."""
+        if self._is_folded():
+            return super().forward_features(*_given(x, args), **kwargs)
+        args, kwargs = self._fold_arguments(x, args, kwargs)
+        return self._call_folded('forward_features', super().forward_features, *args, **kwargs)
+
+    def forward_head(self, x: torch.Tensor, *args, per_step: bool = False, **kwargs) -> Any:
+        """Logits (or pre_logits) from features (T * B, ...): the mean over time, (B, ...), or (T, B, ...) per step."""
+        if self._is_folded():
+            return super().forward_head(x, *args, **kwargs)
+        out = self._call_folded('forward_head', super().forward_head, x, *args, **kwargs)
+        return decode(out, self.timesteps, per_step)
+
+    def forward_intermediates(self, x: Any = None, *args, per_step: bool = False, **kwargs) -> Any:
+        """timm's forward_intermediates on T steps: the final features stay (T * B, ...), intermediates are decoded."""
+        if self._is_folded():
+            return super().forward_intermediates(*_given(x, args), **kwargs)
+        args, kwargs = self._fold_arguments(x, args, kwargs)
+        out = self._call_folded('forward_intermediates', super().forward_intermediates, *args, **kwargs)
+        if isinstance(out, dict):
+            return {k: v if k == 'image_features' else decode(v, self.timesteps, per_step) for k, v in out.items()}
+        if isinstance(out, tuple):
+            final, intermediates = out
+            return final, decode(intermediates, self.timesteps, per_step)
+        return decode(out, self.timesteps, per_step)
+
+    def reset_classifier(self, *args, **kwargs) -> None:
+        super().reset_classifier(*args, **kwargs)
+        self._convert_new_modules()
+
+    def _convert_new_modules(self) -> None:
+        known = {record.name for record in self._report}
+        self._report += [record for record in swap_modules(self, self.settings) if record.name not in known]
+        set_norm(self, self.settings.norm, self.settings.v_threshold)
+
+
+SpikingEncoder = SpikingModel  # its name in pickles of version 0.1.0

@@ -1,0 +1,200 @@
+"""What a conversion will do to a model: which modules become neurons, which stay analog, and why."""
+from typing import Dict, List, NamedTuple, Optional, Set, Tuple
+
+import torch
+import torch.nn as nn
+
+from timm_sscl.neurons import LIF
+
+from .activations import is_activation, is_gate, runs_functions
+from .batch_axis import PENDING, BatchAxis
+from .dropout import OverTime, share_mask_over_time
+from .function_calls import Caller, called_by_source, give_neurons
+from .functional_calls import NEURON_NAME, calls_noise, repeats_activations, replace_functions
+from .fused import leave_fused_path
+from .hidden_activations import give_neuron, hidden_activation, split_over_samples
+from .policy import Policy
+from .settings import SpikingSettings
+
+__all__ = ['ConversionRecord', 'new_neuron', 'Plan', 'share_over_time']
+
+_POSITION_BIAS = ({'RelPosMlp'}, {'cpb_mlp', 'meta_mlp'})  # class names, attribute names: their input has no batch axis
+
+
+class ConversionRecord(NamedTuple):
+    """One activation that the conversion met."""
+    name: str  # module name
+    was: str  # class before
+    now: str  # class after
+    reason: str
+
+
+def new_neuron(settings: SpikingSettings, training: bool) -> LIF:
+    lif = LIF(**settings.neuron()).train(training)
+    lif.part_of_model = True
+    return lif
+
+
+def _replacement(module: nn.Module, settings: SpikingSettings) -> LIF:
+    """The neuron that stands where an activation stood, with its hooks."""
+    lif = new_neuron(settings, module.training)
+    # the dictionaries themselves: a handle that the user holds can still remove its hook
+    for hooks in ('_forward_hooks', '_forward_hooks_with_kwargs', '_forward_hooks_always_called', '_forward_pre_hooks',
+                  '_forward_pre_hooks_with_kwargs', '_backward_hooks', '_backward_pre_hooks'):
+        lif.__dict__[hooks] = module.__dict__[hooks]
+    lif._is_full_backward_hook = module._is_full_backward_hook
+    lif.forgotten = tuple(module._parameters)
+    lif.__dict__['replaced'] = module  # no submodule: a checkpoint with another policy may want it back
+    return lif
+
+
+def _is_position_bias(child_name: str, child: nn.Module) -> bool:
+    classes, names = _POSITION_BIAS
+    return type(child).__name__ in classes or child_name in names
+
+
+class Plan:
+    """What a conversion would do to a model, changing nothing.
+
+    Args:
+        model: Model, converted already in part or not.
+        policy: Which activations become neurons.
+        found: What a probe found; without it the source of each module tells which functions it calls.
+        gates: Names of activations that the audit found to be gates, and why.
+    """
+
+    def __init__(
+            self,
+            model: nn.Module,
+            policy: Policy,
+            found: Optional[BatchAxis] = None,
+            gates: Optional[Dict[str, str]] = None,
+    ):
+        self.policy = policy
+        self.found = found or BatchAxis(set(), {}, False)
+        self.gates = gates or {}
+        self.swaps: Dict[str, Tuple[nn.Module, str, nn.Module]] = {}  # name -> parent, child's name, activation
+        self.norms: Dict[str, nn.Module] = {}  # name of the neuron -> norm that hides its activation
+        self.visited: Dict[str, nn.Module] = {}  # modules that may call functions, by name
+        self.callers: List[Caller] = []
+        self.others: List[nn.Module] = []
+        self.records: List[ConversionRecord] = []
+        self._seen: Set[int] = set()  # a module registered under several names is reported once
+        self._calls_functions(model, '', [])
+        self._visit(model, '', [('', type(model).__name__)])
+
+    def _visit(self, parent: nn.Module, prefix: str, around: List[Tuple[str, str]]) -> None:
+        for child_name, child in parent._modules.items():
+            if child is None or isinstance(child, LIF):
+                continue
+            name, kind, first = f'{prefix}{child_name}', type(child).__name__, id(child) not in self._seen
+            self._seen.add(id(child))
+            if is_activation(child):
+                if self._decide(name, kind, around, 'activation', first):
+                    self.swaps[name] = parent, child_name, child
+                continue
+            if _is_position_bias(child_name, child):
+                if first:
+                    self._analog(name, kind, 'position bias without a batch axis, stays analog')
+                continue
+            if not first:
+                continue
+            if is_gate(child) and self._decide(name, kind, around, 'gate, included by name', first, gate=True):
+                self.swaps[name] = parent, child_name, child
+                continue
+            if isinstance(child, (nn.RNNBase, nn.RNNCellBase)):
+                self._analog(name, kind, 'recurrent layer, its gates and activations stay analog')
+            self.others.append(child)
+            if hidden_activation(child):
+                if self._decide(f'{name}.act', kind, [*around, (name, kind)], 'activation hidden in a norm', True):
+                    self.norms[f'{name}.act'] = child
+                continue
+            if not is_gate(child):
+                self._calls_functions(child, name, around)
+            self._visit(child, f'{name}.', [*around, (name, kind)])
+
+    def _calls_functions(self, module: nn.Module, name: str, around: List[Tuple[str, str]]) -> None:
+        if NEURON_NAME in module._modules or repeats_activations(module):
+            return
+        self.visited[name] = module
+        called = self.found.calls.get(name) or vars(module).get('function_calls') or called_by_source(module, name)
+        inside = [*around, (name, type(module).__name__)]
+        neurons = [neuron for neuron, function in zip(called.names, called.functions)
+                   if self._decide(neuron, function, inside, 'called as a function', True)]
+        if neurons:
+            self.callers.append(Caller(name, module, called, neurons))
+
+    def _decide(
+            self,
+            name: str,
+            kind: str,
+            around: List[Tuple[str, str]],
+            reason: str,
+            first: bool,
+            gate: bool = False,
+    ) -> bool:
+        """Whether an activation becomes a neuron; a record is kept of either."""
+        why = self.policy.why_analog(name, kind, around, gate)
+        if why is None and name in self.found.unbatched:
+            why = 'its input has no batch axis, stays analog'
+        if why is None:
+            why = self.gates.get(name)
+        if first and why is not None:
+            self._analog(name, kind, why)
+        elif first:
+            reason += f', {PENDING}' if self.found.pending else ''
+            self.records.append(ConversionRecord(name, kind, 'LIF', reason))
+        return why is None
+
+    def _analog(self, name: str, kind: str, why: str) -> None:
+        self.records.append(ConversionRecord(name, kind, kind, why))
+
+    def check(self, model: nn.Module) -> None:
+        """Raise where a module that stays analog runs inside one whose functions are replaced."""
+        modules = dict(model.named_modules(remove_duplicate=False))
+        for caller in self.callers:
+            prefix = f'{caller.name}.' if caller.name else ''
+            for record in self.records:
+                inner = modules.get(record.name)
+                if (record.now == record.was and inner is not None and runs_functions(inner)
+                        and record.name.startswith(prefix)):
+                    raise NotImplementedError(
+                        f"'{caller.name or type(model).__name__}' calls activations as functions and holds "
+                        f"'{record.name}' ({record.was}), which is to stay analog; exclude both, or make the "
+                        f'activation a module (self.act = nn.ReLU()).')
+
+    def apply(self, model: nn.Module, settings: SpikingSettings) -> None:
+        neurons: Dict[int, LIF] = {}  # a module registered under several names stays one module
+        for parent, child_name, child in self.swaps.values():
+            if id(child) not in neurons:
+                neurons[id(child)] = _replacement(child, settings)
+            parent._modules[child_name] = neurons[id(child)]
+        for norm in self.norms.values():
+            give_neuron(norm, new_neuron(settings, norm.training))
+        for name, module in self.visited.items():
+            if name in self.found.calls:
+                module.__dict__['function_calls'] = self.found.calls[name]._replace(inputs=())
+        for caller in self.callers:
+            give_neurons(caller, lambda: new_neuron(settings, caller.module.training))
+            if caller.module is not model:
+                replace_functions(caller.module, settings.timesteps)
+        for module in self.others:
+            share_over_time(module, settings.timesteps)
+        device = next(model.parameters(), next(model.buffers(), torch.empty(0))).device
+        for module in model.modules():
+            leave_fused_path(module)
+            if isinstance(module, LIF):
+                module.keep_factors(device)
+
+
+def share_over_time(module: nn.Module, timesteps: int) -> None:
+    """One dropout mask over time in this module, however it draws it, and whole samples where the batch is split."""
+    share_mask_over_time(module, timesteps)
+    split_over_samples(module, timesteps)
+    attn_drop = getattr(module, 'attn_drop', None)
+    if getattr(module, 'fused_attn', False) and getattr(attn_drop, 'p', 0):
+        module.fused_attn = False  # the mask inside the fused kernel is out of reach
+    if calls_noise(type(module)):
+        replace_functions(module, timesteps)
+    if isinstance(module, OverTime):
+        module.part_of_model = True

@@ -1,0 +1,233 @@
+"""A converted model's settings and gains are buffers: what loads, moves or averages state takes them along."""
+import logging
+from dataclasses import asdict
+from typing import Any, Dict, FrozenSet, Iterable, List, Optional
+
+import torch
+
+from .function_calls import spread_over_calls
+from timm_sscl.neurons import LIF
+from timm_sscl.neurons.factors import FACTORS
+from timm_sscl.neurons.watched import Seen, changed, is_readable, read_values
+from .settings import SETTINGS_KEY, SpikingSettings, decode_bytes, decode_tensor, encode
+
+__all__ = ['SpikingState', 'split_spiking_state']
+
+_logger = logging.getLogger(__name__)
+
+
+def split_spiking_state(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+    """Remove from a state dict, and return, what only a spiking model knows."""
+    keys = [key for key in state_dict if key == SETTINGS_KEY or key.endswith(tuple(FACTORS.values()))]
+    return {key: state_dict.pop(key) for key in keys}
+
+
+def _as_tensor(data: bytes, device: Any) -> torch.Tensor:
+    return torch.tensor(list(data), dtype=torch.uint8, device=device)
+
+
+class SpikingState:
+    """Mixin for a converted model: its settings in the buffer spiking_settings, its gains in its neurons' buffers.
+
+    The buffer is the truth. It is read again when somebody wrote into it or put another in its place, which its
+    identity and version tell, in eager mode; compiled code takes the settings that were read last.
+    """
+    _explicit: FrozenSet[str]  # names of the settings that were asked for, which a checkpoint does not override
+    _spiking_settings: SpikingSettings  # those of the buffer, as last read or written
+    _spiking_data: bytes  # the buffer's, as last read or written
+    _spiking_seen: Optional[Seen] = None  # the buffer that this was
+
+    @property
+    def settings(self) -> SpikingSettings:
+        """All that the numbers depend on besides the weights."""
+        self._read_settings()
+        return self._spiking_settings
+
+    @settings.setter
+    def settings(self, settings: SpikingSettings) -> None:
+        if SETTINGS_KEY in self._buffers:
+            self._read_settings()
+        else:
+            like = next(self.parameters(), next(self.buffers(), torch.empty(0)))
+            self.register_buffer(SETTINGS_KEY, torch.zeros_like(_as_tensor(encode({}), like.device)))
+        self._spiking_settings = settings
+        self._put_settings(self._encode_settings())
+
+    # ---- the buffer
+
+    def _kind_of_gains(self) -> str:
+        """What the neurons' gains and scales are: 'none', one per 'layer', or one per 'channel'."""
+        return max((lif.kind_of_factors() for lif in self.neurons().values()), key=['none', 'layer', 'channel'].index,
+                   default='none')
+
+    def _encode_settings(self) -> bytes:
+        return encode(self._spiking_settings.stored(self._kind_of_gains()))
+
+    def _put_settings(self, data: bytes) -> None:
+        """Write the buffer: in place, as lists of the model's buffers know this tensor."""
+        buffer, self._spiking_data = self._buffers[SETTINGS_KEY], data
+        new = _as_tensor(data, buffer.device)
+        if buffer.dtype != torch.uint8 or (buffer.is_inference() and not torch.is_inference_mode_enabled()):
+            self._buffers[SETTINGS_KEY] = new
+        else:
+            with torch.no_grad():
+                buffer.copy_(new)
+        self.__dict__['_spiking_seen'] = Seen.now(self._buffers[SETTINGS_KEY])
+
+    def _read_settings(self) -> None:
+        """Take over what was written into the buffer, or put in its place, since it was last read.
+
+        Raises:
+            RuntimeError: It is damaged, or of a model with other neurons.
+        """
+        if torch.compiler.is_compiling():
+            return
+        buffer, seen = self._buffers[SETTINGS_KEY], self._spiking_seen
+        if not changed(buffer, seen, self.training) or not is_readable(buffer):
+            return
+        data = bytes(map(int, read_values(buffer)))
+        if data != self._spiking_data:
+            self._adopt_settings(data, asked_for_stays=seen is None or buffer is not seen.tensor)
+        self.__dict__['_spiking_seen'] = Seen.now(self._buffers[SETTINGS_KEY])
+
+    def _adopt_settings(self, data: bytes, asked_for_stays: bool) -> None:
+        """Take over settings that came past load_state_dict: by an averaged copy's update, or a loader of its own."""
+        try:
+            stored = decode_bytes(data)
+            settings = SpikingSettings.from_stored(stored) if stored is not None else None
+        except ValueError as error:
+            raise RuntimeError(f'{type(self).__name__}: {error}') from error
+        if stored is None:  # memory that nobody wrote
+            self._put_settings(self._spiking_data)
+            return
+        for name in ('include', 'exclude', 'calls'):  # which neurons there are
+            theirs, own = getattr(settings, name), getattr(self._spiking_settings, name)
+            if theirs != own:
+                raise RuntimeError(f'{type(self).__name__}: its state was replaced by that of a model with {name}='
+                                   f'{theirs}, its own is {name}={own}. Convert it alike first, or use load_state_dict.')
+        self._check_channels(stored, self._neuron_factors())
+        before, self._spiking_data = self._spiking_data, data
+        try:
+            if asked_for_stays:
+                self._restore_settings(settings)
+            else:
+                self._set_settings(settings)
+        except Exception:
+            self._spiking_data = before
+            raise
+
+    def _neuron_factors(self) -> List[torch.Tensor]:
+        return [lif._buffers[key] for lif in self.neurons().values() for key in FACTORS.values()
+                if lif._buffers[key] is not None]
+
+    def _check_channels(self, stored: Dict[str, Any], factors: Iterable[torch.Tensor]) -> None:
+        if stored.get('gains') == 'channel' and not any(f.ndim for f in factors):
+            raise RuntimeError(
+                f"{type(self).__name__}: the state is of a model with gains per channel (convert_ann), but they are "
+                f"not in it (keys that end in '{FACTORS['gain']}' and '{FACTORS['scale']}'), as after a selection by "
+                f'equal shapes. Load all of it with load_state_dict, or them alone by load_spiking_state before.')
+
+    # ---- a state dict
+
+    def state_dict(self, *args, prefix: str = '', **kwargs) -> Dict[str, Any]:
+        if self._encode_settings() != self._spiking_data:  # gains were set
+            self._read_settings()
+            self._put_settings(self._encode_settings())
+        state = super().state_dict(*args, prefix=prefix, **kwargs)
+        seen = set()
+        for name, module in self.named_modules(remove_duplicate=False):
+            if isinstance(module, LIF) and id(module) in seen:  # under several names: safetensors refuses two views
+                for key in FACTORS.values():
+                    state.pop(f'{prefix}{name}.{key}', None)
+            seen.add(id(module))
+        return state
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        self._take_settings(state_dict, prefix)
+        self._forget(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def load_spiking_state(self, state_dict: Dict[str, torch.Tensor]) -> None:
+        """Take settings, gains and scales out of a state dict, and nothing else."""
+        state_dict = dict(state_dict)
+        self._take_settings(state_dict, '')
+        for name, lif in self.neurons().items():
+            for factor, key in FACTORS.items():
+                if f'{name}.{key}' in state_dict:
+                    own, value = lif._buffers[key], state_dict[f'{name}.{key}'].detach()
+                    setattr(lif, factor, value.to(value.device if own is None else own.device, copy=True))
+
+    def _take_settings(self, state_dict: Dict[str, torch.Tensor], prefix: str) -> None:
+        """Restore a state dict's settings, and put in what it lacks: an ANN's has none, 0.1.0's no gains that are 1."""
+        self._read_settings()
+        tensor, stored = state_dict.get(prefix + SETTINGS_KEY), {}
+        if tensor is not None and not tensor.is_meta:
+            try:
+                stored = decode_tensor(tensor)
+                settings = SpikingSettings.from_stored(stored)
+            except ValueError as error:
+                raise RuntimeError(f'{type(self).__name__}: {error}') from error
+            held = [v for k, v in state_dict.items() if k.startswith(prefix) and k.endswith(tuple(FACTORS.values()))]
+            self._check_channels(stored, [*held, *self._neuron_factors()])
+            self._restore_settings(settings)
+        device = next((v.device for k, v in state_dict.items() if k.startswith(prefix)), torch.device('cpu'))
+        gains = stored.get('gains')
+        data = encode(self._spiking_settings.stored(gains or self._kind_of_gains()))
+        state_dict[prefix + SETTINGS_KEY] = _as_tensor(data, device)
+        self._fill_factors(state_dict, prefix, device, from_0_1_0=bool(stored) and gains is None)
+
+    def _fill_factors(self, state_dict: Dict[str, torch.Tensor], prefix: str, device: Any, from_0_1_0: bool) -> None:
+        """Give each neuron a gain and a scale: those held under another of its names, 1 from 0.1.0, or its own."""
+        spread_over_calls(self, state_dict, prefix, FACTORS.values())
+        names: Dict[LIF, List[str]] = {}
+        for name, module in self.named_modules(remove_duplicate=False):
+            if isinstance(module, LIF):
+                names.setdefault(module, []).append(f'{prefix}{name}')
+        for lif, aliases in names.items():
+            for key in FACTORS.values():
+                own = lif._buffers[key]
+                value = next((state_dict[f'{name}.{key}'] for name in aliases if f'{name}.{key}' in state_dict), None)
+                if value is None and own is not None:
+                    value = torch.ones((), device=device) if from_0_1_0 or own.is_meta else own.detach().to(device)
+                if value is not None:
+                    state_dict.update((f'{name}.{key}', value) for name in aliases)
+
+    def _restore_settings(self, stored: SpikingSettings) -> None:
+        """Take over a checkpoint's settings; what was asked for explicitly stays, and what differs is logged."""
+        wanted = asdict(self._spiking_settings)
+        for name, value in asdict(stored).items():
+            if name not in self._explicit:
+                wanted[name] = value
+            elif wanted[name] != value:
+                _logger.warning(f'{type(self).__name__}: the checkpoint was made with {name}={value}, '
+                                f'{name}={wanted[name]} was asked for and is kept.')
+        restored = SpikingSettings(**wanted)
+        if restored != self._spiking_settings:
+            _logger.info(f'{type(self).__name__}: settings restored from the checkpoint: {restored}')
+            if (restored.include, restored.exclude) != (self._spiking_settings.include, self._spiking_settings.exclude):
+                self._convert_again(restored)
+            self._set_settings(restored)
+
+    def _forget(self, state_dict: Dict[str, torch.Tensor], prefix: str) -> None:
+        """Drop an ANN's parameters of activations that are neurons now (StarReLU's scale and bias, EvoNorm's v)."""
+        dropped = 0
+        for name, module in self.named_modules():
+            for parameter in getattr(module, 'forgotten', ()):
+                dropped += state_dict.pop(f'{prefix}{name}.{parameter}', None) is not None
+        if dropped:
+            _logger.info(f'{type(self).__name__}: {dropped} parameters of activations that are neurons now were not '
+                         f'loaded.')
+
+    # ---- moves and copies
+
+    def _apply(self, fn, recurse=True):
+        self._read_settings()
+        super()._apply(fn, recurse)
+        self._put_settings(self._encode_settings())  # to_empty leaves anything in it
+        return self
+
+    def __setstate__(self, state: Dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if SETTINGS_KEY not in self._buffers:  # a pickle of version 0.1.0
+            self.settings = self.__dict__.pop('settings')
+        self.__dict__['_spiking_seen'] = Seen(self._buffers[SETTINGS_KEY], None)  # of a version to be read

@@ -1,0 +1,90 @@
+"""Swapping a model's activations for neurons and back, in place, and the records of what became of each."""
+from typing import Dict, Iterator, List, Sequence
+
+import torch
+import torch.nn as nn
+
+from timm_sscl.neurons import LIF
+
+from .audit import known_records
+from .call_sites import CallSites, set_calls
+from .functional_calls import NEURON_NAME
+from .fused import return_to_fused_path
+from .hidden_activations import take_neuron
+from .plan import ConversionRecord, Plan
+from .policy import Policy
+from .settings import SpikingSettings
+
+__all__ = ['swap_modules', 'current_records', 'audit_records', 'unswap_modules']
+
+
+def swap_modules(model: nn.Module, settings: SpikingSettings) -> List[ConversionRecord]:
+    """Swap what is not swapped yet below model, in place, and return a record for each activation met."""
+    plan = Plan(model, Policy(model, settings.include, settings.exclude))
+    plan.check(model)
+    plan.apply(model, settings)
+    return plan.records
+
+
+def current_records(model: nn.Module, converted: Sequence[ConversionRecord]) -> List[ConversionRecord]:
+    """What the activations are now, where modules were exchanged, added or removed after the conversion.
+
+    Args:
+        model: Spiking model.
+        converted: The conversion's records.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    records, told = [], set()
+    for record in _records_per_call(converted, modules):
+        module = modules.get(record.name)
+        if record.now != 'LIF':
+            exists = record.name.rpartition('.')[0] in modules  # what stays analog may be no module (F.gelu)
+            records += [record] if exists and not isinstance(module, LIF) else []
+        elif module is not None:
+            now, reason = type(module).__name__, record.reason
+            if not isinstance(module, LIF):
+                reason = f'replaced by {now} after the conversion'
+            records.append(record._replace(now=now, reason=reason))
+        told.add(record.name)
+    records += [ConversionRecord(name, 'nothing', type(module).__name__, 'added after the conversion')
+                for name, module in model.neurons().items() if name not in told]
+    plan = Plan(model, Policy(model, model.settings.include, model.settings.exclude))
+    records += [record._replace(now=record.was, reason='added after the conversion, stays analog')
+                for record in plan.records if record.now == 'LIF' and record.name not in told]
+    return records
+
+
+def _records_per_call(
+        converted: Sequence[ConversionRecord],
+        modules: Dict[str, nn.Module],
+) -> Iterator[ConversionRecord]:
+    """The conversion's records, those of neurons with a copy per call once per copy."""
+    for record in converted:
+        module = modules.get(record.name)
+        if not isinstance(module, CallSites):
+            yield record
+            continue
+        for i in range(len(module)):
+            yield record._replace(
+                name=f'{record.name}.{i}', reason=f'{record.reason}, call {i + 1} of {len(module)}')
+
+
+def audit_records(model: nn.Module) -> List[ConversionRecord]:
+    """Nonlinear operations that stay analog besides the activations: gates by functions, and unknown ones."""
+    found = known_records(model) if model._audit is None else model._audit.findings
+    modules = dict(model.named_modules(remove_duplicate=False))
+    return [ConversionRecord(finding.name, finding.op, finding.op, finding.reason) for finding in found
+            if finding.name.removesuffix(finding.op).removesuffix('.') in modules]
+
+
+def unswap_modules(model: nn.Module) -> None:
+    """Put the activations back that neurons replaced below model."""
+    set_calls(model, None)
+    like = next(model.parameters(), torch.zeros(()))
+    for module in list(model.modules()):
+        module._modules.pop(NEURON_NAME, None)
+        for name, child in list(module._modules.items()):
+            if isinstance(child, LIF) and 'replaced' in child.__dict__:
+                module._modules[name] = child.replaced.to(like.device).train(child.training)
+        take_neuron(module)
+        return_to_fused_path(module)

@@ -1,0 +1,110 @@
+"""share_stem: what runs before the first neuron once per image instead of once per time step."""
+import logging
+from typing import Any, List, Optional, Sequence, Tuple
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from timm_sscl.conversion.gains import normalising_by_batch
+from timm_sscl.neurons import LIF
+from timm_sscl.probing import probe_sizes, undisturbed
+from timm_sscl.conversion.model import SpikingModule
+from timm_sscl.conversion.dropout import OverTime
+from timm_sscl.untouched import untouched
+
+__all__ = ['share_stem']
+
+_logger = logging.getLogger(__name__)
+
+_BATCH = 3  # with two time steps 3 rows and 6 rows meet where the stem's output does not pass the neuron: an error
+
+
+def share_stem(model: SpikingModule, input_size: Optional[Sequence[int]] = None) -> str:
+    """Run what comes before the first neuron once per image, in place; the neuron repeats its current T times.
+
+    For static images the stem computes the same at every time step, and nothing but the first neuron's output may reach
+    what follows. A probe runs the model both ways and compares all that forward and forward_intermediates return; where
+    they differ (a residual stream from before the first neuron, as in ConvNeXt) it is refused.
+
+    Outputs and gradients stay what they were. The running variance of a batch norm in the stem has n / (n - 1) over B
+    instead of T * B images in front: the same samples are counted once. Event frames, which differ in time, are refused
+    from then on. The setting is part of the checkpoint.
+
+    Args:
+        model: Spiking model.
+        input_size: Shape of one sample, (C, H, W), for the probe; guessed from the model by default.
+
+    Returns:
+        Name of the first neuron.
+
+    Raises:
+        ValueError: The model does not spike, or the probe fails; the message says where.
+    """
+    if not isinstance(model, SpikingModule):
+        raise ValueError(f'{type(model).__name__} does not spike; convert_to_spiking(model) makes it.')
+    if model.settings.stem is not None:
+        return model.settings.stem
+    with untouched(model):
+        model.set_timesteps(2)
+        name, why = _probe(model, input_size)
+    if why is not None:
+        raise ValueError(f'{type(model).__name__}: the part before the first neuron ({name}) cannot run once per '
+                         f'image: {why}.')
+    model.set_stem(name)
+    _logger.info(f'{type(model).__name__}: what comes before {name} runs once per image.')
+    return name
+
+
+def _probe(model: SpikingModule, input_size: Optional[Sequence[int]]) -> Tuple[Optional[str], Optional[str]]:
+    """Name of the first neuron, and why nothing can be shared; None where it can."""
+    x, name, noisy, expected = _run_in_full(model, input_size)
+    if x is None:
+        return None, 'the model does not run on a guessed input; input_size=(C, H, W) tells it'
+    if noisy:
+        return name, f'{noisy[0]} draws its noise there, per time step and image'
+    model.set_stem(name)
+    try:
+        outputs = _outputs(model, x)
+    except (RuntimeError, ValueError, AssertionError, IndexError) as error:
+        return name, f'what follows takes from before it as well ({" ".join(str(error).split())[:120]})'
+    finally:
+        model.set_stem(None)
+    same = len(outputs) == len(expected) and all(
+        a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(outputs, expected))
+    return name, None if same else 'the outputs would differ'
+
+
+def _run_in_full(model: SpikingModule, input_size: Optional[Sequence[int]]):
+    """Probe input, first neuron, what draws noise before it, and all outputs, with every step computed."""
+    like = next(p for p in model.parameters() if p.is_floating_point())
+    generator = torch.Generator().manual_seed(0)  # the global generator stays where it is
+    for size in [tuple(input_size)] if input_size is not None else probe_sizes(model):
+        x = torch.randn(_BATCH, *size, generator=generator).to(like)
+        ran: List[str] = []
+        with undisturbed(model):
+            modules = {n: m for n, m in model.named_modules() if isinstance(m, (LIF, OverTime))}
+            for n, module in modules.items():
+                module.register_forward_pre_hook(lambda m, args, n=n: ran.append(n))
+            try:
+                outputs = _outputs(model, x, quiet=False)
+            except (RuntimeError, ValueError, AssertionError, IndexError):
+                continue
+        first = next(n for n in ran if isinstance(modules[n], LIF))
+        before = [n for n in ran[:ran.index(first)] if getattr(modules[n], 'p', getattr(modules[n], 'drop_prob', 1))]
+        return x, first, before, outputs
+    return None, None, None, None
+
+
+def _outputs(model: SpikingModule, x: torch.Tensor, quiet: bool = True) -> List[torch.Tensor]:
+    """All that the model returns for x, norms by the batch: an untrained network is silent in evaluation mode."""
+    def run() -> List[Any]:
+        with normalising_by_batch(model):
+            results = [model(x, per_step=True)]
+            if hasattr(model, 'forward_intermediates'):
+                results.append(model.forward_intermediates(x, per_step=True))
+        return [leaf for leaf in tree_leaves(results) if isinstance(leaf, torch.Tensor)]
+
+    if not quiet:
+        return run()
+    with undisturbed(model):
+        return run()

@@ -1,0 +1,75 @@
+"""The paper's stem for ResNet18 and 34: average pooling of spikes where timm's ResNets have max pooling."""
+from typing import Optional, Tuple
+
+import torch.nn as nn
+
+from timm_sscl.untouched import all_or_nothing
+
+__all__ = ['set_stem_pool', 'check_stem_pool', 'stem_max_pool', 'has_average_stem_pool']
+
+_NAME = 'maxpool'  # of the stem's pooling in timm's and torchvision's ResNets and what descends from them
+
+
+class StemAvgPool2d(nn.AvgPool2d):
+    """What a stem's max pooling becomes: the mean over the same windows, padding counted."""
+
+
+def check_stem_pool(kind: Optional[str]) -> None:
+    """Raise ValueError where there is no such kind of pooling."""
+    if kind not in (None, 'avg'):
+        raise ValueError(f"stem_pool={kind!r}: must be 'avg', or None for the model's own pooling.")
+
+
+def _pools(model: nn.Module, kind: type) -> list:
+    return [(name, module) for name, module in model.named_modules()
+            if name.rpartition('.')[2] == _NAME and type(module) is kind]
+
+
+def stem_max_pool(model: nn.Module) -> Tuple[str, nn.MaxPool2d]:
+    """Name and module of the one max pooling in a model's stem.
+
+    Raises:
+        ValueError: There is none, or it cannot be an average.
+    """
+    pools = _pools(model, nn.MaxPool2d)
+    if len(pools) != 1 or pools[0][1].dilation not in (1, (1, 1)):
+        there = dict(model.named_modules()).get(_NAME)
+        raise ValueError(
+            f"stem_pool='avg': {type(model).__name__} has no max pooling in its stem to replace "
+            + (f"(its '{_NAME}' is {type(there).__name__})." if there is not None else
+               f"(a MaxPool2d named '{_NAME}', as timm's ResNets have)."))
+    return pools[0]
+
+
+def has_average_stem_pool(model: nn.Module) -> bool:
+    """Whether set_stem_pool replaced the model's stem pooling."""
+    return bool(_pools(model, StemAvgPool2d))
+
+
+@all_or_nothing()
+def set_stem_pool(model: nn.Module, kind: Optional[str]) -> nn.Module:
+    """Pool by the average in the stem of a ResNet, spiking or not, in place; None is max pooling, as timm has it.
+
+    AvgPool2d(3, 2, 1) for MaxPool2d(3, 2, 1): no weights, so that all checkpoints load. An ANN's state_dict does not
+    tell which pooling it was trained with; a spiking model's does (convert_to_spiking(stem_pool='avg')).
+
+    Args:
+        model: Model with a MaxPool2d named 'maxpool'.
+        kind: 'avg' or None.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        ValueError: kind is neither, or the model has no max pooling in its stem.
+    """
+    check_stem_pool(kind)
+    if kind is None:
+        for _, pool in _pools(model, StemAvgPool2d):
+            pool.__class__ = nn.MaxPool2d
+    elif not has_average_stem_pool(model):
+        # by its class: name, hooks and what MaxPool2d needs when it is put back stay
+        _, pool = stem_max_pool(model)
+        pool.__class__ = StemAvgPool2d
+        pool.count_include_pad, pool.divisor_override = True, None
+    return model

@@ -1,0 +1,54 @@
+"""A loss that compares logits class by class needs a teacher of the student's classes."""
+from typing import Iterable, Optional, Sequence
+
+import torch
+import torch.nn as nn
+from timm.utils import unwrap_model
+
+from timm_sscl.losses import loss_compares_classes
+from timm_sscl.features.finding import run_probe
+
+__all__ = ['check_classes']
+
+
+def check_classes(
+        student: nn.Module,
+        teacher: nn.Module,
+        losses: Iterable[str],
+        input_size: Optional[Sequence[int]] = None,
+        teacher_size: Optional[Sequence[int]] = None,
+) -> None:
+    """Raise where a loss compares logits of models with different numbers of classes.
+
+    Args:
+        student: Student.
+        teacher: Teacher.
+        losses: Registered names.
+        input_size: (C, H, W) of the student's images.
+        teacher_size: (C, H, W) of the teacher's.
+
+    Raises:
+        ValueError: The numbers differ.
+    """
+    losses = [name for name in losses if loss_compares_classes(name)]
+    if not losses:
+        return
+    ours, theirs = _num_classes(student, input_size), _num_classes(teacher, teacher_size)
+    if None not in (ours, theirs) and ours != theirs:
+        raise ValueError(
+            f'loss {", ".join(losses)} compares the logits class by class, but the student ({type(student).__name__}) '
+            f'has {ours} classes and the teacher ({type(teacher).__name__}) {theirs}. Give both num_classes={ours}, or '
+            f'compare features only (sscl, contrastive).')
+
+
+def _num_classes(model: nn.Module, input_size: Optional[Sequence[int]]) -> Optional[int]:
+    """Size of a timm model's last layer, or else of the logits of one image; None where nothing tells."""
+    model = unwrap_model(model)
+    classifier = model.get_classifier() if hasattr(model, 'get_classifier') else None
+    if isinstance(classifier, nn.Linear):
+        return classifier.out_features
+    try:
+        out = run_probe(model, input_size, model)
+    except ValueError:
+        return getattr(model, 'num_classes', None)
+    return out.shape[1] if isinstance(out, torch.Tensor) and out.ndim > 1 else None

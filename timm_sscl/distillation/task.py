@@ -1,0 +1,331 @@
+"""SSCLTask: student, teacher and named losses as one trainable unit for timm's TrainingTask seam."""
+import logging
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+
+import torch
+import torch.nn as nn
+from timm.models import group_parameters
+from timm.task import TrainingTask
+from timm.task.classification import resolve_classification_loss
+from timm.utils import unwrap_model
+
+from timm_sscl.distributed import batch_share, world_size
+from timm_sscl.features.rates import RateRecorder
+from timm_sscl.features.stages import match_by_depth
+from timm_sscl.losses import TrainStep, create_loss, loss_is_global, loss_needs
+
+from .classes import check_classes
+from .frames_ann import fold_frames, takes_frames_folded
+from .presets import resolve_losses
+from .sharing import check_nothing_shared
+from .tap_reader import Reader, create_reader
+from .teacher_input import TeacherInput
+
+__all__ = ['SSCLTrainableModule', 'SSCLTask']
+
+_logger = logging.getLogger(__name__)
+
+
+class SSCLTrainableModule(nn.Module):
+    """All that is trained: the student and the losses' own parameters (projections); one forward, for DDP's sake."""
+
+    def __init__(
+            self,
+            student: nn.Module,
+            losses: Mapping[str, nn.Module],
+            reader: Optional[Reader],
+            rate_recorder: Optional[RateRecorder] = None,
+    ):
+        super().__init__()
+        self.student = student
+        self.losses = nn.ModuleDict(losses)
+        self.reader = reader
+        self.rate_recorder = rate_recorder
+
+    def forward(
+            self,
+            input: torch.Tensor,
+            target: torch.Tensor,
+            teacher_logits: Optional[torch.Tensor] = None,
+            teacher_features: Optional[List[torch.Tensor]] = None,
+    ) -> Dict[str, torch.Tensor]:
+        """Student logits (B, K) under 'output', and every loss under its name, unweighted."""
+        if self.rate_recorder is not None:
+            self.rate_recorder.begin()
+        step_logits, features = _read(self.student, self.reader, input)
+        rates = self.rate_recorder.take() if self.rate_recorder is not None else None
+        step = TrainStep(input, target, step_logits, self.student, teacher_logits, features, teacher_features, rates)
+        terms = {name: loss(step) for name, loss in self.losses.items()}
+        return {'output': step.logits, **terms}
+
+    def no_weight_decay(self):
+        student = self.student
+        names = student.no_weight_decay() if hasattr(student, 'no_weight_decay') else set()
+        return {f'student.{name}' for name in names}
+
+    def group_matcher(self, coarse: bool = False):
+        """Layer groups for layer decay: the student's own, the losses' parameters with its last group."""
+        layer_map = group_parameters(self.student, self.student.group_matcher(coarse=coarse), reverse=True)
+        last = max(layer_map.values(), default=0)
+        return lambda name: layer_map.get(name[len('student.'):], last) if name.startswith('student.') else last
+
+
+def _read(
+        model: nn.Module,
+        reader: Optional[Reader],
+        input: torch.Tensor,
+) -> Tuple[torch.Tensor, Optional[List[torch.Tensor]]]:
+    """Logits per step (T, B, K), and the features where there is a reader for them.
+
+    An ANN has T = 1; on event frames its logits and features are the means over the frames.
+    """
+    if takes_frames_folded(model, input):
+        logits, features = _read(model, reader, fold_frames(input))
+        logits, *features = (_mean_over_frames(x, input.shape[1]) for x in (logits, *(features or ())))
+        return logits, features if reader is not None else None
+    if reader is not None:
+        logits, features = reader(model, input)
+        return _check_logits(model, logits), features
+    if hasattr(model, 'set_timesteps'):
+        return _check_logits(model, model(input, per_step=True)), None
+    return _check_logits(model, model(input)).unsqueeze(0), None
+
+
+def _check_logits(model: nn.Module, logits: Any) -> torch.Tensor:
+    if not isinstance(logits, torch.Tensor):
+        raise TypeError(f'{type(model).__name__} returns a {type(logits).__name__} and not a tensor of logits (B, K); of '
+                        f"timm's distilled models set_distilled_training(False) returns one.")
+    return logits
+
+
+def _mean_over_frames(x: torch.Tensor, timesteps: int) -> torch.Tensor:
+    """(1, T * B, ...) -> (1, B, ...)"""
+    return x.squeeze(0).unflatten(0, (timesteps, -1)).mean(0, keepdim=True)
+
+
+class SSCLTask(TrainingTask):
+    """Classification of a student plus named, weighted losses that may compare it with a frozen teacher.
+
+        loss = task_loss_weight * criterion(output, target) + sum_name weight_name * loss_name
+
+    The student's features are read functionally (forward_intermediates), so that torch.compile and gradient
+    checkpointing work together. A loss of weight 0 is left out: that is exactly the mode without it.
+
+    Args:
+        student: timm model to train, spiking or not.
+        teacher: Teacher; frozen and kept in evaluation mode. Needed where a loss compares with it.
+        losses: Preset ('sscl', 'contrastive', 'kd', 'none') or {registered name: weight}.
+        loss_options: Options per loss, {'sscl': {'temperature': 0.07}}.
+        criterion: Classification loss; by default made by timm from criterion_kwargs.
+        criterion_kwargs: For timm's create_classification_loss.
+        task_loss_weight: Weight of the classification loss.
+        taps: How many of the last stages to tap, besides the pooled feature; or names as SSCLLoss takes them: of the
+            student's stages (as in its feature_info), 'pooled', and of modules, which are read by hooks.
+        teacher_taps: The same for the teacher, in pairs with the student's; by default what taps says.
+        input_size: (C, H, W) of the training images, for the probe of the feature shapes.
+        renormalize: (student mean, student std, teacher mean, teacher std) where the teacher was trained on images
+            normalised in another way.
+        teacher_size: (H, W) of the teacher's images, which are resized from the student's; None leaves them.
+        device: Device of the task's tensors.
+        dtype: Dtype of the task's tensors.
+        verbose: Whether to log what is trained.
+
+    Raises:
+        ValueError: A loss does not exist, needs a teacher that is not given, or does not fit the models; they share a
+            module, a parameter or a buffer; or a loss compares logits of different numbers of classes.
+    """
+
+    def __init__(
+            self,
+            student: nn.Module,
+            teacher: Optional[nn.Module] = None,
+            losses: Union[str, Mapping[str, float]] = 'sscl',
+            loss_options: Optional[Mapping[str, Mapping[str, Any]]] = None,
+            criterion: Optional[Union[nn.Module, Callable]] = None,
+            criterion_kwargs: Optional[Dict[str, Any]] = None,
+            task_loss_weight: float = 1.,
+            taps: Union[int, Sequence[str]] = 4,
+            teacher_taps: Union[int, Sequence[str], None] = None,
+            input_size: Optional[Sequence[int]] = None,
+            renormalize: Optional[Tuple[Sequence[float], ...]] = None,
+            teacher_size: Optional[Sequence[int]] = None,
+            device: Optional[torch.device] = None,
+            dtype: Optional[torch.dtype] = None,
+            verbose: bool = True,
+    ):
+        super().__init__(device=device, dtype=dtype, verbose=verbose)
+        self.weights = resolve_losses(losses)
+        self.task_loss_weight = task_loss_weight
+        needs = [loss_needs(name) for name in self.weights]
+        self.needs_teacher = any(n['teacher'] for n in needs)
+        if self.needs_teacher and teacher is None:
+            raise ValueError(f'losses {", ".join(self.weights)} compare with a teacher, but teacher is None.')
+
+        if self.needs_teacher:
+            check_nothing_shared(student, teacher)
+            check_classes(student, teacher, self.weights, input_size, _teacher_shape(input_size, teacher_size))
+
+        reader = self.teacher_reader = None
+        if any(n['features'] for n in needs):
+            teacher_taps = taps if teacher_taps is None else teacher_taps
+            if isinstance(taps, int) != isinstance(teacher_taps, int):
+                raise ValueError(f'taps={taps} and teacher_taps={teacher_taps}: give numbers of stages, or names, of '
+                                 f'both.')
+            reader = create_reader(student, taps, input_size)
+            self.teacher_reader = create_reader(teacher, teacher_taps, _teacher_shape(input_size, teacher_size))
+            _match(reader, self.teacher_reader, cut=isinstance(taps, int))
+        self.global_losses = {name for name in self.weights if loss_is_global(name)}
+        rate_recorder = RateRecorder(student) if any(n['firing_rates'] for n in needs) else None
+        modules = {name: _create(name, (loss_options or {}).get(name, {}), reader, self.teacher_reader)
+                   for name in self.weights}
+        self.trainable_module = SSCLTrainableModule(student, modules, reader, rate_recorder).to(self.device)
+        self.teacher = teacher.to(self.device).requires_grad_(False).eval() if self.needs_teacher else None
+        self.criterion = resolve_classification_loss(criterion, self.device, criterion_kwargs=criterion_kwargs)
+        self.teacher_input = TeacherInput(teacher_size, renormalize)
+        if verbose:
+            taps = ''
+            if reader:
+                pairs = [s if s == t else f'{s} - {t}' for s, t in zip(reader.names, self.teacher_reader.names)]
+                taps = f' on {len(pairs)} taps ({", ".join(pairs)})'
+            terms = ' + '.join(f'{weight:g} {name}' for name, weight in self.weights.items())
+            terms = f' + {terms}{taps}' if terms else ''
+            _logger.info(f'SSCLTask: loss = {task_loss_weight:g} classification{terms}')
+
+    @property
+    def student(self) -> nn.Module:
+        """The student, unwrapped."""
+        return unwrap_model(self.trainable_module).student
+
+    @property
+    def stats(self) -> Dict[str, Dict[str, float]]:
+        """Statistics per layer of the last step, of all losses that keep some."""
+        merged: Dict[str, Dict[str, float]] = {}
+        for loss in unwrap_model(self.trainable_module).losses.values():
+            for layer, values in getattr(loss, 'stats', {}).items():
+                merged.setdefault(layer, {}).update(values)
+        return merged
+
+    def forward(
+            self,
+            input: torch.Tensor,
+            target: torch.Tensor,
+            taught: Optional[Tuple[Optional[torch.Tensor], Optional[List[torch.Tensor]]]] = None,
+    ) -> Dict[str, torch.Tensor]:
+        """One training step's losses.
+
+        Args:
+            input: Images (B, C, H, W) or event frames (B, T, C, H, W).
+            target: Labels (B,) or soft targets (B, K).
+            taught: What `teach` gave for these images, where it is known already.
+
+        Returns:
+            'loss' (weighted sum), 'output' (student logits (B, K)), 'task_loss', and '<name>_loss' per loss, as it is.
+            With several processes the terms are means over the process's own samples or, where a loss is registered so,
+            the global batch's; 'loss' weighs the former by the number of samples, so that the mean of its gradients
+            over the processes, as DDP takes it, is the global batch's.
+        """
+        result = self.trainable_module(input, target, *(self.teach(input) if taught is None else taught))
+        output = result.pop('output')
+        task_loss = self.criterion(output, target)
+        share = self._batch_share(output)
+        loss = self.task_loss_weight * share * task_loss
+        for name, term in result.items():
+            loss = loss + self.weights[name] * (term if name in self.global_losses else share * term)
+        terms = {f'{name}_loss': term for name, term in result.items()}
+        return {'loss': loss, 'output': output, 'task_loss': task_loss, **terms}
+
+    @staticmethod
+    def _batch_share(output: torch.Tensor) -> Union[int, torch.Tensor]:
+        """Factor on means over a process's own samples, which DDP averages by process and not by sample."""
+        return batch_share(output.shape[0], output) if world_size() > 1 else 1
+
+    @torch.no_grad()
+    def teach(self, input: torch.Tensor) -> Tuple[Optional[torch.Tensor], Optional[List[torch.Tensor]]]:
+        """Teacher logits (B, K) and features; images need one forward, not T, and of event frames it sees all T."""
+        if self.teacher is None:
+            return None, None
+        self.teacher.eval()  # also where somebody called teacher.train(): its batch norms would move
+        step_logits, features = _read(self.teacher, self.teacher_reader, self.teacher_input(input))
+        return step_logits.mean(0), features
+
+    def train(self, mode: bool = True) -> 'SSCLTask':
+        """Set the training mode; the teacher stays in evaluation mode."""
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()
+        return self
+
+    def prepare_distributed(self, device_ids: Optional[list] = None, **ddp_kwargs) -> 'SSCLTask':
+        """Wrap what is trained in DistributedDataParallel; the teacher stays as it is."""
+        from torch.nn.parallel import DistributedDataParallel as DDP
+        self.trainable_module = DDP(self.trainable_module, device_ids=device_ids, **ddp_kwargs)
+        return self
+
+    def compile(self, backend: str = 'inductor', mode: Optional[str] = None, **compile_kwargs) -> nn.Module:
+        """Compile the student (for validation) and the trainable module; before DDP or prepare."""
+        options = dict(backend=backend, mode=mode, **compile_kwargs)
+        self.eval_model = torch.compile(self.student, **options)
+        self.trainable_module = torch.compile(self.trainable_module, **options)
+        return self.eval_model
+
+    def get_eval_model(self, module: Optional[nn.Module] = None, ema: bool = False) -> Optional[nn.Module]:
+        resolved = super().get_eval_model(module=module, ema=ema)
+        trainable = unwrap_model(resolved) if resolved is not None else None
+        return trainable.student if isinstance(trainable, SSCLTrainableModule) else resolved
+
+    def get_clip_parameters(self, exclude_head: bool = False):
+        trainable = unwrap_model(self.trainable_module)
+        parameters = list(trainable.student.parameters())
+        return (parameters[:-2] if exclude_head else parameters) + list(trainable.losses.parameters())
+
+    def get_task_state(self, module: Optional[nn.Module] = None, ema: bool = False) -> Dict[str, Any]:
+        """State of the losses: projections and running CKA."""
+        module = module if module is not None else self.get_trainable_module(ema=ema)
+        state = unwrap_model(module).losses.state_dict() if module is not None else {}
+        return {'losses': state} if state else {}
+
+    def load_task_state(
+            self,
+            state: Optional[Dict[str, Any]],
+            strict: bool = True,
+            module: Optional[nn.Module] = None,
+            ema: bool = False,
+    ) -> None:
+        module = module if module is not None else self.get_trainable_module(ema=ema)
+        if module is None:
+            raise RuntimeError(f'Cannot load {"EMA " if ema else ""}task state: there is no such module yet.')
+        if state and 'losses' in state:
+            unwrap_model(module).losses.load_state_dict(state['losses'], strict=strict)
+
+
+def _teacher_shape(
+        input_size: Optional[Sequence[int]],
+        teacher_size: Optional[Sequence[int]],
+) -> Optional[Tuple[int, ...]]:
+    """(C, H, W) of the teacher's images."""
+    return input_size if teacher_size is None or input_size is None else (input_size[0], *teacher_size)
+
+
+def _match(student: Reader, teacher: Reader, cut: bool) -> None:
+    """Pair the taps of both models: the stages by their relative depth, or, by name, one to one."""
+    if cut:
+        for reader, kept in zip((student, teacher), match_by_depth(len(student.indices), len(teacher.indices))):
+            reader.keep(kept)
+    if len(student.names) != len(teacher.names):
+        raise ValueError(f'taps are compared in pairs: {", ".join(student.names)} of the student, '
+                         f'{", ".join(teacher.names)} of the teacher.')
+
+
+def _create(
+        name: str,
+        options: Mapping[str, Any],
+        student: Optional[Reader],
+        teacher: Optional[Reader],
+) -> nn.Module:
+    needs = loss_needs(name)
+    taps = {}
+    if needs['features']:
+        taps = dict(names=student.names, student_channels=student.channels, teacher_channels=teacher.channels)
+    if needs['shapes']:
+        taps.update(student_shapes=student.shapes, teacher_shapes=teacher.shapes)
+    return create_loss(name, **taps, **options)

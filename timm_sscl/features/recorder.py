@@ -1,0 +1,268 @@
+"""Recorder: features by hooks, in anybody's training loop."""
+from contextlib import nullcontext
+from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
+
+import torch
+import torch._dynamo
+import torch.nn as nn
+from torch.utils.hooks import RemovableHandle
+
+from .tap import Tap, has_timesteps, per_step_keyword, tensor_at
+
+__all__ = ['guard_on_hooks', 'Recorder']
+
+
+# ---- reading by hooks, in somebody else's loop
+
+def guard_on_hooks() -> None:
+    """Let torch.compile tell a model with hooks from its twin without.
+
+    By default it takes a graph that it made of one for the other, whose taps then never fire (or fire in its place).
+    """
+    if torch._dynamo.config.skip_nnmodule_hook_guards:
+        torch._dynamo.config.skip_nnmodule_hook_guards = False
+        torch._dynamo.reset()  # graphs from before do not check
+
+
+class _Hook:
+    """Forward hook that tells a recorder.
+
+    A copy of the model, by deepcopy or pickle, has a copy of the hook, which tells the recorder's copy. That one
+    records only if whoever owns the recorder was copied along with the model.
+    """
+
+    def __init__(self, recorder: Optional['Recorder'] = None, key: Any = None):
+        self.recorder = recorder
+        self.key = key
+        self.handle: Optional[RemovableHandle] = None
+
+    def __call__(self, module: nn.Module, args: Tuple, kwargs: Dict, out: Any) -> None:
+        if self.recorder is not None:
+            self.recorder.saw(self.key, out)
+
+    def added(self, handle: RemovableHandle) -> None:
+        """Keep the handle here as well: its copy removes the hook's copy."""
+        self.handle = handle
+        self.recorder.handles.append(handle)
+
+    def __setstate__(self, state: Dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self.recorder is not None:
+            self.recorder.handles.append(self.handle)
+
+
+class _PreHook(_Hook):
+    """Forward pre-hook on the whole model: a call begins."""
+
+    def __getstate__(self) -> Dict[str, Any]:
+        return {**self.__dict__, 'model': getattr(self.recorder, 'model', None)}  # the one that is being copied
+
+    def __setstate__(self, state: Dict[str, Any]) -> None:
+        model = state.pop('model')
+        super().__setstate__(state)
+        if self.recorder is not None:
+            self.recorder.model = model
+
+    def __call__(self, module: nn.Module, args: Tuple, kwargs: Dict) -> None:
+        if self.recorder is not None:
+            self.recorder.begin(args, kwargs)
+
+
+class _InputHook(_Hook):
+    """Forward pre-hook on a tapped module: its first argument."""
+
+    def __call__(self, module: nn.Module, args: Tuple, kwargs: Dict) -> None:
+        if self.recorder is not None:
+            self.recorder.saw(self.key, args[0])
+
+
+class _Record:
+    """What one forward showed: the input it was called with, and what went out of, or into, the tapped modules."""
+
+    def __init__(self, inputs: Any, training: bool):
+        self.training = training
+        self.without_gradients: Set[Tuple[str, bool]] = set()  # places that ran so inside a call with gradients
+        self.inputs = [(x, _version(x)) for x in inputs if isinstance(x, torch.Tensor)]
+        self.seen: Dict[Tuple[str, bool], List[Any]] = {}  # by place, call by call
+
+    def has(self, tap: Tap) -> bool:
+        return all(len(self.seen.get(part.place, ())) > part.nth for part in tap.parts or (tap,))
+
+    def tensor(self, tap: Tap) -> torch.Tensor:
+        return tensor_at(self.seen[tap.place][tap.nth], tap.path)
+
+    def is_of(self, x: torch.Tensor) -> bool:
+        """Whether this was the call on x, or on an equal tensor; not if x was changed in place since."""
+        for seen, version in self.inputs:
+            if version != _version(seen):
+                continue
+            if seen is x:
+                return True
+            if (seen.shape, seen.dtype, seen.device) == (x.shape, x.dtype, x.device) and torch.equal(seen, x):
+                return True
+        return False
+
+
+def _version(x: torch.Tensor) -> int:
+    return 0 if x.is_inference() else x._version
+
+
+class Recorder:
+    """Records the taps of a model's forward calls, from hooks on the taps and on the model as a whole.
+
+    Only what runs inside a call of the model is recorded, so that a recomputation in the backward of a checkpointed
+    block is not. With `training_only`, calls in evaluation mode or without gradients are not either. `take(x)` returns
+    the features of the call on x and forgets all records. At most two calls are held, the first since the last take
+    and the newest, so that a forgotten take keeps no more than that alive. Nothing is recorded while `enabled` is off.
+
+    A copy made together with the model is attached to the model's copy, and off until it is enabled; a copy alone has
+    no model.
+
+    Args:
+        model: Model to hook.
+        taps: Where.
+        training_only: Whether to record calls in training mode with gradients on only.
+        compiled: Whether the model may be compiled while it is hooked, for which dynamo's guards on hooks are turned
+            on, for the whole process.
+    """
+
+    def __init__(
+            self,
+            model: nn.Module,
+            taps: Sequence[Tap],
+            training_only: bool = True,
+            compiled: bool = True,
+    ):
+        self.model = model
+        self.taps = list(taps)
+        self.training_only = training_only
+        self.enabled = True
+        if compiled:
+            guard_on_hooks()
+        self.records: List[_Record] = []
+        self.open: Optional[_Record] = None
+        self.took_training = False  # whether what was taken last was a training step
+        self.handles: List[RemovableHandle] = []
+        modules = dict(model.named_modules())
+        hook: _Hook = _PreHook(self)
+        hook.added(model.register_forward_pre_hook(hook, with_kwargs=True))
+        for place in dict.fromkeys(part.place for tap in self.taps for part in tap.parts or (tap,)):
+            module, of_input = modules[place[0]], place[1]
+            hook = _InputHook(self, place) if of_input else _Hook(self, place)
+            register = module.register_forward_pre_hook if of_input else module.register_forward_hook
+            hook.added(register(hook, with_kwargs=True))
+        hook = _Hook(self)
+        hook.added(model.register_forward_hook(hook, with_kwargs=True, always_call=True))
+
+    @property
+    def timesteps(self) -> int:
+        """T of the model, or of the one that this copy's original is on."""
+        return self._timesteps if self.model is None else getattr(self.model, 'timesteps', 1)
+
+    def begin(self, args: Tuple, kwargs: Dict) -> None:
+        if not self.enabled:
+            self.open = None
+            return
+        training = self.model.training and torch.is_grad_enabled()
+        self.open = None if self.training_only and not training else _Record((*args, *kwargs.values()), training)
+
+    def saw(self, place: Optional[Tuple[str, bool]], out: Any) -> None:
+        record = self.open
+        if record is None:
+            return
+        if place is not None:
+            record.seen.setdefault(place, []).append(out)
+            if record.training and not torch.is_grad_enabled():
+                record.without_gradients.add(place)
+            return
+        self.open = None  # the model's own hook: the call has ended
+        if out is not None:
+            self.records = self.records[:1] + [record]
+
+    def take(self, x: torch.Tensor) -> List[torch.Tensor]:
+        """Features of the call on x, one (T * B, ...) tensor per tap.
+
+        Raises:
+            RuntimeError: The hooks were removed, no call on x was recorded, or a tap did not run in it, or ran without
+                gradients inside a call with gradients.
+        """
+        self.check_attached()
+        records, self.records = self.records, []
+        if not records:
+            raise RuntimeError(
+                f'no forward of {type(self.model).__name__} was recorded since the last call: run student(x) in '
+                f'training mode with gradients on (and call the model itself, not its methods) before the loss.')
+        for record in reversed(records):  # of two calls on the same images the newest
+            if record.is_of(x):
+                missing = [tap.name for tap in self.taps if not record.has(tap)]
+                if missing:
+                    raise RuntimeError(f'taps did not run in the forward of {type(self.model).__name__}: '
+                                       f'{", ".join(missing)}.')
+                self.took_training = record.training
+                features = [self._feature(tap, record) for tap in self.taps]
+                self._check_gradients(record, features)
+                return features
+        raise RuntimeError(
+            f'the recorded forward of {type(self.model).__name__} was not on this input: call the loss on the tensor '
+            f'that the student saw (student(x), then sscl(x)), unchanged; teacher_input=... is for a teacher that sees '
+            f'another.')
+
+    def check_attached(self) -> None:
+        """Raise where there is no model to record.
+
+        Raises:
+            RuntimeError: The hooks were removed, or this is a copy made without its model.
+        """
+        if self.model is None or not self.handles:
+            raise RuntimeError('the taps were removed (close()) or belong to a copy that was made without its model; '
+                               'build a new SSCLLoss to attach again.')
+
+    def _check_gradients(self, record: _Record, features: Sequence[torch.Tensor]) -> None:
+        """A tap inside a reentrantly checkpointed region is a tensor that nothing can be learned from."""
+        lost = [tap.name for tap, feature in zip(self.taps, features) if not feature.requires_grad
+                and any(part.place in record.without_gradients for part in tap.parts or (tap,))]
+        if lost:
+            raise RuntimeError(
+                f'{", ".join(lost)} of {type(self.model).__name__} ran without gradients, as under reentrant '
+                f'checkpointing or no_grad, so the loss could not train it: use checkpoint(..., use_reentrant=False), '
+                f'in timm timm.layers.set_reentrant_ckpt(False), or tap other modules.')
+
+    def _feature(self, tap: Tap, record: _Record) -> torch.Tensor:
+        if tap.call is not None:
+            with self.model.time_folded() if has_timesteps(self.model) else nullcontext():
+                return self.model.get_submodule(tap.call.module)(record.tensor(tap), *tap.call.args, **tap.call.kwargs)
+        if not tap.through_head:
+            return record.tensor(tap)
+        parts = [_part(part, record.tensor(part)) for part in tap.parts]
+        pooled = self.model.forward_head(
+            parts if tap.head_takes_list else parts[0], pre_logits=True, **per_step_keyword(self.model))
+        return pooled.flatten(0, 1) if has_timesteps(self.model) else pooled
+
+    def close(self) -> None:
+        """Remove the hooks and drop what they recorded."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles, self.records, self.open = [], [], None
+
+    def __getstate__(self) -> Dict[str, Any]:
+        return dict(taps=self.taps, training_only=self.training_only, timesteps=self.timesteps)
+
+    def __setstate__(self, state: Dict[str, Any]) -> None:
+        # the model's hooks, where they are copied too, say which the copy's is
+        self.model, self.enabled, self.handles = None, False, []
+        self.records, self.open, self.took_training = [], None, False
+        self.taps, self.training_only, self._timesteps = state['taps'], state['training_only'], state['timesteps']
+
+
+def _part(part: Tap, out: torch.Tensor) -> torch.Tensor:
+    """A module's output in the shape in which forward_head takes it."""
+    if part.channel_axis == -1:
+        out = out[:, part.prefix_tokens:].movedim(-1, 1) if part.prefix_tokens else out.movedim(-1, 1)
+    return out.flatten(2) if part.part_ndim == 3 and out.ndim > 3 else out
+
+
+def _detached(taps: Sequence[Tap], training_only: bool) -> Recorder:
+    """A recorder without a model: what pickles of version 0.1.0 hold."""
+    recorder = Recorder.__new__(Recorder)
+    recorder.__setstate__(dict(taps=list(taps), training_only=training_only, timesteps=1))
+    return recorder

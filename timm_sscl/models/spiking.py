@@ -1,0 +1,180 @@
+"""`spiking_<name>` for every timm architecture, in timm's own registry, with its tags and pretrained configs."""
+import os
+import sys
+from collections import deque
+from pathlib import Path
+from typing import Any, Callable, Dict, Optional, Sequence, Tuple, Union
+
+import torch
+import torch.nn as nn
+
+import timm.models._registry as _registry
+from timm.models import list_models, load_state_dict, model_entrypoint, register_model
+from timm.models._hub import load_state_dict_from_hf, load_state_dict_from_path
+from timm.models._pretrained import DefaultCfg, PretrainedCfg
+from timm.models._registry import _model_default_cfgs, _model_pretrained_cfgs, is_model
+
+from timm_sscl.conversion.convert import convert_to_spiking
+from timm_sscl.conversion.settings import SETTINGS_KEY, SpikingSettings
+from timm_sscl.conversion.state import split_spiking_state
+
+__all__ = ['register_spiking_models', 'PREFIX']
+
+PREFIX = 'spiking_'
+default_cfgs: Dict[str, DefaultCfg] = {}  # read by timm's register_model
+
+
+def _spiking_default_cfg(base: str) -> Optional[DefaultCfg]:
+    """The base architecture's configs, resolved: a raw hub id 'timm/' would complete to a repository of our name."""
+    default = _model_default_cfgs.get(base)
+    if default is None:
+        return None
+    cfgs = {tag: _model_pretrained_cfgs.get(f'{base}.{tag}' if tag else base, cfg) for tag, cfg in default.cfgs.items()}
+    return DefaultCfg(tags=deque(default.tags), cfgs=cfgs, is_pretrained=default.is_pretrained)
+
+
+def _named_state_dict(cfg: Dict[str, Any]) -> Optional[Dict[str, Any]]:
+    """State dict that a pretrained config names and that may be a spiking one; None for timm's own ANN weights."""
+    file = cfg.get('file')
+    if cfg.get('source') == 'local-dir':
+        return load_state_dict_from_path(Path(file))
+    if cfg.get('source') == 'hf-hub':
+        return load_state_dict_from_hf(cfg['hf_hub_id'], weights_only=True)
+    if cfg.get('state_dict'):
+        return dict(cfg['state_dict'])
+    if file and os.path.isfile(file) and os.path.splitext(file)[1] not in ('.npz', '.npy'):
+        return load_state_dict(file)
+    return None
+
+
+def _split_pretrained(
+        pretrained_cfg: Any,
+        overlay: Optional[Dict[str, Any]],
+) -> Tuple[Optional[Dict[str, Any]], Optional[Dict[str, Any]]]:
+    """Take what only a spiking model knows out of a checkpoint that is named as pretrained weights: the ANN loads it
+    first."""
+    if isinstance(pretrained_cfg, PretrainedCfg):
+        pretrained_cfg = vars(pretrained_cfg)
+    overlay = overlay or {}
+    state_dict = _named_state_dict({**(pretrained_cfg if isinstance(pretrained_cfg, dict) else {}), **overlay})
+    if not isinstance(state_dict, dict) or SETTINGS_KEY not in state_dict:
+        return overlay or None, None
+    spiking_state = split_spiking_state(state_dict)
+    return {**overlay, 'state_dict': state_dict, 'source': ''}, spiking_state
+
+
+def _fill_forgotten(base: str, kwargs: Dict[str, Any], state_dict: Dict[str, Any], stored: Dict[str, Any]) -> None:
+    """Parameters of activations that the checkpoint's neurons replaced: the ANN that loads it first has them."""
+    kwargs = {k: v for k, v in kwargs.items() if k not in ('features_only', 'out_indices', 'feature_cls')}
+    with torch.device('meta'):
+        ann = model_entrypoint(base)(**kwargs)
+    shapes = {name: p.shape for name, p in ann.named_parameters()}
+    settings = SpikingSettings.from_tensor(stored[SETTINGS_KEY])
+    convert_to_spiking(ann, include=settings.include, exclude=settings.exclude, allow_analog=True)
+    for name, module in ann.named_modules():
+        for parameter in getattr(module, 'forgotten', ()):
+            state_dict.setdefault(f'{name}.{parameter}', torch.ones(shapes[f'{name}.{parameter}']))
+
+
+def _entrypoint(base: str) -> Callable[..., nn.Module]:
+    def create(
+            pretrained: bool = False,
+            pretrained_cfg: Any = None,
+            pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
+            timesteps: Optional[int] = None,
+            tau: Optional[float] = None,
+            v_threshold: Optional[float] = None,
+            v_reset: Union[float, str, None] = None,
+            detach_reset: Optional[bool] = None,
+            v_init: Optional[float] = None,
+            include: Union[str, Sequence[str], None] = None,
+            exclude: Union[str, Sequence[str], None] = None,
+            stem_pool: Optional[str] = None,
+            norm: Optional[str] = None,
+            allow_analog: Optional[bool] = None,
+            **kwargs,
+    ) -> nn.Module:
+        stored = None
+        if pretrained:
+            pretrained_cfg_overlay, stored = _split_pretrained(pretrained_cfg, pretrained_cfg_overlay)
+            if stored is not None:
+                _fill_forgotten(base, kwargs, pretrained_cfg_overlay['state_dict'], stored)
+                if allow_analog is None:
+                    allow_analog = SpikingSettings.from_tensor(stored[SETTINGS_KEY]).allow_analog
+        model = model_entrypoint(base)(
+            pretrained=pretrained, pretrained_cfg=pretrained_cfg, pretrained_cfg_overlay=pretrained_cfg_overlay,
+            **kwargs)
+        options = dict(
+            timesteps=timesteps, tau=tau, v_threshold=v_threshold, v_reset=v_reset, detach_reset=detach_reset,
+            v_init=v_init, include=include, exclude=exclude, stem_pool=stem_pool, norm=norm,
+            allow_analog=allow_analog)
+        convert_to_spiking(model, **{k: v for k, v in options.items() if v is not None})
+        if stored is not None:
+            model.load_spiking_state(stored)
+        if isinstance(getattr(model, 'pretrained_cfg', None), dict):
+            model.pretrained_cfg['architecture'] = PREFIX + base
+        return model
+
+    create.__name__ = create.__qualname__ = PREFIX + base
+    create.__module__ = __name__
+    create.__doc__ = f'Spiking {base}: see timm_sscl.convert_to_spiking for the neuron options.'
+    return create
+
+
+class _Entrypoints(dict):
+    """timm's table of architectures; the spiking twin of one that is registered later is added at the next look-up."""
+    grown = False
+
+    def __setitem__(self, name: str, entrypoint: Callable[..., nn.Module]) -> None:
+        super().__setitem__(name, entrypoint)
+        self.grown = self.grown or not name.startswith(PREFIX)
+
+    def _add_twins(self) -> None:
+        if self.grown:
+            register_spiking_models()
+
+    def __contains__(self, name: object) -> bool:
+        if not super().__contains__(name):
+            self._add_twins()
+        return super().__contains__(name)
+
+    def __missing__(self, name: str) -> Callable[..., nn.Module]:
+        self._add_twins()
+        if name not in self:
+            raise KeyError(name)
+        return self[name]
+
+    def keys(self):
+        self._add_twins()
+        return super().keys()
+
+
+def _watch_timms_registry() -> None:
+    if not isinstance(_registry._model_entrypoints, _Entrypoints):
+        _registry._model_entrypoints = _Entrypoints(_registry._model_entrypoints)
+
+
+def register_spiking_models() -> int:
+    """Register `spiking_<name>` for every architecture that timm knows and that has none yet.
+
+    Runs at import, and by itself when a name is looked up after models were registered.
+
+    Returns:
+        Number of names added.
+    """
+    if isinstance(_registry._model_entrypoints, _Entrypoints):
+        _registry._model_entrypoints.grown = False
+    names = [n for n in list_models() if not n.startswith(PREFIX) and not is_model(PREFIX + n)]
+    module = sys.modules[__name__]
+    for base in names:
+        fn = _entrypoint(base)
+        default_cfg = _spiking_default_cfg(base)
+        if default_cfg is not None:
+            default_cfgs[fn.__name__] = default_cfg
+        setattr(module, fn.__name__, fn)
+        register_model(fn)
+    return len(names)
+
+
+register_spiking_models()
+_watch_timms_registry()

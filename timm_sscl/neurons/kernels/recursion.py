@@ -1,0 +1,221 @@
+"""The LIF recursion and its gradient as plain tensor code, the same for eager mode and for the compiler."""
+from typing import Iterator, List, NamedTuple, Optional, Tuple
+
+import torch
+
+from timm_sscl.neurons.surrogate import rectangle_window
+
+__all__ = ['Neuron', 'fire', 'backward_from_input', 'backward_from_norm', 'backward_from_bits', 'traced',
+           'unpack_bits']
+
+_BYTE = 8
+
+
+class Neuron(NamedTuple):
+    """Settings of `lif`, resolved."""
+    tau: float
+    v_threshold: float
+    v_reset: Optional[float]
+    detach_reset: bool
+    v_init: float
+
+    @classmethod
+    def of(
+            cls,
+            tau: float,
+            v_threshold: float,
+            v_reset: Optional[float],
+            detach_reset: bool,
+            v_init: Optional[float],
+    ) -> 'Neuron':
+        """Settings whose initial potential is given, or the reset potential."""
+        return cls(tau, v_threshold, v_reset, detach_reset, (v_reset or 0.) if v_init is None else v_init)
+
+
+def _membrane_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def _at(x: torch.Tensor, t: int) -> torch.Tensor:
+    """Step t of (T, ...), or of (1, ...) where all steps are one: a static current, the gradient of a mean over T."""
+    return x[0 if x.shape[0] == 1 else t]
+
+
+def _steps(
+        x: torch.Tensor,
+        gain: Optional[torch.Tensor],
+        timesteps: int,
+        neuron: Neuron,
+) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
+    """Potential before the reset, and 1 where it fires, else 0, step by step."""
+    dtype, v = _membrane_dtype(x.dtype), neuron.v_init
+    for t in range(timesteps):
+        x_t = _at(x, t).to(dtype)
+        u = v * neuron.tau + (x_t if gain is None else x_t * gain.to(dtype))
+        o = (u >= neuron.v_threshold).to(dtype)
+        yield u, o
+        v = _reset(u, o, neuron)
+
+
+# products with 0 and 1 instead of torch.where, which takes ten times as long in eager mode and no less when compiled
+
+def _reset(u: torch.Tensor, o: torch.Tensor, neuron: Neuron) -> torch.Tensor:
+    if neuron.v_reset is None:
+        return u - neuron.v_threshold * o
+    v = u - u * o
+    return v + neuron.v_reset * o if neuron.v_reset else v
+
+
+def fire(
+        x: torch.Tensor,
+        gain: Optional[torch.Tensor],
+        timesteps: int,
+        neuron: Neuron,
+        fired_bits: bool,
+        window_bits: bool,
+) -> Tuple[torch.Tensor, Optional[torch.Tensor], Optional[torch.Tensor]]:
+    """Spikes, and as bits where asked for: which steps fired, and which lie in the surrogate's window.
+
+    Args:
+        x: Input current (T, ...), or (1, ...) that is the same at every step.
+        gain: Factor on x, broadcast against a step; None is 1.
+        timesteps: T, as a constant for the compiler.
+        neuron: Settings.
+        fired_bits: Whether to return the spikes as bits as well.
+        window_bits: Whether to return the window as bits.
+
+    Returns:
+        Spikes (T, ...) and two uint8 tensors (ceil(T / 8), ...) or None: bit t % 8 of byte t // 8 is step t.
+    """
+    fired, windows = [], []
+    for u, o in _steps(x, gain, timesteps, neuron):
+        fired.append(o)
+        if window_bits:
+            windows.append(_window(u, neuron))
+    spikes = torch.stack([o.to(x.dtype) for o in fired])
+    return spikes, _pack_bits(fired) if fired_bits else None, _pack_bits(windows) if window_bits else None
+
+
+def traced(x: torch.Tensor, gain: Optional[torch.Tensor], timesteps: int, neuron: Neuron) -> torch.Tensor:
+    """Spikes (T, ...) by operations that torch.jit.trace can record, with autograd's gradient equal to the written one.
+
+    A spike is its own value plus the window times (u - u), which is 0 and has the surrogate's gradient.
+    """
+    dtype, v, spikes = _membrane_dtype(x.dtype), neuron.v_init, []
+    for t in range(timesteps):
+        x_t = _at(x, t).to(dtype)
+        u = v * neuron.tau + (x_t if gain is None else x_t * gain.to(dtype))
+        passed = u.detach()
+        o = (passed >= neuron.v_threshold).to(dtype) + _window(passed, neuron) * (u - passed)
+        spikes.append(o.to(x.dtype))
+        v = _reset(u, o.detach() if neuron.detach_reset else o, neuron)
+    return torch.stack(spikes)
+
+
+def backward_from_input(
+        grad: torch.Tensor,
+        x: torch.Tensor,
+        gain: Optional[torch.Tensor],
+        timesteps: int,
+        neuron: Neuron,
+) -> torch.Tensor:
+    """Gradient by the current at every step, (T, ...), from the gradient by the spikes and the current.
+
+    Both are (T, ...), or (1, ...) where all steps are one. The potentials are computed again from x.
+    """
+    steps = list(_steps(x, gain, timesteps, neuron))
+    windows = [_window(u, neuron) for u, _ in steps]
+    return _backward(grad, windows, [o for _, o in steps], [u for u, _ in steps], gain, neuron)
+
+
+def backward_from_bits(
+        grad: torch.Tensor,
+        fired_bits: torch.Tensor,
+        window_bits: torch.Tensor,
+        gain: Optional[torch.Tensor],
+        timesteps: int,
+        neuron: Neuron,
+) -> torch.Tensor:
+    """The same where two bits per step say all: with a soft reset, or a detached one."""
+    dtype = _membrane_dtype(grad.dtype)
+    windows, fired = (_unpack(bits, timesteps, dtype) for bits in (window_bits, fired_bits))
+    return _backward(grad, windows, fired, None, gain, neuron)
+
+
+def backward_from_norm(
+        grad: torch.Tensor,
+        fired_bits: torch.Tensor,
+        window_bits: torch.Tensor,
+        x: torch.Tensor,
+        scale: torch.Tensor,
+        shift: torch.Tensor,
+        gain: Optional[torch.Tensor],
+        timesteps: int,
+        neuron: Neuron,
+) -> torch.Tensor:
+    """The same from what the norm before the neuron keeps: the current is scale * x + shift, to round-off.
+
+    Round-off could carry a potential over the threshold or an end of the window: which steps fired and lay in it is
+    taken from the bits.
+    """
+    dtype = _membrane_dtype(x.dtype)
+    windows, fired = (_unpack(bits, timesteps, dtype) for bits in (window_bits, fired_bits))
+    potentials, v = [], neuron.v_init
+    for t, o in enumerate(fired):
+        current = _at(x, t).to(dtype) * scale.to(dtype) + shift.to(dtype)
+        potentials.append(v * neuron.tau + (current if gain is None else current * gain.to(dtype)))
+        v = _reset(potentials[-1], o, neuron)
+    return _backward(grad, windows, fired, potentials, gain, neuron)
+
+
+def _backward(
+        grad: torch.Tensor,
+        windows: List[torch.Tensor],
+        fired: List[torch.Tensor],
+        potentials: Optional[List[torch.Tensor]],
+        gain: Optional[torch.Tensor],
+        neuron: Neuron,
+) -> torch.Tensor:
+    tau, v_threshold, v_reset, detach_reset, _ = neuron
+    dtype = _membrane_dtype(grad.dtype)
+    grads: List[torch.Tensor] = []
+    grad_v = None  # of the loss by V_t, the potential after the reset
+    for t in range(len(fired) - 1, -1, -1):
+        grad_o = _at(grad, t).to(dtype)
+        if grad_v is None:
+            grad_u = windows[t] * grad_o
+        else:
+            if not detach_reset:  # dV/dO = r - U_pre (hard) or -U_th (soft)
+                grad_o = grad_o + grad_v * (-v_threshold if v_reset is None else v_reset - potentials[t])
+            through_v = grad_v if v_reset is None else grad_v - grad_v * fired[t]
+            grad_u = through_v + windows[t] * grad_o
+        grads.append((grad_u if gain is None else grad_u * gain.to(dtype)).to(grad.dtype))
+        grad_v = tau * grad_u
+    return torch.stack(grads[::-1])
+
+
+def _window(u: torch.Tensor, neuron: Neuron) -> torch.Tensor:
+    return rectangle_window(u, neuron.v_threshold).to(u.dtype)
+
+
+def _pack_bits(flags: List[torch.Tensor]) -> torch.Tensor:
+    bytes_ = [sum(flag * float(1 << bit) for bit, flag in enumerate(flags[i:i + _BYTE]))
+              for i in range(0, len(flags), _BYTE)]
+    return torch.stack([b.to(torch.uint8) for b in bytes_])
+
+
+def _unpack(bits: torch.Tensor, timesteps: int, dtype: torch.dtype) -> List[torch.Tensor]:
+    """0 or 1 per step. In float arithmetic: inductor takes bytes apart element by element."""
+    flags = []
+    for i, byte in enumerate(bits.unbind(0)):
+        rest, of_byte = byte.to(dtype), []
+        for bit in reversed(range(min(_BYTE, timesteps - i * _BYTE))):
+            of_byte.append((rest >= float(1 << bit)).to(dtype))
+            rest = rest - of_byte[-1] * float(1 << bit)
+        flags += of_byte[::-1]
+    return flags
+
+
+def unpack_bits(bits: torch.Tensor, timesteps: int, dtype: torch.dtype) -> torch.Tensor:
+    """Spikes (T, ...) of a dtype from their bits."""
+    return torch.stack([o.to(dtype) for o in _unpack(bits, timesteps, _membrane_dtype(dtype))])

@@ -1,0 +1,33 @@
+"""Types of options, and a parser that raises instead of ending the process."""
+import argparse
+import os
+
+from timm.utils import ParseKwargs
+
+from .errors import OptionError
+
+__all__ = ['OptionParser', 'home_path', 'KeyValues', 'reset_potential']
+
+
+class OptionParser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise OptionError(message)
+
+
+def home_path(text: str) -> str:
+    """Type of options that name a file or folder: ~ is the home folder, as in a shell; $VAR is left alone."""
+    scheme, colon, path = text.partition(':')
+    if colon and scheme == 'local-dir':  # timm's model names
+        return scheme + colon + os.path.expanduser(path)
+    return os.path.expanduser(text)
+
+
+class KeyValues(ParseKwargs):
+    def __call__(self, parser, namespace, values, option_string=None):
+        if not all('=' in value for value in values):
+            parser.error(f'{option_string} {" ".join(values)}: takes KEY=VALUE pairs.')
+        super().__call__(parser, namespace, values, option_string)
+
+
+def reset_potential(text: str):
+    return text if text == 'soft' else float(text)

@@ -1,0 +1,234 @@
+"""The command line of train.py: the layers recipe < config < command line, and their checks."""
+import argparse
+import difflib
+import os
+from pathlib import Path
+from typing import Any, Dict, Optional, Sequence, Tuple
+
+
+from timm_sscl.data.events.factory import is_event_dataset
+from timm_sscl.data.events.frames import FrameSettings
+from timm_sscl.distillation.presets import PRESETS, resolve_losses
+from timm_sscl.losses import create_loss, loss_needs
+
+from .errors import OptionError
+from .option_groups import create_parser
+from .option_ranges import check_counts
+from .option_types import home_path
+from .plugins import import_plugin
+from .recipes import DIGITS_RECIPE, load_recipe
+from .refused_options import IMAGE_ONLY, UNSUPPORTED
+
+__all__ = ['ARGS_FILE', 'AUTO', 'parse_args']
+
+ARGS_FILE = 'args.yaml'  # in a run's folder
+AUTO = 'auto'  # of --resume
+
+
+# ---- layers and checks
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> Tuple[argparse.Namespace, Dict[str, Any]]:
+    """Parse the command line over the configuration file over, without data, the digits recipe.
+
+    Args:
+        argv: Arguments; None takes sys.argv's.
+
+    Returns:
+        The options, and what the digits recipe filled in (empty with data or a data set named).
+
+    Raises:
+        OptionError: An option is unknown, refused or wrong.
+    """
+    parser = create_parser()
+    given = _given(parser, argv)
+    args = parser.parse_args(argv)
+    args.data_dir = args.data_dir or args.data
+    given |= {'data_dir'} if args.data else set()
+    layers = load_recipe(args.config) if args.config else _resumed_options(args.resume)
+    _apply(parser, args, layers, given, f'--config {args.config}' if args.config else f'--resume {args.resume}')
+    recipe: Dict[str, Any] = {}
+    if not args.data_dir and not args.dataset:
+        options = load_recipe(DIGITS_RECIPE)
+        recipe = {k: v for k, v in options.items() if k not in given and k not in layers}
+        if 'model' not in recipe:
+            recipe.pop('model_kwargs', None)
+        _apply(parser, args, recipe, given, DIGITS_RECIPE)
+    del args.data
+    _check(args, given | {name for name, value in layers.items() if value is not None})
+    if is_event_dataset(args.dataset):
+        _check_events(parser, args)
+    args.losses, args.loss_options = _losses(args)
+    return args, recipe
+
+
+def _resumed_options(resume: str) -> Dict[str, Any]:
+    """Options of the run whose folder, or a file in it, is resumed, so that they need not be given again."""
+    folder = Path(resume) if Path(resume).is_dir() else Path(resume).parent
+    if not resume or resume == AUTO or not (folder / ARGS_FILE).is_file():
+        return {}
+    try:
+        options = load_recipe(str(folder / ARGS_FILE))
+    except OptionError as error:
+        raise OptionError(str(error).replace('--config', '--resume', 1)) from error
+    return {name: value for name, value in options.items() if name not in ('resume', 'eval_only', 'eval_timesteps')}
+
+
+def _given(parser: argparse.ArgumentParser, argv: Optional[Sequence[str]]) -> set:
+    """Names of the options that stand on the command line."""
+    missing = object()
+    probe = argparse.Namespace(**{action.dest: missing for action in parser._actions if action.dest != 'help'})
+    parser.parse_args(argv, namespace=probe)
+    return {name for name, value in vars(probe).items() if value is not missing}
+
+
+def _apply(parser: argparse.ArgumentParser, args: argparse.Namespace, options: Dict[str, Any], given: set, source: str):
+    known = {action.dest: action for action in parser._actions}
+    if options.get('input_size') and 'input_size' not in given and {'img_size', 'in_chans'} & given:
+        channels, size, _ = options['input_size']  # else it would win over what is given
+        options = {'in_chans': channels, 'img_size': size, **{k: v for k, v in options.items() if k != 'input_size'}}
+    if 'model' in given:  # the architecture's own arguments go with it
+        options = {name: value for name, value in options.items() if name not in ('model_kwargs', 'teacher_kwargs')}
+    for name, value in options.items():
+        if name not in known or name in ('help', 'config', 'data'):
+            close = difflib.get_close_matches(name, known, n=1)
+            raise OptionError(f"{source}: unknown option '{name}'." + (f" Did you mean '{close[0]}'?" if close else ''))
+        if name in given:
+            continue
+        kind = known[name].type
+        if kind is home_path:
+            value = [home_path(v) for v in value] if isinstance(value, list) else value and home_path(value)
+        if kind in (int, float) and value is not None and not isinstance(value, (list, dict, bool)):
+            try:
+                value = kind(value)
+            except ValueError as error:
+                raise OptionError(f"{source}: option '{name}' is {value!r}, expected a number.") from error
+        if known[name].choices is not None and value is not None and value not in known[name].choices:
+            raise OptionError(f"{source}: option '{name}' is {value!r}, expected one of "
+                              f"{', '.join(map(str, known[name].choices))}.")
+        setattr(args, name, value)
+
+
+def _check(args: argparse.Namespace, given: set) -> None:
+    for name, reason in UNSUPPORTED.items():
+        if getattr(args, name) not in (None, False):  # False: from an older run's options
+            raise OptionError(f"--{name.replace('_', '-')} is not supported: {reason}.")
+        delattr(args, name)
+    check_counts(args)
+    if args.eval_only and args.resume == AUTO:
+        raise OptionError('--eval-only: --resume auto starts or continues a training; name a folder or a file.')
+    if args.eval_timesteps and (not args.eval_only or min(args.eval_timesteps) < 1):
+        raise OptionError(f'--eval-timesteps {" ".join(map(str, args.eval_timesteps))}: goes with --eval-only, and '
+                          f'takes numbers of 1 or more.')
+    if args.teacher_size and min(args.teacher_size) < 1:
+        raise OptionError(f'--teacher-size {args.teacher_size[0]} {args.teacher_size[1]}: must be 1 pixel or more.')
+    if not 0 < args.ann_percentile <= 100:
+        raise OptionError(f'--ann-percentile {args.ann_percentile}: must be above 0 and at most 100.')
+    if args.teacher_cache:
+        random = [f'--{name.replace("_", "-")}' for name in ('mixup', 'cutmix', 'cutmix_minmax') if getattr(args, name)]
+        if random or not args.no_aug:
+            raise OptionError(f'--teacher-cache: images must be the same in every epoch; '
+                              f'{"leave out " + ", ".join(random) if random else "give --no-aug"}.')
+    if 'loss' in given and 'distill' in given:
+        raise OptionError('--distill and --loss both say what is added to cross-entropy; use one.')
+    if args.kd_model_name and args.teacher and args.kd_model_name != args.teacher:
+        raise OptionError('--teacher and --kd-model-name both name the teacher; use one.')
+    args.teacher = args.teacher or args.kd_model_name
+    if args.teacher_checkpoint and args.teacher_pretrained:
+        raise OptionError('--teacher-checkpoint and --teacher-pretrained both name the teacher\'s weights; use one.')
+    if args.amp and args.model_dtype not in (None, 'float32'):
+        raise OptionError(f'--amp and --model-dtype {args.model_dtype} both set the precision; --amp is for '
+                          f'float32 models.')
+    if not args.val_split:
+        raise OptionError("--val-split '': every run is validated here; name the split.")
+    if args.drop_path is None and args.drop_connect is not None:
+        args.drop_path = args.drop_connect
+
+
+def _check_events(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    given = [name for name in IMAGE_ONLY if getattr(args, name) != parser.get_default(name)]
+    # what train.py sets itself may come back from a run's arguments
+    given += [name for name, own in (('in_chans', 2), ('mean', [0., 0.]), ('std', [1., 1.]))
+              if getattr(args, name) not in (None, own)]
+    given += ['input_size'] if args.input_size and args.input_size[0] != 2 else []
+    given += ['mixup_mode'] if args.mixup > 0 and args.mixup_mode != 'batch' else []
+    if given:
+        names = ', '.join('--' + name.replace('_', '-') for name in given)
+        raise OptionError(f'{names}: not for event data, whose samples are frames (T, 2, H, W); see the event data '
+                          f'parameters in --help.')
+    if args.neuron_init == 'ann':
+        raise OptionError('--neuron-init ann: measures an ANN on images; with event data use calibrated.')
+    for name, least in (('event_size', 1), ('event_roll', 0)):
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            raise OptionError(f'--{name.replace("_", "-")} {getattr(args, name)}: must be {least} or more.')
+    if args.timesteps is None:
+        args.timesteps = FrameSettings().timesteps
+
+
+def _losses(args: argparse.Namespace) -> Tuple[Dict[str, float], Dict[str, Dict[str, Any]]]:
+    """Weights and options of the losses that --distill or --loss ask for."""
+    _import_plugins(args)
+    preset = args.distill or ('kd' if args.kd_model_name else 'sscl')
+    args.distill = None if args.loss else preset
+    weights = _parse_losses(args.loss) if args.loss else dict(PRESETS[preset])
+    if not args.loss:
+        kd_weight = args.kd_weight
+        if kd_weight is None and args.task_loss_weight is not None:
+            kd_weight = 1. - args.task_loss_weight  # timm's complementary mode
+        for name, weight in (('sscl', args.sscl_weight), ('contrastive', args.sscl_weight), ('kd', kd_weight)):
+            if name in weights and weight is not None:
+                weights[name] = weight
+    try:
+        losses = resolve_losses(weights)
+    except ValueError as error:
+        raise OptionError(f'--{"loss" if args.loss else "distill"}: {error}') from error
+    processes = int(os.environ.get('WORLD_SIZE', 1)) if args.sscl_cka_scope == 'global' else 1
+    if 'sscl' in losses and args.batch_size * processes < 4 and args.sscl_weighting != 'uniform':
+        raise OptionError(f'--batch-size {args.batch_size} is too small for CKA weights, which need at least 4 '
+                          f'samples; use a larger batch or --distill contrastive.')
+    contrastive = dict(dim=args.sscl_dim, temperature=args.sscl_temperature, critic=args.sscl_critic,
+                       cka_floor=args.sscl_cka_floor, cka_momentum=args.sscl_cka_momentum,
+                       cka_scope=args.sscl_cka_scope, projection=args.sscl_projection, queue_size=args.sscl_queue)
+    options = dict(
+        sscl=dict(contrastive, weighting=args.sscl_weighting), contrastive=contrastive,
+        kd=dict(temperature=args.kd_temperature), kd_step=dict(temperature=args.kd_step_temperature),
+        tet=dict(mse_share=args.tet_lambda, smoothing=args.smoothing),
+        firing_rate=dict(target=args.firing_rate_target))
+    options = {name: dict(options[name]) for name in losses if name in options}
+    _check_loss_options(options)
+    return losses, options
+
+
+def _check_loss_options(options: Dict[str, Dict[str, Any]]) -> None:
+    """Build the losses, on one channel, so that a wrong option is found before a teacher is trained."""
+    for name, of_loss in options.items():
+        needs = loss_needs(name)
+        taps = dict(names=['tap'], student_channels=[1], teacher_channels=[1]) if needs['features'] else {}
+        if needs['shapes']:
+            taps.update(student_shapes=[(1, 1)], teacher_shapes=[(1, 1)])
+        try:
+            create_loss(name, **taps, **of_loss)
+        except ValueError as error:
+            raise OptionError(f"loss '{name}': {error}") from error
+
+
+def _parse_losses(text: str) -> Dict[str, float]:
+    weights = {}
+    for part in text.split(','):
+        name, _, weight = part.strip().partition('=')
+        try:
+            weights[name] = float(weight) if weight else 1.
+        except ValueError as error:
+            raise OptionError(f"--loss: the weight in '{part}' is no number; write NAME=WEIGHT,...") from error
+    return weights
+
+
+def _import_plugins(args: argparse.Namespace) -> None:
+    """Import the user's own files; a run that is resumed elsewhere finds them by their full paths."""
+    if args.plugin is not None:
+        args.plugin = list(dict.fromkeys(os.path.abspath(p) if os.path.isfile(p) else p for p in args.plugin))
+    for option, sources in (('plugin', args.plugin or []), ('loss-file', [args.loss_file] if args.loss_file else [])):
+        for source in sources:
+            try:
+                import_plugin(source)
+            except FileNotFoundError as error:
+                raise OptionError(f'--{option}: {error}') from error

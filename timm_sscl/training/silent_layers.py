@@ -1,0 +1,63 @@
+"""Neuron layers that do not fire while a model trains."""
+from typing import Dict, List
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+
+from timm_sscl.distributed import world_size
+from timm_sscl.neurons import LIF
+
+__all__ = ['SilentLayers']
+
+
+class SilentLayers:
+    """Context manager that notes whether every LIF layer fires in the training forwards inside it.
+
+    A step costs one reduction per layer on the device and is not waited for; `names` waits.
+
+    Args:
+        model: Spiking model, not compiled: hooks are added to its neurons.
+
+    Examples:
+        ```python
+        with SilentLayers(model) as layers:
+            for images, labels in loader:
+                step(images, labels)
+            layers.names()  # ['layer4.0.act1']
+        ```
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self._fired: Dict[str, torch.Tensor] = {}
+        self._handles = []
+
+    def __enter__(self) -> 'SilentLayers':
+        for name, module in self.model.named_modules():
+            if isinstance(module, LIF):
+                self._handles.append(module.register_forward_hook(self._note(name)))
+        return self
+
+    def __exit__(self, *exc) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _note(self, name: str):
+        def hook(module, args, spikes):
+            if module.training:
+                fired = spikes.detach().any()
+                self._fired[name] = self._fired[name] | fired if name in self._fired else fired
+        return hook
+
+    def names(self) -> List[str]:
+        """Layers that ran since the last call and did not fire once, on any process; called by all processes."""
+        names, fired = list(self._fired), list(self._fired.values())
+        self._fired = {}
+        if not names:
+            return []
+        flags = torch.stack([flag.to(fired[0].device) for flag in fired]).to(torch.uint8)
+        if world_size() > 1:
+            dist.all_reduce(flags, dist.ReduceOp.MAX)
+        return [name for name, flag in zip(names, flags.tolist()) if not flag]

@@ -1,0 +1,106 @@
+"""Options of the neuron, the teacher and the losses."""
+import argparse
+
+from timm_sscl.distillation.presets import PRESETS
+from timm_sscl.losses.cka import CKA_SCOPES
+from timm_sscl.losses.sscl import CRITICS, PROJECTIONS, WEIGHTINGS
+
+from .option_types import KeyValues, home_path, reset_potential
+
+__all__ = ['add_spiking_options', 'add_distillation_options']
+
+
+def add_spiking_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group('Spiking neuron parameters')
+    group.add_argument('--timesteps', '-T', type=int, default=None, help='time steps T (4; a checkpoint\'s own)')
+    group.add_argument('--tau', type=float, default=None, help='decay factor of the membrane (0.25)')
+    group.add_argument('--v-threshold', type=float, default=None, help='firing threshold (0.5)')
+    group.add_argument('--v-reset', type=reset_potential, default=None, help='reset potential (0.), or soft')
+    group.add_argument('--detach-reset', action='store_true', default=None, help='no gradient through the reset')
+    group.add_argument('--neuron-init', default='calibrated', choices=['calibrated', 'ann', 'none'],
+                       help='before training: an input gain per layer measured on real images; thresholds from the '
+                            'weights\' own ANN (ReLU networks, integrate-and-fire); or nothing')
+    group.add_argument('--ann-percentile', type=float, default=100., metavar='P',
+                       help='--neuron-init ann: percentile of the ANN\'s activations that is the threshold')
+    group.add_argument('--norm', default=None, choices=['tdbn'],
+                       help='batch norms become tdBN, which scales by the threshold (best with --neuron-init none)')
+    group.add_argument('--stem-pool', default=None, choices=['avg'],
+                       help='average pooling in a ResNet\'s stem, as in the paper; the student\'s own ANN has it too')
+    group.add_argument('--share-stem', action='store_true',
+                       help='run what comes before the first neuron once per image, where a probe finds that legal')
+    group.add_argument('--pack-spikes', action='store_true',
+                       help='keep spikes as bits for the backward: less memory, more time')
+    group.add_argument('--neuron-include', nargs='+', default=None, metavar='PATTERN',
+                       help='only these activations become neurons: names or classes, of modules around them too')
+    group.add_argument('--neuron-exclude', nargs='+', default=None, metavar='PATTERN',
+                       help='these stay analog; also attention, squeeze_excite, head')
+    group.add_argument('--allow-analog', action='store_true', default=None,
+                       help='train a model of your own whose nonlinear operations are not all known activations; they '
+                            'stay analog, the report lists them')
+
+
+def add_distillation_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group('Teacher and distillation parameters')
+    group.add_argument('--teacher', type=home_path, default=None, metavar='NAME',
+                       help='teacher model (the student\'s own ANN)')
+    group.add_argument('--kd-model-name', type=home_path, default=None, metavar='NAME',
+                       help='timm\'s: --teacher NAME --distill kd')
+    group.add_argument('--teacher-checkpoint', type=home_path, default=None, metavar='FILE',
+                       help='weights of the teacher')
+    group.add_argument('--teacher-pretrained', action='store_true', help='start from timm\'s pretrained weights')
+    group.add_argument('--teacher-epochs', type=int, default=None, metavar='N',
+                       help='epochs to train the teacher for where there are no weights for it (--epochs)')
+    group.add_argument('--teacher-size', type=int, nargs=2, default=None, metavar=('H', 'W'),
+                       help='size of the teacher\'s images, resized from the student\'s (the same)')
+    group.add_argument('--teacher-mean', type=float, nargs='+', default=None, metavar='MEAN',
+                       help='mean that the teacher\'s images were normalised by in its training (the student\'s)')
+    group.add_argument('--teacher-std', type=float, nargs='+', default=None, metavar='STD', help='likewise, deviation')
+    group.add_argument('--teacher-cache', action='store_true',
+                       help='ask the teacher once per training image and keep its features on disk; needs --no-aug')
+    group.add_argument('--teacher-kwargs', nargs='*', default={}, action=KeyValues,
+                       help='model kwargs of the teacher (--model-kwargs where it is the student\'s own ANN)')
+    group.add_argument('--distill', default=None, choices=list(PRESETS),
+                       help='what is added to cross-entropy: sscl (default), contrastive (uniform weights), kd or none')
+    group.add_argument('--loss', default=None, metavar='NAME=WEIGHT,...',
+                       help='losses by name instead of --distill, for example sscl=0.1,kd=1')
+    group.add_argument('--loss-file', type=home_path, default=None, metavar='FILE',
+                       help='Python file with your own @register_loss losses')
+    group.add_argument('--plugin', type=home_path, default=None, nargs='+', metavar='FILE|MODULE',
+                       help='Python files or modules with your own models (timm\'s @register_model) and losses')
+    _add_loss_options(group)
+
+
+def _add_loss_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument('--sscl-weight', type=float, default=0.1,
+                       help='weight of the sscl or contrastive loss (1: the paper)')
+    group.add_argument('--sscl-temperature', type=float, default=0.2, help='temperature of the critic')
+    group.add_argument('--sscl-dim', type=int, default=128, help='common dimension of the projections')
+    group.add_argument('--sscl-critic', default='infonce', choices=CRITICS,
+                       help='contrastive critic; normalized is the paper\'s, literal its formula to the letter')
+    group.add_argument('--sscl-weighting', default='cka', choices=WEIGHTINGS,
+                       help='weights in the sscl loss: 1/CKA, 1, 1/CKA scaled to mean 1, the mean of 1/CKA for each')
+    group.add_argument('--sscl-projection', default='pooled', choices=PROJECTIONS,
+                       help='what the projections see: features pooled over space and time, or the whole of them')
+    group.add_argument('--sscl-queue', type=int, default=0, metavar='N',
+                       help='further negatives: the teacher\'s last N rows, also over accumulated micro-batches')
+    group.add_argument('--sscl-taps', default='4', metavar='N|NAMES',
+                       help='how many of the last stages to compare (and the pooled feature), or their names: '
+                            'layer3,pooled; names of modules, layer1.0.act1, are read by hooks')
+    group.add_argument('--sscl-teacher-taps', default=None, metavar='NAMES', help='the teacher\'s, where they differ')
+    group.add_argument('--sscl-cka-floor', type=float, default=0.1, help='CKA is not taken below this')
+    group.add_argument('--sscl-cka-momentum', type=float, default=0.1,
+                       help='share of the newest batch in the running CKA')
+    group.add_argument('--sscl-cka-scope', default='process', choices=CKA_SCOPES,
+                       help='with several processes: the mean of their own CKA terms, or those of the global batch')
+    group.add_argument('--kd-weight', '--distill-loss-weight', type=float, default=None,
+                       help='weight of the kd loss (1, or 1 - --task-loss-weight where only that is given)')
+    group.add_argument('--kd-temperature', type=float, default=4., help='temperature of the kd loss')
+    group.add_argument('--kd-step-temperature', type=float, default=3., help='temperature of the kd_step loss')
+    group.add_argument('--tet-lambda', type=float, default=0.05,
+                       help='share of the tet loss that holds the outputs near 1; 0 is cross-entropy per step')
+    group.add_argument('--firing-rate-target', type=float, nargs='+', default=[0.05, 0.25], metavar='RATE',
+                       help='of the firing_rate loss: the rate of every layer, or the ends of a band')
+    group.add_argument('--task-loss-weight', type=float, default=None, help='weight of the classification loss (1)')
+    group.add_argument('--kd-distill-type', default='logit', choices=['logit'],
+                       help='timm\'s logit distillation is kd here')
+    group.add_argument('--kd-loss-type', default='kl', choices=['kl'], help='divergence of the kd loss')
