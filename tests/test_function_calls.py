@@ -241,3 +241,54 @@ def test_an_operator_of_somebodys_own_is_no_activation():
             return super().forward(torch.ops.timm_sscl_test.relu(x))
 
     assert [r.name for r in _converted(Net).spiking_report()] == ['acts.0', 'acts.1', 'acts.2']
+
+
+class _Part(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.conv, self.function = nn.Conv2d(4, 4, 3, padding=1), function
+
+    def forward(self, x):
+        x = self.conv(x)
+        return F.gelu(x) if self.function == 'gelu' else F.dropout(x, .5, self.training)
+
+
+class _Checkpointed(nn.Module):
+    """Gradient checkpointing around a method, a module, or nothing."""
+
+    def __init__(self, function, around, reentrant):
+        super().__init__()
+        self.conv, self.act, self.part, self.head = nn.Conv2d(3, 4, 3), nn.ReLU(), _Part(function), nn.Linear(4, 5)
+        self.function, self.around, self.reentrant = function, around, reentrant
+
+    def method(self, x):
+        return F.gelu(x) if self.function == 'gelu' else F.dropout(x, .5, self.training)
+
+    def forward(self, x):
+        x, run = self.act(self.conv(x)), self.method if self.around == 'method' else self.part
+        x = run(x) if self.around is None else torch.utils.checkpoint.checkpoint(run, x, use_reentrant=self.reentrant)
+        return self.head(x.mean((2, 3)))
+
+
+def _gradients(function, around, reentrant=False):
+    torch.manual_seed(0)
+    model = convert_to_spiking(_Checkpointed(function, around, reentrant), timesteps=3, v_threshold=.1).train()
+    torch.manual_seed(1)
+    model(torch.randn(2, 3, 8, 8)).square().sum().backward()
+    return [p.grad for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize('reentrant', [False, True])
+@pytest.mark.parametrize('function', ['gelu', 'dropout'])
+def test_functions_that_checkpointing_computes_again(function, reentrant):
+    """The backward computes a module again with its neurons and masks; a method it would compute as the ANN's."""
+    expected = _gradients(function, None)
+    assert len(expected) == 6 and all(map(torch.equal, _gradients(function, 'part', reentrant), expected))
+    with pytest.raises(RuntimeError, match=f"'{function}' is called as a function.*checkpointing"):
+        _gradients(function, 'method', reentrant)
+
+
+def test_a_method_under_checkpointing_runs_without_gradients():
+    model = convert_to_spiking(_Checkpointed('gelu', 'method', True), timesteps=3).eval()
+    with torch.no_grad():
+        assert model(torch.randn(2, 3, 8, 8)).shape == (2, 5)

@@ -1,6 +1,7 @@
 """Activations, dropout and noise that a module calls as functions: found in its source, replaced inside its forward."""
 import ast
 import inspect
+import sys
 import textwrap
 from functools import lru_cache, wraps
 from typing import Any, Callable, Dict, FrozenSet, List, Optional, Sequence, Set, Type
@@ -8,6 +9,7 @@ from typing import Any, Callable, Dict, FrozenSet, List, Optional, Sequence, Set
 import torch
 import torch.fx
 import torch.nn as nn
+import torch.utils.checkpoint
 from torch.overrides import TorchFunctionMode
 
 from timm_sscl.neurons.folding import require_fold
@@ -142,16 +144,23 @@ class FunctionsOverTime(TorchFunctionMode):
         self.neuron = neuron
         self.call = first
         self.last = last
+        self.differentiable = torch.is_grad_enabled()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = getattr(func, '__name__', '')
         if name in ('dropout', 'dropout_'):
-            return dropout_over_time(self.timesteps, *args, **kwargs)
+            out = dropout_over_time(self.timesteps, *args, **kwargs)
+            if out is not (args[0] if args else kwargs['input']):
+                self._refuse_recomputation(name)
+            return out
         if name == 'rand':
+            self._refuse_recomputation(name)
             return rand_over_time(self.timesteps, *args, **kwargs)
         if self.neuron is not None and is_activation_function(func):
             neuron = self._next()
+            if neuron is not None:
+                self._refuse_recomputation(name)
             return func(*args, **kwargs) if neuron is None else self._fire(neuron, name, *args, **kwargs)
         return func(*args, **kwargs)
 
@@ -173,6 +182,22 @@ class FunctionsOverTime(TorchFunctionMode):
             f'a module with functional activations called {how} the {self.last} that it called when it was converted; '
             f'each call has a neuron of its own, by its number. Make the activations modules (self.act = nn.ReLU()) '
             f'where a forward does not always call the same.')
+
+    def _refuse_recomputation(self, function: str) -> None:
+        """Raise in a region that gradient checkpointing computes again in the backward, where this mode is not active.
+
+        A region around all of the module is fine: it enters the mode again.
+        """
+        if not self.differentiable or torch.compiler.is_compiling():
+            return
+        frame = sys._getframe(2)
+        while frame is not None and frame.f_code.co_name != '_call_folded' and frame.f_code is not _FORWARD:
+            if frame.f_code.co_filename == torch.utils.checkpoint.__file__:
+                raise RuntimeError(
+                    f"'{function}' is called as a function inside a region under gradient checkpointing, whose backward "
+                    f'computes it again as it was before the conversion. Make it a module (self.act = nn.ReLU(), '
+                    f'self.drop = nn.Dropout(p)), or put the region into a module of its own.')
+            frame = frame.f_back
 
     def _fire(self, neuron, name, input, *args, inplace=False, **kwargs):
         # for the functions whose second argument is inplace: relu, relu6, silu, mish, hardswish
@@ -217,6 +242,9 @@ def _inside_only(method: Callable) -> Callable:
             require_fold(f'{type(self).__name__}.{method.__name__}')
         return method(self, *args, **kwargs)
     return call
+
+
+_FORWARD = _Functions.forward.__code__
 
 
 @lru_cache(maxsize=None)
