@@ -11,6 +11,15 @@ from timm.utils import random_seed
 
 from ablation_results import GRADIENTS_CSV, gradient_lines, read_csv, write_csv
 from ablation_runs import finished_runs
+from timm_sscl.training.datasets import create_datasets, resolve_num_classes
+from timm_sscl.training.loaders import create_loaders
+from timm_sscl.training.neuron_init import prepare_neurons
+from timm_sscl.training.processes import create_accelerator, set_threads
+from timm_sscl.training.resume import restore
+from timm_sscl.training.student import create_student
+from timm_sscl.training.task import create_task
+from timm_sscl.training.teacher import create_teacher
+from timm_sscl.training.weights import load_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 _DIAGNOSIS_BATCHES = 4
@@ -59,21 +68,21 @@ def diagnose(folder: Path, at_start: bool) -> List[Dict[str, Any]]:
     import train
     from timm_sscl.training.options import parse_args
     args, _ = parse_args(['--config', str(folder / 'args.yaml')])
-    accelerator = train.create_accelerator(args)
-    train.set_threads(args, accelerator)
+    accelerator = create_accelerator(args)
+    set_threads(args, accelerator)
     random_seed(args.seed, 0)
-    datasets = train.create_datasets(args)
-    classes = train.resolve_num_classes(args, datasets[0])
-    student = train.create_student(args, classes)
+    datasets = create_datasets(args)
+    classes = resolve_num_classes(args, datasets[0])
+    student = create_student(args, classes)
     data_config = resolve_data_config(vars(args), model=student)
-    teacher, teacher_input = train.create_teacher(args, classes, data_config)
-    train.load_weights(teacher, args.teacher_checkpoint, '--teacher-checkpoint')
-    loaders = train.create_loaders(args, datasets, data_config, classes)
-    task = train.create_task(args, student, teacher, teacher_input, data_config, accelerator.device, False)
+    teacher, teacher_input = create_teacher(args, classes, data_config)
+    load_weights(teacher, args.teacher_checkpoint, '--teacher-checkpoint')
+    loaders = create_loaders(args, datasets, data_config, classes)
+    task = create_task(args, student, teacher, teacher_input, data_config, accelerator.device, False)
     if at_start:
-        train.prepare_neurons(args, accelerator, student, loaders.train, resumed=False)
+        prepare_neurons(args, accelerator, student, loaders.train, resumed=False)
     else:
-        train.restore(task, str(folder / 'last.pth.tar'))
+        restore(task, str(folder / 'last.pth.tar'))
     task.train()
     batches = [batch for batch, _ in zip(loaders.train, range(_DIAGNOSIS_BATCHES))]
     return term_gradients(task, batches)

@@ -16,6 +16,7 @@ from timm_sscl import LIF, convert_to_spiking, register_activation
 from timm_sscl.conversion.activations import unregister_activation
 from timm_sscl.training.options import OptionError, parse_args
 from timm_sscl.models.spiking import register_spiking_models
+from timm_sscl.training.student import create_student
 
 T, SIZE = 2, (3, 12, 12)
 
@@ -406,10 +407,10 @@ def test_allow_analog_reaches_create_model_and_a_checkpoint_restores_it(tmp_path
                               pretrained_cfg_overlay=dict(file=str(tmp_path / 'weights.pth'), num_classes=4))
     assert again.settings.allow_analog
     args, _ = parse_args(['--model', 'spiking_audit_clamped', '--allow-analog'])
-    assert train.create_student(args, 4).settings.allow_analog
+    assert create_student(args, 4).settings.allow_analog
     args, _ = parse_args(['--model', 'test_resnet', '--allow-analog'])
     with pytest.raises(OptionError, match='--allow-analog.*does not spike'):
-        train.create_student(args, 4)
+        create_student(args, 4)
 
 
 def test_a_timm_model_needs_no_run_unless_it_was_changed(monkeypatch):

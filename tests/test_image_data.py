@@ -17,6 +17,7 @@ from timm_sscl.data.folders import take_spread
 from timm_sscl.data.images import DecodedStream, to_mode
 from timm_sscl.data.samples import Samples, UnreadableSample
 from timm_sscl.training.options import parse_args
+from timm_sscl.training.datasets import create_datasets, resolve_num_classes
 
 LEVELS = np.arange(256, dtype=np.uint8).reshape(16, 16)  # as 8 bits; times 257 they are the same grey in 16 bits
 
@@ -165,7 +166,7 @@ def test_hidden_images_are_no_class_and_no_sample(source, where, tmp_path, caplo
     assert [label for _, label in dataset] == [label for _, label in plain] == [0, 0, 1, 1, 2, 2]
     for (ours, _), (theirs, _) in zip(dataset, plain):
         assert np.array_equal(ours, theirs)
-    assert train.resolve_num_classes(parse_args(['--data-dir', 'x'])[0], dataset) == 3
+    assert resolve_num_classes(parse_args(['--data-dir', 'x'])[0], dataset) == 3
     assert '1 hidden images' in caplog.text and where in caplog.text
     check_labels(dataset, 3, 'training')
 
@@ -245,19 +246,19 @@ def test_one_tar_is_not_both_splits(tmp_path, caplog):
         check_apart(one, other, False)
     args = parse_args(['--data-dir', file])[0]
     with pytest.raises(ValueError, match='all.tar'):
-        train.create_datasets(args)
+        create_datasets(args)
 
 
 def test_the_same_split_twice_is_said(tmp_path, caplog):
     root = write_images(tmp_path / 'images', per_class=1)
-    train.create_datasets(parse_args(['--data-dir', str(root), '--val-split', 'train'])[0])
+    create_datasets(parse_args(['--data-dir', str(root), '--val-split', 'train'])[0])
     assert 'accuracies are those on the training images' in caplog.text
     caplog.clear()
-    train.create_datasets(parse_args(['--data-dir', str(root)])[0])
+    create_datasets(parse_args(['--data-dir', str(root)])[0])
     assert not caplog.text
     (root / 'val').symlink_to(root / 'train')
     with pytest.raises(ValueError, match='both the training and the validation'):
-        train.create_datasets(parse_args(['--data-dir', str(root), '--val-split', 'val'])[0])
+        create_datasets(parse_args(['--data-dir', str(root), '--val-split', 'val'])[0])
 
 
 @pytest.mark.parametrize('split', ['trian', 'Train', 'holdout', ''])

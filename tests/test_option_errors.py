@@ -13,6 +13,7 @@ from timm_sscl.data.posterize import allow_posterize_to_black
 from timm_sscl.data.samples import FailedTransform, Samples
 from timm_sscl.training.errors import OptionError, blame_options
 from timm_sscl.training.options import parse_args
+from timm_sscl.training.student import create_student
 
 
 def error_line(args, cwd, monkeypatch, capsys):
@@ -122,12 +123,12 @@ def test_weights_that_fit_in_part_are_counted(tmp_path, monkeypatch, caplog):
     weights = timm.create_model('test_resnet', num_classes=10).state_dict()
     torch.save({k: v for k, v in weights.items() if not k.startswith('layer1')}, tmp_path / 'weights.pth')
     args = [*TINY, '--num-classes', '10', '--pretrained-path', str(tmp_path / 'weights.pth')]
-    train.create_student(parse_args(args)[0], 10)
+    create_student(parse_args(args)[0], 10)
     # two convolutions, and the head, which timm makes anew
     assert '4 of ' in caplog.text and 'layer1.0.conv1.weight, layer1.0.conv2.weight, fc.weight, fc.bias' in caplog.text
     caplog.clear()
     torch.save(weights, tmp_path / 'weights.pth')
-    train.create_student(parse_args(args)[0], 10)
+    create_student(parse_args(args)[0], 10)
     assert '2 of ' in caplog.text and 'such as fc.weight, fc.bias;' in caplog.text
 
 

@@ -20,6 +20,7 @@ import train
 from timm_sscl.neurons import lif_backend
 from timm_sscl.training.options import OptionError, parse_args
 from timm_sscl.training.recipes import list_recipes, load_recipe
+from timm_sscl.training.loaders import create_loaders
 
 # Tables 1 and 2: data set, network, T
 ROWS = [
@@ -97,7 +98,7 @@ def test_the_cifar_recipe_resolves_to_the_lines_settings():
     images = [(Image.new('RGB', (32, 32)), 0)] * 4
     datasets = [type('Images', (list,), dict(transform=None))(images) for _ in range(2)]
     args.batch_size = 4
-    train.create_loaders(args, datasets, data_config, 100)
+    create_loaders(args, datasets, data_config, 100)
     assert [type(t).__name__ for t in datasets[0].transform.transforms] == [
         'Resize', 'RandomCrop', 'RandomHorizontalFlip', 'AutoAugment', 'MaybeToTensor', 'Cutout', 'Normalize']
     assert not [t for t in datasets[1].transform.transforms if 'Random' in type(t).__name__]

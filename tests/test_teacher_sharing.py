@@ -15,6 +15,11 @@ from timm_sscl.training.option_groups import create_parser
 from timm_sscl.training.options import parse_args
 from timm_sscl.training.teacher_key import IRRELEVANT, differing_from_legacy, teacher_settings
 from timm_sscl.training.teacher_record import TeacherRecord, check_asked_teacher, check_same_teacher, weights_digest
+from timm_sscl.training.datasets import resolve_input
+from timm_sscl.training.student import create_student
+from timm_sscl.training.teacher import create_teacher
+from timm_sscl.training.teacher_folder import teacher_folder_of
+from timm_sscl.training.teacher_key import legacy_settings
 
 RUN = [*TINY, '--epochs', '1', '--output', 'out']
 OPTIONS = [action for action in create_parser()._actions if action.dest not in UNSUPPORTED and action.dest != 'help']
@@ -210,11 +215,10 @@ def test_run_of_0_1_0_goes_on_with_its_teacher(copy, monkeypatch, caplog):
     for file in [*(copy / 'out/run').glob('checkpoint*'), *(copy / 'out/run').glob('model_best*')]:
         file.unlink()
     (copy / 'out/run/summary.json').unlink()
-    import train
     args = parse_args([*RUN, '--experiment', 'run'])[0]
-    args.data_config = train.resolve_input(args, train.create_student(args, 10))
-    teacher, _ = train.create_teacher(args, 10, args.data_config)
-    legacy = train._teacher_folder(args, teacher, 10, copy / 'out', train.legacy_settings(args))
+    args.data_config = resolve_input(args, create_student(args, 10))
+    teacher, _ = create_teacher(args, 10, args.data_config)
+    legacy = teacher_folder_of(args, teacher, 10, copy / 'out', legacy_settings(args))
     folder.rename(legacy)
     with caplog.at_level(logging.INFO):
         run_here(['--resume', 'out/run', '--epochs', '2'], copy, monkeypatch)

@@ -35,6 +35,22 @@ from timm_sscl.training.options import OptionError, parse_args
 from timm_sscl.training.option_groups import create_parser
 from timm_sscl.random_state import seeded
 from timm_sscl.distillation.teacher_input import TeacherInput
+from contextlib import ExitStack
+from timm.task.task import TrainingTask
+from timm_sscl.training import loop, processes, validation
+from timm_sscl.training.datasets import create_datasets, guard_samples, resolve_input, resolve_num_classes
+from timm_sscl.training.learning_rate import resolve_lr
+from timm_sscl.training.loaders import create_loaders
+from timm_sscl.training.loop import end_of_batches
+from timm_sscl.training.processes import create_accelerator
+from timm_sscl.training.resume import find_run
+from timm_sscl.training.session import Session
+from timm_sscl.training.state import restore_run_state, start_training
+from timm_sscl.training.student import create_student, place_model
+from timm_sscl.training.task import create_task
+from timm_sscl.training.teacher import create_teacher, teacher_name
+from timm_sscl.training.teacher_folder import teacher_folder
+from timm_sscl.training.teacher_weights import teacher_options
 
 DIFFERENCES = (Path(__file__).resolve().parent.parent / 'docs' / 'pages' / 'differences.md').read_text()
 IN_DIFFERENCES = set(re.findall(r'--[a-z][a-z_-]*[a-z]', DIFFERENCES))
@@ -131,30 +147,31 @@ def _fresh_accelerator():
 def digits():
     """The digits are the same in most cases here: read once."""
     args = parse([])
-    return train.create_datasets(args)
+    return create_datasets(args)
 
 
 def loaders_of(args, datasets, model=None):
-    config = args.data_config = train.resolve_input(args, model or Tiny())
-    guarded = train.guard_samples(args, copy.deepcopy(datasets), config, 10)
-    return config, partial(train.create_loaders, args, guarded, config, 10)
+    config = args.data_config = resolve_input(args, model or Tiny())
+    guarded = guard_samples(args, copy.deepcopy(datasets), config, 10)
+    return config, partial(create_loaders, args, guarded, config, 10)
 
 
 @pytest.fixture
 def fit(tmp_path, digits):
-    """fit(argv) is a train.Fit of a tiny model on eight digits, ready to run; the folder is fit.folder."""
-    def make(argv=(), model=None, datasets=None, name='student', resume=''):
+    """fit(argv) is the training of a tiny model on eight digits, ready to run; the folder is fit.folder."""
+    def make(argv=(), model=None, datasets=None, options=lambda args: args, resume=''):
         AcceleratorState._reset_state(reset_partial_state=True)
         args = parse(argv)
-        accelerator = train.create_accelerator(args)
+        accelerator = create_accelerator(args)
         model = Tiny() if model is None else model
         config, make_loaders = loaders_of(args, datasets or digits, model)
-        session = train.Session(args, accelerator, make_loaders, SimpleNamespace(signal_number=None))
+        session = Session(args, accelerator, make_loaders, SimpleNamespace(signal_number=None))
         mixes = make_loaders().mixup is not None
-        task = train.create_task(args, model, None, TeacherInput(), config, torch.device('cpu'), mixes)
+        task = create_task(args, model, None, TeacherInput(), config, torch.device('cpu'), mixes)
         folder = tmp_path / f'run{len(list(tmp_path.glob("run*")))}'
         folder.mkdir()
-        return train.Fit(session, task, folder, args.epochs, name, resume=str(resume), ema=args.model_ema)
+        return start_training(session, options(args), task, folder, 'student', resume=str(resume), ema=args.model_ema,
+                              compile_task=bool(args.torchcompile))
     return make
 
 
@@ -166,7 +183,7 @@ def rows(fit):
 def student(argv):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return train.create_student(parse(argv), 10)
+        return create_student(parse(argv), 10)
 
 
 # ---- data
@@ -190,7 +207,7 @@ def folder_args(images, argv=()):
 
 
 def samples_of(args, training, indices=(0, 5, 10)):
-    datasets = train.create_datasets(args)
+    datasets = create_datasets(args)
     loaders = loaders_of(args, datasets)[1]()
     dataset = (loaders.train if training else loaders.eval).dataset
     indices = indices if training else (0, 3, 5)
@@ -276,33 +293,33 @@ def test_data_set_is_asked_of_timm(argv, key, training, validation, monkeypatch)
         calls = []
         monkeypatch.setattr(
             factory, 'create_timm_dataset', lambda name, **kw: calls.append({'name': name, **kw}) or [0])
-        train.create_datasets(parse(['--dataset', 'tfds/other', *argv]))
+        create_datasets(parse(['--dataset', 'tfds/other', *argv]))
         return [next(call for call in calls if call['is_training'] is t).get(key) for t in (True, False)]
     assert asked(argv) == [training, validation] != asked([])
 
 
 def test_data_options_reach_the_samples(images, tmp_path):
-    plain = train.create_datasets(folder_args(images))
+    plain = create_datasets(folder_args(images))
     (tmp_path / 'map.txt').write_text('cat\nbee\nant\n')
-    turned = train.create_datasets(folder_args(images, ['--class-map', tmp_path / 'map.txt', '--train-split', 'other']))
+    turned = create_datasets(folder_args(images, ['--class-map', tmp_path / 'map.txt', '--train-split', 'other']))
     assert [len(d) for d in (*plain, *turned)] == [12, 6, 9, 6]
     assert [plain[1][i][1] for i in range(6)] == [2 - turned[1][i][1] for i in range(6)]
     assert plain[0][0][0].mode == 'RGB'
     for argv in (['--input-img-mode', 'L'], ['--in-chans', 1], ['--input-size', 1, 8, 8]):
-        assert train.create_datasets(folder_args(images, argv))[0][0][0].mode == 'L'
-        assert train.create_datasets(parse(argv))[0][0][0].mode == 'L'  # the digits as well
-    assert [len(d) for d in train.create_datasets(parse(['--train-num-samples', 7, '--val-num-samples', 3]))] == [7, 3]
+        assert create_datasets(folder_args(images, argv))[0][0][0].mode == 'L'
+        assert create_datasets(parse(argv))[0][0][0].mode == 'L'  # the digits as well
+    assert [len(d) for d in create_datasets(parse(['--train-num-samples', 7, '--val-num-samples', 3]))] == [7, 3]
     with pytest.raises(OptionError, match="--val-split '': every run is validated"):
         parse(['--val-split', ''])
 
 
 @observes('--num-classes')
 def test_number_of_classes(images):
-    dataset = train.create_datasets(folder_args(images))[0]
-    assert train.resolve_num_classes(folder_args(images, ['--num-classes', 5]), dataset) == 5
-    assert train.resolve_num_classes(folder_args(images), dataset) == 3
+    dataset = create_datasets(folder_args(images))[0]
+    assert resolve_num_classes(folder_args(images, ['--num-classes', 5]), dataset) == 5
+    assert resolve_num_classes(folder_args(images), dataset) == 3
     with pytest.raises(OptionError, match='--num-classes 2: the data set has 3 classes'):
-        train.resolve_num_classes(folder_args(images, ['--num-classes', 2]), dataset)
+        resolve_num_classes(folder_args(images, ['--num-classes', 2]), dataset)
 
 
 @observes('--batch-size', '--validation-batch-size', '--workers', '--pin-mem')
@@ -373,11 +390,11 @@ def test_spiking_student_is_built_as_asked():
 def test_teacher_of_another_architecture_keeps_its_own_pooling_and_norms():
     args = parse(['--model', 'spiking_test_efficientnet', '--teacher', 'test_resnet', '--gp', 'max', '--bn-eps', 0.01,
                   '--drop', 0.1])
-    config = train.resolve_input(args, Tiny())
-    teacher = train.create_teacher(args, 10, config)[0]
+    config = resolve_input(args, Tiny())
+    teacher = create_teacher(args, 10, config)[0]
     assert teacher.global_pool.pool_type == 'avg' and teacher.drop_rate == 0.1
     args.teacher = None
-    assert train.create_teacher(args, 10, config)[0].global_pool.pool_type == 'max'
+    assert create_teacher(args, 10, config)[0].global_pool.pool_type == 'max'
 
 
 @observes('--pretrained', '--pretrained-path', '--initial-checkpoint', '--head-init-scale', '--head-init-bias')
@@ -408,20 +425,20 @@ def test_channels_that_are_not_three():
     """Images, model and normalisation agree, also where the model's own mean and std have three values."""
     for argv in (['--in-chans', 1], ['--input-size', 1, 32, 32]):
         args = parse_args(['--model', 'test_resnet', '--train-num-samples', '64', *map(str, argv)])[0]
-        datasets, model = train.create_datasets(args), train.create_student(args, 10)
-        config = train.resolve_input(args, model)
-        loader = train.create_loaders(args, train.guard_samples(args, datasets, config, 10), config, 10).train
+        datasets, model = create_datasets(args), create_student(args, 10)
+        config = resolve_input(args, model)
+        loader = create_loaders(args, guard_samples(args, datasets, config, 10), config, 10).train
         assert config['input_size'] == (1, 32, 32) and config['mean'] == config['std'] == (.5,)
         assert model(next(iter(loader))[0]).shape == (64, 10)
     args = parse_args(['--dataset', 'digits', '--model', 'test_resnet', '--in-chans', '1'])[0]
-    config = train.resolve_input(args, train.create_student(args, 10))
+    config = resolve_input(args, create_student(args, 10))
     assert config['input_size'] == (1, 160, 160) and config['mean'] == (.5,)  # the model's (.5, .5, .5)
     with pytest.raises(OptionError, match='--mean: 2 values for 3 channels'):
-        train.resolve_input(parse(['--mean', 0.1, 0.2]), Tiny())
+        resolve_input(parse(['--mean', 0.1, 0.2]), Tiny())
 
 
 def test_size_on_the_command_line_wins_over_the_recipes():
-    assert train.resolve_input(parse_args(['--img-size', '48'])[0], Tiny())['input_size'] == (3, 48, 48)
+    assert resolve_input(parse_args(['--img-size', '48'])[0], Tiny())['input_size'] == (3, 48, 48)
 
 
 # ---- devices and precision
@@ -429,19 +446,19 @@ def test_size_on_the_command_line_wins_over_the_recipes():
 @observes('--device', '--amp', '--amp-dtype', '--no-ddp-bb')
 def test_accelerator_is_made_as_asked(monkeypatch):
     made = []
-    monkeypatch.setattr(train, 'Accelerator', lambda **kwargs: made.append(kwargs) or SimpleNamespace(
+    monkeypatch.setattr(processes, 'Accelerator', lambda **kwargs: made.append(kwargs) or SimpleNamespace(
         num_processes=1, mixed_precision='no', device=torch.device('cpu')))
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     for argv in (['--device', 'cuda'], [], ['--amp', '--device', 'cuda'], ['--amp', '--amp-dtype', 'bfloat16'],
                  ['--no-ddp-bb']):
-        train.create_accelerator(parse(argv))
+        create_accelerator(parse(argv))
     assert [m['cpu'] for m in made] == [False, True, False, True, True]  # BASE says cpu
     assert [m['mixed_precision'] for m in made] == [None, None, 'fp16', 'bf16', None]
     assert [m['kwargs_handlers'][0].broadcast_buffers for m in made] == [True] * 4 + [False]
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     monkeypatch.setattr(torch.accelerator, 'is_available', lambda: False)
     with pytest.raises(OptionError, match='--device cuda: PyTorch sees no accelerator'):
-        train.create_accelerator(parse(['--device', 'cuda']))
+        create_accelerator(parse(['--device', 'cuda']))
     with pytest.raises(OptionError, match='--amp and --model-dtype bfloat16'):
         parse(['--amp', '--model-dtype', 'bfloat16'])
 
@@ -453,18 +470,18 @@ def test_accelerator_is_made_as_asked(monkeypatch):
 ])
 def test_precision_of_a_step(argv, forward, weights, fit):
     args, seen = parse(argv), []
-    model = train._placed(args, Tiny())
+    model = place_model(args, Tiny())
     model.fc.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     run = fit([*argv, '--epochs', 1], model)
-    run.run()
+    train.fit(run)
     assert set(seen) == {forward} and run.task.student.fc.weight.dtype == weights
 
 
 def test_model_dtype_with_the_contrastive_loss():
     args = parse(['--model', 'test_resnet', '--distill', 'sscl', '--img-size', 32, '--model-dtype', 'bfloat16'])
-    config = train.resolve_input(args, Tiny())
-    model, (teacher, teacher_input) = train.create_student(args, 10), train.create_teacher(args, 10, config)
-    task = train.create_task(args, model, teacher, teacher_input, config, torch.device('cpu'), False)
+    config = resolve_input(args, Tiny())
+    model, (teacher, teacher_input) = create_student(args, 10), create_teacher(args, 10, config)
+    task = create_task(args, model, teacher, teacher_input, config, torch.device('cpu'), False)
     task(torch.randn(4, 3, 32, 32).bfloat16(), torch.arange(4))['loss'].backward()
     assert model.conv1[0].weight.grad.dtype == torch.bfloat16
 
@@ -483,24 +500,24 @@ class Posing:
 def test_synchronize_step(fit, monkeypatch):
     for argv, expected in (([], 0), (['--synchronize-step'], 1)):
         run, calls = fit(argv), []
-        run.accelerator = Posing(run.accelerator, device=SimpleNamespace(type='cuda'))
+        run.session.accelerator = Posing(run.accelerator, device=SimpleNamespace(type='cuda'))
         monkeypatch.setattr(torch.cuda, 'synchronize', lambda: calls.append(1))
-        run._train_step(0, *next(iter(run.train_loader)))
+        train.train_step(run, 0, next(iter(run.train_loader)))
         assert len(calls) == expected
 
 
 @observes('--dist-bn')
 def test_batch_norm_statistics_are_shared(fit, monkeypatch):
     calls = []
-    monkeypatch.setattr(train, 'distribute_bn', lambda module, n, reduce: calls.append((n, reduce)))
+    monkeypatch.setattr(loop, 'distribute_bn', lambda module, n, reduce: calls.append((n, reduce)))
     for mode, expected in (('', []), ('reduce', [(2, True)] * 2), ('broadcast', [(2, False)] * 2)):
         run = fit(['--dist-bn', mode, '--model-ema', '--epochs', 1])
-        run.accelerator = Posing(run.accelerator, num_processes=2)
+        run.session.accelerator = Posing(run.accelerator, num_processes=2)
         calls.clear()
-        run._distribute_bn()
+        end_of_batches(run)
         assert calls == expected  # the model's, and its average's
     calls.clear()
-    fit(['--epochs', 1]).run()
+    train.fit(fit(['--epochs', 1]))
     assert not calls  # one process has nobody to share with
 
 
@@ -580,7 +597,7 @@ def gradients(run):
     found = {}
     run.optimizer.step = lambda: found.update({n: p.grad.clone() for n, p in run.task.student.named_parameters()})
     run.task.train()
-    run._train_step(0, *next(iter(run.train_loader)))
+    train.train_step(run, 0, next(iter(run.train_loader)))
     return found
 
 
@@ -602,14 +619,15 @@ def test_gradients_are_clipped(fit):
 
 
 @observes('--grad-accum-steps')
-def test_accumulated_steps_are_those_of_their_mean_loss(fit):
-    datasets = train.create_datasets(parse(['--train-num-samples', 20]))
+def test_accumulated_steps_are_those_of_their_mean_loss(fit, monkeypatch):
+    train_step = train.train_step
+    datasets = create_datasets(parse(['--train-num-samples', 20]))
     argv = ['--epochs', 1, '--lr', .1, '--opt', 'momentum', '--momentum', 0, '--weight-decay', 0, '--smoothing', 0]
     for accumulated, groups in ((1, [[0], [1], [2], [3], [4]]), (2, [[0, 1], [2, 3], [4]]), (3, [[0, 1, 2], [3, 4]])):
         run, batches = fit([*argv, '--grad-accum-steps', accumulated], datasets=datasets), []
-        step = run._train_step
-        run._train_step = lambda i, x, y: batches.append((x.clone(), y)) or step(i, x, y)
-        run.run()
+        monkeypatch.setattr(train, 'train_step', lambda training, step, batch: (
+            batches.append((batch[0].clone(), batch[1])) or train_step(training, step, batch)))
+        train.fit(run)
         model = Tiny()
         optimizer = torch.optim.SGD(model.parameters(), lr=.1)
         for group in groups:
@@ -670,12 +688,12 @@ PLATEAU = ['--sched', 'plateau', '--patience-epochs', '1']
           '--lr-noise-pct', '--lr-noise-std', '--decay-epochs', '--decay-rate', '--decay-milestones',
           '--patience-epochs', '--sched-on-updates')
 def test_learning_rates_are_those_of_timms_scheduler(argv, base, epochs, scheduler, fit, monkeypatch):
-    monkeypatch.setattr(train, 'evaluate', lambda *args: dict(loss=1., top1=50., top5=60.))
+    monkeypatch.setattr(validation, 'evaluate', lambda *args: dict(loss=1., top1=50., top5=60.))
 
     def rates(argv):
         run = fit(['--lr', .1, '--epochs', 6, *argv])
-        run._train_step = lambda *args: _update_only(run)
-        run.run()
+        monkeypatch.setattr(train, 'train_step', lambda training, step, batch: _update_only(training)[1])
+        train.fit(run)
         return [float(row['lr']) for row in rows(run)]
 
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=.3 if '--lr' in argv else .1)
@@ -703,7 +721,7 @@ def _update_only(run):
 @observes('--lr-base', '--lr-base-size', '--lr-base-scale')
 def test_learning_rate_follows_the_global_batch():
     def lr(*argv, processes=2):
-        return train.resolve_lr(parse(['--batch-size', 32, '--grad-accum-steps', 2, *argv]), processes)
+        return resolve_lr(parse(['--batch-size', 32, '--grad-accum-steps', 2, *argv]), processes)
     assert lr() == pytest.approx(.1 * 128 / 256)
     assert lr('--lr-base', .5) == pytest.approx(.5 * 128 / 256)
     assert lr('--lr-base-size', 512) == pytest.approx(.1 * 128 / 512)
@@ -720,7 +738,7 @@ def criterion_of(argv):
 
 def task_of(args, model, teacher=None):
     config = dict(input_size=(3, 8, 8))
-    return train.create_task(args, model, teacher, TeacherInput(), config, torch.device('cpu'), args.mixup > 0)
+    return create_task(args, model, teacher, TeacherInput(), config, torch.device('cpu'), args.mixup > 0)
 
 
 def _bce(logits, target, reduce=torch.mean, weight=1.):
@@ -783,11 +801,11 @@ def test_mixup_and_cutmix(digits):
 
 
 @observes('--mixup-off-epoch')
-def test_mixup_ends_at_its_epoch(fit):
+def test_mixup_ends_at_its_epoch(fit, monkeypatch):
     for argv, expected in (([], [True] * 3), (['--mixup-off-epoch', 2], [True, True, False])):
         run, seen = fit(['--mixup', 1, '--epochs', 3, *argv]), []
-        run._train_step = lambda *args: seen.append(run.loaders.mixup.mixup_enabled) or (4, False)
-        run.run()
+        monkeypatch.setattr(train, 'train_step', lambda training, *_: seen.append(training.mixup.mixup_enabled))
+        train.fit(run)
         assert seen[::2] == expected
 
 
@@ -799,7 +817,7 @@ def test_mixup_ends_at_its_epoch(fit):
           '--kd-distill-type')
 def test_kd_options_are_timms_logit_distillation(argv):
     args = parse_args([*BASE[:4], '--num-classes', '10', '--kd-model-name', 'test_vit', *argv])[0]
-    assert train.teacher_name(args) == 'test_vit' and list(args.losses) == ['kd']
+    assert teacher_name(args) == 'test_vit' and list(args.losses) == ['kd']
     model, teacher = Tiny(0), Tiny(1)
     task = task_of(args, model, teacher)
     given = {a[2:].replace('-', '_'): float(v) for a, v in zip(argv[::2], argv[1::2]) if 'type' not in a}
@@ -821,7 +839,7 @@ def test_model_ema(fit, monkeypatch):
         run, weights = fit(['--model-ema', '--model-ema-decay', .7, '--lr', .1, *argv]), []
         update = run.task.update_ema
         run.task.update_ema = lambda step: weights.append(run.task.student.fc.weight.detach().clone()) or update(step)
-        run.run()
+        train.fit(run)
         return run, weights, run.task.get_eval_model(ema=True).fc.weight
     for argv, decays in (((), [0., .7, .7, .7]), (('--model-ema-decay', .2), [0., .2, .2, .2]),
                          (('--model-ema-warmup',), [0., *(min(.7, 1 - (1 + n) ** (-2 / 3)) for n in (1, 2, 3))])):
@@ -834,9 +852,9 @@ def test_model_ema(fit, monkeypatch):
     run, _, _ = averaged('--model-ema-force-cpu')
     assert 'eval_top1_ema' not in rows(run)[0]  # as in timm, which keeps it off the device and unvalidated
     devices = []
-    setup = train.TrainingTask.setup_ema
+    setup = TrainingTask.setup_ema
     monkeypatch.setattr(
-        train.TrainingTask, 'setup_ema', lambda task, device, **kw: devices.append(device) or setup(task, **kw))
+        TrainingTask, 'setup_ema', lambda task, device, **kw: devices.append(device) or setup(task, **kw))
     for argv in ([], ['--model-ema-force-cpu']):
         fit(['--model-ema', *argv])
     assert devices == [None, torch.device('cpu')]
@@ -848,15 +866,15 @@ def test_model_ema(fit, monkeypatch):
 @observes('--log-interval', '--save-images')
 def test_logging(fit, caplog):
     caplog.set_level(logging.INFO, 'train')
-    datasets = train.create_datasets(parse(['--train-num-samples', 20]))
+    datasets = create_datasets(parse(['--train-num-samples', 20]))
     for interval, logged in ((1, 5), (2, 3), (50, 1)):  # the last step always
         caplog.clear()
         run = fit(['--epochs', 1, '--log-interval', interval, '--save-images'], datasets=datasets)
-        run.run()
+        train.fit(run)
         assert sum('img/s' in message for message in caplog.messages) == logged
         assert len(list(run.folder.glob('train-batch-*.jpg'))) == logged
     run = fit(['--epochs', 1])
-    run.run()
+    train.fit(run)
     assert not list(run.folder.glob('*.jpg'))
 
 
@@ -864,9 +882,9 @@ def test_logging(fit, caplog):
 def test_validation_interval(fit, monkeypatch):
     for interval, validated in ((1, [1, 1, 1, 1, 1]), (2, [0, 1, 0, 1, 1]), (3, [0, 0, 1, 0, 1])):  # the last always
         calls = []
-        monkeypatch.setattr(train, 'evaluate', lambda *args: calls.append(1) or dict(loss=1., top1=50., top5=60.))
+        monkeypatch.setattr(validation, 'evaluate', lambda *args: calls.append(1) or dict(loss=1., top1=50., top5=60.))
         run = fit(['--epochs', 5, '--val-interval', interval])
-        run.run()
+        train.fit(run)
         assert [bool(row['eval_top1']) for row in rows(run)] == validated and len(calls) == sum(validated)
 
 
@@ -878,9 +896,9 @@ def test_the_best_checkpoints_are_kept(fit, monkeypatch):
         def evaluate(*args):
             top1, loss = next(metrics)
             return dict(loss=loss, top1=top1, top5=-top1)
-        monkeypatch.setattr(train, 'evaluate', evaluate)
+        monkeypatch.setattr(validation, 'evaluate', evaluate)
         run = fit(['--epochs', 4, *argv])
-        result = run.run()
+        result = train.fit(run)
         kept = sorted(int(re.search(r'checkpoint-(\d)', f.name)[1]) for f in run.folder.glob('checkpoint-*'))
         file = torch.load(run.folder / 'model_best.pth.tar')
         assert file['epoch'] == result.best_epoch
@@ -893,53 +911,53 @@ def test_the_best_checkpoints_are_kept(fit, monkeypatch):
 
 def test_the_averages_metric_ranks_where_there_is_one(fit, monkeypatch):
     values = iter([1., 8., 2., 3.])  # model and average, two epochs
-    monkeypatch.setattr(train, 'evaluate', lambda *args: dict(loss=1., top1=next(values), top5=1.))
-    result = fit(['--model-ema']).run()
+    monkeypatch.setattr(validation, 'evaluate', lambda *args: dict(loss=1., top1=next(values), top5=1.))
+    result = train.fit(fit(['--model-ema']))
     assert (result.best, result.best_epoch) == (8., 0)
 
 
 @observes('--recovery-interval')
 def test_recovery_interval(fit):
-    datasets = train.create_datasets(parse(['--train-num-samples', 20]))
+    datasets = create_datasets(parse(['--train-num-samples', 20]))
     for interval, steps in ((0, []), (1, [1, 2, 3, 4, 5]), (2, [2, 4])):
         run, saved = fit(['--epochs', 1, '--recovery-interval', interval], datasets=datasets), []
         run.saver.save_recovery = lambda position, state: saved.append(position.step)
-        run.run()
+        train.fit(run)
         assert saved[:-1] == steps  # and one more before the validation
 
 
 @observes('--start-epoch', '--resume', '--no-resume-opt')
 def test_where_a_run_goes_on(fit):
     first = fit(['--epochs', 2, '--lr', .1])
-    first.run()
+    train.fit(first)
     file = first.folder / 'last.pth.tar'
     config = dict(input_size=(3, 8, 8))
-    assert train.find_run(parse(['--resume', file]), first.folder.parent, config)[1] == str(file)
-    assert train.find_run(parse([]), first.folder.parent, config)[1] == ''
+    assert find_run(parse(['--resume', file]), first.folder.parent, config)[1] == str(file)
+    assert find_run(parse([]), first.folder.parent, config)[1] == ''
     for argv, epoch, momentum in (([], 2, True), (['--no-resume-opt'], 2, False), (['--start-epoch', 1], 1, True)):
         run = fit(['--epochs', 4, '--lr', .1, *argv], Tiny(5), resume=file)
         assert run.position == (epoch, 0)
         assert torch.equal(run.task.student.fc.weight, first.task.student.fc.weight)
         assert bool(run.optimizer.optimizer.state) is momentum
-        run.run()
+        train.fit(run)
         assert [int(row['epoch']) for row in rows(run)] == list(range(epoch, 4))
-        run.run_state, loaded = dict(scaler=dict(scale=2.)), []
-        run.accelerator = Posing(run.accelerator, scaler=SimpleNamespace(load_state_dict=loaded.append))
-        run._restore_run_state()
+        loaded = []
+        run.session.accelerator = Posing(run.accelerator, scaler=SimpleNamespace(load_state_dict=loaded.append))
+        restore_run_state(run, dict(scaler=dict(scale=2.)))
         assert bool(loaded) is momentum
     run = fit(['--epochs', 4, '--start-epoch', 3])
-    run.run()
+    train.fit(run)
     assert [int(row['epoch']) for row in rows(run)] == [3]
-    assert fit(['--epochs', 4, '--start-epoch', 3], name='teacher').position == (0, 0)  # it has a run of its own
+    assert fit(['--epochs', 4, '--start-epoch', 3], options=teacher_options).position == (0, 0)  # it has a run of its own
 
 
 @observes('--output', '--experiment')
 def test_folder_of_a_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = dict(input_size=(3, 8, 8))
-    folder, resume = train.find_run(parse(['--experiment', 'mine']), Path('out'), config)
+    folder, resume = find_run(parse(['--experiment', 'mine']), Path('out'), config)
     assert folder == Path('out/mine') and resume == ''
-    assert re.fullmatch(r'out/\d{8}-\d{6}-test_resnet-8', str(train.find_run(parse([]), Path('out'), config)[0]))
+    assert re.fullmatch(r'out/\d{8}-\d{6}-test_resnet-8', str(find_run(parse([]), Path('out'), config)[0]))
     seen = []
     monkeypatch.setattr(train, 'find_run', lambda args, root, config: seen.append(root) or (root / 'run', ''))
     prepared(['--output', 'there'])
@@ -950,8 +968,8 @@ def test_folder_of_a_run(tmp_path, monkeypatch):
 def prepared(argv):
     AcceleratorState._reset_state(reset_partial_state=True)
     args = parse(argv)
-    with train.ExitStack() as held:
-        return train.prepare(args, train.create_accelerator(args), SimpleNamespace(signal_number=None), held)
+    with ExitStack() as held:
+        return train.prepare(args, create_accelerator(args), SimpleNamespace(signal_number=None), held)
 
 
 @observes('--seed')
@@ -960,8 +978,8 @@ def test_seed(tmp_path, monkeypatch):
 
     def drawn(seed, n):
         job = prepared(['--seed', seed, '--experiment', f'run{n}'])
-        fit = train.Fit(job.session, job.task, job.folder, 1, 'student')
-        order = torch.cat([y for _, y in fit.train_loader])
+        training = start_training(job.session, job.session.args, job.task, job.folder, 'student')
+        order = torch.cat([y for _, y in training.train_loader])
         return job.student.conv1[0].weight.detach(), order, torch.rand(1)
     first, again, other = drawn(1, 0), drawn(1, 1), drawn(2, 2)
     assert all(map(torch.equal, first, again)) and not any(map(torch.equal, first, other))
@@ -971,9 +989,9 @@ def test_teachers_are_shared_only_where_every_setting_agrees(tmp_path):
     """Every option that the tests above observe in a training makes another teacher."""
     def folder(argv):
         args = parse(argv)
-        args.data_config = train.resolve_input(args, Tiny())
+        args.data_config = resolve_input(args, Tiny())
         teacher = SimpleNamespace(_model_args={})
-        return train.teacher_folder(args, teacher, 10, tmp_path)
+        return teacher_folder(args, teacher, 10, tmp_path)
     groups = ('Optimizer parameters', 'Learning rate schedule parameters', 'Augmentation and regularization parameters')
     trained_by = [option for title in groups for option in TIMM_OPTIONS[title]
                   if dest(option) not in UNSUPPORTED and option not in ('--start-epoch', '--drop-connect')]

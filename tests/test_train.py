@@ -20,6 +20,9 @@ from safetensors.torch import save_file
 import timm_sscl  # registers the spiking_ names
 import train
 from timm_sscl.training.options import parse_args
+from timm_sscl.training import processes
+from timm_sscl.training.processes import create_accelerator
+from timm_sscl.training.teacher import create_teacher
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ['--model', 'spiking_test_resnet', '--timesteps', '2', '--epochs', '2', '--warmup-epochs', '0',
@@ -162,10 +165,10 @@ def test_two_processes_train_on_an_image_folder(tmp_path):
 
 def test_two_copies_that_do_not_know_of_each_other_are_an_error(monkeypatch):
     monkeypatch.setenv('WORLD_SIZE', '2')
-    monkeypatch.setattr(train, 'Accelerator', lambda **kwargs: SimpleNamespace(num_processes=1))
+    monkeypatch.setattr(processes, 'Accelerator', lambda **kwargs: SimpleNamespace(num_processes=1))
     with pytest.raises(
             ValueError, match='2 processes were launched, but Accelerate runs 1.*torchrun --nproc_per_node 2'):
-        train.create_accelerator(parse_args([])[0])
+        create_accelerator(parse_args([])[0])
 
 
 # ---- in this process
@@ -258,9 +261,9 @@ def test_teacher_that_cannot_be_built_for_the_images_sees_them_resized(tmp_path,
             raise AssertionError('not for this size')
         return timm.models.create_model(given.pop('model_name'), **given)
 
-    monkeypatch.setattr(train.timm, 'create_model', create)
+    monkeypatch.setattr(timm, 'create_model', create)
     config = dict(input_size=(3, 32, 32), mean=(.5,) * 3, std=(.5,) * 3)
-    teacher, teacher_input = train.create_teacher(args, 10, config)
+    teacher, teacher_input = create_teacher(args, 10, config)
     assert teacher_input.size == timm.get_pretrained_cfg('test_nfnet').input_size[1:]
     assert teacher_input(torch.zeros(2, 3, 32, 32)).shape[-2:] == teacher_input.size
 

@@ -16,6 +16,7 @@ from timm_sscl.data.copies import find_copies
 from timm_sscl.data.events import EventDigits, EventFolder, FrameSettings, read_aedat, to_frames
 from timm_sscl.data.manifest import describe_data
 from timm_sscl.training.options import parse_args
+from timm_sscl.training.datasets import create_datasets
 
 FRAMES = 'frames_number_10_split_by_number'
 
@@ -134,7 +135,7 @@ def test_a_class_map_does_not_hide_them(tmp_path):
     (tmp_path / 'map.txt').write_text('class0\nclass1\nclass2\n')
     args = parse_args(['--data-dir', str(root), '--class-map', str(tmp_path / 'map.txt')])[0]
     with pytest.raises(ValueError, match='training data has no sample: class1'):
-        train.create_datasets(args)
+        create_datasets(args)
 
 
 # ---- copies
@@ -153,10 +154,10 @@ def test_copies_are_found_by_their_bytes(tmp_path):
 def test_validation_files_that_are_training_files_are_said(tmp_path, caplog):
     root = write_images(tmp_path / 'images', per_class=2)
     args = parse_args(['--data-dir', str(root)])[0]
-    train.create_datasets(args)
+    create_datasets(args)
     assert not caplog.text
     shutil.copy(root / 'train/class1/0.png', root / 'validation/class1/renamed.png')
-    train.create_datasets(args)
+    create_datasets(args)
     assert '1 of 7 validation files are also training files' in caplog.text and 'renamed.png' in caplog.text
 
 

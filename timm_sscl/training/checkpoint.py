@@ -37,8 +37,6 @@ class Position(NamedTuple):
     step: int  # batches of that epoch that are done
 
 
-# ---- writing
-
 @contextmanager
 def replacing(file: Path, copy: bool = False) -> Iterator[Path]:
     """A path beside `file` to write to, which then takes its place at once; a kill leaves the old file or the new one.
@@ -242,8 +240,6 @@ def _plain(value: Any) -> Any:
         return [_plain(v) for v in value] if isinstance(value, list) else tuple(map(_plain, value))
     return value if value is None or type(value) in (bool, int, float, str) else str(value)
 
-
-# ---- reading
 
 def why_damaged(file: Path) -> str:
     """What is wrong with a checkpoint file, by its checksums; '' for a whole one."""

@@ -25,8 +25,6 @@ ARGS_FILE = 'args.yaml'  # in a run's folder
 AUTO = 'auto'  # of --resume
 
 
-# ---- layers and checks
-
 def parse_args(argv: Optional[Sequence[str]] = None) -> Tuple[argparse.Namespace, Dict[str, Any]]:
     """Parse the command line over the configuration file over, without data, the digits recipe.
 

@@ -1,0 +1,130 @@
+"""Training and validation set from the options, checked before anything is trained."""
+import logging
+from argparse import Namespace
+from typing import Any, Dict, Optional, Tuple
+
+import torch.nn as nn
+from timm.data import resolve_data_config
+from timm.data.loader import adapt_to_chs
+from torch.utils.data import IterableDataset
+
+from timm_sscl.data import create_dataset
+from timm_sscl.data.checks import (
+    check_apart, check_channels, check_classes, check_copies, check_labels, check_metadata, check_seen)
+from timm_sscl.data.events import FrameSettings, is_event_dataset
+from timm_sscl.data.folders import class_to_idx_of
+from timm_sscl.data.samples import Samples
+
+from .errors import OptionError, blame_options
+
+__all__ = ['EVENT_SETTINGS', 'create_datasets', 'guard_samples', 'resolve_input', 'resolve_num_classes']
+
+_logger = logging.getLogger('train')
+
+# what event frames depend on
+EVENT_SETTINGS = (
+    'timesteps', 'event_frames', 'event_mode', 'event_size', 'event_roll', 'event_split', 'event_axes')
+
+
+def create_datasets(args: Namespace) -> Tuple[Any, Any]:
+    """Training and validation set; with --eval-only the validation set twice."""
+    with blame_options(dict(dataset=args.dataset, data_dir=args.data_dir), passing=(ValueError, FileNotFoundError)):
+        return _create_datasets(args)
+
+
+def _create_datasets(args: Namespace) -> Tuple[Any, Any]:
+    if is_event_dataset(args.dataset):
+        return _create_event_datasets(args)
+    common = dict(
+        root=args.data_dir, class_map=args.class_map, download=args.dataset_download, seed=args.seed,
+        input_img_mode=args.input_img_mode or ('L' if _given_channels(args) == 1 else 'RGB'), input_key=args.input_key,
+        target_key=args.target_key, trust_remote_code=args.dataset_trust_remote_code)
+    val = create_dataset(
+        args.dataset, split=args.val_split, is_training=False, batch_size=args.validation_batch_size or args.batch_size,
+        num_samples=args.val_num_samples, **common)
+    if args.eval_only:
+        return val, val
+    train = create_dataset(
+        args.dataset, split=args.train_split, is_training=True, batch_size=args.batch_size, repeats=args.epoch_repeats,
+        num_samples=args.train_num_samples, **common)
+    check_apart(train, val, args.train_split == args.val_split)
+    if not args.class_map:
+        check_classes(train, val)
+    check_seen(train, val, cut=args.train_num_samples is not None)
+    check_copies(train, val)
+    return train, val
+
+
+def _create_event_datasets(args: Namespace) -> Tuple[Any, Any]:
+    """Event data; its frames, two polarities as they are, are what the models take."""
+    settings = FrameSettings(args.timesteps, args.event_frames, args.event_mode, args.event_size, args.event_axes)
+    common = dict(root=args.data_dir, settings=settings, event_split=args.event_split, download=args.dataset_download)
+    val = create_dataset(args.dataset, split=args.val_split, num_samples=args.val_num_samples, **common)
+    size = [2, *val.frame_size]
+    if args.input_size and list(args.input_size) != size:
+        raise OptionError(f'--input-size {" ".join(map(str, args.input_size))}: event frames are '
+                          f'{" x ".join(map(str, size))}; --event-size sets their size.')
+    args.in_chans, args.input_size, args.mean, args.std = 2, size, [0., 0.], [1., 1.]
+    if args.eval_only:
+        return val, val
+    train = create_dataset(args.dataset, split=args.train_split, num_samples=args.train_num_samples, **common)
+    check_classes(train, val)
+    check_seen(train, val, cut=args.train_num_samples is not None)
+    check_copies(train, val)
+    return train, val
+
+
+def guard_samples(args: Namespace, datasets: Tuple[Any, Any], data_config: Dict[str, Any], num_classes: int) -> Tuple:
+    """The data sets with seeded samples and checked labels; streamed ones, which have no numbered samples, as is."""
+    guarded = []
+    for dataset, training in zip(datasets, (not args.eval_only, False)):
+        split = 'training' if training else 'validation'
+        if isinstance(dataset, IterableDataset):
+            if training:
+                _logger.warning(
+                    'The training data is a stream: a resumed run does not repeat its augmentation exactly.')
+            guarded.append(dataset)
+            continue
+        check_labels(dataset, num_classes, split)
+        check_metadata(dataset, split)
+        dataset = Samples(
+            dataset, num_classes, training, args.seed, args.max_unreadable, with_index=training and args.teacher_cache)
+        check_channels(dataset, data_config['input_size'][0], split)
+        guarded.append(dataset)
+    return tuple(guarded)
+
+
+def _given_channels(args: Namespace) -> Optional[int]:
+    return args.input_size[0] if args.input_size else args.in_chans
+
+
+def resolve_input(args: Namespace, student: nn.Module) -> Dict[str, Any]:
+    """timm's data configuration for the channels that the student takes; the model's own mean and std follow them."""
+    channels = _given_channels(args)
+    for name in ('mean', 'std'):
+        values = getattr(args, name)
+        if values and len(values) not in (1, channels or 3):
+            raise OptionError(f'--{name}: {len(values)} values for {channels or 3} channels; give one per channel.')
+    config = resolve_data_config(vars(args), model=student)
+    if channels is not None:
+        config['input_size'] = (channels, *config['input_size'][1:])
+    for name in ('mean', 'std'):
+        config[name] = tuple(adapt_to_chs(config[name], config['input_size'][0]))
+    return config
+
+
+def resolve_num_classes(args: Namespace, dataset: Any) -> int:
+    """--num-classes, or as many as the data set has."""
+    classes = class_to_idx_of(dataset) or getattr(dataset, 'classes', None)
+    if args.num_classes is None and classes and len(classes) == 1:
+        raise OptionError(f"the data has one class, '{next(iter(classes))}', in which nothing can be told apart; "
+                          f'--data-dir takes the folder above the splits, which hold a folder per class '
+                          f'(--num-classes 1 where one is meant).')
+    if args.num_classes is None and not classes:
+        raise OptionError('--num-classes: the data set does not tell its number of classes; give it.')
+    if args.num_classes is not None and classes and len(classes) > args.num_classes:
+        raise OptionError(f'--num-classes {args.num_classes}: the data set has {len(classes)} classes.')
+    if args.num_classes is not None and classes and len(classes) < args.num_classes:
+        _logger.warning(f'--num-classes {args.num_classes}: the data set has {len(classes)} classes, labelled 0 to '
+                        f'{len(classes) - 1} in its own order; --class-map gives them other labels.')
+    return args.num_classes if args.num_classes is not None else len(classes)

@@ -1,0 +1,93 @@
+"""How the script ends: wrong input, failures of a run and signals are one line each, with the command that resumes."""
+import os
+import signal
+import sys
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Iterator, Optional
+
+from timm_sscl.data.samples import FailedTransform, UnreadableSample, WrongLabel
+
+from .checkpoint import StorageError, find_newest
+from .errors import OptionError
+from .process_failures import ProcessDied, as_process_failure
+from .stop import Interrupted
+
+__all__ = ['NonFiniteLoss', 'OtherProcessFailed', 'INPUT_ERRORS', 'DATA_ERRORS', 'RUN_ERRORS', 'exit_with_line',
+    'name_dead_processes', 'one_line_errors', 'report_resume_command', 'resume_command']
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss of a step, or a weight, is nan or infinite; nothing of it was kept."""
+
+
+class OtherProcessFailed(RuntimeError):
+    """Another process found what ends the run, and says it."""
+
+
+# these end a run with one line; all others keep their traceback
+INPUT_ERRORS = OptionError, FileNotFoundError, FileExistsError, NotImplementedError, ValueError
+DATA_ERRORS = UnreadableSample, WrongLabel, FailedTransform
+RUN_ERRORS = StorageError, NonFiniteLoss, OtherProcessFailed, ProcessDied, *DATA_ERRORS
+
+
+def exit_with_line(error: Exception, code: int) -> None:
+    """End the script with one line that says what to do."""
+    rank = int(os.environ.get('RANK', 0))
+    lines = str(error).strip().split('\n') if isinstance(error, RUN_ERRORS) else [str(error)]
+    # a loader's worker adds its traceback
+    text = lines[-1].partition(f'{type(error).__name__}: ')[2] or ' '.join(lines)
+    print(f'error{f" (process {rank})" if rank else ""}: {" ".join(text.split())}', file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+@contextmanager
+def name_dead_processes() -> Iterator[None]:
+    try:
+        yield
+    except (Interrupted, *RUN_ERRORS, OptionError):
+        raise
+    except (RuntimeError, OSError) as error:
+        died = as_process_failure(error, int(os.environ.get('WORLD_SIZE', 1)))
+        if died is None:
+            raise
+        if threading.current_thread() is threading.main_thread() and hasattr(signal, 'SIGCHLD'):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise it again at the next child's end
+        raise died from error
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Wrong input ends the script with one line that says what to do."""
+    try:
+        with name_dead_processes():
+            yield
+    except (*INPUT_ERRORS, *RUN_ERRORS) as error:
+        exit_with_line(error, 2)
+
+
+@contextmanager
+def report_resume_command(folder: Optional[Path] = None) -> Iterator[None]:
+    """What ends a training before its end is said in one line, with the command that continues it."""
+    try:
+        with name_dead_processes():
+            yield
+    except (Interrupted, *RUN_ERRORS) as error:
+        if folder is not None:
+            newest = find_newest(folder)
+            print(f'Newest whole checkpoint: {newest or "none yet"}\nTo go on: {resume_command(folder)}',
+                  file=sys.stderr, flush=True)
+        exit_with_line(error, 128 + error.signal_number if isinstance(error, Interrupted) else 1)
+
+
+def resume_command(folder: Path) -> str:
+    """Command that continues the run in this folder, started as this one was."""
+    precision = os.environ.get('ACCELERATE_MIXED_PRECISION', 'no')
+    if 'TORCHELASTIC_RUN_ID' in os.environ:
+        processes = os.environ.get('LOCAL_WORLD_SIZE', os.environ.get('WORLD_SIZE', '1'))
+        launcher = f'torchrun --nproc_per_node {processes}'
+        launcher = launcher if precision == 'no' else f'ACCELERATE_MIXED_PRECISION={precision} {launcher}'
+    else:
+        launcher = 'accelerate launch' + ('' if precision == 'no' else f' --mixed_precision {precision}')
+    return f'{launcher} {os.path.relpath(__file__)} --resume {folder}'

@@ -1,0 +1,279 @@
+"""What train.py's loop calls between its steps: batches, progress, checkpoints, signals, the end of an epoch."""
+import logging
+import math
+import time
+from argparse import Namespace
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import partial
+from typing import ContextManager, Dict, Iterator, Optional, Sequence, Tuple
+
+import torch
+import torch.nn as nn
+from accelerate import skip_first_batches
+from accelerate.utils import gather_object
+from timm.utils import distribute_bn, unwrap_model
+from timm.utils.clip_grad import dispatch_clip_grad
+from torchvision.utils import save_image
+
+from timm_sscl.data.samples import Samples
+from timm_sscl.neurons import packed_spikes
+from timm_sscl.report import mean_per_step
+
+from .checkpoint import Position
+from .exits import DATA_ERRORS, NonFiniteLoss, OtherProcessFailed
+from .meters import Meters, layer_stats, scalar_terms
+from .progress import ProgressLine
+from .rows import append_row
+from .silent_layers import SilentLayers
+from .state import Training, collect_run_state
+
+__all__ = [
+    'EpochProgress', 'epochs_left', 'begin_epoch', 'batches_left', 'watch_layers', 'end_step', 'end_of_batches',
+    'finish_epoch', 'save_recovery', 'agree_on_step', 'check_weights', 'clip_gradients', 'count_update',
+    'share_of_update', 'spike_packing', 'teacher_outputs',
+]
+
+_logger = logging.getLogger('train')
+
+_TERMS = {'task_loss': 'the cross-entropy (task_loss)'}
+
+
+# ---- an epoch
+
+@dataclass
+class EpochProgress:
+    """Progress of an epoch's batches on the terminal."""
+    line: ProgressLine
+    steps: int  # of the whole epoch
+    began: float = field(default_factory=time.time)
+    images: int = 0  # trained on since it began, over all processes
+    checkpoint_due: bool = False
+    layers: Optional[SilentLayers] = None  # notes those that do not fire
+
+
+def epochs_left(training: Training) -> range:
+    """Numbers of the epochs from the one at hand to the last."""
+    if training.position.epoch >= training.epochs:
+        _logger.info(f'{training.name}: all {training.epochs} epochs are done already.')
+    return range(training.position.epoch, training.epochs)
+
+
+def begin_epoch(training: Training, epoch: int, layers: Optional[SilentLayers] = None) -> EpochProgress:
+    """Set data, mixup and modes for an epoch, which may be done in part already."""
+    done = training.position.step if epoch == training.position.epoch else 0
+    if not done:
+        training.meters = Meters()
+    training.position = Position(epoch, done)
+    if hasattr(training.train_loader, 'set_epoch'):
+        training.train_loader.set_epoch(epoch)
+    if isinstance(training.dataset, Samples):
+        training.dataset.set_epoch(epoch)
+    if training.args.mixup_off_epoch and epoch >= training.args.mixup_off_epoch and training.mixup is not None:
+        training.mixup.mixup_enabled = False
+    training.task.train()
+    return EpochProgress(ProgressLine(training.accelerator.is_main_process), len(training.train_loader), layers=layers)
+
+
+def batches_left(training: Training) -> Iterator[Tuple[int, Sequence[torch.Tensor]]]:
+    """(step, batch) from the first that is not done; where one cannot be read, what was done is kept first."""
+    step, loader, batch = training.position.step, training.train_loader, None
+    try:
+        for batch in skip_first_batches(loader, step) if step else loader:
+            yield step, batch
+            step += 1
+    except DATA_ERRORS as error:
+        alone = training.accelerator.num_processes == 1
+        if alone:
+            save_recovery(training)
+        if alone or batch is None:
+            raise
+        training.read_failure = error
+        yield step, batch  # the other processes are in this step: it tells them before anything reaches the weights
+
+
+def watch_layers(training: Training) -> ContextManager[Optional[SilentLayers]]:
+    """What notes the layers that do not fire; nothing for an ANN, or where hooks would be compiled."""
+    model = training.eval_model
+    spiking = isinstance(model, nn.Module) and hasattr(unwrap_model(model), 'set_timesteps')
+    return SilentLayers(unwrap_model(model)) if spiking and not training.args.torchcompile else nullcontext()
+
+
+def _warn_silent_layers(training: Training, layers: Optional[SilentLayers], step: int) -> None:
+    """Name the layers that have not fired since the last log, when they begin not to; called by all processes."""
+    silent = layers.names() if layers is not None else []
+    new = [name for name in silent if name not in training.silent_layers]
+    if new and training.accelerator.is_main_process:
+        _logger.warning(f'Not one spike in training since the last log, at epoch {training.position.epoch + 1}, step '
+                        f'{step}: {", ".join(new)}.')
+    training.silent_layers = silent
+
+
+def end_step(
+        training: Training,
+        progress: EpochProgress,
+        step: int,
+        input: torch.Tensor,
+        stop: bool,
+) -> None:
+    """After a step: the progress line, a recovery checkpoint that is due, and the end where a signal asked for it."""
+    args, accelerator, steps = training.args, training.accelerator, progress.steps
+    progress.images += len(input) * accelerator.num_processes
+    training.steps_done += 1
+    last = step + 1 == steps
+    logs = last or (step + 1) % args.log_interval == 0
+    rate = progress.images / (time.time() - progress.began)
+    progress.line.update(partial(_progress_text, training, steps, step + 1, rate), logs, last=last)
+    if logs:
+        _warn_silent_layers(training, progress.layers, step + 1)
+    if logs and args.save_images and accelerator.is_main_process:
+        save_image(input, training.folder / f'train-batch-{step}.jpg', padding=0, normalize=True)
+    if args.recovery_interval and (step + 1) % args.recovery_interval == 0:
+        progress.checkpoint_due = True
+    if not accelerator.sync_gradients:  # between accumulated steps there are gradients that no file keeps
+        return
+    training.position = Position(training.position.epoch, step + 1)
+    if stop or progress.checkpoint_due:
+        save_recovery(training)
+        progress.checkpoint_due = False
+    if stop:
+        training.session.interrupt()
+
+
+def _progress_text(training: Training, steps: int, step: int, rate: float) -> str:
+    """Losses so far in this epoch, images per second, and the time left."""
+    epoch = training.position.epoch
+    per_step = (time.time() - training.started) / training.steps_done
+    left = timedelta(seconds=round(per_step * (steps * (training.epochs - epoch) - step)))
+    losses = {k: v for k, v in training.meters.means().items() if k == 'loss' or k.endswith('_loss')}
+    terms = '  '.join(f'{k} {v:.4g}' for k, v in losses.items())
+    lr = max(group['lr'] for group in training.optimizer.param_groups)
+    return (f'{training.name} epoch {epoch + 1}/{training.epochs} [{step:>4}/{steps}]  {terms}  lr {lr:.3g}  '
+            f'{rate:.0f} img/s  ETA {left}')
+
+
+def end_of_batches(training: Training) -> Dict[str, float]:
+    """After an epoch's batches: processes share what they could not read and their statistics. The epoch's means."""
+    accelerator, dataset, args = training.accelerator, training.dataset, training.args
+    if accelerator.num_processes > 1 and isinstance(dataset, Samples):
+        dataset.mark_unreadable(sorted(set(gather_object(dataset.unreadable))))
+        dataset.check_limit()
+    if accelerator.num_processes > 1 and args.dist_bn:
+        reduce = args.dist_bn == 'reduce'
+        distribute_bn(training.module, accelerator.num_processes, reduce)
+        if training.task.has_ema() and not args.model_ema_force_cpu:
+            distribute_bn(training.task.get_trainable_module(ema=True), accelerator.num_processes, reduce)
+    return training.meters.means()
+
+
+def finish_epoch(
+        training: Training,
+        epoch: int,
+        train_metrics: Dict[str, float],
+        metrics: Dict[str, float],
+        rates: Dict[str, float],
+) -> None:
+    """Step the schedule, write the summary's row and the epoch's checkpoint; called by all processes."""
+    name, scheduler = training.args.eval_metric, training.scheduler
+    metric = metrics.get(f'{name}_ema', metrics.get(name))  # the average's ranks, as in timm
+    groups = training.optimizer.param_groups
+    columns = {
+        **{f'train_{k}': v for k, v in train_metrics.items()}, **{f'eval_{k}': v for k, v in metrics.items()},
+        **{f'firing_rate_{k}': v for k, v in rates.items()},
+        **{f'firing_rate_step{t + 1}': v for t, v in enumerate(mean_per_step(training.step_rates) if rates else ())},
+        'lr': sum(group['lr'] for group in groups) / len(groups)}
+    training.accelerator.log({f'{training.name}/{k}': v for k, v in columns.items()}, step=epoch)
+    if scheduler is not None:
+        scheduler.step(epoch + 1, metric)
+    training.position = Position(epoch + 1, 0)
+    check_weights(training)
+    state = collect_run_state(training)
+    if training.saver is not None:
+        append_row(training.folder / 'summary.csv', {'epoch': epoch, **columns})
+        training.saver.save_epoch(training.position, state, metric=metric)
+
+
+def save_recovery(training: Training) -> None:
+    """Keep this moment in a checkpoint; called by all processes."""
+    check_weights(training)
+    state = collect_run_state(training)
+    if training.saver is not None:
+        training.saver.save_recovery(training.position, state)
+
+
+# ---- parts of a step
+
+def spike_packing(args: Namespace) -> ContextManager:
+    """--pack-spikes: convolutions keep their input spikes as bits."""
+    return packed_spikes() if args.pack_spikes else nullcontext()
+
+
+def teacher_outputs(training: Training, input: torch.Tensor, index: Sequence[torch.Tensor]) -> Tuple:
+    """--teacher-cache: what the teacher said of these samples, as a further argument of the task; else none."""
+    cache, teach = training.teacher_cache, getattr(training.task, 'teach', None)
+    if cache is None:
+        return ()
+    if not cache.is_open:
+        outputs = teach(input)
+        with training.accelerator.local_main_process_first():
+            cache.open(outputs)
+    return (cache(*index, partial(teach, input)),)
+
+
+def share_of_update(training: Training, step: int) -> float:
+    """Accelerate divides every loss by --grad-accum-steps; the last update of an epoch may have fewer."""
+    accumulated, steps = training.args.grad_accum_steps, len(training.train_loader)
+    rest = steps % accumulated
+    return accumulated / rest if rest and step >= steps - rest else 1.
+
+
+def agree_on_step(training: Training, step: int, result: Dict[str, torch.Tensor]) -> bool:
+    """Whether any process was told to stop; raises on all of them where one met what ends the run.
+
+    Raises:
+        NonFiniteLoss: The loss is nan or infinite; it has not reached the weights.
+        OtherProcessFailed: Another process says what it met.
+    """
+    finite = math.isfinite(result['loss'].item())
+    failed, stop = training.session.stop_if_asked(not finite or training.read_failure is not None)
+    if not failed:
+        return stop
+    if training.read_failure is not None:
+        raise training.read_failure
+    if finite:
+        raise OtherProcessFailed('another process stopped the run; its own message says why.')
+    check_weights(training)  # where the step before has spoilt them, that is what there is to say
+    values = {**{k: v.item() for k, v in scalar_terms(result).items() if k != 'loss'}, **layer_stats(training.task)}
+    bad = [f'{_TERMS.get(k, k)} is {v}' for k, v in values.items() if not math.isfinite(v)]
+    raise NonFiniteLoss(
+        f'{training.name}: the loss is not finite at epoch {training.position.epoch + 1}, step {step + 1}: '
+        f'{", ".join(bad)}. The weights were left as they were before this step; the last checkpoint in '
+        f'{training.folder} is from before. A smaller --lr or --clip-grad may help.')
+
+
+def check_weights(training: Training) -> None:
+    """Raise NonFiniteLoss where a weight is nan or infinite, before it is written."""
+    for name, value in unwrap_model(training.module).state_dict().items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise NonFiniteLoss(
+                f"'{name}' is not finite at epoch {training.position.epoch + 1}, step {training.position.step}, so "
+                f'this checkpoint was not written; those in {training.folder} are from before. A smaller '
+                f'--lr or --clip-grad may help.')
+
+
+def clip_gradients(training: Training) -> None:
+    """--clip-grad, once an update's gradients are complete."""
+    args, accelerator = training.args, training.accelerator
+    if args.clip_grad is not None and accelerator.sync_gradients:
+        accelerator.unscale_gradients()
+        dispatch_clip_grad(training.task.get_clip_parameters(exclude_head='agc' in args.clip_mode),
+                           value=args.clip_grad, mode=args.clip_mode)
+
+
+def count_update(training: Training) -> None:
+    """After an update of the weights: the averaged model, and a schedule that goes by updates."""
+    training.num_updates += 1
+    training.task.update_ema(step=training.num_updates)
+    if training.scheduler is not None:
+        training.scheduler.step_update(num_updates=training.num_updates, metric=None)

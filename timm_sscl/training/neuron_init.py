@@ -1,0 +1,56 @@
+"""--neuron-init: gains or thresholds of the student's neurons from real images."""
+import logging
+from argparse import Namespace
+from typing import Any, Optional
+
+import torch
+import torch.nn as nn
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+
+from timm_sscl.conversion import calibrate, convert_ann
+from timm_sscl.conversion import SpikingReport
+from timm_sscl.conversion.model import SpikingModule
+
+__all__ = ['prepare_neurons']
+
+_logger = logging.getLogger('train')
+
+_THRESHOLD_IMAGES = 512  # images that --neuron-init ann measures activations on
+
+
+def prepare_neurons(
+        args: Namespace,
+        accelerator: Accelerator,
+        student: nn.Module,
+        loader: Any,
+        resumed: bool,
+) -> Optional[SpikingReport]:
+    """--neuron-init: gains or thresholds of a spiking student from real images, and the report of its conversion."""
+    if not isinstance(student, SpikingModule):
+        return None
+    images = _first_images(loader, _THRESHOLD_IMAGES if args.neuron_init == 'ann' else args.batch_size)
+    images = broadcast(images.to(next(student.parameters())))  # all processes set the same
+    has_gains = any(lif.gain is not None for lif in student.neurons().values())
+    if resumed or has_gains:
+        _logger.info('Neurons keep the gains of the checkpoint.')
+    elif args.neuron_init == 'calibrated':
+        calibrate(student, images)
+    elif args.neuron_init == 'ann':
+        convert_ann(student, images, student.timesteps, percentile=args.ann_percentile)
+    report = student.spiking_report()
+    if accelerator.is_main_process:
+        report.macs(images[:4])
+        _logger.info(str(report))
+    return report
+
+
+def _first_images(loader: Any, n: int) -> torch.Tensor:
+    """n training images, or as many as there are; timm's random state is set again before the training."""
+    batches, count = [], 0
+    for input, *_ in loader:
+        batches.append(input)
+        count += len(input)
+        if count >= n:
+            break
+    return torch.cat(batches)[:n]

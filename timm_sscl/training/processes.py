@@ -1,0 +1,86 @@
+"""The processes of a run: Accelerate, threads, logging."""
+import logging
+import os
+from argparse import Namespace
+from typing import Optional
+
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, ProjectConfiguration
+from timm.utils import setup_default_logging
+
+from .errors import OptionError
+
+__all__ = ['create_accelerator', 'check_launch_plugins', 'set_threads', 'setup_logging']
+
+_logger = logging.getLogger('train')
+
+
+def create_accelerator(args: Namespace) -> Accelerator:
+    """Accelerator for the devices there are; two copies that do not know of each other are an error."""
+    has_device = torch.cuda.is_available() or (hasattr(torch, 'accelerator') and torch.accelerator.is_available())
+    precision = {'float16': 'fp16', 'bfloat16': 'bf16'}[args.amp_dtype] if args.amp else None
+    cpu = args.device == 'cpu' or not has_device
+    if args.device not in (None, 'cpu') and not has_device:
+        raise OptionError(f'--device {args.device}: PyTorch sees no accelerator here; leave it, or give cpu.')
+    if args.amp and cpu and precision == 'fp16':
+        raise OptionError('--amp on a CPU needs --amp-dtype bfloat16.')
+    if args.sync_bn and cpu:
+        raise OptionError('--sync-bn: PyTorch\'s SyncBatchNorm does not run on a CPU.')
+    _check_tracker(args.report_to)
+    check_launch_plugins()
+    accelerator = Accelerator(
+        cpu=cpu, mixed_precision=precision, gradient_accumulation_steps=args.grad_accum_steps, log_with=args.report_to,
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+        project_config=ProjectConfiguration(logging_dir=args.output or '.') if args.report_to else None,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=not args.no_ddp_bb)])
+    world = int(os.environ.get('WORLD_SIZE', 1))
+    if world != accelerator.num_processes:
+        raise OptionError(f'{world} processes were launched, but Accelerate runs {accelerator.num_processes}: they '
+                          f'would train copies. On CPU launch with torchrun --nproc_per_node {world} train.py.')
+    if accelerator.mixed_precision == 'fp16' and accelerator.device.type == 'cpu':
+        raise OptionError('--mixed_precision fp16 does not train on a CPU; bf16 does.')
+    return accelerator
+
+
+# of Accelerate's; by the variable that accelerate launch sets
+_SHARDING = {'ACCELERATE_USE_FSDP': 'FSDP', 'ACCELERATE_USE_DEEPSPEED': 'DeepSpeed',
+             'ACCELERATE_USE_MEGATRON_LM': 'Megatron-LM', 'ACCELERATE_USE_PARALLELISM_CONFIG': 'a parallelism config'}
+
+
+def check_launch_plugins() -> None:
+    """Raise where Accelerate would shard the model: a checkpoint of this script holds a whole one."""
+    for variable, name in _SHARDING.items():
+        if os.environ.get(variable, 'false').lower() in ('true', '1', 'yes'):
+            raise OptionError(f'Accelerate was launched with {name}, which shards the model; this script keeps a whole '
+                              f'copy per process. Launch it without {name} (accelerate config, or --multi_gpu).')
+
+
+def _check_tracker(name: Optional[str]) -> None:
+    """Accelerate leaves out a tracker that is not installed, in silence."""
+    if name is None:
+        return
+    installed = sorted(str(tracker) for tracker in get_available_trackers())
+    if name not in installed:
+        raise OptionError(f"--report-to {name}: no such tracker is installed (pip install {name}); installed: "
+                          f"{', '.join(installed) or 'none'}.")
+
+
+def set_threads(args: Namespace, accelerator: Accelerator) -> None:
+    """accelerate launch leaves a CPU run with one thread; give each process its share of the cores."""
+    if accelerator.device.type != 'cpu' and args.threads is None:
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    threads = args.threads or max(1, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
+    if threads > cores and accelerator.is_main_process:
+        _logger.warning(f'--threads {threads}: this process may run on {cores} cores; more threads are slower.')
+    torch.set_num_threads(threads)
+    _logger.info(f'Using {threads} CPU threads per process ({cores} cores); --threads sets another number.')
+
+
+def setup_logging(accelerator: Accelerator) -> None:
+    """timm's logging on the main process; warnings only on the others."""
+    setup_default_logging(logging.INFO if accelerator.is_main_process else logging.WARNING)
+    logging.getLogger('timm.utils.checkpoint_saver').setLevel(logging.WARNING)  # a list of all files, every epoch
+    logging.getLogger('timm.data.dataset').setLevel(logging.ERROR)  # names a sample by number; Samples by its path

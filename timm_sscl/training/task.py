@@ -1,0 +1,53 @@
+"""The student's training task: its losses and their options."""
+from argparse import Namespace
+from typing import Any, Dict, Optional
+
+import torch
+import torch.nn as nn
+
+from timm_sscl.distillation import SSCLTask
+from timm_sscl.distillation.teacher_input import TeacherInput
+from timm_sscl.losses import loss_needs
+
+__all__ = ['LOSS_OPTIONS', 'criterion_kwargs', 'parse_taps', 'create_task', 'needs_teacher']
+
+LOSS_OPTIONS = (
+    'distill', 'loss', 'loss_file', 'sscl_taps', 'sscl_teacher_taps', 'teacher', 'bce_loss', 'bce_pos_weight')
+
+
+def criterion_kwargs(args: Namespace, loaders_mix: bool) -> Dict[str, Any]:
+    """Options of timm's classification loss."""
+    kwargs = dict(loss_type='bce' if args.bce_loss else 'ce', smoothing=args.smoothing, soft_targets=loaders_mix)
+    if args.bce_loss:
+        kwargs.update(bce_target_thresh=args.bce_target_thresh, bce_sum=args.bce_sum, pos_weight=args.bce_pos_weight)
+    return kwargs
+
+
+def parse_taps(text: Optional[str]) -> Any:
+    """A number of stages, or a list of names."""
+    if text is None:
+        return None
+    return int(text) if str(text).strip().isdigit() else [name.strip() for name in str(text).split(',')]
+
+
+def create_task(
+        args: Namespace,
+        student: nn.Module,
+        teacher: Optional[nn.Module],
+        teacher_input: TeacherInput,
+        data_config: Dict[str, Any],
+        device: torch.device,
+        mixes: bool,
+) -> SSCLTask:
+    """The student's training task."""
+    return SSCLTask(
+        student, teacher, losses=args.losses, loss_options=args.loss_options,
+        criterion_kwargs=criterion_kwargs(args, mixes),
+        task_loss_weight=1. if args.task_loss_weight is None else args.task_loss_weight,
+        taps=parse_taps(args.sscl_taps), teacher_taps=parse_taps(args.sscl_teacher_taps),
+        input_size=data_config['input_size'], renormalize=teacher_input.renormalize, teacher_size=teacher_input.size,
+        device=device, dtype=getattr(torch, args.model_dtype or 'float32'))
+
+
+def needs_teacher(args: Namespace) -> bool:
+    return any(loss_needs(name)['teacher'] for name in args.losses)

@@ -1,0 +1,81 @@
+"""The teacher's architecture, and how its images differ from the student's."""
+import logging
+from argparse import Namespace
+from typing import Any, Dict, Optional, Tuple
+
+import timm
+import torch.nn as nn
+
+from timm_sscl.conversion import set_stem_pool
+from timm_sscl.distillation.teacher_input import TeacherInput
+from timm_sscl.models.spiking import PREFIX
+
+from .errors import OptionError, blame_options
+from .student import check_model_name, model_kwargs, place_model
+
+__all__ = ['teacher_name', 'create_teacher', 'pools_as_student']
+
+_logger = logging.getLogger('train')
+
+
+def teacher_name(args: Namespace) -> str:
+    """--teacher, or the student's own ANN."""
+    return args.teacher or args.model.removeprefix(PREFIX)
+
+
+def create_teacher(args: Namespace, num_classes: int, data_config: Dict[str, Any]) -> Tuple[nn.Module, TeacherInput]:
+    """The teacher's architecture, pretrained weights only where asked for, and what makes its images of the student's.
+
+    It is built for --teacher-size, or for the student's images; one that cannot be built for these has its own size,
+    and the images are resized.
+    """
+    name = teacher_name(args)
+    check_model_name(name, '--teacher')
+    own = name == args.model.removeprefix(PREFIX)
+    extra = {**(args.model_kwargs if own else {}), **args.teacher_kwargs}
+    if not own:  # what not every architecture takes is about the student's
+        args = Namespace(**{**vars(args), 'gp': None, 'drop_block': None, 'bn_momentum': None, 'bn_eps': None})
+    channels, *size = data_config['input_size']
+    wanted = tuple(args.teacher_size or size)
+
+    def create(input_size):
+        return timm.create_model(
+            pretrained=args.teacher_pretrained, **model_kwargs(args, name, num_classes, extra, input_size))
+
+    try:
+        teacher = create((channels, *wanted))
+    except Exception as error:  # timm's models each raise their own
+        if args.teacher_size:
+            raise OptionError(
+                f'--teacher-size {wanted[0]} {wanted[1]}: {name} cannot be built for it: {error}') from error
+        cfg = timm.get_pretrained_cfg(name)
+        wanted = tuple(cfg.input_size[1:]) if cfg is not None else wanted
+        with blame_options(dict(teacher=name, teacher_pretrained=args.teacher_pretrained, teacher_kwargs=extra)):
+            teacher = create((channels, *wanted))
+        _logger.info(f'Teacher {name} cannot be built for images of {size[0]} x {size[1]} ({error}): it sees them '
+                     f'resized to {wanted[0]} x {wanted[1]}.')
+    if pools_as_student(args):
+        set_stem_pool(teacher, args.stem_pool)
+    return place_model(args, teacher), TeacherInput(
+        wanted if wanted != tuple(size) else None, _renormalization(args, teacher, data_config))
+
+
+def pools_as_student(args: Namespace) -> bool:
+    """Whether --stem-pool applies to the teacher: the student's own ANN, unless timm's weights, trained with max
+    pooling, are taken as they are."""
+    as_they_are = args.teacher_pretrained and not args.teacher_epochs
+    return args.stem_pool is not None and teacher_name(args) == args.model.removeprefix(PREFIX) and not as_they_are
+
+
+def _renormalization(args: Namespace, teacher: nn.Module, data_config: Dict[str, Any]) -> Optional[Tuple]:
+    """(student mean, student std, teacher mean, teacher std) where the teacher's differ."""
+    cfg = teacher.pretrained_cfg if args.teacher_pretrained and not args.teacher_epochs else data_config
+    mean, std = args.teacher_mean or cfg['mean'], args.teacher_std or cfg['std']
+    channels = data_config['input_size'][0]
+    for option, values in (('--teacher-mean', mean), ('--teacher-std', std)):
+        if len(values) not in (1, channels):
+            raise OptionError(f'{option}: {len(values)} values for {channels} channels.')
+    mean, std = (tuple(v) * channels if len(v) == 1 else tuple(v) for v in (mean, std))
+    if (mean, std) == (tuple(data_config['mean']), tuple(data_config['std'])):
+        return None
+    return data_config['mean'], data_config['std'], mean, std
