@@ -16,7 +16,7 @@ from .recorder import Recorder
 from .stages import POOLED, example_images, known_stages, reference_features, stage_indices, stage_names
 from .tap import Call, Tap, fold_feature, tensors_in
 
-__all__ = ['run_probe', 'find_taps', 'named_taps', 'tap_shapes']
+__all__ = ['run_probe', 'find_taps', 'named_taps', 'tap_shapes', 'module_calls']
 
 
 # ---- finding taps by a probe
@@ -65,7 +65,7 @@ class _Seen(NamedTuple):
     out: Any
 
 
-def _calls(model: nn.Module, run: Callable[[], Any]) -> Tuple[Any, List[_Seen]]:
+def module_calls(model: nn.Module, run: Callable[[], Any]) -> Tuple[Any, List[_Seen]]:
     """run(), and the calls of the model's modules in it, in the order of their ends."""
     seen: List[_Seen] = []
     counts: Counter = Counter()
@@ -133,8 +133,8 @@ def _find(model: nn.Module, indices: Sequence[int], input_size: Optional[Sequenc
     names = stage_names(model, indices) + [POOLED]
 
     def run(x: torch.Tensor) -> List[Optional[Tap]]:
-        (final, stages, pooled), functional = _calls(model, lambda: reference_features(model, indices, x))
-        _, seen = _calls(model, lambda: model(x))
+        (final, stages, pooled), functional = module_calls(model, lambda: reference_features(model, indices, x))
+        _, seen = module_calls(model, lambda: model(x))
         search = _Search(model, seen, functional)
         taps = [search.find(name, feature) for name, feature in zip(names, [*stages, pooled])]
         taps[-1] = taps[-1] or search.through_head(final, pooled)
@@ -252,7 +252,7 @@ def named_taps(model: nn.Module, names: Sequence[str], input_size: Optional[Sequ
     def run(x: torch.Tensor) -> Dict[str, Tuple[Any, Optional[int]]]:
         seen = {}
         with ChannelAxes() as axes:
-            for call in _calls(model, lambda: model(x))[1]:
+            for call in module_calls(model, lambda: model(x))[1]:
                 axis = axes.axis(call.out) if isinstance(call.out, torch.Tensor) else None
                 seen.setdefault(call.module, (call.out, axis))
         return seen

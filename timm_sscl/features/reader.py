@@ -5,7 +5,8 @@ import torch
 import torch._dynamo
 import torch.nn as nn
 
-from .finding import run_probe
+from .finding import module_calls, run_probe
+from .second_pass import second_pass
 from .stages import POOLED, indices_of_names, reference_features, run_stages, stage_indices, stage_names
 from .tap import per_step_keyword
 
@@ -48,12 +49,14 @@ class FeatureReader:
         read = stage_names(model, self.indices) + [POOLED] * self.pooled
         self.order = [read.index(name) for name in self.names]  # of what is read: names may come in any, or twice
 
-        def run(x: torch.Tensor) -> List[Tuple[int, ...]]:
-            _, stages, pooled = reference_features(model, self.indices, x)
+        def run(x: torch.Tensor) -> Tuple[List[Tuple[int, ...]], List[str]]:
+            final, stages, pooled = reference_features(model, self.indices, x)
+            _, seen = module_calls(model, lambda: model.forward_head(final, pre_logits=True))
             shapes = [tuple(f.shape) for f in stages] + [tuple(pooled.shape)] * self.pooled
-            return [shapes[i] for i in self.order]
+            return [shapes[i] for i in self.order], list(dict.fromkeys(call.module for call in seen))
 
-        self.shapes = run_probe(model, input_size, run)  # (T, C, ...) of the one image's features
+        # (T, C, ...) of the one image's features, and the modules that make the pooled one
+        self.shapes, self.head = run_probe(model, input_size, run)
 
     @property
     def channels(self) -> List[int]:
@@ -75,7 +78,9 @@ class FeatureReader:
         """
         per_step = per_step_keyword(model)
         final, stages = run_stages(model, self.indices, x)
-        features = stages + [model.forward_head(final, pre_logits=True, **per_step)] * self.pooled
-        features = [features[i] for i in self.order]
         logits = model.forward_head(final, **per_step)
+        # the head has run, and counts once; the pooled feature is the one before dropout
+        with second_pass([model, *(model.get_submodule(name) for name in self.head)]):
+            features = stages + [model.forward_head(final, pre_logits=True, **per_step)] * self.pooled
+        features = [features[i] for i in self.order]
         return (logits, features) if per_step else (logits.unsqueeze(0), [f.unsqueeze(0) for f in features])

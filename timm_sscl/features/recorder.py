@@ -7,6 +7,7 @@ import torch._dynamo
 import torch.nn as nn
 from torch.utils.hooks import RemovableHandle
 
+from .second_pass import second_pass
 from .tap import Tap, has_timesteps, per_step_keyword, tensor_at
 
 __all__ = ['guard_on_hooks', 'Recorder']
@@ -229,13 +230,16 @@ class Recorder:
 
     def _feature(self, tap: Tap, record: _Record) -> torch.Tensor:
         if tap.call is not None:
-            with self.model.time_folded() if has_timesteps(self.model) else nullcontext():
-                return self.model.get_submodule(tap.call.module)(record.tensor(tap), *tap.call.args, **tap.call.kwargs)
+            module = self.model.get_submodule(tap.call.module)
+            with second_pass(module.modules()), (
+                    self.model.time_folded() if has_timesteps(self.model) else nullcontext()):
+                return module(record.tensor(tap), *tap.call.args, **tap.call.kwargs)
         if not tap.through_head:
             return record.tensor(tap)
         parts = [_part(part, record.tensor(part)) for part in tap.parts]
-        pooled = self.model.forward_head(
-            parts if tap.head_takes_list else parts[0], pre_logits=True, **per_step_keyword(self.model))
+        with second_pass(self.model.modules()):
+            pooled = self.model.forward_head(
+                parts if tap.head_takes_list else parts[0], pre_logits=True, **per_step_keyword(self.model))
         return pooled.flatten(0, 1) if has_timesteps(self.model) else pooled
 
     def close(self) -> None:

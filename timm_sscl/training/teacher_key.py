@@ -21,7 +21,8 @@ IRRELEVANT = frozenset((
     'sscl_dim', 'sscl_critic', 'sscl_weighting', 'sscl_projection', 'sscl_queue', 'sscl_taps', 'sscl_teacher_taps',
     'sscl_cka_floor', 'sscl_cka_momentum', 'sscl_cka_scope', 'kd_weight', 'kd_temperature', 'kd_step_temperature',
     'tet_lambda', 'firing_rate_target', 'task_loss_weight', 'kd_distill_type', 'kd_loss_type',
-    # in the key as the teacher's name, keyword arguments, epochs, classes, data (folder, names, labels) and configuration
+    # in the key as the teacher's name, keyword arguments, epochs, classes, data (folder, files, labels) and its
+    # configuration
     'teacher', 'kd_model_name', 'teacher_kwargs', 'gp', 'epochs', 'teacher_epochs', 'num_classes', 'data', 'data_dir',
     'img_size', 'in_chans', 'input_size', 'crop_pct', 'mean', 'std', 'interpolation', 'drop_connect',
     # validation (added where the schedule follows it)
