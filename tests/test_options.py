@@ -88,6 +88,9 @@ def test_options_reach_their_loss():
     (['--teacher', 'a', '--kd-model-name', 'b'], 'use one'),
     (['--teacher-checkpoint', 'a', '--teacher-pretrained'], 'use one'),
     (['--loss', 'sscl=much'], 'no number'),
+    (['--loss', 'sscl=1,kd=1,sscl=2'], "'sscl' stands there twice, with 1 and 2"),
+    (['--loss', 'sscl', '--sscl-weight', '0.5'], '--sscl-weight 0.5: .* write --loss sscl=0.5'),
+    (['--loss', 'kd=1', '--distill-loss-weight', '3'], '--kd-weight 3.0: .* write --loss kd=3'),
     (['--naflex-loader'], 'NaFlex'),
     (['--kd-distill-type', 'feature'], 'feature'),
     (['--batch-size', 'many'], 'many'),
@@ -96,6 +99,19 @@ def test_options_reach_their_loss():
 def test_errors(argv, words):
     with pytest.raises(OptionError, match=words):
         parse_args([*DATA, *argv])
+
+
+@pytest.mark.parametrize('argv, unread', [
+    (['--distill', 'none', '--sscl-temperature', '0.07', '--teacher', 'resnet34'], ['--sscl-temperature', '--teacher']),
+    (['--distill', 'contrastive', '--sscl-weighting', 'cka_mean1'], ['--sscl-weighting']),
+    (['--loss', 'sscl=1', '--kd-temperature', '2', '--tet-lambda', '0'], ['--kd-temperature', '--tet-lambda']),
+    (['--distill', 'kd', '--sscl-taps', '2', '--kd-temperature', '2'], ['--sscl-taps']),
+    (['--loss', 'sscl=1,kd=1', '--kd-temperature', '2', '--sscl-weighting', 'uniform', '--teacher', 'resnet34'], []),
+    (['--config', 'digits', '--distill', 'none'], []),
+])
+def test_options_that_no_loss_reads_are_said(argv, unread, caplog):
+    parse_args([*DATA, *argv])
+    assert [word.strip(':,') for word in caplog.text.split() if word.startswith('--')] == unread
 
 
 @pytest.mark.parametrize('name', list_recipes())

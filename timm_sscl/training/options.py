@@ -18,6 +18,7 @@ from .option_types import home_path
 from .plugins import import_plugin
 from .recipes import DIGITS_RECIPE, load_recipe
 from .refused_options import IMAGE_ONLY, UNSUPPORTED
+from .unused_options import check_loss_options
 
 __all__ = ['ARGS_FILE', 'AUTO', 'parse_args']
 
@@ -56,6 +57,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> Tuple[argparse.Namespace
     if is_event_dataset(args.dataset):
         _check_events(parser, args)
     args.losses, args.loss_options = _losses(args)
+    check_loss_options(args, given, args.losses)
     return args, recipe
 
 
@@ -214,9 +216,12 @@ def _parse_losses(text: str) -> Dict[str, float]:
     for part in text.split(','):
         name, _, weight = part.strip().partition('=')
         try:
-            weights[name] = float(weight) if weight else 1.
+            number = float(weight) if weight else 1.
         except ValueError as error:
             raise OptionError(f"--loss: the weight in '{part}' is no number; write NAME=WEIGHT,...") from error
+        if name in weights:
+            raise OptionError(f"--loss {text}: '{name}' stands there twice, with {weights[name]:g} and {number:g}.")
+        weights[name] = number
     return weights
 
 

@@ -1,0 +1,54 @@
+"""Options of losses that stand on the command line and that no loss of the run reads."""
+import argparse
+import logging
+from typing import Collection, Dict, Sequence
+
+from timm_sscl.losses import loss_needs
+
+from .errors import OptionError
+
+__all__ = ['check_loss_options']
+
+_logger = logging.getLogger(__name__)
+
+_CONTRASTIVE = 'sscl', 'contrastive'
+_READ_BY: Dict[str, Sequence[str]] = {
+    **dict.fromkeys((
+        'sscl_weight', 'sscl_temperature', 'sscl_dim', 'sscl_critic', 'sscl_projection', 'sscl_queue',
+        'sscl_cka_momentum', 'sscl_cka_scope'), _CONTRASTIVE),
+    **dict.fromkeys(('sscl_weighting', 'sscl_cka_floor'), ('sscl',)),
+    **dict.fromkeys(('kd_weight', 'kd_temperature'), ('kd',)),
+    'kd_step_temperature': ('kd_step',), 'tet_lambda': ('tet',), 'firing_rate_target': ('firing_rate',),
+}
+_WEIGHTS = {'sscl_weight': 'sscl', 'kd_weight': 'kd'}  # of --distill; --loss has its own
+_TEACHER = 'teacher', 'kd_model_name', 'teacher_checkpoint', 'teacher_pretrained', 'teacher_epochs'
+
+
+def check_loss_options(args: argparse.Namespace, given: Collection[str], losses: Dict[str, float]) -> None:
+    """Refuse weights beside --loss, which has them itself; say which options no loss reads.
+
+    Args:
+        args: The options.
+        given: Names of those on the command line.
+        losses: Weights of the losses by name.
+
+    Raises:
+        OptionError: --sscl-weight or --kd-weight stand beside --loss.
+    """
+    for option, name in _WEIGHTS.items():
+        if args.loss and option in given:
+            raise OptionError(f'{_flag(option)} {getattr(args, option)}: is of --distill, and --loss has the weights '
+                              f'itself; write --loss {name}={getattr(args, option):g}.')
+    unread = [option for option, names in _READ_BY.items() if option in given and not set(names) & set(losses)]
+    needs = [loss_needs(name) for name in losses]
+    if not any(need['features'] for need in needs):
+        unread += [option for option in ('sscl_taps', 'sscl_teacher_taps') if option in given]
+    if not any(need['teacher'] for need in needs):
+        unread += [option for option in _TEACHER if option in given]
+    if unread and not args.eval_only:
+        _logger.warning(f'{", ".join(map(_flag, unread))}: no loss of this run reads it (cross-entropy'
+                        f'{"".join(f" + {name}" for name in losses)}), so it changes nothing.')
+
+
+def _flag(option: str) -> str:
+    return '--' + option.replace('_', '-')
