@@ -232,6 +232,7 @@ def _carry_out(
     """Make the model spiking, and audit it; whatever is raised leaves it as it was."""
     plan.check(model)
     if not any(record.now == 'LIF' for record in plan.records):
+        _check_patterns(model, plan)
         raise ValueError(_nothing_spikes(model, plan.records))
     plan.apply(model, settings)
     model._calls_noise = calls_noise(type(model))
