@@ -433,6 +433,44 @@ def test_gains_of_one_cost_no_multiplication():
     assert all(lif.gain is None and lif.scale is None for lif in model.neurons().values())
 
 
+def _by_load_state_dict(model, state):
+    model.load_state_dict(state)
+
+
+def _by_data(model, state):
+    for key, tensor in model.state_dict().items():
+        tensor.data.copy_(state[key])
+
+
+def _by_new_data(model, state):
+    for key, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        tensor.data = state[key].clone()
+
+
+def _by_numpy(model, state):
+    for key, tensor in model.state_dict().items():
+        tensor.numpy()[...] = state[key].numpy()
+
+
+def _by_ema(model, state):
+    ema = ModelEmaV3(model, decay=0.)
+    ema.update(calibrated())
+    model.__dict__['averaged'] = ema.module
+
+
+@pytest.mark.parametrize('inference', [False, True])
+@pytest.mark.parametrize('write', [_by_load_state_dict, _by_data, _by_new_data, _by_numpy, _by_ema])
+def test_writes_that_torch_does_not_count(write, inference):
+    """No version tells of what is written through .data, or into tensors that were made in inference mode."""
+    source, x = calibrated().eval(), images()
+    with torch.inference_mode(inference), torch.no_grad():
+        expected, model = source(x), fresh().eval()
+        before = model(x)  # it has read its own
+        write(model, source.state_dict())
+        model = model.__dict__.get('averaged', model)
+        assert torch.equal(model(x), expected) and not torch.equal(before, expected)
+
+
 def test_nothing_is_read_while_nobody_writes(monkeypatch):
     from timm_sscl.conversion import state
     from timm_sscl.neurons import factors

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 
 from .ann_obstacles import ann_obstacles
 from .call_sites import set_calls
-from timm_sscl.decoding import decode
+from .decoding import decode
 from .functional_calls import NEURON_NAME, FunctionsOverTime, methods_inside_only, number_of_calls
 from timm_sscl.neurons import LIF
 from timm_sscl.neurons.folding import enter_fold, folding_model, leave_fold

@@ -226,8 +226,13 @@ class SpikingState:
         self._put_settings(self._encode_settings())  # to_empty leaves anything in it
         return self
 
+    def train(self, mode: bool = True) -> 'SpikingState':
+        if self._spiking_seen is not None:
+            self.__dict__['_spiking_seen'] = self._spiking_seen.again()
+        return super().train(mode)
+
     def __setstate__(self, state: Dict[str, Any]) -> None:
         super().__setstate__(state)
         if SETTINGS_KEY not in self._buffers:  # a pickle of version 0.1.0
             self.settings = self.__dict__.pop('settings')
-        self.__dict__['_spiking_seen'] = Seen(self._buffers[SETTINGS_KEY], None)  # of a version to be read
+        self.__dict__['_spiking_seen'] = Seen(self._buffers[SETTINGS_KEY], None).again()

@@ -99,8 +99,13 @@ class Factors(nn.Module):
                 like = value if own is None else own
                 self._buffers[key] = torch.ones(value.shape, dtype=like.dtype, device=like.device)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        self._seen.clear()
         for key in FACTORS.values():
             self._factor(key)  # now: a compiled forward does not look
+
+    def train(self, mode: bool = True) -> 'Factors':
+        self._seen = {key: seen.again() for key, seen in self._seen.items()}
+        return super().train(mode)
 
     def _apply(self, fn, recurse=True):
         before = dict(self._buffers)
