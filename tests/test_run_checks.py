@@ -44,6 +44,11 @@ def test_evaluator_counts_labels():
     assert evaluator.label_counts.tolist() == [1, 1, 3, 0] and evaluator.compute()['top1'] == 100.
 
 
+def test_teacher_below_chance_is_not_called_within_it(caplog):
+    warn_teacher_at_chance('net', 0., 16, 8)
+    assert 'below chance (50.00' in caplog.text and 'labels' in caplog.text and 'within' not in caplog.text
+
+
 def test_best_epoch_says_whose_it_is_and_which_file_holds_it():
     facts = best_epoch_facts('top1', dict(top1=50., top1_ema=60.), 61., 3)
     assert (facts['top1'], facts['epoch'], facts['weights']) == (61., 3, 'ema')
@@ -69,6 +74,9 @@ def test_run_with_an_average_and_a_long_warmup_says_so(images, tmp_path, monkeyp
     line = next(line for line in caplog.text.splitlines() if line.startswith('Student '))
     assert f'best top1 of the averaged model (--model-ema) {max(column):.2f}' in line
     assert f"(epoch {best['epoch'] + 1}; the files count from 0: {best['checkpoint']})" in line
+    caplog.clear()  # the average is loaded after the model was set to T=3
+    run_here(['--eval-only', '--resume', folder, '--eval-timesteps', '3'], tmp_path, monkeypatch)
+    assert 'was asked for' not in caplog.text
 
 
 # ---- a start that failed

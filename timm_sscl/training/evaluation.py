@@ -72,10 +72,13 @@ def evaluate_only(args: Namespace, accelerator: Accelerator, stop: StopRequest) 
     student.to(accelerator.device)
     loader = accelerator.prepare(session.make_loaders().eval)
     results, rates = [], {}
+    own = getattr(student, 'timesteps', None)
     for name, state in weights.items():
+        if own is not None:
+            student.set_timesteps(own)  # with which the weights are loaded
         with one_line_errors():
             _load_student(student, state, args.resume)
-        for timesteps in args.eval_timesteps or [getattr(student, 'timesteps', None)]:
+        for timesteps in args.eval_timesteps or [own]:
             if timesteps is not None:
                 student.set_timesteps(timesteps)
             result, rates[f'{name} T={timesteps}'] = _evaluate_one(session, student, loader, name, timesteps)

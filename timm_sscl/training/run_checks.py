@@ -38,11 +38,14 @@ def warn_teacher_at_chance(name: str, top1: float, samples: int, most_frequent: 
     """
     chance = most_frequent / samples
     error = math.sqrt(chance * (1 - chance) / samples)
-    if top1 / 100 <= chance + 2 * error:
-        _logger.warning(
-            f'Teacher {name}: {top1:.2f} top-1 is within two standard errors of chance ({100 * chance:.2f} ± '
-            f'{100 * error:.2f} on {samples} validation samples), so it teaches nothing. More --teacher-epochs, a '
-            f'shorter --warmup-epochs or --teacher-checkpoint FILE may help.')
+    if top1 / 100 > chance + 2 * error:
+        return
+    below = top1 / 100 < chance - 2 * error
+    _logger.warning(
+        f'Teacher {name}: {top1:.2f} top-1 is {"below" if below else "within two standard errors of"} chance '
+        f'({100 * chance:.2f} ± {100 * error:.2f} on {samples} validation samples), so it teaches nothing. '
+        f'{"Do its labels mean the classes of this data? " if below else ""}More --teacher-epochs, a shorter '
+        f'--warmup-epochs or --teacher-checkpoint FILE may help.')
 
 
 class LabelCountingEvaluator(ClassificationEvaluator):
