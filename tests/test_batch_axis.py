@@ -263,3 +263,19 @@ def test_a_foreign_module_inside_of_timms_model_is_looked_at():
 class _Mixes(nn.Module):
     def forward(self, x):
         return x - x.mean(0, keepdim=True)
+
+
+class _Volumes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.act, self.head = nn.Conv3d(2, 8, 3), nn.ReLU(), nn.Linear(8, 6)
+
+    def forward(self, x):
+        return self.head(self.act(self.conv(x)).mean((-1, -2, -3)))
+
+
+@pytest.mark.parametrize('given', [{}, {'example_inputs': torch.randn(1, 2, 6, 8, 8)}])
+def test_volumes_are_not_taken_for_frames(given):
+    """One volume of T channels would run: its channels as frames, and the 8 maps of the convolution as time steps."""
+    with pytest.raises(ValueError, match='_Volumes.*event frames'):
+        convert_to_spiking(_Volumes(), timesteps=2, **given)

@@ -21,6 +21,7 @@ PENDING = 'batch axis pending (meta device)'  # in a record's reason
 
 _OUTPUT = 'the output'
 _SAMPLES = 4  # at least; not 1, which broadcasts
+_FRAMES = 5  # axes of event frames, (B, T, C, H, W)
 _CHANGED = 1  # sample that is changed: not the first, not its own mirror image
 
 
@@ -138,6 +139,9 @@ def _grows(small: Sequence[torch.Tensor], large: Sequence[torch.Tensor]) -> bool
 
 def _check(model: nn.Module, run: _Runner, example: Example) -> BatchAxis:
     batch = example.batch
+    if example.tensors() and example.tensors()[0].ndim == _FRAMES:
+        raise _WrongAxis(f'{type(model).__name__} takes {example}, five axes with the batch: a spiking model takes those '
+                         f'for event frames (B, T, C, H, W), axis 1 for time. Volumes and videos are not supported.')
     plain, calls = run(example)
     own = {name: False for name in plain}
     poisoned = _try(run, _changed(example, lambda x: torch.full_like(x, torch.nan)))
