@@ -403,3 +403,25 @@ def test_neurons_are_still_binary_under_dropout():
             module.register_forward_hook(lambda m, i, o: outputs.append(o))
     model(_image('densenet-proj', 2))
     assert outputs and all(((o == 0) | (o == 1)).all() for o in outputs)
+
+
+class _SpatialDropout(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.act, self.head = nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.act(self.conv(x))
+        self.mask = F.dropout2d(torch.ones_like(x), .5, self.training)
+        return self.head((x * self.mask).mean((2, 3)))
+
+
+def test_spatial_dropout_as_a_function_has_one_mask_over_time():
+    torch.manual_seed(0)
+    model = convert_to_spiking(_SpatialDropout(), timesteps=3).train()
+    model(torch.randn(2, 3, 8, 8))
+    mask = model.mask.view(3, 2, 8, -1)
+    assert torch.equal(mask, mask[:1, :, :, :1].expand_as(mask)) and set(mask.unique().tolist()) == {0, 2}
+    assert not torch.equal(mask[0, 0], mask[0, 1])  # another one for each sample
+    model.eval()(torch.randn(2, 3, 8, 8))
+    assert (model.mask == 1).all()

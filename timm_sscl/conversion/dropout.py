@@ -166,11 +166,13 @@ def dropout_over_time(
         training: bool = True,
         inplace: bool = False,
         train: bool = True,
+        spatial: bool = False,
 ) -> torch.Tensor:
-    """F.dropout and torch.dropout on (T * B, ...) with one mask per sample."""
+    """F.dropout and torch.dropout on (T * B, ...) with one mask per sample; F.dropout2d and its like are spatial."""
     if not (training and train) or p == 0:
         return input
-    shape = (input.shape[0] // timesteps, *input.shape[1:])
+    alike = input.shape[2:] if not spatial else (1,) * (input.ndim - 2)
+    shape = (input.shape[0] // timesteps, *input.shape[1:2], *alike)
     return input * repeat_over_time(_keep_mask(input, shape, p), timesteps)
 
 

@@ -29,7 +29,9 @@ torch.fx.wrap('dropout_over_time')  # one node of a graph
 torch.fx.wrap('rand_over_time')
 
 _FORWARD_METHODS = {'forward', 'forward_features', 'forward_head', 'forward_intermediates'}
-_NOISE_FUNCTIONS = {'dropout', 'dropout_', 'rand'}
+_SPATIAL_DROPOUT = {'dropout1d', 'dropout2d', 'dropout3d', 'feature_dropout', 'feature_dropout_'}
+_DROPOUT = {'dropout', 'dropout_', *_SPATIAL_DROPOUT}
+_NOISE_FUNCTIONS = {*_DROPOUT, 'rand'}
 
 
 def is_activation_function(func: Callable) -> bool:
@@ -149,8 +151,9 @@ class FunctionsOverTime(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = getattr(func, '__name__', '')
-        if name in ('dropout', 'dropout_'):
-            out = dropout_over_time(self.timesteps, *args, **kwargs)
+        if name in _DROPOUT:
+            spatial = {'spatial': True} if name in _SPATIAL_DROPOUT else {}
+            out = dropout_over_time(self.timesteps, *args, **kwargs, **spatial)
             if out is not (args[0] if args else kwargs['input']):
                 self._refuse_recomputation(name)
             return out
