@@ -65,7 +65,6 @@ def term_gradients(task: Any, batches: Sequence[Tuple[Any, Any]]) -> List[Dict[s
 def diagnose(folder: Path, at_start: bool) -> List[Dict[str, Any]]:
     """term_gradients of a finished run, with its last weights or, rebuilt, with those that it started from."""
     sys.path.insert(0, str(ROOT))  # train.py is a script beside this folder
-    import train
     from timm_sscl.training.options import parse_args
     args, _ = parse_args(['--config', str(folder / 'args.yaml')])
     accelerator = create_accelerator(args)

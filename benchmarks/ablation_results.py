@@ -15,7 +15,7 @@ from ablation_runs import Run, finished_runs
 from pages import FIGURES, PAGES, write_section
 
 matplotlib.use('Agg')
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 RUNS_CSV, LAYERS_CSV, GRADIENTS_CSV = 'ablation_runs.csv', 'ablation_layers.csv', 'ablation_gradients.csv'
 FIGURE = 'ablation.png'

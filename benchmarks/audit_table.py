@@ -4,7 +4,8 @@
     python benchmarks/audit_table.py             # all architectures that have a class which those before lack
     python benchmarks/audit_table.py --skip-all  # one model of every family and the hard cases only
 
-Models are built and run on the meta device, without arithmetic, where they do not look at values. The table is written only if nothing is unknown. Models
+Models are built and run on the meta device, without arithmetic, where they do not look at values. The table is
+written only if nothing is unknown. Models
 with classes that it lacks are audited when they are converted.
 """
 import argparse
@@ -17,7 +18,6 @@ import timm
 import torch
 from coverage import HARD_CASES, REPRESENTATIVES, Subject
 
-import timm_sscl  # registers the names of the models that timm lacks
 from timm_sscl.conversion.audit.run import run
 from timm_sscl.conversion.audit.table import TABLES
 from timm_sscl.conversion.audit.verdicts import class_name, findings

@@ -11,7 +11,6 @@ import timm
 import torch
 from harness import create_parser, interleave, save, show
 
-import timm_sscl  # registers the spiking_ names
 from timm_sscl import SSCLTask
 from timm_sscl.losses.sscl import SSCLCriterion
 

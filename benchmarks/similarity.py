@@ -21,7 +21,6 @@ import torch
 from timm.data import create_loader, resolve_data_config
 from timm.utils import ParseKwargs
 
-import timm_sscl  # registers the spiking_ names
 from timm_sscl.data import create_dataset
 from timm_sscl.losses import SSCLCriterion
 from timm_sscl.losses.cka import gram_matrix, hsic_terms

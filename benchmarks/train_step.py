@@ -15,7 +15,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from harness import create_parser, has, interleave, measure_peak, peak_in_fresh_process, save, show
 
-import timm_sscl  # registers the spiking_ names
 from timm_sscl import share_stem
 from timm_sscl.neurons import packed_spikes
 

@@ -13,13 +13,13 @@ from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'benchmarks'))
 
-import ablation  # noqa: E402
-import ablation_gradients  # noqa: E402
-import ablation_results as results  # noqa: E402
-import ablation_runs  # noqa: E402
-import pages  # noqa: E402
-from ablation_runs import Runner  # noqa: E402
-from timm_sscl.training.options import parse_args  # noqa: E402
+import ablation
+import ablation_gradients
+import ablation_results as results
+import ablation_runs
+import pages
+from ablation_runs import Runner
+from timm_sscl.training.options import parse_args
 
 # stands in for train.py: keeps a checkpoint after its first epoch, and, with KILL in the folder above, dies there
 FAKE = '''

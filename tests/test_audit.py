@@ -8,7 +8,6 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import train
 from timm.models import register_model
 
 import timm_sscl.conversion.convert
@@ -326,7 +325,7 @@ def test_recurrent_cells_and_excluded_modules_are_listed_once():
         def forward(self, x):
             return x + self.cell(x.mean((2, 3)))[..., None, None]
 
-    records = [r for r in _convert(Cell()).spiking_report().analog]
+    records = list(_convert(Cell()).spiking_report().analog)
     assert [r.name for r in records] == ['4.cell'] and 'recurrent' in records[0].reason
     records = _convert(nn.SiLU(), exclude='SiLU').spiking_report().analog
     assert [(r.name, r.now) for r in records] == [('4', 'SiLU')]

@@ -64,7 +64,7 @@ def test_containers(images, wrap, unwrap):
 
 
 @pytest.mark.parametrize('wrap, error, message', [
-    (lambda y: y.sum(0)[:10], ValueError, r'\(10,\).*timesteps=2 times 3 samples'),  # 10 rows would split into two steps
+    (lambda y: y.sum(0)[:10], ValueError, r'\(10,\).*timesteps=2 times 3 samples'),  # 10 rows: two steps of 5
     (lambda y: y.t()[:10], ValueError, r'\(10, 6\)'),
     (lambda y: (y, y.mean()), ValueError, r'shape \(\)'),
     (lambda y: y.argmax(1), ValueError, 'int64.*per_step'),

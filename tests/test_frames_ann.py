@@ -113,7 +113,7 @@ def test_the_loss_in_a_loop_compares_with_the_teachers_means(frames):
 
 def test_student_that_runs_another_number_of_steps_is_told(frames):
     student = create('spiking_test_resnet', timesteps=T + 1)
-    with pytest.raises(ValueError, match=rf'3 frames per sample.*timesteps=4.*set_timesteps\(3\)'):
+    with pytest.raises(ValueError, match=r'3 frames per sample.*timesteps=4.*set_timesteps\(3\)'):
         student(frames)
 
 

@@ -44,7 +44,8 @@ def _trace(model):
 
 
 # functional activations (densenet: batch norm with act; xception), gates, attention, dropout of all kinds
-@pytest.mark.parametrize('name', ['test_resnet', 'vit_tiny_patch16_224', 'test_vit', 'test_convnext', 'test_efficientnet', 'test_nfnet',
+@pytest.mark.parametrize('name', [
+    'test_resnet', 'vit_tiny_patch16_224', 'test_vit', 'test_convnext', 'test_efficientnet', 'test_nfnet',
                                   'test_mambaout', 'densenet121', 'mobilenetv3_small_050', 'vgg11_bn'])
 def test_output_is_the_models(name):
     model = _create(name).eval()
@@ -122,7 +123,8 @@ def test_graph_refuses_what_it_was_not_traced_for():
     tracer = torch.fx.Tracer()
     tracer.is_leaf_module = lambda m, name: True
     with pytest.raises(RuntimeError, match='called outside'):
-        torch.fx.GraphModule(layer, tracer.trace(layer))(torch.randn(4, layer[0].in_channels, 4, 4))  # a part by itself folds nothing
+        # a part by itself folds nothing
+        torch.fx.GraphModule(layer, tracer.trace(layer))(torch.randn(4, layer[0].in_channels, 4, 4))
 
 
 def test_features_only_by_fx():

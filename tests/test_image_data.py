@@ -1,6 +1,5 @@
 """Image data as it lies about: bit depths, hidden files, folders that are no classes, names of data sets, splits."""
 import io
-import logging
 import tarfile
 
 import numpy as np

@@ -25,8 +25,8 @@ def test_tet_of_half_precision_is_summed_in_float32(dtype, scale):
 
 
 @pytest.mark.parametrize('logits,target', [
-    ((4, 5), (4,)), ((3, 4, 5), (1,)), ((3, 4, 5), (12,)), ((3, 4, 5), (4, 7)), ((3, 4, 5), (1, 5)), ((3, 4, 5), (4, 1)),
-    ((3, 4, 5, 2), (4,))])
+    ((4, 5), (4,)), ((3, 4, 5), (1,)), ((3, 4, 5), (12,)), ((3, 4, 5), (4, 7)), ((3, 4, 5), (1, 5)),
+    ((3, 4, 5), (4, 1)), ((3, 4, 5, 2), (4,))])
 def test_tet_says_what_it_takes(logits, target):
     target = torch.zeros(target, dtype=torch.long if len(target) == 1 else torch.float32)
     with pytest.raises(ValueError, match=r'\(T, B, K\)'):

@@ -8,7 +8,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.models import group_parameters
 
-import timm_sscl  # registers the models
 from timm_sscl import LIF
 from timm_sscl.features.finding import find_taps
 

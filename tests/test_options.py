@@ -140,7 +140,8 @@ def test_home_is_expanded_in_every_option_that_takes_a_path(tmp_path, monkeypatc
     (tmp_path / 'losses.py').write_text('')
     (tmp_path / 'mine.yaml').write_text('epochs: 7\n')
     (tmp_path / 'c.yaml').write_text('base: ~/mine.yaml\nclass_map: ~/m.txt\n')
-    given = {'--loss-file': 'losses.py', '--plugin': 'losses.py', '--config': 'c.yaml', 'data': 'images', '--resume': 'run'}
+    given = {
+        '--loss-file': 'losses.py', '--plugin': 'losses.py', '--config': 'c.yaml', 'data': 'images', '--resume': 'run'}
     paths = [a for a in create_parser()._actions if _takes_a_path(a)]
     assert {a.dest for a in paths} >= {
         'config', 'data', 'data_dir', 'class_map', 'output', 'resume', 'initial_checkpoint', 'pretrained_path',

@@ -24,7 +24,7 @@ PAGES = sorted((ROOT / 'docs' / 'pages').glob('*.md'))
 TEXTS = [ROOT / 'README.md', *PAGES]
 sys.path.insert(0, str(ROOT / 'benchmarks'))
 
-import ablation  # noqa: E402
+import ablation
 
 by_name = pytest.mark.parametrize('file', TEXTS, ids=lambda file: file.stem)
 

@@ -311,7 +311,7 @@ def test_pretrained_ann_file(name, tmp_path):
 def test_pretrained_file_is_adapted_as_for_the_ann(name, spiking_file, tmp_path):
     """Another number of classes and of input channels: every tensor as timm gives it to the ANN, but the new head."""
     source = _trained(name, spiking=False)
-    reference = _pretrained(name, _save_plain(source, tmp_path), spiking=False, in_chans=1, **{'num_classes': 7})
+    reference = _pretrained(name, _save_plain(source, tmp_path), spiking=False, in_chans=1, num_classes=7)
     file = _save_safetensors(convert_to_spiking(source, **SETTINGS) if spiking_file else source, tmp_path)
     model = _pretrained(name, file, in_chans=1, num_classes=7)
     if spiking_file:

@@ -1,4 +1,4 @@
-"""A head that runs a second time, for the pooled feature, leaves no trace of that: no dropout drawn, no statistics moved."""
+"""A head that runs a second time, for the pooled feature, leaves no trace: no dropout drawn, no statistics moved."""
 import copy
 
 import pytest

@@ -273,8 +273,9 @@ def moved(source, folder):
 
 WAYS = [
     load_state_dict, load_into_a_calibrated_one, load_into_a_converted_one, load_by_equal_shapes, assign,
-    assign_to_meta, empty_and_load, written_in_place, written_in_place_in_training, accelerate_dispatch, accelerate_init_empty,
-    accelerate_in_model, ema_of(ModelEmaV2), ema_of(ModelEmaV3), ema_of(ModelEmaV3, exclude_buffers=True),
+    assign_to_meta, empty_and_load, written_in_place, written_in_place_in_training, accelerate_dispatch,
+    accelerate_init_empty, accelerate_in_model,
+    ema_of(ModelEmaV2), ema_of(ModelEmaV3), ema_of(ModelEmaV3, exclude_buffers=True),
     ema_of(ModelEmaV3, foreach=False), average_of('AveragedModel'),
     average_of('AveragedModel_buffers', use_buffers=True),
     average_of('AveragedModel_ema', use_buffers=True, multi_avg_fn=get_ema_multi_avg_fn(.5)), deepcopied, pickled,

@@ -20,7 +20,8 @@ MODELS = {
     'swin_tiny_patch4_window7_224': SWIN,
 }
 STAGES = {
-    'test_resnet': ['layer2', 'layer4'], 'test_vit': ['blocks.1', 'blocks.5'], 'test_convnext': ['stages.1', 'stages.3'],
+    'test_resnet': ['layer2', 'layer4'], 'test_vit': ['blocks.1', 'blocks.5'],
+    'test_convnext': ['stages.1', 'stages.3'],
     'swin_tiny_patch4_window7_224': ['layers.1', 'layers.3'],
 }
 

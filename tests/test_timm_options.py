@@ -1,7 +1,8 @@
 """Every option of timm's train.py stands in its group with its default, and changes here what it changes there.
 
 timm_options.py holds the names. `observes` makes the table from option to observable: a test that runs the part of
-train.py which the option is about, with and without it. What has none must stand by its name on the manual's page of differences.
+train.py which the option is about, with and without it. What has none must stand by its
+name on the manual's page of differences.
 """
 import copy
 import csv
@@ -27,7 +28,6 @@ from timm.scheduler import (
 from timm.task import LogitDistillationTask
 from timm_options import TIMM_OPTIONS
 
-import timm_sscl  # registers the spiking_ names
 import train
 from timm_sscl.data import factory
 from timm_sscl.training.refused_options import UNSUPPORTED
@@ -202,8 +202,8 @@ def images(tmp_path_factory):
 
 
 def folder_args(images, argv=()):
-    return parse(['--dataset', '', '--data-dir', images, '--num-classes', 3, '--img-size', 32, '--train-num-samples', 12,
-                  *argv])
+    return parse(['--dataset', '', '--data-dir', images, '--num-classes', 3, '--img-size', 32,
+                  '--train-num-samples', 12, *argv])
 
 
 def samples_of(args, training, indices=(0, 5, 10)):
@@ -948,7 +948,7 @@ def test_where_a_run_goes_on(fit):
     run = fit(['--epochs', 4, '--start-epoch', 3])
     train.fit(run)
     assert [int(row['epoch']) for row in rows(run)] == [3]
-    assert fit(['--epochs', 4, '--start-epoch', 3], options=teacher_options).position == (0, 0)  # it has a run of its own
+    assert fit(['--epochs', 4, '--start-epoch', 3], options=teacher_options).position == (0, 0)  # a run of its own
 
 
 @observes('--output', '--experiment')

@@ -216,14 +216,17 @@ def _break(target, good_calls=1):
 _CHANGES = {
     'convert_to_spiking': (_ann, convert_to_spiking, _break('timm_sscl.conversion.plan._replacement')),
     'convert_to_spiking, late': (
-        _ann, lambda m: convert_to_spiking(m, stem_pool='avg', norm='tdbn'), _break('timm_sscl.conversion.convert.set_norm', 0)),
+        _ann, lambda m: convert_to_spiking(m, stem_pool='avg', norm='tdbn'),
+        _break('timm_sscl.conversion.convert.set_norm', 0)),
     'convert_ann': (_ann, lambda m: convert_ann(m, _images()), _break_forward),
-    'convert_ann, late': (_ann, lambda m: convert_ann(m, _images()), _break('timm_sscl.conversion.thresholds._threshold')),
+    'convert_ann, late': (
+        _ann, lambda m: convert_ann(m, _images()), _break('timm_sscl.conversion.thresholds._threshold')),
     'convert_ann of a spiking model': (
         lambda: convert_to_spiking(_ann()), lambda m: convert_ann(m, _images(), 16), _break_forward),
     'calibrate': (_spiking, lambda m: calibrate(m, _images()), _break_forward),
     'fold_gains': (_spiking, lambda m: fold_gains(m, _images()), _break_forward),
-    'fold_gains, late': (_spiking, lambda m: fold_gains(m, _images()), _break('timm_sscl.conversion.gain_folding._fold_gain')),
+    'fold_gains, late': (
+        _spiking, lambda m: fold_gains(m, _images()), _break('timm_sscl.conversion.gain_folding._fold_gain')),
     'share_stem': (_spiking, share_stem, _break('timm_sscl.conversion.variants.shared_stem._outputs')),
     'set_norm': (_spiking, lambda m: set_norm(m, 'tdbn', .5), lambda m, p: p.setitem(
         __import__('timm_sscl.conversion.variants.tdbn', fromlist=['_TD_CLASS'])._TD_CLASS, nn.BatchNorm2d, int)),

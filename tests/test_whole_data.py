@@ -9,7 +9,6 @@ from test_bad_data import IMAGES, fails
 from test_events_datasets import write_classes
 from test_train import run_here, write_images
 
-import train
 from timm_sscl.data import DigitsDataset, create_dataset
 from timm_sscl.data.checks import check_copies, check_seen
 from timm_sscl.data.copies import find_copies

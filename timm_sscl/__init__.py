@@ -1,12 +1,12 @@
 """Spiking timm models, trained with their real-valued twins as teachers (SSCL)."""
 from . import _moved
-from . import models  # registers the architectures that timm lacks, before their spiking_ twins
+from . import models  # noqa: F401, registers the architectures that timm lacks, before their spiking_ twins
 from .conversion import (
     calibrate, convert_ann, convert_to_spiking, fold_gains, register_activation, set_stem_pool, share_stem,
     unregister_activation)
 from .distillation import SSCLLoss, SSCLTask, accept_frames
 from .losses import TrainStep, cka, create_loss, hsic, list_losses, nce_loss, register_loss
-from .models import spiking as _spiking_names  # registers the spiking_ names with timm
+from .models import spiking as _spiking_names  # noqa: F401, registers the spiking_ names with timm
 from .neurons import LIF, lif
 from .report import FiringRates, estimate_energy, record_spikes, representation_bits
 

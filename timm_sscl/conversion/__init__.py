@@ -1,6 +1,6 @@
 """A model becomes spiking: which activations become neurons, settings and state, time folded into the batch, gains and
 thresholds. `variants` holds the options that change more than the activation."""
-from . import tracing as _tracing  # tells timm which parts torch.fx takes as one node
+from . import tracing as _tracing  # noqa: F401, tells timm which parts torch.fx takes as one node
 from .activations import register_activation, unregister_activation
 from .convert import SOFT_RESET, convert_to_spiking
 from .gain_folding import fold_gains

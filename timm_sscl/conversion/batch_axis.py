@@ -143,7 +143,7 @@ def _check(model: nn.Module, run: _Runner, example: Example) -> BatchAxis:
         raise _WrongAxis(f'{type(model).__name__} takes {example}, five axes with the batch: a spiking model takes those '
                          f'for event frames (B, T, C, H, W), axis 1 for time. Volumes and videos are not supported.')
     plain, calls = run(example)
-    own = {name: False for name in plain}
+    own = dict.fromkeys(plain, False)
     poisoned = _try(run, _changed(example, lambda x: torch.full_like(x, torch.nan)))
     if poisoned is not None:
         seen = {name: [_seen(x.isnan()) for x in inputs] for name, inputs in poisoned.items()}

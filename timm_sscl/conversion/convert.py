@@ -140,7 +140,7 @@ def convert_to_spiking(
     (B, T, C, H, W) and returns the mean over T; `model(x, per_step=True)` returns every step, (T, B, ...).
 
     All activations but gates (sigmoid, softmax) become neurons: modules, those hidden in a norm (EvoNorm, FRN: a group
-    or response norm and a neuron), and those called as functions (`F.relu(x)`). For the latter the calling module gets a
+    or response norm and a neuron), and those called as functions (`F.relu(x)`). For these the calling module gets a
     child named 'functional_act': the neuron of its one call, or a ModuleDict with one neuron per call, by its number.
     What has no batch axis (position biases) stays analog. `model.spiking_report()` lists what became
     of every activation.

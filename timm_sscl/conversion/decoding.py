@@ -47,7 +47,7 @@ def decode(out: Any, timesteps: int, per_step: bool = False, batch: Optional[int
     if isinstance(out, (list, tuple)):
         return type(out)(map(inside, out))
     if _holds_rows(out):
-        raise TypeError(f'a spiking model returned a {type(out).__name__}, where time cannot be taken out of the batch; '
+        raise TypeError(f'a spiking model returned a {type(out).__name__}, where time cannot be taken from the batch; '
                         f'return tensors, in lists, tuples, dicts or dataclasses.')
     return out
 

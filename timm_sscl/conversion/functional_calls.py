@@ -197,9 +197,9 @@ class FunctionsOverTime(TorchFunctionMode):
         while frame is not None and frame.f_code.co_name != '_call_folded' and frame.f_code is not _FORWARD:
             if frame.f_code.co_filename == torch.utils.checkpoint.__file__:
                 raise RuntimeError(
-                    f"'{function}' is called as a function inside a region under gradient checkpointing, whose backward "
-                    f'computes it again as it was before the conversion. Make it a module (self.act = nn.ReLU(), '
-                    f'self.drop = nn.Dropout(p)), or put the region into a module of its own.')
+                    f"'{function}' is called as a function inside a region under gradient checkpointing, whose "
+                    f'backward computes it again as it was before the conversion. Make it a module (self.act = '
+                    f'nn.ReLU(), self.drop = nn.Dropout(p)), or put the region into a module of its own.')
             frame = frame.f_back
 
     def _fire(self, neuron, name, input, *args, inplace=False, **kwargs):

@@ -73,7 +73,7 @@ class _Trace(TorchFunctionMode):
         out = func(*args, **kwargs)
         if self.inside or not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(out)):
             return out
-        call = _Call(func, getattr(func, '__name__', ''), args, kwargs, out)  # holds its tensors, so that ids stay unique
+        call = _Call(func, getattr(func, '__name__', ''), args, kwargs, out)  # holds its tensors: ids stay unique
         for leaf in tree_leaves((args, kwargs)):
             if isinstance(leaf, torch.Tensor):
                 self.taken.setdefault(id(leaf), []).append(call)

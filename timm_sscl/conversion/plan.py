@@ -1,4 +1,5 @@
 """What a conversion will do to a model: which modules become neurons, which stay analog, and why."""
+from functools import partial
 from typing import Dict, List, NamedTuple, Optional, Set, Tuple
 
 import torch
@@ -175,7 +176,7 @@ class Plan:
             if name in self.found.calls:
                 module.__dict__['function_calls'] = self.found.calls[name]._replace(inputs=())
         for caller in self.callers:
-            give_neurons(caller, lambda: new_neuron(settings, caller.module.training))
+            give_neurons(caller, partial(new_neuron, settings, caller.module.training))
             if caller.module is not model:
                 replace_functions(caller.module, settings.timesteps)
         for module in self.others:

@@ -104,7 +104,7 @@ class SpikingState:
             theirs, own = getattr(settings, name), getattr(self._spiking_settings, name)
             if theirs != own:
                 raise RuntimeError(f'{type(self).__name__}: its state was replaced by that of a model with {name}='
-                                   f'{theirs}, its own is {name}={own}. Convert it alike first, or use load_state_dict.')
+                                   f'{theirs}, its own is {name}={own}. Convert it alike first or use load_state_dict.')
         self._check_channels(stored, self._neuron_factors())
         before, self._spiking_data = self._spiking_data, data
         try:

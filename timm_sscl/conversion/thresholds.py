@@ -101,9 +101,9 @@ def _thresholds(model: SpikingModule, images: torch.Tensor, per_channel: bool, q
     for lif, values in seen.items():
         if len({value.shape for value in values}) > 1:
             raise ValueError(
-                f'{type(model).__name__}: {names[lif]} runs on {" and ".join(_widths(values))} channels, and not as often '
-                f'in each forward of the module that holds it, so that no threshold per channel fits; give each call a '
-                f'ReLU of its own, or use per_channel=False.')
+                f'{type(model).__name__}: {names[lif]} runs on {" and ".join(_widths(values))} channels, and not as '
+                f'often in each forward of the module that holds it, so that no threshold per channel fits; give each '
+                f'call a ReLU of its own, or use per_channel=False.')
         if not all(value.isfinite().all() for value in values):
             raise ValueError(f'{type(model).__name__}: the activations of {names[lif]} are not finite on these images, '
                              f'so that no threshold fits them; check the weights before it, or run in float32.')

@@ -1,4 +1,5 @@
-"""The student learns from its teacher: SSCLLoss for anybody's loop, SSCLTask for timm's seam, and what the teacher sees."""
+"""The student learns from its teacher: SSCLLoss for anybody's loop, SSCLTask for timm's seam, what the teacher
+sees."""
 from .frames_ann import accept_frames
 from .sscl import SSCLLoss
 from .presets import PRESETS

@@ -68,7 +68,7 @@ class TapReader:
 def _fold(tap: Tap, feature: torch.Tensor, timesteps: int, batch: int) -> torch.Tensor:
     if feature.shape[0] not in (batch, timesteps * batch):
         raise ValueError(f"tap '{tap.name}' holds {feature.shape[0]} rows for {batch} samples and {timesteps} time "
-                         f'steps: expected {batch} or {timesteps * batch}. Its rows are no samples; tap another module.')
+                         f'steps: expected {batch} or {timesteps * batch}. Its rows are no samples; tap another one.')
     return fold_feature(feature, feature.shape[0] // batch, tap.channel_axis, tap.prefix_tokens)
 
 

@@ -93,7 +93,7 @@ def _read(
 
 def _check_logits(model: nn.Module, logits: Any) -> torch.Tensor:
     if not isinstance(logits, torch.Tensor):
-        raise TypeError(f'{type(model).__name__} returns a {type(logits).__name__} and not a tensor of logits (B, K); of '
+        raise TypeError(f'{type(model).__name__} returns a {type(logits).__name__} and no tensor of logits (B, K); of '
                         f"timm's distilled models set_distilled_training(False) returns one.")
     return logits
 

@@ -13,7 +13,7 @@ from timm_sscl.untouched import untouched
 
 from .channel_axis import ChannelAxes
 from .recorder import Recorder
-from .stages import POOLED, example_images, known_stages, reference_features, stage_indices, stage_names
+from .stages import POOLED, example_modules, known_stages, reference_features, stage_indices, stage_names
 from .tap import Call, Tap, fold_feature, tensors_in
 
 __all__ = ['run_probe', 'find_taps', 'named_taps', 'tap_shapes', 'module_calls']
@@ -226,9 +226,10 @@ def _best(found: List[Tap], name: str) -> Tap:
 
 
 def named_taps(model: nn.Module, names: Sequence[str], input_size: Optional[Sequence[int]] = None) -> List[Tap]:
-    """Taps by name: modules of any nn.Module, stages of a timm model as in its feature_info, 'pooled' its pooled feature.
+    """Taps by name: modules of any nn.Module, stages of a timm model as in its feature_info, 'pooled'.
 
-    A stage is what forward_intermediates returns for it. A container (nn.Sequential) is tapped at its last block. Where a feature has its channels is followed from the layers
+    A stage is what forward_intermediates returns for it. A container (nn.Sequential) is tapped at its last block.
+    Where a feature has its channels is followed from the layers
     that made it: (B, C, L) behind a Conv1d, (B, N, C) or (B, H, W, C) behind a linear map. Where they made nothing,
     (B, N, C) are tokens and (B, C, ...) all else.
 
@@ -243,7 +244,7 @@ def named_taps(model: nn.Module, names: Sequence[str], input_size: Optional[Sequ
             continue
         if not name or name not in modules:
             raise ValueError(f"tap '{name}' is no module of {type(model).__name__}; it has for example "
-                             f"{', '.join([*stages, *example_images(model)][:8])}.")
+                             f"{', '.join([*stages, *example_modules(model)][:8])}.")
         path = name
         while isinstance(modules[path], nn.Sequential) and len(modules[path]):
             path = f'{path}.{list(modules[path]._modules)[-1]}'

@@ -9,7 +9,7 @@ import torch.nn as nn
 from .tap import per_step_keyword
 
 __all__ = ['POOLED', 'stage_indices', 'match_by_depth', 'known_stages', 'indices_of_names', 'stage_names',
-    'run_stages', 'reference_features', 'example_images']
+    'run_stages', 'reference_features', 'example_modules']
 
 POOLED = 'pooled'  # name of the tap on the pooled feature in front of the classifier
 
@@ -30,7 +30,8 @@ def stage_indices(model: nn.Module, num_stages: int = 4) -> List[int]:
     info = getattr(info, 'info', info)
     if not info or not hasattr(model, 'forward_intermediates'):
         raise ValueError(f'{type(model).__name__} has no feature_info and forward_intermediates to find its stages by; '
-                         f'name the modules to tap (taps=[...], --sscl-taps), for example {", ".join(example_images(model))}.')
+                         f'name the modules to tap (taps=[...], --sscl-taps), for example '
+                         f'{", ".join(example_modules(model))}.')
     reductions = [entry['reduction'] for entry in info]
     if len(set(reductions)) == 1:
         n = len(reductions)
@@ -90,5 +91,5 @@ def reference_features(
     return (final, [s.flatten(0, 1) for s in stages], pooled.flatten(0, 1)) if per_step else (final, stages, pooled)
 
 
-def example_images(model: nn.Module) -> List[str]:
+def example_modules(model: nn.Module) -> List[str]:
     return [name for name, module in model.named_modules() if name.count('.') < 2 and name][:8]

@@ -93,7 +93,7 @@ class SpikeRecord:
     def __getitem__(self, layer: str) -> torch.Tensor:
         """Spikes of a layer that ran once, (T, B, ...) bool."""
         if self.num_calls(layer) > 1:
-            raise KeyError(f'{layer} ran {self.num_calls(layer)} times; spikes({layer!r}, call=i) tells which is meant.')
+            raise KeyError(f'{layer} ran {self.num_calls(layer)} times; spikes({layer!r}, call=i) says which.')
         return self.spikes(layer)
 
     def _of(self, layer: str) -> List[_Call]:

@@ -149,8 +149,9 @@ def _report_evaluation(args: Namespace, folder: Path, results: List[Evaluation],
     widths = [max(map(len, column)) for column in zip(columns, *rows)]
     lines = ['', *('  '.join(f'{cell:>{w}}' for cell, w in zip(row, widths)) for row in (columns, *rows))]
     if len(results) == 1:  # of several the JSON file has the layers
-        lines += [f'  {name:<30} {v["firing_rate"]:.3f} spikes ({" ".join(f"{r:.3f}" for r in v["firing_rate_per_step"])}'
-                  f' step by step), {v["entropy"]:.3f} bits per neuron and step'
+        lines += [f'  {name:<30} {v["firing_rate"]:.3f} spikes '
+                  f'({" ".join(f"{r:.3f}" for r in v["firing_rate_per_step"])} step by step), '
+                  f'{v["entropy"]:.3f} bits per neuron and step'
                   for layers in rates.values() for name, v in layers.items()]
     if any(r.energy_uj is not None for r in results):
         lines.append(f'Energy: microjoules of one image\'s arithmetic at 45 nm (4.6 pJ a MAC, 0.9 pJ an addition), '

@@ -53,7 +53,7 @@ def name_dead_processes() -> Iterator[None]:
         if died is None:
             raise
         if threading.current_thread() is threading.main_thread() and hasattr(signal, 'SIGCHLD'):
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise it again at the next child's end
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise it again
         raise died from error
 
 

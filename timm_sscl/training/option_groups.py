@@ -18,8 +18,8 @@ def create_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('--config', '-c', type=home_path, default=None, metavar='NAME|FILE',
                         help='recipe by name, or a YAML file')
-    for add in (add_spiking_options, add_distillation_options, _add_dataset, _add_events, _add_model, _add_device, _add_optimizer,
-                _add_schedule, _add_augmentation, _add_batch_norm, _add_ema, _add_misc, _add_refused):
+    for add in (add_spiking_options, add_distillation_options, _add_dataset, _add_events, _add_model, _add_device,
+                _add_optimizer, _add_schedule, _add_augmentation, _add_batch_norm, _add_ema, _add_misc, _add_refused):
         add(parser)
     return parser
 

@@ -1,4 +1,4 @@
-"""Values that timm's options take: numbers outside their range, and names that do not exist, are errors at the start."""
+"""Values that timm's options take: numbers outside their range and unknown names are errors at the start."""
 import argparse
 import difflib
 import math

@@ -31,8 +31,8 @@ def as_process_failure(error: BaseException, processes: int) -> Optional[Process
         return ProcessDied('the launcher stopped this process (SIGTERM), since another process of the run has ended.')
     if worker:
         how = worker.group(1).replace('is killed by signal: ', 'killed by the signal ')
-        return ProcessDied(f'a worker of the data loader died ({how}); where memory ran out, fewer --workers or a smaller '
-                           f'--batch-size help.')
+        return ProcessDied(f'a worker of the data loader died ({how}); where memory ran out, fewer --workers or a '
+                           f'smaller --batch-size help.')
     if processes > 1 and (isinstance(error, dist.DistError) or _CONNECTION.search(text)):
         return ProcessDied('another process of the run has ended; its own message, where it left one, says why.')
     return None

@@ -4,7 +4,12 @@ from typing import Any, Dict, Optional
 __all__ = ['best_epoch_facts', 'best_epoch_text', 'last_epoch_text']
 
 
-def best_epoch_facts(metric: str, last: Dict[str, float], best: Optional[float], epoch: Optional[int]) -> Dict[str, Any]:
+def best_epoch_facts(
+        metric: str,
+        last: Dict[str, float],
+        best: Optional[float],
+        epoch: Optional[int],
+) -> Dict[str, Any]:
     """The best epoch for summary.json.
 
     Args:

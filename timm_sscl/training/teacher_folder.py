@@ -49,8 +49,8 @@ def recorded_file(
     folder = find_teacher(args, teacher, num_classes, root, launch)
     if is_trained(folder):
         return folder / LAST
-    raise OptionError(f'--resume: the run was taught by {record}, and that file is gone or damaged; --teacher-checkpoint '
-                      f'FILE says where it is.')
+    raise OptionError(f'--resume: the run was taught by {record}, and that file is gone or damaged; '
+                      f'--teacher-checkpoint FILE says where it is.')
 
 
 def record_teacher(args: Namespace, teacher: nn.Module, file: Optional[str]) -> TeacherRecord:

@@ -62,5 +62,5 @@ def check_same_teacher(record: TeacherRecord, now: TeacherRecord) -> None:
 
 
 def _other(record: TeacherRecord, asked: str) -> str:
-    return (f'--resume: the run was taught by {record}, and goes on with it; now it would be {asked}. Leave the options '
-            f'of the teacher as they were, or start a new run from the weights (--initial-checkpoint).')
+    return (f'--resume: the run was taught by {record}, and goes on with it; now it would be {asked}. Leave the '
+            f'options of the teacher as they were, or start a new run from the weights (--initial-checkpoint).')

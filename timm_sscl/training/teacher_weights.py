@@ -117,7 +117,7 @@ def warn_warmup(args: Namespace, name: str, epochs: int) -> None:
 
 
 def teacher_options(args: Namespace) -> Namespace:
-    """Options of the teacher's own training: its number of epochs; where the student's run starts is not its business."""
+    """Options of the teacher's own training: its epochs, and none of those that say where the student's run starts."""
     return Namespace(**{
         **vars(args), 'epochs': args.teacher_epochs or args.epochs, 'start_epoch': None, 'no_resume_opt': False})
 
@@ -146,7 +146,8 @@ def train_teacher(
             model, criterion_kwargs=criterion_kwargs(args, mixes), device=accelerator.device, verbose=False)
         task.to(accelerator.device)
         result = fit(start_training(
-            session, teacher_options(args), task, folder, 'teacher', resume=str(resume or ''), change_input=teacher_input))
+            session, teacher_options(args), task, folder, 'teacher', resume=str(resume or ''),
+            change_input=teacher_input))
         if accelerator.is_main_process:
             facts = dict(model=name, epochs=epochs, seed=args.seed, metrics=result.last, file=LAST,
                          options=teacher_settings(args, session.launch))

@@ -33,8 +33,8 @@ _LINEAR = {
     'channel_shuffle', 'native_channel_shuffle', 'im2col', 'col2im', 'grid_sampler_2d', 'grid_sampler_3d',
     'grid_sampler', 'tril', 'triu', 'diag_embed', 'slice_scatter', 'select_scatter', 'diagonal_scatter', 'index_put',
     '_index_put_impl', '_unsafe_index_put', 'index_add', 'index_copy', 'index_fill', 'scatter', 'scatter_add',
-    'masked_select', 'masked_scatter', 'cumsum', 'rot90', 'trace', 'block_diag', 'slice_copy', 'select_copy', 'split_copy',
-    'unbind_copy', 'max_unpool2d', 'complex', 'view_as_complex_copy', 'unfold_copy', 'native_dropout',
+    'masked_select', 'masked_scatter', 'cumsum', 'rot90', 'trace', 'block_diag', 'slice_copy', 'select_copy',
+    'split_copy', 'unbind_copy', 'max_unpool2d', 'complex', 'view_as_complex_copy', 'unfold_copy', 'native_dropout',
     '_fft_r2c', '_fft_c2r', '_fft_c2c', 'reverse', 'combinations', 'renorm', 'affine_grid_generator',
 }
 _INTERPOLATES = ('upsample_', '_upsample_', '_adaptive_avg_pool', 'adaptive_avg_pool', 'avg_pool')

@@ -84,7 +84,7 @@ def _run_in_full(model: SpikingModule, input_size: Optional[Sequence[int]]):
         with undisturbed(model):
             modules = {n: m for n, m in model.named_modules() if isinstance(m, (LIF, OverTime))}
             for n, module in modules.items():
-                module.register_forward_pre_hook(lambda m, args, n=n: ran.append(n))
+                module.register_forward_pre_hook(lambda m, args, n=n, ran=ran: ran.append(n))
             try:
                 outputs = _outputs(model, x, quiet=False)
             except (RuntimeError, ValueError, AssertionError, IndexError):
