@@ -87,10 +87,10 @@ def main(argv: Optional[List[str]] = None) -> None:
             stop = resources.enter_context(StopRequest())
             job = None if args.eval_only else prepare(args, accelerator, stop, resources)
         if args.eval_only:
-            with report_resume_command():
+            with report_resume_command(__file__):
                 evaluate_only(args, accelerator, stop)
             return
-        with report_resume_command(job.folder):
+        with report_resume_command(__file__, job.folder):
             train(job, started)
     accelerator.end_training()
 

@@ -68,20 +68,26 @@ def one_line_errors() -> Iterator[None]:
 
 
 @contextmanager
-def report_resume_command(folder: Optional[Path] = None) -> Iterator[None]:
-    """What ends a training before its end is said in one line, with the command that continues it."""
+def report_resume_command(script: str, folder: Optional[Path] = None) -> Iterator[None]:
+    """Say in one line what ends a training before its end, and print the command that resumes it.
+
+    Args:
+        script: File of the script that runs.
+        folder: Folder of the run; without one there is nothing to resume.
+    """
     try:
         with name_dead_processes():
             yield
     except (Interrupted, *RUN_ERRORS) as error:
         if folder is not None:
             newest = find_newest(folder)
-            print(f'Newest whole checkpoint: {newest or "none yet"}\nTo go on: {resume_command(folder)}',
+            print(f'Newest whole checkpoint: {newest or "none yet"}\nTo go on: '
+                  f'{resume_command(script, folder)}',
                   file=sys.stderr, flush=True)
         exit_with_line(error, 128 + error.signal_number if isinstance(error, Interrupted) else 1)
 
 
-def resume_command(folder: Path) -> str:
+def resume_command(script: str, folder: Path) -> str:
     """Command that continues the run in this folder, started as this one was."""
     precision = os.environ.get('ACCELERATE_MIXED_PRECISION', 'no')
     if 'TORCHELASTIC_RUN_ID' in os.environ:
@@ -90,4 +96,4 @@ def resume_command(folder: Path) -> str:
         launcher = launcher if precision == 'no' else f'ACCELERATE_MIXED_PRECISION={precision} {launcher}'
     else:
         launcher = 'accelerate launch' + ('' if precision == 'no' else f' --mixed_precision {precision}')
-    return f'{launcher} {os.path.relpath(__file__)} --resume {folder}'
+    return f'{launcher} {os.path.relpath(script)} --resume {folder}'
