@@ -1,83 +1,132 @@
 #!/usr/bin/env python3
 """Write the table of what the audit says of timm's classes, for the version of timm that is installed.
 
-    python benchmarks/audit_table.py             # all architectures that have a class which those before lack
-    python benchmarks/audit_table.py --skip-all  # one model of every family and the hard cases only
+    python benchmarks/audit_table.py             # one small model of every family, and the hard cases
+    python benchmarks/audit_table.py --all       # then every architecture that has a class which the table lacks
+    python benchmarks/audit_table.py --continue  # go on with the table as it is: only what it lacks
 
-Models are built and run on the meta device, without arithmetic, where they do not look at values. The table is
-written only if nothing is unknown. Models
-with classes that it lacks are audited when they are converted.
+Models run on the CPU, two images of the smallest size that they take. The table is written after every model. A model
+with an operation that nothing explains is named, and what was found in it does not go into the table. Models with
+classes that the table lacks are audited when they are converted.
 """
 import argparse
 import json
-import multiprocessing
 import time
-from typing import Any, Dict, Optional, Set
+from pathlib import Path
+from typing import Any, Dict, List, Set
 
 import timm
 import torch
+import torch.nn as nn
 from coverage import HARD_CASES, REPRESENTATIVES, Subject
 
-from timm_sscl.conversion.audit.run import run
+from timm_sscl.conversion.audit import Finding, audit
 from timm_sscl.conversion.audit.table import TABLES
-from timm_sscl.conversion.audit.verdicts import class_name, findings
+from timm_sscl.conversion.audit.verdicts import class_name
 from timm_sscl.conversion.policy import Policy
-from timm_sscl.probing import ProbeError, probe
 from timm_sscl.models.spiking import PREFIX
 
 WRAPPERS = 'FeatureListNet', 'FeatureDictNet', 'FeatureHookNet', 'FeatureGetterNet'  # they call the model's own modules
-FAMILIES = tuple(dict.fromkeys([*REPRESENTATIVES.values(), *HARD_CASES]))
+MAX_PARAMETERS = 300e6  # a larger architecture is left out: its family's smaller ones have its classes
 
-_seen: Set[str] = set()  # classes that this process has audited
+Table = Dict[str, Dict[str, Dict[str, str]]]  # module -> class -> operation that stays analog -> reason
 
 
-def audit_model(name: str) -> Optional[Dict[str, Any]]:
-    """Classes of one architecture, and what the audit finds in each; None where all classes were seen before."""
-    torch.set_num_threads(1)
+class Unexplained(ValueError):
+    """An architecture that the audit does not fully explain."""
+
+
+def classes_of(name: str) -> Set[str]:
+    """Names of the classes of an architecture, before its conversion."""
     with torch.device('meta'):
-        classes = {class_name(module) for module in timm.create_model(name).modules()}
-        if classes <= _seen:
-            return None
-        model = timm.create_model(PREFIX + name, timesteps=2, allow_analog=True)
-    try:
-        seen = probe(model, lambda example: run(model, example), batch=2)
-    except ProbeError:  # it looks at values
-        model = Subject(name).create(PREFIX, timesteps=2, allow_analog=True)
-        seen = probe(model, lambda example: run(model, example), batch=2)
-    modules, ops = dict(model.named_modules()), {}
-    found = findings(model, seen, model._report, Policy(model, None, None))
-    for finding in found:
+        model = Subject(name).create()
+    if sum(p.numel() for p in model.parameters()) > MAX_PARAMETERS:
+        raise Unexplained(f'more than {MAX_PARAMETERS / 1e6:.0f} million parameters')
+    return {class_name(module) for module in model.modules()}
+
+
+def findings_of(model: nn.Module) -> List[Finding]:
+    """What an audit of a spiking model finds.
+
+    Raises:
+        Unexplained: It finds an unknown operation, or cannot run.
+    """
+    # the conversion has audited a model whose classes the installed table lacks
+    seen = model._audit or audit(model, model._report, Policy(model, None, None))
+    if seen.unknown or seen.status.startswith('pending') or 'training mode was not seen' in seen.status:
+        raise Unexplained('; '.join([*(finding.reason for finding in seen.unknown), seen.status]))
+    return seen.findings
+
+
+def audit_model(name: str) -> Dict[str, Dict[str, str]]:
+    """Class -> operation -> reason, for all classes of one architecture."""
+    model = Subject(name).create(PREFIX, timesteps=2, allow_analog=True)
+    modules = dict(model.named_modules())
+    found: Dict[str, Dict[str, str]] = {cls: {} for cls in classes_of(name)}
+    for finding in findings_of(model):
         path = finding.name.removesuffix(finding.op).removesuffix('.')
-        ops.setdefault(class_name(modules[path]), {})[finding.op] = finding.reason
-    _seen.update(classes)
-    return dict(model=name, classes=classes, ops=ops, unknown=[f'{name}: {f.reason}' for f in found if f.unknown])
+        found.setdefault(class_name(modules[path]), {})[finding.op] = finding.reason
+    return found
+
+
+def add(table: Table, found: Dict[str, Dict[str, str]]) -> None:
+    """Add what an audit found to the table."""
+    for name, ops in found.items():
+        module, _, cls = name.rpartition('.')
+        table.setdefault(module, {}).setdefault(cls, {}).update(ops)
+
+
+def write(file: Path, table: Table) -> None:
+    """Write the table whole, or not at all."""
+    part = file.with_suffix('.part')
+    ordered = {m: {c: dict(sorted(ops.items())) for c, ops in sorted(t.items())} for m, t in sorted(table.items())}
+    part.write_text(json.dumps(ordered, indent=1) + '\n')
+    part.replace(file)
+
+
+def run(names: List[str], table: Table, file: Path, again: bool) -> Dict[str, str]:
+    """Audit architectures into the table; returns those that it could not explain, with the reason.
+
+    Args:
+        names: Architectures.
+        table: The table, changed in place.
+        file: Where it is written, after every model.
+        again: Whether to audit models too all of whose classes the table has.
+    """
+    failed, began = {}, time.time()
+    for n, name in enumerate(names, 1):
+        try:
+            classes = classes_of(name)
+            if not again and all(c.rpartition('.')[2] in table.get(c.rpartition('.')[0], ()) for c in classes):
+                continue
+            add(table, audit_model(name))
+        except Exception as error:  # one architecture that cannot run does not cost the others
+            failed[name] = f'{type(error).__name__}: {" ".join(str(error).split())[:300]}'
+        write(file, table)
+        print(f'{n:>5}/{len(names)}  {time.time() - began:5.0f} s  {name}  {failed.get(name, "")}', flush=True)
+    return failed
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--skip-all', action='store_true', help='only the models of the coverage benchmark')
-    parser.add_argument('--jobs', type=int, default=2, help='processes, one thread each (default: 2)')
+    parser.add_argument('--all', action='store_true', help='all architectures, after one of every family')
+    parser.add_argument('--continue', dest='go_on', action='store_true', help='keep the table there is and add to it')
+    parser.add_argument('--output', type=Path, default=TABLES, help='folder (default: where the library reads it)')
     args = parser.parse_args()
-    names = list(FAMILIES)
-    if not args.skip_all:
-        names += [name for name in timm.list_models() if not name.startswith(PREFIX) and name not in FAMILIES]
-    table: Dict[str, Dict[str, Dict[str, str]]] = {}
-    wrappers = {f'timm.models._features.{wrapper}' for wrapper in WRAPPERS}
-    unknown, began = [], time.time()
-    with multiprocessing.get_context('fork').Pool(args.jobs) as pool:
-        for n, row in enumerate(pool.imap_unordered(audit_model, names), 1):
-            if row is None:
-                continue
-            print(f'{n:>5}/{len(names)}  {time.time() - began:5.0f} s  {row["model"]}', flush=True)
-            unknown += row['unknown']
-            for name in row['classes'] | wrappers:
-                module, _, cls = name.rpartition('.')
-                table.setdefault(module, {}).setdefault(cls, {}).update(row['ops'].get(name, {}))
-    if unknown:
-        raise SystemExit('not written:\n' + '\n'.join(unknown))
-    file = TABLES / f'timm_{timm.__version__}.json'
-    file.write_text(json.dumps({m: dict(sorted(c.items())) for m, c in sorted(table.items())}, indent=1) + '\n')
+    torch.set_num_threads(1)
+    file = args.output / f'timm_{timm.__version__}.json'
+    table: Table = json.loads(file.read_text()) if args.go_on and file.is_file() else {}
+    add(table, {f'timm.models._features.{wrapper}': {} for wrapper in WRAPPERS})
+    failed = run(list(REPRESENTATIVES.values()), table, file, again=not args.go_on)
+    others = list(HARD_CASES)
+    if args.all:
+        others += [name for name in timm.list_models() if not name.startswith(PREFIX)]
+    failed.update(run(others, table, file, again=False))
     print(f'{file}: {sum(map(len, table.values()))} classes')
+    for name, reason in failed.items():
+        print(f'left out: {name}: {reason}')
+    if failed:
+        raise SystemExit(1)
 
 
 if __name__ == '__main__':

@@ -3,6 +3,9 @@
 
     python benchmarks/coverage.py                       # all architectures on the meta device, then 98 families on CPU
     python benchmarks/coverage.py --skip-meta --families resnet,swin_transformer
+    python benchmarks/coverage.py --skip-meta --checks audited,injected --continue
+
+families.csv is written after every model. --continue goes on where a run with the same checks was stopped.
 
 Each check is run on the spiking model, and on the ANN where timm itself may fail it: 'upstream' marks those.
 """
@@ -17,7 +20,7 @@ from datetime import timedelta
 from functools import cached_property, partial
 from pathlib import Path
 from random import Random
-from typing import Any, Callable, Dict, List, NamedTuple, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple
 
 import timm
 import torch
@@ -80,17 +83,32 @@ HARD_CASES = (  # more of a family where its smallest does not show it
     'deit_tiny_distilled_patch16_224',
 )
 SHRUNK: Dict[str, Dict[str, Any]] = {
-    'deepseek_vit_412m': dict(depth=4, embed_dim=128, num_heads=2),
-    'deepseek_vit_412m_enc': dict(depth=4, embed_dim=128, num_heads=2),
-    'gemma4_vit_167m': dict(depth=4),
-    'gemma4_vit_167m_enc': dict(depth=4),
-    'beit_base_patch16_224': dict(depth=4),
-    'beitv2_base_patch16_224': dict(depth=4),
-    'samvit_base_patch16_224': dict(depth=4),
+    'deepseek_vit_412m': dict(depth=2, embed_dim=128, num_heads=2),
+    'deepseek_vit_412m_enc': dict(depth=2, embed_dim=128, num_heads=2, img_size=112),
+    'gemma4_vit_167m': dict(depth=2, position_embedding_size=256),
+    'gemma4_vit_167m_enc': dict(depth=2, position_embedding_size=256),
+    'beit_base_patch16_224': dict(depth=4, img_size=64),
+    'beitv2_base_patch16_224': dict(depth=4, img_size=64),
+    'samvit_base_patch16_224': dict(depth=4, img_size=64),
     'naflexvit_base_patch16_parfac_gap': dict(depth=4),
-    'qwen3_vit_88m': dict(depth=4),
-    'qwen3_vit_88m_enc': dict(depth=4),
+    'qwen3_vit_88m': dict(depth=4, img_size=128),
+    'qwen3_vit_88m_enc': dict(depth=4, img_size=128),
     'mobilenetv5_300m_enc': dict(channel_multiplier=.25),
+    'mobilenetv5_base': dict(channel_multiplier=.25),
+    'cait_xxs24_224': dict(img_size=64, depth=6),
+    'convit_tiny': dict(img_size=64),
+    'deit_tiny_patch16_224': dict(img_size=64),
+    'deit_tiny_distilled_patch16_224': dict(img_size=64),
+    'vit_relpos_small_patch16_224': dict(img_size=64, depth=4),
+    'swin_tiny_patch4_window7_224': dict(img_size=112),
+    'swinv2_tiny_window8_256': dict(img_size=128),
+    'swinv2_cr_tiny_224': dict(img_size=112),
+    'nest_tiny': dict(img_size=112),
+    'vitamin_small_224': dict(img_size=64),
+    'xcit_nano_12_p8_224': dict(img_size=64),
+    'pit_ti_224': dict(img_size=64),
+    'vit_tiny_patch16_dinov3_qkvb': dict(img_size=64, depth=4),
+    'vit_tiny_r_s16_p8_224': dict(img_size=64, depth=4),
 }
 
 
@@ -433,14 +451,14 @@ CHECKS: Dict[str, Callable[[Subject], Result]] = {
 
 # ---- running them
 
-def run_family(task: Tuple[str, str]) -> Dict[str, Any]:
-    """All checks on one architecture."""
+def run_family(task: Tuple[str, str], checks: Sequence[str] = tuple(CHECKS)) -> Dict[str, Any]:
+    """Checks on one architecture, all by default."""
     torch.set_num_threads(1)
     family, name = task
     subject, row, began = Subject(name), dict(family=family, model=name), time.time()
-    for check, function in CHECKS.items():
+    for check in checks:
         try:
-            row[check], row[f'{check}_detail'] = function(subject)
+            row[check], row[f'{check}_detail'] = CHECKS[check](subject)
         except Exception as error:  # a check that cannot run is a check that fails
             row[check], row[f'{check}_detail'] = 'no', f'{type(error).__name__}: {error}'[:200]
     row['seconds'] = round(time.time() - began, 1)
@@ -465,7 +483,7 @@ def run_meta(name: str) -> Dict[str, Any]:
 def run_all(function: Callable, tasks: List[Any], jobs: int, what: str, keep: Callable) -> List[Dict[str, Any]]:
     """Map with progress; keep(rows) after each, so that a long run that is stopped leaves what it found."""
     rows, began = [], time.time()
-    with multiprocessing.get_context('fork').Pool(jobs, maxtasksperchild=8) as pool:
+    with multiprocessing.get_context('fork').Pool(jobs, maxtasksperchild=32) as pool:
         for row in pool.imap_unordered(function, tasks, chunksize=1):
             rows.append(row)
             keep(rows)
@@ -476,24 +494,24 @@ def run_all(function: Callable, tasks: List[Any], jobs: int, what: str, keep: Ca
     return sorted(rows, key=lambda row: (row['family'], row['model']))
 
 
-def print_table(rows: List[Dict[str, Any]]) -> None:
+def print_table(rows: List[Dict[str, Any]], checks: Sequence[str]) -> None:
     width = max(len(row['model']) for row in rows)
     family_width = max(len(row['family']) for row in rows)
-    print(f'\n{"family":<{family_width}}  {"model":<{width}}  ' + '  '.join(CHECKS))
+    print(f'\n{"family":<{family_width}}  {"model":<{width}}  ' + '  '.join(checks))
     for row in rows:
         print(f'{row["family"]:<{family_width}}  {row["model"]:<{width}}  '
-              + '  '.join(f'{row[check]:<{len(check)}}' for check in CHECKS))
+              + '  '.join(f'{row[check]:<{len(check)}}' for check in checks))
     for row in rows:
-        for check in CHECKS:
+        for check in checks:
             if row[check] != 'yes':
                 print(f'{row[check]}: {row["model"]}, {check}: {row[f"{check}_detail"]}')
 
 
-def totals(rows: List[Dict[str, Any]]) -> Dict[str, str]:
+def totals(rows: List[Dict[str, Any]], checks: Sequence[str]) -> Dict[str, str]:
     """Per check, 'yes + upstream of all' families; a family counts by all its models."""
     families = sorted({row['family'] for row in rows})
     result = {}
-    for check in CHECKS:
+    for check in checks:
         by_family = {f: [row[check] for row in rows if row['family'] == f] for f in families}
         good = sum(all(o == 'yes' for o in outcomes) for outcomes in by_family.values())
         excused = sum('no' not in outcomes and 'upstream' in outcomes for outcomes in by_family.values())
@@ -509,10 +527,20 @@ def write_csv(file: Path, rows: List[Dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
+def read_csv(file: Path, checks: Sequence[str]) -> List[Dict[str, Any]]:
+    """Rows of a run that was stopped, those that have all the checks."""
+    if not file.is_file():
+        return []
+    with file.open(newline='') as stream:
+        return [row for row in csv.DictReader(stream) if all(row.get(check) for check in checks)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--families', help='comma-separated timm modules (default: all)')
     parser.add_argument('--skip-meta', action='store_true', help='leave out the pass over all architectures')
+    parser.add_argument('--checks', help=f'comma-separated (default: all; {", ".join(CHECKS)})')
+    parser.add_argument('--continue', dest='go_on', action='store_true', help='keep the rows of families.csv')
     parser.add_argument('--jobs', type=int, default=2, help='processes, one thread each (default: 2)')
     parser.add_argument('--output', type=Path, default=Path('output/coverage'), help='folder for CSV and JSON')
     args = parser.parse_args()
@@ -522,6 +550,9 @@ def main() -> None:
     unknown = [f for f in families if f not in REPRESENTATIVES]
     if unknown:
         parser.error(f'--families: no representative for {", ".join(unknown)}; there are {", ".join(REPRESENTATIVES)}')
+    checks = args.checks.split(',') if args.checks else list(CHECKS)
+    if not set(checks) <= set(CHECKS):
+        parser.error(f'--checks {args.checks}: there are {", ".join(CHECKS)}')
     args.output.mkdir(parents=True, exist_ok=True)
     began, summary = time.time(), dict(timm=timm.__version__, torch=torch.__version__)
     if not args.skip_meta:
@@ -532,9 +563,14 @@ def main() -> None:
         summary['meta'] = f'{sum(row["ok"] for row in meta)} of {len(meta)}'
     tasks = [(f, REPRESENTATIVES[f]) for f in families]
     tasks += [(_model_to_module[n], n) for n in HARD_CASES if _model_to_module[n] in families]
-    rows = run_all(run_family, tasks, args.jobs, 'families', partial(write_csv, args.output / 'families.csv'))
-    print_table(rows)
-    summary.update(totals(rows), models=len(rows), seconds=round(time.time() - began))
+    file = args.output / 'families.csv'
+    kept = read_csv(file, checks) if args.go_on else []
+    tasks = [(family, name) for family, name in tasks if name not in {row['model'] for row in kept}]
+    rows = kept + run_all(partial(run_family, checks=checks), tasks, args.jobs, 'families',
+                          lambda rows: write_csv(file, kept + rows))
+    rows.sort(key=lambda row: (row['family'], row['model']))
+    print_table(rows, checks)
+    summary.update(totals(rows, checks), models=len(rows), seconds=round(time.time() - began))
     (args.output / 'summary.json').write_text(json.dumps(summary, indent=2) + '\n')
     print()
     for key, value in summary.items():

@@ -426,3 +426,16 @@ def test_a_timm_model_needs_no_run_unless_it_was_changed(monkeypatch):
         convert_to_spiking(model)
     with pytest.raises(AssertionError, match='ran'):
         timm.create_model('spiking_test_resnet', act_layer=nn.Hardshrink)
+    assert timm.create_model('spiking_fasternet_t0').neurons()  # its __init__ chooses among its own forwards
+    model = timm.create_model('test_resnet')
+    model.layer1[0].conv1.forward = model.layer2[0].conv1.forward
+    with pytest.raises(AssertionError, match='ran'):
+        convert_to_spiking(model)
+
+
+def test_the_table_lists_the_gates_of_timms_classes():
+    """Without a run, a report says what an audit would say."""
+    for name in ('test_vit', 'volo_d1_224', 'davit_tiny'):
+        with torch.device('meta'):
+            report = timm.create_model(f'spiking_{name}').spiking_report()
+        assert [r for r in report.analog if r.name.endswith('.softmax')], name

@@ -9,7 +9,7 @@ import timm
 import torch
 from timm.models._hub import save_for_hf
 
-import timm_sscl  # registers the spiking_ names
+import timm_sscl.conversion.convert  # registers the spiking_ names
 
 _SPEC = importlib.util.spec_from_file_location(
     'coverage_benchmark', Path(__file__).resolve().parent.parent / 'benchmarks' / 'coverage.py')
@@ -39,6 +39,18 @@ def test_coverage_checks(name):
     row = coverage.run_family(('', name))
     failed = {check: row[f'{check}_detail'] for check in coverage.CHECKS if row[check] == 'no'}
     assert not failed
+
+
+@every_model
+def test_conversion_needs_no_audit(name, monkeypatch):
+    """The shipped table has all classes of this version of timm's families."""
+    def fail(*args, **kwargs):
+        raise AssertionError(f'{name} has a class that the table lacks; run benchmarks/audit_table.py')
+
+    monkeypatch.setattr(timm_sscl.conversion.convert, 'audit', fail)
+    with torch.device('meta'):
+        model = timm.create_model(f'spiking_{name}', **coverage.SHRUNK.get(name, {}))
+    assert model.neurons() and not [r for r in model.spiking_report() if 'unknown' in r.reason]
 
 
 def _pair(name, **kwargs):

@@ -32,7 +32,16 @@ def is_known(model: nn.Module) -> bool:
     """
     table = _table(timm.__version__)
     return type(model).__module__.startswith(('timm.', 'timm_sscl.')) and all(
-        class_name(module) in table and 'forward' not in vars(module) for module in model.modules())
+        class_name(module) in table and _has_own_forward(module) for module in model.modules())
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    """Whether a module runs its class's forward, or another method of its class that its __init__ chose."""
+    forward = vars(module).get('forward')
+    if forward is None:
+        return True
+    name = getattr(forward, '__name__', '')
+    return getattr(forward, '__self__', None) is module and forward.__func__ is getattr(type(module), name, None)
 
 
 def known_records(model: nn.Module) -> List[Finding]:

@@ -18,6 +18,7 @@ _OPS_OF_FUNCTIONS = {'relu6': {'hardtanh'}, 'selu': {'elu'}, 'rrelu': {'rrelu_wi
 _EXPLAINED = {
     ('timm.models.gemma4_vit.Gemma4ClippableLinear', 'clamp'): 'range of a checkpoint (infinite without), stays analog',
     ('timm.models._efficientnet_blocks.CondConvResidual', 'sigmoid'): 'gate (weights of experts), stays analog',
+    ('timm.models.volo.VOLO', 'max'): 'pooling of the logits of all tokens, stays analog',
 }
 
 
