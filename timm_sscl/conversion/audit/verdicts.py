@@ -19,6 +19,9 @@ _EXPLAINED = {
     ('timm.models.gemma4_vit.Gemma4ClippableLinear', 'clamp'): 'range of a checkpoint (infinite without), stays analog',
     ('timm.models._efficientnet_blocks.CondConvResidual', 'sigmoid'): 'gate (weights of experts), stays analog',
     ('timm.models.volo.VOLO', 'max'): 'pooling of the logits of all tokens, stays analog',
+    ('timm.models.csatv2.SpatialAttention', 'amax'): 'pooling of channels for a gate, stays analog',
+    ('timm.models.hiera.HieraBlock', 'amax'): 'pooling of tokens, stays analog',
+    ('timm.models.hiera.MaskUnitAttention', 'amax'): 'pooling of queries, stays analog',
 }
 
 
