@@ -140,8 +140,9 @@ def _grows(small: Sequence[torch.Tensor], large: Sequence[torch.Tensor]) -> bool
 def _check(model: nn.Module, run: _Runner, example: Example) -> BatchAxis:
     batch = example.batch
     if example.tensors() and example.tensors()[0].ndim == _FRAMES:
-        raise _WrongAxis(f'{type(model).__name__} takes {example}, five axes with the batch: a spiking model takes '
-                         f'those for event frames (B, T, C, H, W), axis 1 for time. Volumes and videos are not supported.')
+        raise _WrongAxis(
+            f'{type(model).__name__} takes {example}, five axes with the batch: a spiking model takes those for event '
+            f'frames (B, T, C, H, W), axis 1 for time. Volumes and videos are not supported.')
     plain, calls = run(example)
     own = dict.fromkeys(plain, False)
     poisoned = _try(run, _changed(example, lambda x: torch.full_like(x, torch.nan)))

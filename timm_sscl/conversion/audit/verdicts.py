@@ -3,6 +3,7 @@ from typing import Any, Dict, List, NamedTuple, Sequence
 
 import torch.nn as nn
 
+from timm_sscl.conversion.functional_calls import NEURON_NAME
 from timm_sscl.conversion.policy import Policy
 
 from .run import Run
@@ -76,7 +77,9 @@ def _is_listed(event: Event, analog: Dict[str, str]) -> bool:
     if any(event.path == name or event.path.startswith(f'{name}.') for name in analog):
         return True
     prefix = f'{event.path}.' if event.path else ''
-    functions = [was for name, was in analog.items() if name.startswith(prefix) and '.' not in name[len(prefix):]]
+    own = [(name[len(prefix):], was) for name, was in analog.items() if name.startswith(prefix)]
+    # called as functions in this module, by the name of the call where there are several
+    functions = [was for name, was in own if '.' not in name or name.rpartition('.')[0] == NEURON_NAME]
     ops = {name.strip().rstrip('_') for was in functions for name in was.split(',')}
     return event.op in ops or any(event.op in _OPS_OF_FUNCTIONS.get(name, ()) for name in ops)
 
