@@ -1,17 +1,21 @@
 """Leaky integrate-and-fire neuron: the function, its explicit backward, and the module that holds its settings."""
-from typing import Optional, Tuple
+from dataclasses import dataclass, fields
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from timm_sscl.neurons.kernels.backend import run
-from .factors import Factors
-from timm_sscl.neurons.kernels.memory_layout import Flat
-from .folding import require_fold
-from timm_sscl.neurons.kernels.batch_norm_recompute import NormSource
-from timm_sscl.neurons.kernels.packing import active_packing
-from timm_sscl.neurons.kernels.recursion import (
-    Neuron, backward_from_bits, backward_from_input, backward_from_norm, fire, traced)
+from timm_sscl.knobs import knob
+
+from .base import NeuronSettings, SpikingNeuron
+from .kernels.backend import run
+from .kernels.batch_norm_recompute import NormSource
+from .kernels.memory_layout import Flat
+from .kernels.packing import active_packing
+from .kernels.recursion import (
+    Neuron, backward_from_bits, backward_from_input, backward_from_norm, fire, reset, traced)
+from .registry import register_neuron
+from .surrogate import rectangle_window
 
 __all__ = ['lif', 'LIF', 'check_neuron']
 
@@ -27,6 +31,22 @@ def check_neuron(tau: float, v_threshold: float, v_reset: Optional[float], v_ini
             f'v_reset={v_reset}: the reset potential must lie below v_threshold={v_threshold}; None is the soft reset.')
     if v_init is not None and not v_init < v_threshold:
         raise ValueError(f'v_init={v_init}: the initial potential must lie below v_threshold={v_threshold}.')
+
+
+def _setting(name: str) -> property:
+    """A setting as an attribute of the neuron."""
+    def get(neuron: SpikingNeuron) -> Any:
+        return getattr(neuron.settings, name)
+
+    def set_(neuron: SpikingNeuron, value: Any) -> None:
+        neuron.configure(neuron.timesteps, **{name: value})
+
+    return property(get, set_)
+
+
+def _kernel_settings(settings: Any) -> Neuron:
+    """A LIF's settings, as the recursion takes them."""
+    return Neuron.of(settings.tau, settings.v_threshold, settings.v_reset, settings.detach_reset, settings.v_init)
 
 
 class _LIF(torch.autograd.Function):
@@ -129,7 +149,8 @@ def _apply(x: torch.Tensor, gain: Optional[torch.Tensor], neuron: Neuron, norm: 
     return _LIF.apply(x, gain, neuron, torch.is_grad_enabled() and x.requires_grad, norm)
 
 
-class LIF(Factors):
+@register_neuron('lif')
+class LIF(SpikingNeuron):
     """`lif` on a time-folded batch: (T * B, ...) in, spikes of the same shape out, time-major.
 
         out = scale * lif(gain * x)
@@ -148,57 +169,63 @@ class LIF(Factors):
         v_reset: Potential after a spike; None is the soft reset.
         detach_reset: Whether the gradient skips the reset.
         v_init: Initial potential; None is v_reset, or 0 for the soft reset.
+        surrogate: Surrogate gradient, by name; the rectangle has a kernel of its own.
+        surrogate_kwargs: Options of the surrogate, as a mapping.
     """
 
-    part_of_model = False
+    @dataclass(frozen=True)
+    class Settings(NeuronSettings):
+        """Settings of a LIF; defaults are the paper's."""
+        tau: float = knob(0.25, 'decay factor of the membrane')
+        v_threshold: float = knob(0.5, 'firing threshold')
+        v_reset: Optional[float] = knob(0., 'reset potential, or soft')
+        detach_reset: bool = knob(False, 'no gradient through the reset')
+        v_init: Optional[float] = knob(None, 'initial potential (the reset potential; 0 for the soft reset)')
+
+        def check(self) -> None:
+            check_neuron(self.tau, self.v_threshold, self.v_reset, self.v_init)
 
     def __init__(
             self,
             timesteps: int,
-            tau: float = 0.25,
-            v_threshold: float = 0.5,
-            v_reset: Optional[float] = 0.,
-            detach_reset: bool = False,
-            v_init: Optional[float] = None,
+            tau: float = Settings.tau,
+            v_threshold: float = Settings.v_threshold,
+            v_reset: Optional[float] = Settings.v_reset,
+            detach_reset: bool = Settings.detach_reset,
+            v_init: Optional[float] = Settings.v_init,
+            **surrogate: Any,
     ):
-        super().__init__()
-        check_neuron(tau, v_threshold, v_reset, v_init)
-        if timesteps != int(timesteps) or timesteps < 1:
-            raise ValueError(f'timesteps={timesteps}: must be a whole number of time steps, 1 or more.')
-        self.timesteps = timesteps
-        self.tau = tau
-        self.v_threshold = v_threshold
-        self.v_reset = v_reset
-        self.detach_reset = detach_reset
-        self.v_init = v_init
-        self.encodes = False
+        super().__init__(timesteps, tau=tau, v_threshold=v_threshold, v_reset=v_reset, detach_reset=detach_reset,
+                         v_init=v_init, **surrogate)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.part_of_model:
-            require_fold('a spiking neuron', self.timesteps)
-        if self.encodes:
-            x_t = x.expand(self.timesteps, *x.shape)
-        elif x.ndim == 0 or x.shape[0] % self.timesteps:
-            raise ValueError(
-                f'the first axis of {tuple(x.shape)} does not hold timesteps={self.timesteps} equal steps; '
-                f'a spiking neuron works on (timesteps * batch, ...).')
-        else:
-            x_t = x.reshape(self._fold(x.shape))
-        neuron = Neuron.of(self.tau, self.v_threshold, self.v_reset, self.detach_reset, self.v_init)
-        spikes = _apply(x_t, self.gain, neuron, NormSource.of(x))
-        spikes, scale = spikes.flatten(0, 1), self.scale
-        return spikes if scale is None else spikes * scale.to(x.dtype)
+    tau = _setting('tau')
+    v_threshold = _setting('v_threshold')
+    v_reset = _setting('v_reset')
+    detach_reset = _setting('detach_reset')
+    v_init = _setting('v_init')
 
-    def _fold(self, shape: torch.Size) -> Tuple[int, ...]:
-        return self.timesteps, shape[0] // self.timesteps, *shape[1:]
+    def start(self, x: torch.Tensor) -> Tuple[torch.Tensor, ...]:
+        return (torch.full_like(x, _kernel_settings(self.settings).v_init),)
 
-    def extra_repr(self) -> str:
-        text = (f'timesteps={self.timesteps}, tau={self.tau}, v_threshold={self.v_threshold}, v_reset={self.v_reset}, '
-                f'detach_reset={self.detach_reset}')
-        text += f', v_init={self.v_init}' if self.v_init is not None else ''
-        for name in ('gain', 'scale'):
-            value = getattr(self, name)
-            if value is not None:
-                text += f', {name}=' + (f'{value.item():.4g}' if value.numel() == 1 and not value.is_meta
-                                        else f'{tuple(value.shape)}')
-        return text
+    @staticmethod
+    def step(
+            x: torch.Tensor,
+            state: Tuple[torch.Tensor, ...],
+            constants: Tuple[torch.Tensor, ...],
+            t: int,
+            settings: Settings,
+    ) -> Tuple[torch.Tensor, Tuple[torch.Tensor, ...]]:
+        u = state[0] * settings.tau + x
+        spikes = settings.spike(u, settings.v_threshold)
+        return spikes, (reset(u, spikes.detach() if settings.detach_reset else spikes, _kernel_settings(settings)),)
+
+    def run(self, x: torch.Tensor, folded: torch.Tensor) -> torch.Tensor:
+        if self.settings.surrogate_function is not rectangle_window:
+            return super().run(x, folded)
+        return _apply(x, self.gain, _kernel_settings(self.settings), NormSource.of(folded))
+
+    def __setstate__(self, state: Dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if 'settings' not in self.__dict__:  # a pickle of version 0.1.0
+            names = [field.name for field in fields(self.Settings) if field.name in self.__dict__]
+            self.settings = self.Settings(**{name: self.__dict__.pop(name) for name in names})

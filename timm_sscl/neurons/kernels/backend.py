@@ -1,14 +1,15 @@
-"""Runs the neuron's code compiled where that pays and a compiler is there, and as it is elsewhere."""
+"""Run a neuron's kernel through torch.compile when worthwhile, else eagerly."""
 import logging
 import types
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
-from typing import Any, Callable, Iterator, Optional, Tuple
+from typing import Any, Callable, Hashable, Iterator, Optional, Tuple
 
 import torch
 from torch._C import _len_torch_function_stack
 from torch.overrides import _pop_mode_temporarily
 from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils._pytree import tree_map
 
 __all__ = ['lif_backend', 'run']
 
@@ -19,7 +20,7 @@ _WORTH_COMPILING = 2 ** 18  # elements; below, the calls cost more than the arit
 _MAX_UNROLLED = 16  # time steps; each is code of its own, and the compiler takes its time over it
 
 _chosen = 'auto'
-_broken = set()  # kinds of device whose compiler failed
+_broken = set()  # (kind of device, owner) of kernels that the compiler failed on
 
 
 @contextmanager
@@ -43,18 +44,33 @@ def lif_backend(name: str) -> Iterator[None]:
         _chosen = before
 
 
-def run(function: Callable, tensors: Tuple[Optional[torch.Tensor], ...], timesteps: int, *settings: Any) -> Any:
-    """function(*tensors, timesteps, *settings), as it is or compiled, with all but the tensors as constants."""
+def run(
+        function: Callable,
+        tensors: Tuple[Any, ...],
+        timesteps: int,
+        *settings: Any,
+        owner: Hashable = None,
+) -> Any:
+    """function(*tensors, timesteps, *settings), as it is or compiled, with all but the tensors as constants.
+
+    Args:
+        function: Kernel.
+        tensors: Its tensors; one may be None, or a tuple of tensors. The first decides whether compiling pays.
+        timesteps: Number of time steps.
+        settings: Hashable constants.
+        owner: Whose kernel it is. After a failure to compile, all kernels of the same owner run eagerly.
+    """
     x = tensors[0]
-    if _compiles(x, timesteps):
-        compiled = _compiled(function, (timesteps, *settings), tuple(map(_signature, tensors)))
+    if _compiles(x, timesteps, owner):
+        signature = torch.is_grad_enabled(), *tree_map(_signature, tensors)
+        compiled = _compiled(function, (timesteps, *settings), signature)
         try:
             with _without_function_modes():
                 return compiled(*tensors)
         except (torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as error:  # no compiler, or one that fails, in whatever way
-            _broken.add(x.device.type)
+            _broken.add((x.device.type, owner))
             reason = ' '.join(f'{type(error).__name__}: {error}'.split())[:300]
             _logger.warning(f'Neurons on {x.device.type} run without torch.compile, several times slower: {reason}')
     return function(*tensors, timesteps, *settings)
@@ -72,17 +88,19 @@ def _without_function_modes() -> Iterator[None]:
         yield
 
 
-def _compiles(x: torch.Tensor, timesteps: int) -> bool:
-    if _chosen == 'eager' or x.device.type in _broken or type(x) is not torch.Tensor or x.device.type == 'meta':
+def _compiles(x: torch.Tensor, timesteps: int, owner: Hashable) -> bool:
+    if _chosen == 'eager' or (x.device.type, owner) in _broken:
         return False
-    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+    if type(x) is not torch.Tensor or x.device.type == 'meta':
+        return False
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _get_current_dispatch_mode() is not None:
         return False  # part of somebody else's graph
     return _chosen == 'compiled' or (x.numel() >= _WORTH_COMPILING and timesteps <= _MAX_UNROLLED)
 
 
 def _signature(x: Optional[torch.Tensor]) -> Any:
     """What the compiler makes another graph for, even with sizes as symbols."""
-    return None if x is None else (x.dtype, x.device.type, tuple(n == 1 for n in x.shape))
+    return None if x is None else (x.dtype, x.device.type, x.requires_grad, tuple(n == 1 for n in x.shape))
 
 
 @lru_cache(maxsize=None)

@@ -6,7 +6,7 @@ import torch
 from timm_sscl.neurons.surrogate import rectangle_window
 
 __all__ = ['Neuron', 'fire', 'backward_from_input', 'backward_from_norm', 'backward_from_bits', 'traced',
-           'unpack_bits']
+           'unpack_bits', 'membrane_dtype', 'reset']
 
 _BYTE = 8
 
@@ -32,7 +32,8 @@ class Neuron(NamedTuple):
         return cls(tau, v_threshold, v_reset, detach_reset, (v_reset or 0.) if v_init is None else v_init)
 
 
-def _membrane_dtype(dtype: torch.dtype) -> torch.dtype:
+def membrane_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype in which potentials are integrated: float32 for half precision."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
@@ -48,18 +49,19 @@ def _steps(
         neuron: Neuron,
 ) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
     """Potential before the reset, and 1 where it fires, else 0, step by step."""
-    dtype, v = _membrane_dtype(x.dtype), neuron.v_init
+    dtype, v = membrane_dtype(x.dtype), neuron.v_init
     for t in range(timesteps):
         x_t = _at(x, t).to(dtype)
         u = v * neuron.tau + (x_t if gain is None else x_t * gain.to(dtype))
         o = (u >= neuron.v_threshold).to(dtype)
         yield u, o
-        v = _reset(u, o, neuron)
+        v = reset(u, o, neuron)
 
 
 # products with 0 and 1 instead of torch.where, which takes ten times as long in eager mode and no less when compiled
 
-def _reset(u: torch.Tensor, o: torch.Tensor, neuron: Neuron) -> torch.Tensor:
+def reset(u: torch.Tensor, o: torch.Tensor, neuron: Neuron) -> torch.Tensor:
+    """Potential after the reset, from that before it and the spikes."""
     if neuron.v_reset is None:
         return u - neuron.v_threshold * o
     v = u - u * o
@@ -101,14 +103,14 @@ def traced(x: torch.Tensor, gain: Optional[torch.Tensor], timesteps: int, neuron
 
     A spike is its own value plus the window times (u - u), which is 0 and has the surrogate's gradient.
     """
-    dtype, v, spikes = _membrane_dtype(x.dtype), neuron.v_init, []
+    dtype, v, spikes = membrane_dtype(x.dtype), neuron.v_init, []
     for t in range(timesteps):
         x_t = _at(x, t).to(dtype)
         u = v * neuron.tau + (x_t if gain is None else x_t * gain.to(dtype))
         passed = u.detach()
         o = (passed >= neuron.v_threshold).to(dtype) + _window(passed, neuron) * (u - passed)
         spikes.append(o.to(x.dtype))
-        v = _reset(u, o.detach() if neuron.detach_reset else o, neuron)
+        v = reset(u, o.detach() if neuron.detach_reset else o, neuron)
     return torch.stack(spikes)
 
 
@@ -137,7 +139,7 @@ def backward_from_bits(
         neuron: Neuron,
 ) -> torch.Tensor:
     """The same where two bits per step say all: with a soft reset, or a detached one."""
-    dtype = _membrane_dtype(grad.dtype)
+    dtype = membrane_dtype(grad.dtype)
     windows, fired = (_unpack(bits, timesteps, dtype) for bits in (window_bits, fired_bits))
     return _backward(grad, windows, fired, None, gain, neuron)
 
@@ -158,13 +160,13 @@ def backward_from_norm(
     Round-off could carry a potential over the threshold or an end of the window: which steps fired and lay in it is
     taken from the bits.
     """
-    dtype = _membrane_dtype(x.dtype)
+    dtype = membrane_dtype(x.dtype)
     windows, fired = (_unpack(bits, timesteps, dtype) for bits in (window_bits, fired_bits))
     potentials, v = [], neuron.v_init
     for t, o in enumerate(fired):
         current = _at(x, t).to(dtype) * scale.to(dtype) + shift.to(dtype)
         potentials.append(v * neuron.tau + (current if gain is None else current * gain.to(dtype)))
-        v = _reset(potentials[-1], o, neuron)
+        v = reset(potentials[-1], o, neuron)
     return _backward(grad, windows, fired, potentials, gain, neuron)
 
 
@@ -177,7 +179,7 @@ def _backward(
         neuron: Neuron,
 ) -> torch.Tensor:
     tau, v_threshold, v_reset, detach_reset, _ = neuron
-    dtype = _membrane_dtype(grad.dtype)
+    dtype = membrane_dtype(grad.dtype)
     grads: List[torch.Tensor] = []
     grad_v = None  # of the loss by V_t, the potential after the reset
     for t in range(len(fired) - 1, -1, -1):
@@ -218,4 +220,4 @@ def _unpack(bits: torch.Tensor, timesteps: int, dtype: torch.dtype) -> List[torc
 
 def unpack_bits(bits: torch.Tensor, timesteps: int, dtype: torch.dtype) -> torch.Tensor:
     """Spikes (T, ...) of a dtype from their bits."""
-    return torch.stack([o.to(dtype) for o in _unpack(bits, timesteps, _membrane_dtype(dtype))])
+    return torch.stack([o.to(dtype) for o in _unpack(bits, timesteps, membrane_dtype(dtype))])

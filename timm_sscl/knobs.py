@@ -1,0 +1,45 @@
+"""Settings declared once: a dataclass field with its help text, from which keyword arguments, checkpoints and the command
+line are made."""
+import dataclasses
+import difflib
+from typing import Any, Dict, Mapping, Type, TypeVar
+
+__all__ = ['knob', 'build', 'knob_help']
+
+D = TypeVar('D')
+
+
+def knob(default: Any, help: str, **field_options: Any) -> Any:
+    """A dataclass field with a default and a help text.
+
+    Args:
+        default: Default value.
+        help: One line; it is shown by `train.py --help` and in error messages.
+        field_options: Further arguments of dataclasses.field.
+    """
+    return dataclasses.field(default=default, metadata=dict(help=help), **field_options)
+
+
+def knob_help(cls: type) -> Dict[str, str]:
+    """Help text of every field of a dataclass."""
+    return {field.name: field.metadata.get('help', '') for field in dataclasses.fields(cls)}
+
+
+def build(cls: Type[D], options: Mapping[str, Any], owner: str) -> D:
+    """cls(**options), with an error that names what it does not take.
+
+    Args:
+        cls: Dataclass.
+        options: Values by field name.
+        owner: What the options belong to, for the message: "neuron 'plif'".
+
+    Raises:
+        ValueError: An option is unknown; the message lists those that there are.
+    """
+    known = [field.name for field in dataclasses.fields(cls)]
+    for name in options:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean '{close[0]}'?" if close else ''
+            raise ValueError(f"{owner} has no option '{name}'; it has {', '.join(known) or 'none'}.{hint}")
+    return cls(**options)

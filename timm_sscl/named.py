@@ -1,0 +1,83 @@
+"""Things by name: what the register_* decorators fill and the list_* functions show."""
+import difflib
+import logging
+from typing import Any, Dict, Generic, Iterator, List, TypeVar
+
+__all__ = ['Registry']
+
+_logger = logging.getLogger(__name__)
+
+T = TypeVar('T')
+
+
+def _qualified_name(value: Any) -> str:
+    return f'{getattr(value, "__module__", "?")}.{getattr(value, "__qualname__", repr(value))}'
+
+
+class Registry(Generic[T]):
+    """A table from names to classes or functions.
+
+    Args:
+        kind: What it holds, in the singular, for messages: 'neuron', 'loss'.
+    """
+
+    def __init__(self, kind: str):
+        self.kind = kind
+        self._entries: Dict[str, T] = {}
+
+    def register(self, name: str, value: T) -> T:
+        """Add an entry. The same class or function defined again (a notebook cell run twice) replaces the old one.
+
+        Raises:
+            ValueError: Another class or function has this name.
+        """
+        known = self._entries.get(name)
+        if known is not None and known is not value:
+            if _qualified_name(known) != _qualified_name(value):
+                raise ValueError(f"a {self.kind} named '{name}' is registered already ({_qualified_name(known)}); "
+                                 f'choose another name.')
+            _logger.warning(f"The {self.kind} '{name}' was defined again; the new definition replaces the old one.")
+        self._entries[name] = value
+        return value
+
+    def unregister(self, name: str) -> T:
+        """Remove an entry and return it.
+
+        Raises:
+            ValueError: There is no such entry.
+        """
+        self.get(name)
+        return self._entries.pop(name)
+
+    def get(self, name: str) -> T:
+        """The entry of this name.
+
+        Raises:
+            ValueError: There is none; the message lists those that there are.
+        """
+        if name not in self._entries:
+            close = difflib.get_close_matches(name, self._entries, n=1)
+            hint = f" Did you mean '{close[0]}'?" if close else ''
+            raise ValueError(f"unknown {self.kind} '{name}'; registered are {', '.join(self.names())}.{hint}")
+        return self._entries[name]
+
+    def name_of(self, value: T) -> str:
+        """The name that an entry is registered under.
+
+        Raises:
+            ValueError: It is not registered.
+        """
+        for name, known in self._entries.items():
+            if known is value:
+                return name
+        raise ValueError(f'{_qualified_name(value)} is no registered {self.kind}; register it under a name.')
+
+    def names(self) -> List[str]:
+        """All names, sorted."""
+        return sorted(self._entries)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names())

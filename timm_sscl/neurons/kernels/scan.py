@@ -1,0 +1,58 @@
+"""The recursion over time of any neuron, from its step."""
+from typing import Any, Callable, Hashable, Optional, Tuple
+
+import torch
+
+from .backend import run
+from .recursion import membrane_dtype
+
+__all__ = ['scan']
+
+State = Tuple[torch.Tensor, ...]
+Step = Callable[[torch.Tensor, State, State, int, Any], Tuple[torch.Tensor, State]]
+
+
+def scan(
+        step: Step,
+        x: torch.Tensor,
+        gain: Optional[torch.Tensor],
+        state: State,
+        constants: State,
+        settings: Any,
+        key: Hashable = None,
+) -> torch.Tensor:
+    """Run a neuron's step over T time steps, through torch.compile when worthwhile; autograd gives the gradient.
+
+    Args:
+        step: Pure function (x_t, state, constants, t, settings) -> (output_t, state), the same object at every call.
+        x: Input current, (T, ...).
+        gain: Factor on x that broadcasts against a step; None is 1.
+        state: Initial state.
+        constants: Tensors that are the same at every step, learnable ones included.
+        settings: Hashable settings; step and settings are constants of the compiled code.
+        key: What the compiled code depends on besides.
+
+    Returns:
+        Output, (T, ...), in x's dtype. Half precision is integrated in float32.
+    """
+    return run(_scan, (x, gain, tuple(state), tuple(constants)), x.shape[0], step, settings, key, owner=step)
+
+
+def _scan(
+        x: torch.Tensor,
+        gain: Optional[torch.Tensor],
+        state: State,
+        constants: State,
+        timesteps: int,
+        step: Step,
+        settings: Any,
+        key: Hashable,
+) -> torch.Tensor:
+    dtype, outputs = membrane_dtype(x.dtype), []
+    constants = tuple(c.to(dtype) for c in constants)
+    state = tuple(s.to(dtype) for s in state)
+    for t in range(timesteps):
+        x_t = x[t].to(dtype)
+        output, state = step(x_t if gain is None else x_t * gain.to(dtype), state, constants, t, settings)
+        outputs.append(output.to(x.dtype))
+    return torch.stack(outputs)
