@@ -31,3 +31,16 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _registered_as_before():
+    """What a test registers is gone after it."""
+    from timm_sscl import losses, neurons
+    registries = ((losses.list_losses, losses.unregister_loss), (neurons.list_neurons, neurons.unregister_neuron),
+                  (neurons.list_surrogates, neurons.unregister_surrogate))
+    before = [set(names()) for names, _ in registries]
+    yield
+    for (names, unregister), known in zip(registries, before):
+        for name in set(names()) - known:
+            unregister(name)

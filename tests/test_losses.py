@@ -9,13 +9,7 @@ import torch.nn as nn
 
 import timm_sscl  # noqa: F401  registers the spiking_ names
 from timm_sscl import SSCLTask, create_loss, list_losses, register_loss
-from timm_sscl.losses import KDLoss, SSCLCriterion, TrainStep, kd_loss, loss_needs, registry as factory
-
-
-@pytest.fixture(autouse=True)
-def _registry(monkeypatch):
-    # what a test registers is gone after it
-    monkeypatch.setattr(factory, '_losses', dict(factory._losses))
+from timm_sscl.losses import KDLoss, SSCLCriterion, TrainStep, kd_loss, loss_needs
 
 
 def _randn(*shape, seed=0):

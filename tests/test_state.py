@@ -527,9 +527,9 @@ def test_a_neuron_under_two_names_is_saved_once(tmp_path):
 
 def test_settings_of_a_later_version_are_refused():
     from timm_sscl.conversion.settings import encode
-    stored = {**plain().settings.stored(), 'neuron': 'plif'}
+    stored = {**plain().settings.stored(), 'coding': 'poisson'}
     state = {**plain().state_dict(), 'spiking_settings': torch.tensor(list(encode(stored)), dtype=torch.uint8)}
-    with pytest.raises(RuntimeError, match="does not know: neuron='plif'"):
+    with pytest.raises(RuntimeError, match="does not know: coding='poisson'"):
         fresh().load_state_dict(state)
 
 

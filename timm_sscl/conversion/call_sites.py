@@ -6,7 +6,7 @@ from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tu
 import torch
 import torch.nn as nn
 
-from timm_sscl.neurons import LIF
+from timm_sscl.neurons import SpikingNeuron
 from timm_sscl.untouched import part_of_layer, untouched
 
 __all__ = ['CallSites', 'set_calls', 'find_calls']
@@ -64,7 +64,7 @@ def _places(model: nn.Module) -> Iterator[_Place]:
         if isinstance(parent, CallSites):
             continue
         for child_name, child in parent._modules.items():
-            if isinstance(child, (LIF, CallSites)):
+            if isinstance(child, (SpikingNeuron, CallSites)):
                 yield _Place(f'{prefix}.{child_name}' if prefix else child_name, parent, child_name)
 
 
@@ -114,7 +114,7 @@ def _merge(place: _Place) -> None:
     place.parent._modules[place.child_name] = first
 
 
-def _copy(lif: LIF) -> LIF:
+def _copy(lif: SpikingNeuron) -> SpikingNeuron:
     """A neuron with the same settings and factors, without hooks."""
     twin = copy.copy(lif)
     twin._modules, twin._parameters = dict(lif._modules), dict(lif._parameters)

@@ -1,14 +1,16 @@
 """convert_to_spiking: turn a model into a spiking network, in place."""
 import logging
 from collections import Counter
+from dataclasses import replace
 from functools import partial
-from typing import Any, Callable, Dict, FrozenSet, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, FrozenSet, List, Mapping, Optional, Sequence, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
 
 from timm_sscl.conversion.variants.stem_pool import has_average_stem_pool, set_stem_pool, stem_max_pool
 from timm_sscl.conversion.variants.tdbn import scaled_batch_norms, set_norm
+from timm_sscl.neurons import SpikingNeuron, neuron_name, surrogate_name
 from timm_sscl.untouched import all_or_nothing
 
 from .audit import Audit, audit, is_known, message
@@ -19,13 +21,15 @@ from .hidden_activations import why_no_adapter
 from .model import SpikingModel, SpikingModule, spiking_class
 from .plan import ConversionRecord, Plan
 from .policy import GROUPS, HEAD, Policy
-from .settings import SpikingSettings
+from .settings import SpikingSettings, option_key
 
 __all__ = ['SOFT_RESET', 'convert_to_spiking']
 
 _logger = logging.getLogger(__name__)
 
 SOFT_RESET = 'soft'  # v_reset=None where None cannot be passed: timm.create_model prunes it, YAML and shells lack it
+Neuron = Union[str, Type[SpikingNeuron], partial, None]
+
 _KNOWN_MODELS = 'timm.', 'timm_sscl.models.'
 
 
@@ -58,14 +62,16 @@ def _refuse_unsupported(model: nn.Module) -> None:
 def _make_plan(
         model: nn.Module,
         policy: Policy,
+        neuron: str,
         input_size: Optional[Sequence[int]],
         example_inputs: Any,
 ) -> Plan:
     """The plan for a model that is not converted yet, after a probe where the model is not timm's."""
-    plan = Plan(model, policy)
+    plan = Plan(model, policy, neuron)
     if input_size is not None or example_inputs is not None or not _is_known(model):
         activations = {name: child for name, (_, _, child) in plan.swaps.items()}
-        plan = Plan(model, policy, find_batch_axis(model, activations, plan.visited, input_size, example_inputs))
+        found = find_batch_axis(model, activations, plan.visited, input_size, example_inputs)
+        plan = Plan(model, policy, neuron, found)
     return plan
 
 
@@ -90,28 +96,36 @@ def _is_known(model: nn.Module) -> bool:
 
 
 def _explicit_settings(
-        timesteps: Optional[int] = None,
-        tau: Optional[float] = None,
-        v_threshold: Optional[float] = None,
-        v_reset: Union[float, str, None] = None,
-        detach_reset: Optional[bool] = None,
-        v_init: Optional[float] = None,
-        include: Optional[Sequence[str]] = None,
-        exclude: Optional[Sequence[str]] = None,
-        stem_pool: Optional[str] = None,
-        norm: Optional[str] = None,
-        allow_analog: Optional[bool] = None,
-) -> Dict[str, object]:
-    """Only the settings that were given, as SpikingSettings takes them; 'soft' becomes v_reset=None."""
-    given = dict(timesteps=timesteps, tau=tau, v_threshold=v_threshold, v_reset=v_reset, detach_reset=detach_reset,
-                 v_init=v_init, include=include, exclude=exclude, stem_pool=stem_pool, norm=norm,
-                 allow_analog=allow_analog)
-    given = {k: v for k, v in given.items() if v is not None}
-    if isinstance(v_reset, str):
-        if v_reset != SOFT_RESET:
-            raise ValueError(f"v_reset={v_reset!r}: must be a number, or 'soft' for the soft reset.")
-        given['v_reset'] = None
-    return given
+        neuron: Neuron,
+        neuron_kwargs: Optional[Mapping[str, Any]],
+        surrogate: Union[str, Callable, None],
+        surrogate_kwargs: Optional[Mapping[str, Any]],
+        options: Dict[str, Any],
+        others: Dict[str, Any],
+) -> Tuple[SpikingSettings, FrozenSet[str]]:
+    """The settings that were given, and their names; 'soft' becomes v_reset=None.
+
+    Args:
+        neuron: Name, class, or a partial of a class; None where it was not given.
+        neuron_kwargs: Its options.
+        surrogate: Name or function.
+        surrogate_kwargs: Its options.
+        options: The neuron's options that are arguments of their own; None where they were not given.
+        others: The other settings, likewise.
+    """
+    options = {**{k: v for k, v in options.items() if v is not None}, **(neuron_kwargs or {})}
+    if isinstance(neuron, partial):
+        neuron, options = neuron.func, {**neuron.keywords, **options}
+    if isinstance(options.get('v_reset'), str):
+        if options['v_reset'] != SOFT_RESET:
+            raise ValueError(f"v_reset={options['v_reset']!r}: must be a number, or 'soft' for the soft reset.")
+        options['v_reset'] = None
+    given = {k: v for k, v in others.items() if v is not None}
+    given.update({} if neuron is None else {'neuron': neuron_name(neuron)})
+    given.update({} if surrogate is None else {'surrogate': surrogate_name(surrogate)})
+    given.update({} if surrogate_kwargs is None else {'surrogate_kwargs': tuple(surrogate_kwargs.items())})
+    settings = SpikingSettings(**given, neuron_kwargs=tuple(options.items()))
+    return settings, frozenset((*given, *map(option_key, options)))
 
 
 _NOT_GIVEN = object()
@@ -132,12 +146,17 @@ def convert_to_spiking(
         norm: Optional[str] = None,
         example_inputs: Any = None,
         allow_analog: Optional[bool] = None,
+        neuron: Neuron = None,
+        neuron_kwargs: Optional[Mapping[str, Any]] = None,
+        surrogate: Union[str, Callable, None] = None,
+        surrogate_kwargs: Optional[Mapping[str, Any]] = None,
 ) -> nn.Module:
-    """Turn a model into a spiking network, in place: its activations become multi-step LIF neurons.
+    """Turn a model into a spiking network, in place: its activations become multi-step neurons, LIF by default.
 
-    Module names, parameters, hooks and methods stay, so the ANN's state_dict loads strictly. Time is folded into the
-    batch: inside, every tensor is (T * B, ...), time-major. `model(x)` takes images (B, C, H, W) or event frames
-    (B, T, C, H, W) and returns the mean over T; `model(x, per_step=True)` returns every step, (T, B, ...).
+    Module names, parameters, hooks and methods stay, so the ANN's state_dict loads strictly; neurons with parameters
+    keep theirs then. Time is folded into the batch: inside, every tensor is (T * B, ...), time-major. `model(x)` takes
+    images (B, C, H, W) or event frames (B, T, C, H, W) and returns the mean over T; `model(x, per_step=True)` returns
+    every step, (T, B, ...).
 
     All activations but gates (sigmoid, softmax) become neurons: modules, those hidden in a norm (EvoNorm, FRN: a group
     or response norm and a neuron), and those called as functions (`F.relu(x)`). For these the calling module gets a
@@ -159,7 +178,8 @@ def convert_to_spiking(
     Args:
         model: Any nn.Module that works on a batch; timm models keep all their methods.
         timesteps: Time steps T, 4 by default.
-        tau: Decay factor of the membrane, 0.25 by default.
+        tau: Decay factor of the membrane, 0.25 by default. This and the next four are options of the LIF, and of any
+            other neuron that has an option of this name.
         v_threshold: Firing threshold, 0.5 by default.
         v_reset: Potential after a spike, 0. by default; None or 'soft' subtracts the threshold instead.
         detach_reset: Whether the gradient skips the reset, False by default.
@@ -179,36 +199,46 @@ def convert_to_spiking(
             keyword arguments. Values and batch size do not matter.
         allow_analog: Whether nonlinear operations that are no known activations may stay analog, False by default; the
             report lists them as unknown.
+        neuron: What the activations become: a registered name (`list_neurons()`), 'lif' by default, the class that is
+            registered, or a functools.partial of it.
+        neuron_kwargs: Options of the neuron.
+        surrogate: Surrogate gradient: a registered name (`list_surrogates()`), 'rectangle' by default, or the function.
+        surrogate_kwargs: Options of the surrogate.
 
     Returns:
         The model itself, now of a subclass of its class.
 
     Raises:
-        ValueError: The model runs on no guessed input, or a sample moves rows of others at an activation, so that axis
-            0 is not the batch there; a setting is out of range, a pattern matches nothing, the model is spiking or
+        ValueError: A neuron, a surrogate or an option of one is unknown; the model runs on no guessed input, or a
+            sample moves rows of others at an activation, so that axis 0 is not the batch there; a setting is out of
+            range, a pattern matches nothing, the model is spiking or
             compiled already, nothing would be swapped, or a nonlinear operation is no known activation; stem_pool or
             norm are asked of a model without a max pooling in its stem, or without batch norms.
         NotImplementedError: The model holds a part whose activation cannot be swapped; the message names it.
     """
     v_reset = None if v_reset is _NOT_GIVEN else SOFT_RESET if v_reset is None else v_reset
-    explicit = _explicit_settings(
-        timesteps, tau, v_threshold, v_reset, detach_reset, v_init, _patterns(include), _patterns(exclude), stem_pool,
-        norm, allow_analog)
-    kept = {'stem_pool': 'avg'} if has_average_stem_pool(model) else {}  # set_stem_pool was called on the ANN
-    settings = SpikingSettings(**{**kept, **explicit})
+    options = dict(
+        tau=tau, v_threshold=v_threshold, v_reset=v_reset, detach_reset=detach_reset, v_init=v_init)
+    others = dict(
+        timesteps=timesteps, include=_patterns(include), exclude=_patterns(exclude), stem_pool=stem_pool, norm=norm,
+        allow_analog=allow_analog)
+    settings, explicit = _explicit_settings(neuron, neuron_kwargs, surrogate, surrogate_kwargs, options, others)
+    if stem_pool is None and has_average_stem_pool(model):  # set_stem_pool was called on the ANN
+        settings = replace(settings, stem_pool='avg')
     _refuse_unsupported(model)
     _check_fits(model, settings)
     policy = Policy(model, settings.include, settings.exclude)
-    plan = _make_plan(model, policy, input_size, example_inputs)
+    neuron_class = settings.neuron_class_name
+    plan = _make_plan(model, policy, neuron_class, input_size, example_inputs)
     inspect = None if is_known(model) else partial(
         audit, policy=policy, input_size=input_size, example_inputs=example_inputs)
     try:
-        _carry_out(model, plan, settings, frozenset(explicit), inspect)
+        _carry_out(model, plan, settings, explicit, inspect)
     except _HardSigmoids as found:
-        plan = Plan(model, policy, plan.found, found.reasons)
-        _carry_out(model, plan, settings, frozenset(explicit), inspect)
-    swapped = Counter(record.was for record in plan.records if record.now == 'LIF')
-    _logger.info(f'{type(model).__name__}: {sum(swapped.values())} activations became LIF '
+        plan = Plan(model, policy, neuron_class, plan.found, found.reasons)
+        _carry_out(model, plan, settings, explicit, inspect)
+    swapped = Counter(record.was for record in plan.records if record.becomes_neuron)
+    _logger.info(f'{type(model).__name__}: {sum(swapped.values())} activations became {neuron_class} '
                  f'({", ".join(f"{n} {kind}" for kind, n in swapped.most_common())}), {settings}')
     return model
 
@@ -231,7 +261,7 @@ def _carry_out(
 ) -> None:
     """Make the model spiking, and audit it; whatever is raised leaves it as it was."""
     plan.check(model)
-    if not any(record.now == 'LIF' for record in plan.records):
+    if not any(record.becomes_neuron for record in plan.records):
         _check_patterns(model, plan)
         raise ValueError(_nothing_spikes(model, plan.records))
     plan.apply(model, settings)
@@ -241,7 +271,7 @@ def _carry_out(
     model.settings = settings
     model._explicit = explicit
     set_stem_pool(model, settings.stem_pool)
-    set_norm(model, settings.norm, settings.v_threshold)
+    set_norm(model, settings.norm, settings.threshold())
     model._report = plan.records
     model._audit = None if inspect is None else inspect(model, plan.records)
     if model._audit is not None and model._audit.hard_sigmoids:

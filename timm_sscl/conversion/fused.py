@@ -2,7 +2,7 @@
 
 import torch.nn as nn
 
-from timm_sscl.neurons import LIF
+from timm_sscl.neurons import SpikingNeuron
 
 from .functional_calls import NEURON_NAME
 
@@ -14,7 +14,7 @@ _SWITCHES = {'activation_relu_or_gelu': 0, 'use_nested_tensor': False}
 
 def leave_fused_path(module: nn.Module) -> None:
     """Keep a module, in place, from its fused path if neurons in it would be bypassed; others stay as they are."""
-    if not any(isinstance(child, LIF) for child in _fused_over(module)):
+    if not any(isinstance(child, SpikingNeuron) for child in _fused_over(module)):
         return
     for name, off in _SWITCHES.items():
         if getattr(module, name, off) != off:

@@ -7,7 +7,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from timm_sscl.features.channel_axis import layer_axis, moved_axis
-from timm_sscl.neurons import LIF
+from timm_sscl.neurons import SpikingNeuron
 from .model import SpikingModule
 from timm_sscl.untouched import all_or_nothing, untouched
 
@@ -58,7 +58,7 @@ class _Trace(TorchFunctionMode):
             lif.register_forward_pre_hook(self._enter)
             lif.register_forward_hook(self._leave(name))
 
-    def _enter(self, lif: LIF, args: Tuple[torch.Tensor]) -> None:
+    def _enter(self, lif: SpikingNeuron, args: Tuple[torch.Tensor]) -> None:
         self.inside += 1
 
     def _leave(self, name: str) -> Callable:

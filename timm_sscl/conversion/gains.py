@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from timm_sscl.neurons import LIF
+from timm_sscl.neurons import SpikingNeuron
 from .revive import revive_zeros
 from .model import SpikingModule
 from timm_sscl.untouched import undone_on_error, untouched
@@ -102,7 +102,7 @@ def _measure(model: SpikingModule, images: torch.Tensor) -> Dict[str, '_Drive']:
 class _Drive:
     """Measures one layer's input and sets its gain, call by call."""
 
-    def __init__(self, lif: LIF, ran: Callable[['_Drive'], Any]):
+    def __init__(self, lif: SpikingNeuron, ran: Callable[['_Drive'], Any]):
         self.lif = lif
         self.ran = ran  # told of every call
         self.gain: Optional[torch.Tensor] = None
@@ -110,7 +110,7 @@ class _Drive:
         self.fired = self.elements = 0
         lif.set_gain(None, lif.scale)
 
-    def measure(self, lif: LIF, args: Tuple[torch.Tensor]) -> None:
+    def measure(self, lif: SpikingNeuron, args: Tuple[torch.Tensor]) -> None:
         self.ran(self)
         x = args[0].detach()
         self.squares.append(x.to(torch.promote_types(x.dtype, torch.float32)).square().mean().item())
@@ -120,13 +120,13 @@ class _Drive:
     def _gain(self, x: torch.Tensor) -> float:
         if self.rms == 0:
             return 1.
-        threshold = self.lif.v_threshold
+        threshold = self.lif.threshold()
         gain = threshold / 0.5 / self.rms
         if (x * gain >= threshold).float().mean() < _MIN_RATE and (x > 0).any():
             gain = max(gain, threshold / x[x > 0].median().item())  # skewed: half of the positive inputs fire
         return gain
 
-    def count(self, lif: LIF, args: Tuple[torch.Tensor], spikes: torch.Tensor) -> None:
+    def count(self, lif: SpikingNeuron, args: Tuple[torch.Tensor], spikes: torch.Tensor) -> None:
         self.fired += spikes.count_nonzero().item()
         self.elements += spikes.numel()
 

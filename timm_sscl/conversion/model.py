@@ -6,7 +6,7 @@ forward_features / forward_head, `(SpikingModule, Base)` for anything else. Insi
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Type
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Set, Tuple, Type
 
 import torch
 import torch.fx
@@ -17,7 +17,7 @@ from .ann_obstacles import ann_obstacles
 from .call_sites import set_calls
 from .decoding import decode
 from .functional_calls import NEURON_NAME, FunctionsOverTime, methods_inside_only, number_of_calls
-from timm_sscl.neurons import LIF
+from timm_sscl.neurons import SpikingNeuron, neuron_class
 from timm_sscl.neurons.folding import enter_fold, folding_model, leave_fold
 from .notrace import functions_as_nodes
 from .report import SpikingReport
@@ -218,32 +218,40 @@ class SpikingModule(SpikingState):
         function when they return intermediates)."""
         name = next(entry['module'] for entry in self.feature_info if entry['num_chs'] == x.shape[1])
         neuron = dict(self.named_modules()).get(name)
-        return neuron(x) if neuron is not None else LIF(**self.settings.neuron())(x)  # prune_intermediate_layers
+        return neuron(x) if neuron is not None else self.settings.new_neuron()(x)  # prune_intermediate_layers
 
     def _set_settings(self, settings: SpikingSettings) -> None:
         before, self.settings = self.settings, settings
+        if settings.neuron != before.neuron:
+            self._convert_again(settings)
         if settings.calls is not None or before.calls is not None:
             set_calls(self, settings.calls)
         for module_name, module in self.named_modules():
-            if isinstance(module, LIF):
-                for name, value in settings.neuron().items():
-                    setattr(module, name, value)
+            if isinstance(module, SpikingNeuron):
+                options = settings.neuron_options() if isinstance(module, neuron_class(settings.neuron)) else {}
+                module.configure(settings.timesteps, **options)
                 module.encodes = module_name == settings.stem
             elif isinstance(module, OverTime):
                 module.timesteps = settings.timesteps
         if settings.stem_pool != before.stem_pool:
             set_stem_pool(self, settings.stem_pool)
         if settings.norm is not None or before.norm is not None:
-            set_norm(self, settings.norm, settings.v_threshold)
+            set_norm(self, settings.norm, settings.threshold())
 
     def _convert_again(self, settings: SpikingSettings) -> None:
-        """Change which activations are neurons."""
+        """Change which activations are neurons, or which neurons they are."""
         unswap_modules(self)
         self._report = swap_modules(self, settings)
 
-    def neurons(self) -> Dict[str, LIF]:
+    def neurons(self) -> Dict[str, SpikingNeuron]:
         """Neuron layers by module name."""
-        return {name: module for name, module in self.named_modules() if isinstance(module, LIF)}
+        return {name: module for name, module in self.named_modules() if isinstance(module, SpikingNeuron)}
+
+    def no_weight_decay(self) -> Set[str]:
+        """Names of parameters that take no weight decay: the model's own, and those of the neurons."""
+        own = getattr(super(), 'no_weight_decay', set)()
+        return {*own, *(f'{name}.{key}' for name, neuron in self.neurons().items()
+                        for key, _ in neuron.named_parameters())}
 
     def __reduce_ex__(self, protocol):
         # the subclass has no importable name: rebuild it from its two bases (pickle, deepcopy, torch.save)
@@ -295,7 +303,7 @@ class SpikingModel(SpikingModule):
     def _convert_new_modules(self) -> None:
         known = {record.name for record in self._report}
         self._report += [record for record in swap_modules(self, self.settings) if record.name not in known]
-        set_norm(self, self.settings.norm, self.settings.v_threshold)
+        set_norm(self, self.settings.norm, self.settings.threshold())
 
 
 SpikingEncoder = SpikingModel  # its name in pickles of version 0.1.0

@@ -5,7 +5,7 @@ from typing import Dict, List, NamedTuple, Optional, Set, Tuple
 import torch
 import torch.nn as nn
 
-from timm_sscl.neurons import LIF
+from timm_sscl.neurons import SpikingNeuron
 
 from .activations import is_activation, is_gate, runs_functions
 from .batch_axis import PENDING, BatchAxis
@@ -29,16 +29,22 @@ class ConversionRecord(NamedTuple):
     now: str  # class after
     reason: str
 
+    @property
+    def becomes_neuron(self) -> bool:
+        """Whether the conversion made a neuron of it."""
+        return self.now != self.was
 
-def new_neuron(settings: SpikingSettings, training: bool) -> LIF:
-    lif = LIF(**settings.neuron()).train(training)
-    lif.part_of_model = True
-    return lif
+
+def new_neuron(settings: SpikingSettings, training: bool, like: torch.Tensor) -> SpikingNeuron:
+    """A neuron for a converted model; its parameters have the device and dtype of a tensor of the model."""
+    neuron = settings.new_neuron().train(training)
+    neuron.part_of_model = True
+    return neuron.to(device=like.device, dtype=like.dtype if like.is_floating_point() else None)
 
 
-def _replacement(module: nn.Module, settings: SpikingSettings) -> LIF:
+def _replacement(module: nn.Module, settings: SpikingSettings, like: torch.Tensor) -> SpikingNeuron:
     """The neuron that stands where an activation stood, with its hooks."""
-    lif = new_neuron(settings, module.training)
+    lif = new_neuron(settings, module.training, like)
     # the dictionaries themselves: a handle that the user holds can still remove its hook
     for hooks in ('_forward_hooks', '_forward_hooks_with_kwargs', '_forward_hooks_always_called', '_forward_pre_hooks',
                   '_forward_pre_hooks_with_kwargs', '_backward_hooks', '_backward_pre_hooks'):
@@ -60,6 +66,7 @@ class Plan:
     Args:
         model: Model, converted already in part or not.
         policy: Which activations become neurons.
+        neuron: Name of the neurons' class, for the records.
         found: What a probe found; without it the source of each module tells which functions it calls.
         gates: Names of activations that the audit found to be gates, and why.
     """
@@ -68,10 +75,12 @@ class Plan:
             self,
             model: nn.Module,
             policy: Policy,
+            neuron: str,
             found: Optional[BatchAxis] = None,
             gates: Optional[Dict[str, str]] = None,
     ):
         self.policy = policy
+        self.neuron = neuron
         self.found = found or BatchAxis(set(), {}, False)
         self.gates = gates or {}
         self.swaps: Dict[str, Tuple[nn.Module, str, nn.Module]] = {}  # name -> parent, child's name, activation
@@ -86,7 +95,7 @@ class Plan:
 
     def _visit(self, parent: nn.Module, prefix: str, around: List[Tuple[str, str]]) -> None:
         for child_name, child in parent._modules.items():
-            if child is None or isinstance(child, LIF):
+            if child is None or isinstance(child, SpikingNeuron):
                 continue
             name, kind, first = f'{prefix}{child_name}', type(child).__name__, id(child) not in self._seen
             self._seen.add(id(child))
@@ -144,7 +153,7 @@ class Plan:
             self._analog(name, kind, why)
         elif first:
             reason += f', {PENDING}' if self.found.pending else ''
-            self.records.append(ConversionRecord(name, kind, 'LIF', reason))
+            self.records.append(ConversionRecord(name, kind, self.neuron, reason))
         return why is None
 
     def _analog(self, name: str, kind: str, why: str) -> None:
@@ -165,27 +174,27 @@ class Plan:
                         f'activation a module (self.act = nn.ReLU()).')
 
     def apply(self, model: nn.Module, settings: SpikingSettings) -> None:
-        neurons: Dict[int, LIF] = {}  # a module registered under several names stays one module
+        like = next(model.parameters(), next(model.buffers(), torch.empty(0)))
+        neurons: Dict[int, SpikingNeuron] = {}  # a module registered under several names stays one module
         for parent, child_name, child in self.swaps.values():
             if id(child) not in neurons:
-                neurons[id(child)] = _replacement(child, settings)
+                neurons[id(child)] = _replacement(child, settings, like)
             parent._modules[child_name] = neurons[id(child)]
         for norm in self.norms.values():
-            give_neuron(norm, new_neuron(settings, norm.training))
+            give_neuron(norm, new_neuron(settings, norm.training, like))
         for name, module in self.visited.items():
             if name in self.found.calls:
                 module.__dict__['function_calls'] = self.found.calls[name]._replace(inputs=())
         for caller in self.callers:
-            give_neurons(caller, partial(new_neuron, settings, caller.module.training))
+            give_neurons(caller, partial(new_neuron, settings, caller.module.training, like))
             if caller.module is not model:
                 replace_functions(caller.module, settings.timesteps)
         for module in self.others:
             share_over_time(module, settings.timesteps)
-        device = next(model.parameters(), next(model.buffers(), torch.empty(0))).device
         for module in model.modules():
             leave_fused_path(module)
-            if isinstance(module, LIF):
-                module.keep_factors(device)
+            if isinstance(module, SpikingNeuron):
+                module.keep_factors(like.device)
 
 
 def share_over_time(module: nn.Module, timesteps: int) -> None:

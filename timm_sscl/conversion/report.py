@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 
 from .batch_axis import PENDING
-from timm_sscl.neurons import LIF
+from timm_sscl.neurons import SpikingNeuron
 from timm_sscl.probing import probe_sizes
 from timm_sscl.conversion.variants.tdbn import NormRecord, norm_records
 
@@ -42,7 +42,7 @@ class SpikingReport(list):
         return [record for record in self if not self._is_neuron(record)]
 
     def _is_neuron(self, record: Any) -> bool:
-        return isinstance(self._modules.get(record.name), LIF)
+        return isinstance(self._modules.get(record.name), SpikingNeuron)
 
     @property
     def norms(self) -> List[NormRecord]:
@@ -102,7 +102,7 @@ class SpikingReport(list):
         if self.model.settings.stem_pool is not None:
             lines.append('  stem: average pooling instead of max pooling')
         if self.norms:
-            lines.append(f'  norms: {_norm_summary(self.norms, self.model.settings.v_threshold)}')
+            lines.append(f'  norms: {_norm_summary(self.norms, self.model.settings.threshold())}')
         macs = self.macs()
         if macs is not None:
             shares = ', '.join(f'{100 * macs.share(kind):.1f} % {kind}' for kind in KINDS)

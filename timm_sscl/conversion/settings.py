@@ -7,29 +7,50 @@ from typing import Any, Dict, Optional, Tuple
 
 import torch
 
-from timm_sscl.neurons.lif import check_neuron
+from timm_sscl.knobs import build, knob_help
+from timm_sscl.neurons import (
+    LIF, SpikingNeuron, create_neuron, list_neurons, list_surrogates, neuron_class)
+from timm_sscl.neurons.base import hashable
 from timm_sscl.neurons.watched import read_values
 from timm_sscl.conversion.variants.stem_pool import check_stem_pool
 from timm_sscl.conversion.variants.tdbn import check_norm
 
-__all__ = ['SpikingSettings', 'SETTINGS_KEY', 'SETTINGS_SIZE', 'encode', 'decode_bytes', 'decode_tensor']
+__all__ = ['SpikingSettings', 'SETTINGS_KEY', 'SETTINGS_SIZE', 'encode', 'decode_bytes', 'decode_tensor', 'option_key',
+           'is_option_key']
 
 SETTINGS_KEY = 'spiking_settings'  # the buffer's name, at the root of a converted model
 SETTINGS_SIZE = 4096  # always, so that loaders which compare shapes take it
+Pairs = Tuple[Tuple[str, Any], ...]
+
 _MAGIC = b'spiking\x01'
 _HEAD = struct.Struct('<8sII')  # magic, bytes that follow, their CRC-32
-_NEURON_SETTINGS = ('timesteps', 'tau', 'v_threshold', 'v_reset', 'detach_reset', 'v_init')
+_OPTION = 'neuron_kwargs.'
+_LIF_OPTIONS = tuple(name for name in knob_help(LIF.Settings) if not name.startswith('surrogate'))
+
+
+def option_key(name: str) -> str:
+    """Name of a neuron's option among all settings: its own for those of the LIF, else 'neuron_kwargs.<name>'."""
+    return name if name in _LIF_OPTIONS else f'{_OPTION}{name}'
+
+
+def is_option_key(key: str) -> bool:
+    """Whether this is the name of a neuron's option."""
+    return key in _LIF_OPTIONS or key.startswith(_OPTION)
 
 
 @dataclass(frozen=True)
 class SpikingSettings:
-    """All that a converted model's numbers depend on besides its weights; defaults are the paper's."""
+    """All that a converted model's numbers depend on besides its weights; defaults are the paper's.
+
+    tau, v_threshold, v_reset, detach_reset and v_init are the options of a LIF. Another neuron has its options in
+    neuron_kwargs, all of them after construction.
+    """
     timesteps: int = 4
-    tau: float = 0.25
-    v_threshold: float = 0.5
-    v_reset: Optional[float] = 0.
-    detach_reset: bool = False
-    v_init: Optional[float] = None
+    tau: float = LIF.Settings.tau
+    v_threshold: float = LIF.Settings.v_threshold
+    v_reset: Optional[float] = LIF.Settings.v_reset
+    detach_reset: bool = LIF.Settings.detach_reset
+    v_init: Optional[float] = LIF.Settings.v_init
     include: Optional[Tuple[str, ...]] = None  # which activations became neurons, see Policy
     exclude: Optional[Tuple[str, ...]] = None
     stem: Optional[str] = None  # neuron before which all runs once per image, see share_stem
@@ -37,36 +58,86 @@ class SpikingSettings:
     norm: Optional[str] = None  # 'tdbn': batch norms in units of the threshold, see TdBatchNorm
     calls: Optional[Tuple[str, ...]] = None  # 'name:n': neurons with a copy per call, see set_calls
     allow_analog: bool = False  # whether nonlinear operations that are no known activations stay analog
+    neuron: str = 'lif'  # registered name
+    neuron_kwargs: Pairs = ()  # options of the neuron, by name; those of a LIF go to the fields above
+    surrogate: str = LIF.Settings.surrogate  # registered name
+    surrogate_kwargs: Pairs = ()
 
     def __post_init__(self):
         if isinstance(self.timesteps, bool) or not isinstance(self.timesteps, int) or self.timesteps < 1:
             raise ValueError(f'timesteps={self.timesteps!r}: must be a whole number of time steps, 1 or more.')
-        check_neuron(self.tau, self.v_threshold, self.v_reset, self.v_init)
+        for name in ('neuron_kwargs', 'surrogate_kwargs'):
+            object.__setattr__(self, name, hashable(dict(getattr(self, name))))
+        own = build(neuron_class(self.neuron).Settings, self.neuron_options(), f"neuron '{self.neuron}'")
+        if self.neuron == 'lif':
+            for name in (*_LIF_OPTIONS, 'neuron_kwargs'):
+                object.__setattr__(self, name, getattr(own, name, ()))
+        else:
+            object.__setattr__(self, 'neuron_kwargs', _pairs(own))
         check_stem_pool(self.stem_pool)
         check_norm(self.norm)
-        if self.include or self.exclude or self.calls:
+        if self.include or self.exclude or self.calls or self.neuron_kwargs:
             encode(self.stored())
 
-    def neuron(self) -> Dict[str, Any]:
-        """Arguments of a LIF."""
-        return {k: v for k, v in asdict(self).items() if k in _NEURON_SETTINGS}
+    def neuron_options(self) -> Dict[str, Any]:
+        """Settings of the neuron, by name."""
+        lif = {name: getattr(self, name) for name in _LIF_OPTIONS} if self.neuron == 'lif' else {}
+        return {**lif, **dict(self.neuron_kwargs), 'surrogate': self.surrogate,
+                'surrogate_kwargs': self.surrogate_kwargs}
+
+    def new_neuron(self) -> SpikingNeuron:
+        """A neuron with these settings."""
+        return create_neuron(self.neuron, self.timesteps, **self.neuron_options())
+
+    @property
+    def neuron_class_name(self) -> str:
+        return neuron_class(self.neuron).__name__
+
+    def threshold(self) -> float:
+        """Firing threshold, as the norms take it."""
+        return float(self.neuron_options().get('v_threshold', 1.))
+
+    def flat(self) -> Dict[str, Any]:
+        """The settings with the neuron's options each by a name of its own, see `option_key`."""
+        others = {f.name: getattr(self, f.name) for f in fields(self)
+                  if f.name not in (*_LIF_OPTIONS, 'neuron_kwargs')}
+        options = {option_key(k): v for k, v in self.neuron_options().items() if not k.startswith('surrogate')}
+        return {**others, **options}
+
+    @classmethod
+    def from_flat(cls, flat: Dict[str, Any]) -> 'SpikingSettings':
+        """The settings of which this is `flat`."""
+        others = {name: value for name, value in flat.items() if not is_option_key(name)}
+        options = {name.removeprefix(_OPTION): value for name, value in flat.items() if is_option_key(name)}
+        return cls(**others, neuron_kwargs=tuple(options.items()))
 
     def stored(self, gains: str = 'none') -> Dict[str, Any]:
         """What a state dict keeps: the settings, and whether neurons have gains ('none', 'layer' or 'channel')."""
-        return {**asdict(self), 'gains': gains}
+        stored = asdict(self)
+        if self.neuron != 'lif':
+            stored = {name: value for name, value in stored.items() if name not in _LIF_OPTIONS}
+        return {**stored, 'neuron_kwargs': dict(self.neuron_kwargs), 'surrogate_kwargs': dict(self.surrogate_kwargs),
+                'gains': gains}
 
     @classmethod
     def from_stored(cls, stored: Dict[str, Any]) -> 'SpikingSettings':
         """The settings that a state dict keeps.
 
         Raises:
-            ValueError: There is one that this version does not know; the numbers would be others.
+            ValueError: There is one that this version does not know, with which the numbers would be others; or the
+                neuron or the surrogate is not registered.
         """
         known = {f.name for f in fields(cls)}
         unknown = [f'{k}={v!r}' for k, v in stored.items() if k not in known and k != 'gains' and v is not None]
         if unknown:
             raise ValueError(f'the checkpoint was made with settings that this version of timm_sscl does not know: '
                              f'{", ".join(unknown)}.')
+        for kind, names in (('neuron', list_neurons()), ('surrogate', list_surrogates())):
+            if stored.get(kind, names[0]) not in names:
+                raise ValueError(
+                    f"the checkpoint was made with the {kind} '{stored[kind]}', which is not registered. Import the "
+                    f'plug-in that registers it first (train.py --plugin FILE|MODULE). '
+                    f'Registered are {", ".join(names)}.')
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items() if k in known})
 
     @classmethod
@@ -75,19 +146,24 @@ class SpikingSettings:
         return cls.from_stored(decode_tensor(tensor))
 
 
+def _pairs(own: Any) -> Pairs:
+    """A neuron's settings but the surrogate, which a model has one of."""
+    return tuple((f.name, getattr(own, f.name)) for f in fields(own) if not f.name.startswith('surrogate'))
+
+
 def encode(stored: Dict[str, Any]) -> bytes:
     """Bytes of the settings' buffer: a head with a checksum, JSON (compressed where it is long), zeros.
 
     Raises:
-        ValueError: include, exclude and calls are too long for it.
+        ValueError: include, exclude, calls and neuron_kwargs are too long for it.
     """
     content = json.dumps(stored).encode()
     room = SETTINGS_SIZE - _HEAD.size
     if len(content) > room:
         content = zlib.compress(content)
     if len(content) > room:
-        raise ValueError(f'include, exclude, calls: they take {len(content)} bytes, a checkpoint has room for {room}; '
-                         f'shell wildcards make patterns shorter.')
+        raise ValueError(f'include, exclude, calls, neuron_kwargs: they take {len(content)} bytes, a checkpoint has '
+                         f'room for {room}; shell wildcards make patterns shorter.')
     return (_HEAD.pack(_MAGIC, len(content), zlib.crc32(content)) + content).ljust(SETTINGS_SIZE, b'\0')
 
 

@@ -1,15 +1,14 @@
 """A converted model's settings and gains are buffers: what loads, moves or averages state takes them along."""
 import logging
-from dataclasses import asdict
 from typing import Any, Dict, FrozenSet, Iterable, List, Optional
 
 import torch
 
 from .function_calls import spread_over_calls
-from timm_sscl.neurons import LIF
+from timm_sscl.neurons import SpikingNeuron
 from timm_sscl.neurons.factors import FACTORS
 from timm_sscl.neurons.watched import Seen, changed, is_readable, read_values
-from .settings import SETTINGS_KEY, SpikingSettings, decode_bytes, decode_tensor, encode
+from .settings import SETTINGS_KEY, SpikingSettings, decode_bytes, decode_tensor, encode, is_option_key
 
 __all__ = ['SpikingState', 'split_spiking_state']
 
@@ -20,6 +19,11 @@ def split_spiking_state(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.
     """Remove from a state dict, and return, what only a spiking model knows."""
     keys = [key for key in state_dict if key == SETTINGS_KEY or key.endswith(tuple(FACTORS.values()))]
     return {key: state_dict.pop(key) for key in keys}
+
+
+def _keys(neuron: SpikingNeuron) -> List[str]:
+    """Keys of a neuron in a state dict: its gain, its scale, and what it has besides."""
+    return list(dict.fromkeys([*FACTORS.values(), *neuron.state_dict()]))
 
 
 def _as_tensor(data: bytes, device: Any) -> torch.Tensor:
@@ -100,7 +104,7 @@ class SpikingState:
         if stored is None:  # memory that nobody wrote
             self._put_settings(self._spiking_data)
             return
-        for name in ('include', 'exclude', 'calls'):  # which neurons there are
+        for name in ('include', 'exclude', 'calls', 'neuron'):  # which neurons there are
             theirs, own = getattr(settings, name), getattr(self._spiking_settings, name)
             if theirs != own:
                 raise RuntimeError(f'{type(self).__name__}: its state was replaced by that of a model with {name}='
@@ -136,8 +140,8 @@ class SpikingState:
         state = super().state_dict(*args, prefix=prefix, **kwargs)
         seen = set()
         for name, module in self.named_modules(remove_duplicate=False):
-            if isinstance(module, LIF) and id(module) in seen:  # under several names: safetensors refuses two views
-                for key in FACTORS.values():
+            if isinstance(module, SpikingNeuron) and id(module) in seen:  # safetensors refuses two names for a tensor
+                for key in _keys(module):
                     state.pop(f'{prefix}{name}.{key}', None)
             seen.add(id(module))
         return state
@@ -148,7 +152,7 @@ class SpikingState:
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def load_spiking_state(self, state_dict: Dict[str, torch.Tensor]) -> None:
-        """Take settings, gains and scales out of a state dict, and nothing else."""
+        """Take settings and what the neurons hold out of a state dict, and nothing else."""
         state_dict = dict(state_dict)
         self._take_settings(state_dict, '')
         for name, lif in self.neurons().items():
@@ -156,6 +160,10 @@ class SpikingState:
                 if f'{name}.{key}' in state_dict:
                     own, value = lif._buffers[key], state_dict[f'{name}.{key}'].detach()
                     setattr(lif, factor, value.to(value.device if own is None else own.device, copy=True))
+            with torch.no_grad():
+                for key, own in lif.state_dict(keep_vars=True).items():
+                    if key not in FACTORS.values() and f'{name}.{key}' in state_dict:
+                        own.copy_(state_dict[f'{name}.{key}'])
 
     def _take_settings(self, state_dict: Dict[str, torch.Tensor], prefix: str) -> None:
         """Restore a state dict's settings, and put in what it lacks: an ANN's has none, 0.1.0's no gains that are 1."""
@@ -174,34 +182,48 @@ class SpikingState:
         gains = stored.get('gains')
         data = encode(self._spiking_settings.stored(gains or self._kind_of_gains()))
         state_dict[prefix + SETTINGS_KEY] = _as_tensor(data, device)
-        self._fill_factors(state_dict, prefix, device, from_0_1_0=bool(stored) and gains is None)
+        self._fill_neurons(state_dict, prefix, device, from_0_1_0=bool(stored) and gains is None, from_ann=not stored)
 
-    def _fill_factors(self, state_dict: Dict[str, torch.Tensor], prefix: str, device: Any, from_0_1_0: bool) -> None:
-        """Give each neuron a gain and a scale: those held under another of its names, 1 from 0.1.0, or its own."""
+    def _fill_neurons(
+            self,
+            state_dict: Dict[str, torch.Tensor],
+            prefix: str,
+            device: Any,
+            from_0_1_0: bool,
+            from_ann: bool,
+    ) -> None:
+        """Give each neuron a gain and a scale: those held under another of its names, 1 from 0.1.0, or its own; and its
+        own parameters, where they are an ANN's."""
         spread_over_calls(self, state_dict, prefix, FACTORS.values())
-        names: Dict[LIF, List[str]] = {}
+        names: Dict[SpikingNeuron, List[str]] = {}
         for name, module in self.named_modules(remove_duplicate=False):
-            if isinstance(module, LIF):
+            if isinstance(module, SpikingNeuron):
                 names.setdefault(module, []).append(f'{prefix}{name}')
         for lif, aliases in names.items():
-            for key in FACTORS.values():
-                own = lif._buffers[key]
+            state = lif.state_dict()
+            for key in _keys(lif):
+                own, is_factor = state.get(key), key in FACTORS.values()
                 value = next((state_dict[f'{name}.{key}'] for name in aliases if f'{name}.{key}' in state_dict), None)
-                if value is None and own is not None:
-                    value = torch.ones((), device=device) if from_0_1_0 or own.is_meta else own.detach().to(device)
+                if value is None and own is not None and (is_factor or from_ann):
+                    ones = is_factor and (from_0_1_0 or own.is_meta)
+                    value = torch.ones((), device=device) if ones else own.detach().to(device)
                 if value is not None:
                     state_dict.update((f'{name}.{key}', value) for name in aliases)
 
     def _restore_settings(self, stored: SpikingSettings) -> None:
         """Take over a checkpoint's settings; what was asked for explicitly stays, and what differs is logged."""
-        wanted = asdict(self._spiking_settings)
-        for name, value in asdict(stored).items():
-            if name not in self._explicit:
-                wanted[name] = value
-            elif wanted[name] != value:
-                _logger.warning(f'{type(self).__name__}: the checkpoint was made with {name}={value}, '
-                                f'{name}={wanted[name]} was asked for and is kept.')
-        restored = SpikingSettings(**wanted)
+        own, theirs = self._spiking_settings.flat(), stored.flat()
+        kept = self._explicit & own.keys()
+        if 'neuron' in kept and own['neuron'] != theirs['neuron']:  # the options of another neuron
+            theirs = {name: value for name, value in theirs.items() if not is_option_key(name)}
+            kept |= {name for name in own if is_option_key(name)}
+        if 'surrogate' in kept and own['surrogate'] != theirs['surrogate']:
+            kept |= {'surrogate_kwargs'}
+        for name in sorted(kept & theirs.keys()):
+            if own[name] != theirs[name]:
+                _logger.warning(f'{type(self).__name__}: the checkpoint was made with {name}={theirs[name]}, '
+                                f'{name}={own[name]} was asked for and is kept.')
+        restored = SpikingSettings.from_flat({**theirs, **{name: own[name] for name in kept}})
         if restored != self._spiking_settings:
             _logger.info(f'{type(self).__name__}: settings restored from the checkpoint: {restored}')
             if (restored.include, restored.exclude) != (self._spiking_settings.include, self._spiking_settings.exclude):

@@ -4,7 +4,7 @@ from typing import Dict, Iterator, List, Sequence
 import torch
 import torch.nn as nn
 
-from timm_sscl.neurons import LIF
+from timm_sscl.neurons import SpikingNeuron
 
 from .audit import known_records
 from .call_sites import CallSites, set_calls
@@ -20,7 +20,7 @@ __all__ = ['swap_modules', 'current_records', 'audit_records', 'unswap_modules']
 
 def swap_modules(model: nn.Module, settings: SpikingSettings) -> List[ConversionRecord]:
     """Swap what is not swapped yet below model, in place, and return a record for each activation met."""
-    plan = Plan(model, Policy(model, settings.include, settings.exclude))
+    plan = Plan(model, Policy(model, settings.include, settings.exclude), settings.neuron_class_name)
     plan.check(model)
     plan.apply(model, settings)
     return plan.records
@@ -37,20 +37,21 @@ def current_records(model: nn.Module, converted: Sequence[ConversionRecord]) -> 
     records, told = [], set()
     for record in _records_per_call(converted, modules):
         module = modules.get(record.name)
-        if record.now != 'LIF':
+        if not record.becomes_neuron:
             exists = record.name.rpartition('.')[0] in modules  # what stays analog may be no module (F.gelu)
-            records += [record] if exists and not isinstance(module, LIF) else []
+            records += [record] if exists and not isinstance(module, SpikingNeuron) else []
         elif module is not None:
             now, reason = type(module).__name__, record.reason
-            if not isinstance(module, LIF):
+            if not isinstance(module, SpikingNeuron):
                 reason = f'replaced by {now} after the conversion'
             records.append(record._replace(now=now, reason=reason))
         told.add(record.name)
     records += [ConversionRecord(name, 'nothing', type(module).__name__, 'added after the conversion')
                 for name, module in model.neurons().items() if name not in told]
-    plan = Plan(model, Policy(model, model.settings.include, model.settings.exclude))
+    settings = model.settings
+    plan = Plan(model, Policy(model, settings.include, settings.exclude), settings.neuron_class_name)
     records += [record._replace(now=record.was, reason='added after the conversion, stays analog')
-                for record in plan.records if record.now == 'LIF' and record.name not in told]
+                for record in plan.records if record.becomes_neuron and record.name not in told]
     return records
 
 
@@ -84,7 +85,7 @@ def unswap_modules(model: nn.Module) -> None:
     for module in list(model.modules()):
         module._modules.pop(NEURON_NAME, None)
         for name, child in list(module._modules.items()):
-            if isinstance(child, LIF) and 'replaced' in child.__dict__:
+            if isinstance(child, SpikingNeuron) and 'replaced' in child.__dict__:
                 module._modules[name] = child.replaced.to(like.device).train(child.training)
         take_neuron(module)
         return_to_fused_path(module)

@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 
 from timm_sscl.features.channel_axis import ChannelAxes
-from timm_sscl.neurons import LIF
+from timm_sscl.neurons import SpikingNeuron
 from timm_sscl.untouched import all_or_nothing, untouched
 
 from .ann_obstacles import ann_obstacles
@@ -71,7 +71,8 @@ def convert_ann(
                          f'stand for its activations: {"; ".join(obstacles)}. Use its weights as an '
                          f'initialisation (calibrate).')
     calls = model.settings.calls or find_calls(model, images[:1])
-    model._set_settings(replace(model.settings, timesteps=timesteps, calls=calls, **INTEGRATE_AND_FIRE))
+    model._set_settings(replace(
+        model.settings, timesteps=timesteps, calls=calls, neuron='lif', neuron_kwargs=(), **INTEGRATE_AND_FIRE))
     thresholds = _thresholds(model, images, per_channel, percentile / 100)
     for lif, threshold in thresholds.items():
         lif.set_gain(1 / threshold, threshold)
@@ -80,12 +81,17 @@ def convert_ann(
     return model
 
 
-def _thresholds(model: SpikingModule, images: torch.Tensor, per_channel: bool, q: float) -> Dict[LIF, torch.Tensor]:
+def _thresholds(
+        model: SpikingModule,
+        images: torch.Tensor,
+        per_channel: bool,
+        q: float,
+) -> Dict[SpikingNeuron, torch.Tensor]:
     """Threshold of every neuron layer, from the model run as the ANN that it was, at one time step."""
-    seen: Dict[LIF, List[torch.Tensor]] = {}
+    seen: Dict[SpikingNeuron, List[torch.Tensor]] = {}
     axes = ChannelAxes()
 
-    def as_ann(lif: LIF, args: Tuple[torch.Tensor], spikes: torch.Tensor) -> torch.Tensor:
+    def as_ann(lif: SpikingNeuron, args: Tuple[torch.Tensor], spikes: torch.Tensor) -> torch.Tensor:
         out = lif.replaced.forward(args[0].clone())  # not its hooks, which are the neuron's; it may work in place
         seen.setdefault(lif, []).append(_quantile(out, axes.axis(args[0]) if per_channel else None, q))
         return out

@@ -7,7 +7,7 @@ import torch
 import torch._dynamo
 import torch.nn as nn
 
-from timm_sscl.neurons import LIF
+from timm_sscl.neurons import SpikingNeuron
 from timm_sscl.probing import probe_sizes
 from timm_sscl.untouched import untouched
 
@@ -26,12 +26,12 @@ def _probing(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, no gradient, and neurons that all but pass their input on, so that no feature is silent."""
     with untouched(model):
         for module in model.modules():
-            if isinstance(module, LIF):
+            if isinstance(module, SpikingNeuron):
                 module.register_forward_hook(_pass_on)
         yield
 
 
-def _pass_on(lif: LIF, args: Tuple[torch.Tensor], spikes: torch.Tensor) -> torch.Tensor:
+def _pass_on(lif: SpikingNeuron, args: Tuple[torch.Tensor], spikes: torch.Tensor) -> torch.Tensor:
     """Not the identity: what comes before and after a neuron must differ."""
     x = args[0].repeat(lif.timesteps, *(1,) * (args[0].ndim - 1)) if lif.encodes else args[0]
     return 1.01 * x + .01

@@ -4,7 +4,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 import torch
 import torch.nn as nn
 
-from timm_sscl.neurons.lif import LIF
+from timm_sscl.neurons import SpikingNeuron
 
 __all__ = ['RateRecorder']
 
@@ -16,7 +16,7 @@ class _Call(NamedTuple):
     elements: int
 
     @classmethod
-    def of(cls, lif: LIF, out: torch.Tensor) -> '_Call':
+    def of(cls, lif: SpikingNeuron, out: torch.Tensor) -> '_Call':
         first, sizes = out.ndim, ()
         if lif.scale is not None:
             first, sizes = out.ndim - lif.scale.ndim, lif.scale.shape
@@ -44,13 +44,13 @@ class _RateHook:
         self.recorder = recorder
         self.name = name
 
-    def __call__(self, lif: LIF, args: Tuple[Any, ...], out: torch.Tensor) -> None:
+    def __call__(self, lif: SpikingNeuron, args: Tuple[Any, ...], out: torch.Tensor) -> None:
         if self.recorder is not None and self.recorder.recording:
             self.recorder.saw(self.name, lif, out)
 
 
 class RateRecorder:
-    """Mean spikes per neuron and step of every LIF layer between `begin` and `take`, differentiable.
+    """Mean spikes per neuron and step of every neuron layer between `begin` and `take`, differentiable.
 
     It costs a mean per layer while it records and a call per layer otherwise. It records under gradient checkpointing,
     whose recomputation runs after `take` and is not seen, and in a compiled model; not in both at once, where dynamo
@@ -64,7 +64,7 @@ class RateRecorder:
     """
 
     def __init__(self, model: nn.Module):
-        neurons = {name: module for name, module in model.named_modules() if isinstance(module, LIF)}
+        neurons = {name: module for name, module in model.named_modules() if isinstance(module, SpikingNeuron)}
         if not neurons:
             raise ValueError(f'{type(model).__name__} has no spiking neurons, so no firing rates.')
         self.recording = False
@@ -79,7 +79,7 @@ class RateRecorder:
         self._gradients = torch.is_grad_enabled()
         self.recording = True
 
-    def saw(self, name: str, lif: LIF, out: torch.Tensor) -> None:
+    def saw(self, name: str, lif: SpikingNeuron, out: torch.Tensor) -> None:
         if self._gradients and not torch.is_grad_enabled():
             raise RuntimeError(f"'{name}' ran without gradients, as under reentrant checkpointing, so its firing rate "
                                f'cannot be trained; use timm.layers.set_reentrant_ckpt(False).')

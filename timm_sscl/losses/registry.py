@@ -1,15 +1,17 @@
 """Losses by name: one file and one decorator add a loss or a regulariser of your own."""
-import difflib
 from typing import Any, Callable, Dict, List, Type, Union
 
 import torch
 import torch.nn as nn
 
+from timm_sscl.named import Registry
+
 from .inputs import TrainStep
 
-__all__ = ['register_loss', 'create_loss', 'list_losses', 'loss_compares_classes', 'loss_is_global', 'loss_needs']
+__all__ = ['register_loss', 'unregister_loss', 'create_loss', 'list_losses', 'loss_compares_classes', 'loss_is_global',
+           'loss_needs']
 
-_losses: Dict[str, Callable[..., nn.Module]] = {}
+_losses: Registry[Callable[..., nn.Module]] = Registry('loss')
 _TAP_OPTIONS = ('names', 'student_channels', 'teacher_channels', 'student_shapes', 'teacher_shapes')
 
 
@@ -63,43 +65,42 @@ def register_loss(
         ```
     """
     def decorate(loss: Union[Type[nn.Module], Callable]) -> Union[Type[nn.Module], Callable]:
-        if name in _losses and _losses[name] is not loss:
-            raise ValueError(f"a loss named '{name}' is registered already; choose another name.")
+        _losses.register(name, loss)
         loss.needs_teacher = needs_teacher or needs_features
         loss.needs_features = needs_features
         loss.needs_shapes = needs_features and needs_shapes
         loss.needs_firing_rates = needs_firing_rates
         loss.global_batch = global_batch
         loss.compares_classes = needs_teacher and not other_classes
-        _losses[name] = loss
         return loss
 
     return decorate
 
 
-def _lookup(name: str) -> Callable:
-    if name not in _losses:
-        close = difflib.get_close_matches(name, _losses, n=1)
-        hint = f" Did you mean '{close[0]}'?" if close else ''
-        raise ValueError(f"unknown loss '{name}'; registered are {', '.join(list_losses())}.{hint}")
-    return _losses[name]
+def unregister_loss(name: str) -> None:
+    """Remove a loss.
+
+    Raises:
+        ValueError: The name is not registered.
+    """
+    _losses.unregister(name)
 
 
 def loss_needs(name: str) -> Dict[str, bool]:
     """What a registered loss needs: teacher (its logits), features, shapes (of features), firing_rates."""
-    loss = _lookup(name)
+    loss = _losses.get(name)
     return dict(teacher=loss.needs_teacher, features=loss.needs_features, shapes=loss.needs_shapes,
                 firing_rates=loss.needs_firing_rates)
 
 
 def loss_is_global(name: str) -> bool:
     """Whether a registered loss is that of the global batch on every process, see `register_loss`."""
-    return _lookup(name).global_batch
+    return _losses.get(name).global_batch
 
 
 def loss_compares_classes(name: str) -> bool:
     """Whether a registered loss compares the teacher's logits with the student's class by class."""
-    return _lookup(name).compares_classes
+    return _losses.get(name).compares_classes
 
 
 def create_loss(name: str, **options: Any) -> nn.Module:
@@ -115,7 +116,7 @@ def create_loss(name: str, **options: Any) -> nn.Module:
     Raises:
         ValueError: The name is not registered, or an option does not fit.
     """
-    loss = _lookup(name)
+    loss = _losses.get(name)
     if not isinstance(loss, type):
         if loss.needs_features:
             options = {k: v for k, v in options.items() if k not in _TAP_OPTIONS}
@@ -130,4 +131,4 @@ def create_loss(name: str, **options: Any) -> nn.Module:
 
 def list_losses() -> List[str]:
     """Names of all registered losses, sorted."""
-    return sorted(_losses)
+    return _losses.names()

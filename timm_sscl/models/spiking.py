@@ -63,17 +63,26 @@ def _split_pretrained(
     return {**overlay, 'state_dict': state_dict, 'source': ''}, spiking_state
 
 
-def _fill_forgotten(base: str, kwargs: Dict[str, Any], state_dict: Dict[str, Any], stored: Dict[str, Any]) -> None:
-    """Parameters of activations that the checkpoint's neurons replaced: the ANN that loads it first has them."""
+def _make_ann_state(base: str, kwargs: Dict[str, Any], state_dict: Dict[str, Any], stored: Dict[str, Any]) -> None:
+    """Turn a spiking checkpoint into one that the ANN, which loads it first, takes strictly, in place.
+
+    Parameters of activations that neurons replaced are added; parameters of the neurons move to `stored`.
+    """
     kwargs = {k: v for k, v in kwargs.items() if k not in ('features_only', 'out_indices', 'feature_cls')}
     with torch.device('meta'):
         ann = model_entrypoint(base)(**kwargs)
     shapes = {name: p.shape for name, p in ann.named_parameters()}
     settings = SpikingSettings.from_tensor(stored[SETTINGS_KEY])
-    convert_to_spiking(ann, include=settings.include, exclude=settings.exclude, allow_analog=True)
+    convert_to_spiking(
+        ann, include=settings.include, exclude=settings.exclude, allow_analog=True, neuron=settings.neuron,
+        neuron_kwargs=dict(settings.neuron_kwargs))
     for name, module in ann.named_modules():
         for parameter in getattr(module, 'forgotten', ()):
             state_dict.setdefault(f'{name}.{parameter}', torch.ones(shapes[f'{name}.{parameter}']))
+    for name, neuron in ann.neurons().items():
+        for key in neuron.state_dict():
+            if f'{name}.{key}' in state_dict:
+                stored[f'{name}.{key}'] = state_dict.pop(f'{name}.{key}')
 
 
 def _entrypoint(base: str) -> Callable[..., nn.Module]:
@@ -92,13 +101,17 @@ def _entrypoint(base: str) -> Callable[..., nn.Module]:
             stem_pool: Optional[str] = None,
             norm: Optional[str] = None,
             allow_analog: Optional[bool] = None,
+            neuron: Any = None,
+            neuron_kwargs: Optional[Dict[str, Any]] = None,
+            surrogate: Any = None,
+            surrogate_kwargs: Optional[Dict[str, Any]] = None,
             **kwargs,
     ) -> nn.Module:
         stored = None
         if pretrained:
             pretrained_cfg_overlay, stored = _split_pretrained(pretrained_cfg, pretrained_cfg_overlay)
             if stored is not None:
-                _fill_forgotten(base, kwargs, pretrained_cfg_overlay['state_dict'], stored)
+                _make_ann_state(base, kwargs, pretrained_cfg_overlay['state_dict'], stored)
                 if allow_analog is None:
                     allow_analog = SpikingSettings.from_tensor(stored[SETTINGS_KEY]).allow_analog
         model = model_entrypoint(base)(
@@ -107,7 +120,8 @@ def _entrypoint(base: str) -> Callable[..., nn.Module]:
         options = dict(
             timesteps=timesteps, tau=tau, v_threshold=v_threshold, v_reset=v_reset, detach_reset=detach_reset,
             v_init=v_init, include=include, exclude=exclude, stem_pool=stem_pool, norm=norm,
-            allow_analog=allow_analog)
+            allow_analog=allow_analog, neuron=neuron, neuron_kwargs=neuron_kwargs, surrogate=surrogate,
+            surrogate_kwargs=surrogate_kwargs)
         convert_to_spiking(model, **{k: v for k, v in options.items() if v is not None})
         if stored is not None:
             model.load_spiking_state(stored)

@@ -8,10 +8,11 @@ from timm_sscl.knobs import build, knob
 
 from .factors import Factors
 from .folding import require_fold
+from .kernels.recursion import membrane_dtype
 from .kernels.scan import scan
 from .surrogate import Surrogate, resolve_surrogate, spike
 
-__all__ = ['NeuronSettings', 'SpikingNeuron', 'OUTPUTS', 'check_timesteps']
+__all__ = ['NeuronSettings', 'SpikingNeuron', 'OUTPUTS', 'check_timesteps', 'hashable']
 
 OUTPUTS = 'binary', 'ternary', 'integer', 'analog'
 
@@ -25,11 +26,11 @@ def check_timesteps(timesteps: Any) -> None:
         raise ValueError(f'timesteps={timesteps!r}: must be a whole number of time steps, 1 or more.')
 
 
-def _hashable(value: Any) -> Any:
-    """Lists as tuples, dictionaries as sorted tuples of pairs: settings are keys of compiled code."""
+def hashable(value: Any) -> Any:
+    """A setting's value, lists as tuples and dictionaries as sorted pairs: settings are keys of compiled code."""
     if isinstance(value, Mapping):
-        return tuple(sorted((k, _hashable(v)) for k, v in value.items()))
-    return tuple(map(_hashable, value)) if isinstance(value, (list, tuple)) else value
+        return tuple(sorted((k, hashable(v)) for k, v in value.items()))
+    return tuple(map(hashable, value)) if isinstance(value, (list, tuple)) else value
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class NeuronSettings:
 
     def __post_init__(self):
         for field in fields(self):
-            object.__setattr__(self, field.name, _hashable(getattr(self, field.name)))
+            object.__setattr__(self, field.name, hashable(getattr(self, field.name)))
         self._resolve()
         self.check()
 
@@ -135,7 +136,7 @@ class SpikingNeuron(Factors):
         self.encodes = False
 
     def start(self, x: torch.Tensor) -> State:
-        """State before the first step, for a current x of one step, (B, ...)."""
+        """State before the first step, for a current x of one step, (B, ...), before the gain, at least float32."""
         return ()
 
     def constants(self) -> State:
@@ -147,7 +148,7 @@ class SpikingNeuron(Factors):
         """One time step, as a pure function.
 
         Args:
-            x: Current of this step, (B, ...), at least float32.
+            x: Current of this step, (B, ...), after the gain, at least float32.
             state: State after the step before.
             constants: What `constants` returned, in x's dtype.
             t: Number of the step, from 0.
@@ -191,8 +192,8 @@ class SpikingNeuron(Factors):
             Output (T, B, ...).
         """
         settings = self.settings
-        return scan(type(self).step, x, self.gain, self.start(x[0]), self.constants(), settings,
-                    settings.surrogate_function)
+        state = self.start(x[0].to(membrane_dtype(x.dtype)))
+        return scan(type(self).step, x, self.gain, state, self.constants(), settings, settings.surrogate_function)
 
     def _unfold(self, x: torch.Tensor) -> torch.Tensor:
         """(T * B, ...) as (T, B, ...), or (B, ...) repeated over time."""

@@ -12,7 +12,7 @@ _neurons: Registry[Type[SpikingNeuron]] = Registry('neuron')
 
 
 def register_neuron(name: str) -> Callable[[Type[SpikingNeuron]], Type[SpikingNeuron]]:
-    """Decorator that registers a subclass of SpikingNeuron under a name, for `neuron=NAME` and `train.py --neuron NAME`.
+    """Decorator that registers a subclass of SpikingNeuron under a name: `neuron=NAME`, `train.py --neuron NAME`.
 
     Raises:
         TypeError: What is decorated is no subclass of SpikingNeuron.

@@ -78,7 +78,7 @@ def surrogate_name(surrogate: Union[str, Surrogate]) -> str:
 
 
 def spike(u: torch.Tensor, v_threshold: Any, surrogate: Surrogate) -> torch.Tensor:
-    """1 where u >= v_threshold, else 0, exactly; the gradient by u is the surrogate's, that by v_threshold its negative.
+    """1 where u >= v_threshold, else 0, exactly; its gradient is the surrogate by u, and minus it by v_threshold.
 
     Args:
         u: Potential before the reset, finite, any shape.

@@ -6,14 +6,14 @@ import torch.distributed as dist
 import torch.nn as nn
 
 from timm_sscl.distributed import world_size
-from timm_sscl.neurons import LIF
+from timm_sscl.neurons import SpikingNeuron
 from .representation import spike_entropy
 
 __all__ = ['FiringRates', 'mean_per_step']
 
 
 class FiringRates:
-    """Context manager that counts the spikes of every LIF layer during the forwards inside it.
+    """Context manager that counts the spikes of every neuron layer during the forwards inside it.
 
     Args:
         model: Spiking model.
@@ -38,7 +38,7 @@ class FiringRates:
 
     def __enter__(self) -> 'FiringRates':
         for name, module in self.model.named_modules():
-            if isinstance(module, LIF):
+            if isinstance(module, SpikingNeuron):
                 self._handles.append(module.register_forward_hook(self._count(name)))
         return self
 

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import flop_registry
 from torch.utils.module_tracker import ModuleTracker
 
 from timm_sscl.fused_paths import without_fused_paths
-from timm_sscl.neurons import LIF
+from timm_sscl.neurons import SpikingNeuron
 from timm_sscl.untouched import untouched
 
 __all__ = ['MacShares', 'count_macs', 'input_kind', 'KINDS']
@@ -120,7 +120,7 @@ def _plain(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, spikes without the output scales of a converted ANN (they fold into the weights)."""
     with untouched(model):
         for module in model.modules():
-            if isinstance(module, LIF):
+            if isinstance(module, SpikingNeuron):
                 module.set_gain(module.gain, None)
         yield
 
@@ -144,7 +144,7 @@ def count_macs(model: nn.Module, images: torch.Tensor) -> MacShares:
     unfused = torch.backends.mkldnn.flags(enabled=False) if recurrent else nullcontext()
     with _plain(model), unfused, without_fused_paths(), sdpa_kernel(SDPBackend.MATH):
         for module in model.modules():
-            if isinstance(module, LIF):
+            if isinstance(module, SpikingNeuron):
                 module.register_forward_hook(counter.saw_neuron)
         with counter.tracker, counter:
             model(images)

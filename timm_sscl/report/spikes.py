@@ -5,7 +5,7 @@ from typing import Dict, List, NamedTuple, Tuple
 import torch
 import torch.nn as nn
 
-from timm_sscl.neurons import LIF
+from timm_sscl.neurons import SpikingNeuron
 
 __all__ = ['record_spikes', 'SpikeRecord']
 
@@ -23,7 +23,7 @@ class SpikeRecord:
     """
 
     def __init__(self, model: nn.Module):
-        self._neurons = {name: module for name, module in model.named_modules() if isinstance(module, LIF)}
+        self._neurons = {name: module for name, module in model.named_modules() if isinstance(module, SpikingNeuron)}
         if not self._neurons:
             raise ValueError(f'{type(model).__name__} has no spiking neurons to record; convert_to_spiking(model) '
                              f'makes it spike.')
@@ -47,7 +47,7 @@ class SpikeRecord:
         self._handles = []
 
     @torch.no_grad()
-    def _add(self, name: str, lif: LIF, out: torch.Tensor) -> None:
+    def _add(self, name: str, lif: SpikingNeuron, out: torch.Tensor) -> None:
         if torch._C._current_graph_task_id() != -1:  # gradient checkpointing runs it a second time
             return
         fired = out != 0

@@ -6,13 +6,13 @@ import torch.distributed as dist
 import torch.nn as nn
 
 from timm_sscl.distributed import world_size
-from timm_sscl.neurons import LIF
+from timm_sscl.neurons import SpikingNeuron
 
 __all__ = ['SilentLayers']
 
 
 class SilentLayers:
-    """Context manager that notes whether every LIF layer fires in the training forwards inside it.
+    """Context manager that notes whether every neuron layer fires in the training forwards inside it.
 
     A step costs one reduction per layer on the device and is not waited for; `names` waits.
 
@@ -35,7 +35,7 @@ class SilentLayers:
 
     def __enter__(self) -> 'SilentLayers':
         for name, module in self.model.named_modules():
-            if isinstance(module, LIF):
+            if isinstance(module, SpikingNeuron):
                 self._handles.append(module.register_forward_hook(self._note(name)))
         return self
 

@@ -4,7 +4,7 @@ from typing import Any, FrozenSet, List, Sequence
 
 import torch.nn as nn
 
-from timm_sscl.neurons import LIF
+from timm_sscl.neurons import SpikingNeuron
 from timm_sscl.conversion.policy import Policy
 from timm_sscl.probing import ProbeError, probe
 
@@ -62,6 +62,6 @@ def audit(
         seen = probe(model, lambda example: run(model, example), _SAMPLES, input_size, example_inputs)
     except ProbeError as error:
         return Audit(f'pending: {error}')
-    neurons = [name for name, module in model.named_modules() if isinstance(module, LIF)]
+    neurons = [name for name, module in model.named_modules() if isinstance(module, SpikingNeuron)]
     return Audit('; '.join(['all operations of one forward', *notes(seen, neurons)]),
                  findings(model, seen, records, policy), frozenset(seen.hard_sigmoids))

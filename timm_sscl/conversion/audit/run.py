@@ -7,7 +7,7 @@ import torch.nn as nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
-from timm_sscl.neurons import LIF
+from timm_sscl.neurons import SpikingNeuron
 from timm_sscl.probing import Example
 
 from .interpreter import Interpreter
@@ -50,7 +50,7 @@ def _pass(model: nn.Module, example: Example) -> Run:
     places, fired, hard = _Places(model), set(), set()
     interpreter = Interpreter(places.now)
 
-    def fire(lif: LIF, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    def fire(lif: SpikingNeuron, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
         def identity(x: torch.Tensor) -> torch.Tensor:
             return torch.cat([x] * lif.timesteps) if lif.encodes else x.clone()
 
@@ -63,7 +63,7 @@ def _pass(model: nn.Module, example: Example) -> Run:
         return forward
 
     for name, module in model.named_modules():
-        if isinstance(module, LIF):
+        if isinstance(module, SpikingNeuron):
             module.__dict__['forward'] = fire(module, name)
     try:
         with places.watched(), torch.no_grad(), _Detours(interpreter), interpreter:
@@ -72,12 +72,12 @@ def _pass(model: nn.Module, example: Example) -> Run:
             depends = interpreter.leaves(example(model))
     finally:
         for module in model.modules():
-            if isinstance(module, LIF):
+            if isinstance(module, SpikingNeuron):
                 module.__dict__.pop('forward', None)
     return Run(interpreter.events, fired, hard, depends)
 
 
-def _is_clip(lif: LIF) -> bool:
+def _is_clip(lif: SpikingNeuron) -> bool:
     replaced = lif.__dict__.get('replaced')
     return isinstance(replaced, nn.Hardtanh) and replaced.min_val == 0 and replaced.max_val == 6  # ReLU6 is one
 

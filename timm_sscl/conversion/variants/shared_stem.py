@@ -6,7 +6,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from timm_sscl.conversion.gains import normalising_by_batch
-from timm_sscl.neurons import LIF
+from timm_sscl.neurons import SpikingNeuron
 from timm_sscl.probing import probe_sizes, undisturbed
 from timm_sscl.conversion.model import SpikingModule
 from timm_sscl.conversion.dropout import OverTime
@@ -82,14 +82,14 @@ def _run_in_full(model: SpikingModule, input_size: Optional[Sequence[int]]):
         x = torch.randn(_BATCH, *size, generator=generator).to(like)
         ran: List[str] = []
         with undisturbed(model):
-            modules = {n: m for n, m in model.named_modules() if isinstance(m, (LIF, OverTime))}
+            modules = {n: m for n, m in model.named_modules() if isinstance(m, (SpikingNeuron, OverTime))}
             for n, module in modules.items():
                 module.register_forward_pre_hook(lambda m, args, n=n, ran=ran: ran.append(n))
             try:
                 outputs = _outputs(model, x, quiet=False)
             except (RuntimeError, ValueError, AssertionError, IndexError):
                 continue
-        first = next(n for n in ran if isinstance(modules[n], LIF))
+        first = next(n for n in ran if isinstance(modules[n], SpikingNeuron))
         before = [n for n in ran[:ran.index(first)] if getattr(modules[n], 'p', getattr(modules[n], 'drop_prob', 1))]
         return x, first, before, outputs
     return None, None, None, None
