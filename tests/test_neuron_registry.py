@@ -18,6 +18,8 @@ from timm_sscl import (
 from timm_sscl.knobs import knob
 from timm_sscl.neurons import NeuronSettings, create_neuron, lif_backend, neuron_class
 from timm_sscl.neurons.kernels import backend
+from timm_sscl.training.options import OptionError, parse_args
+from timm_sscl.training.student import create_student
 
 T = 3
 
@@ -313,3 +315,24 @@ def test_option_of_another_neuron_by_the_lifs_name(plif):
     assert model[1].settings.tau == .2
     with pytest.raises(ValueError, match="neuron 'my_plif' has no option 'v_init'"):
         _model(v_init=.1)
+
+
+def _student(*options):
+    args, _ = parse_args(['--model', 'spiking_test_resnet', *options])
+    return create_student(args, 4)
+
+
+def test_options_of_the_script(plif):
+    model = _student('--neuron', 'my_plif', '--neuron-kwargs', 'tau=.3', 'v_threshold=.8', '--surrogate', 'bump',
+                     '--surrogate-kwargs', 'width=.9')
+    assert dict(model.settings.neuron_kwargs) == dict(tau=.3, v_threshold=.8)
+    assert model.settings.surrogate == 'bump' and dict(model.settings.surrogate_kwargs) == dict(width=.9)
+    assert _student('--neuron-kwargs', 'tau=.3', 'v_reset=soft').settings.v_reset is None
+    assert _student().settings.neuron == 'lif'
+    for options, message in (
+            (['--neuron', 'plfi'], '--neuron plfi: is not registered.*--plugin'),
+            (['--surrogate', 'bmup'], '--surrogate bmup: is not registered.*--plugin'),
+            (['--neuron-kwargs', 'tua=.3'], "neuron 'lif' has no option 'tua'"),
+            (['--model', 'test_resnet', '--neuron', 'my_plif'], 'does not spike')):
+        with pytest.raises(OptionError, match=message):
+            _student(*options)

@@ -358,7 +358,7 @@ def test_no_method_of_a_spiking_model_hides_one_of_timms():
     own = {name for mixin in (spiking.SpikingModule, spiking.SpikingModel, spiking.SpikingEncoder)
            for name in vars(mixin) if not name.startswith('__')}
     meant = {'forward', 'forward_features', 'forward_head', 'forward_intermediates', 'reset_classifier',
-             '_save_to_state_dict', '_load_from_state_dict'}
+             'no_weight_decay', '_save_to_state_dict', '_load_from_state_dict'}
     models = {timm.models._registry._model_entrypoints[name].__module__ for name in timm.list_models()}
     hidden = [(module, name, own & set(vars(base)))
               for module in models for name, cls in vars(sys.modules[module]).items()

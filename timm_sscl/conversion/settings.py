@@ -101,7 +101,7 @@ class SpikingSettings:
         """The settings with the neuron's options each by a name of its own, see `option_key`."""
         others = {f.name: getattr(self, f.name) for f in fields(self)
                   if f.name not in (*_LIF_OPTIONS, 'neuron_kwargs')}
-        options = {option_key(k): v for k, v in self.neuron_options().items() if not k.startswith('surrogate')}
+        options = {option_key(k): v for k, v in self.neuron_options().items() if k not in others}
         return {**others, **options}
 
     @classmethod
@@ -148,7 +148,8 @@ class SpikingSettings:
 
 def _pairs(own: Any) -> Pairs:
     """A neuron's settings but the surrogate, which a model has one of."""
-    return tuple((f.name, getattr(own, f.name)) for f in fields(own) if not f.name.startswith('surrogate'))
+    return tuple((f.name, getattr(own, f.name)) for f in fields(own)
+                 if f.name not in ('surrogate', 'surrogate_kwargs'))
 
 
 def encode(stored: Dict[str, Any]) -> bytes:

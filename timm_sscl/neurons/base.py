@@ -42,7 +42,7 @@ class NeuronSettings:
     Raises:
         ValueError: The surrogate is unknown, or a value is out of its range.
     """
-    surrogate: Union[str, Surrogate] = knob('rectangle', 'surrogate gradient, by name', kw_only=True)
+    surrogate: Union[str, Surrogate] = knob('rectangle', 'surrogate gradient of the spike, by name', kw_only=True)
     surrogate_kwargs: Tuple[Tuple[str, Any], ...] = knob((), 'options of the surrogate', kw_only=True)
 
     def __post_init__(self):
@@ -209,7 +209,7 @@ class SpikingNeuron(Factors):
 
     def extra_repr(self) -> str:
         shown = [f'timesteps={self.timesteps}']
-        for field in fields(self.settings):
+        for field in sorted(fields(self.settings), key=lambda field: field.name.startswith('surrogate')):
             value = getattr(self.settings, field.name)
             if value != field.default or field.name not in _SHOWN_IF_SET:
                 shown.append(f'{field.name}={value}')

@@ -1,22 +1,24 @@
 """Options of the neuron, the teacher and the losses."""
 import argparse
+from typing import Any, Dict
 
 from timm_sscl.distillation.presets import PRESETS
+from timm_sscl.knobs import knob_help
 from timm_sscl.losses.cka import CKA_SCOPES
 from timm_sscl.losses.sscl import CRITICS, PROJECTIONS, WEIGHTINGS
 
+from timm_sscl.neurons import LIF, list_neurons, list_surrogates
+
+from .errors import OptionError
 from .option_types import KeyValues, home_path, reset_potential
 
-__all__ = ['add_spiking_options', 'add_distillation_options']
+__all__ = ['add_spiking_options', 'add_distillation_options', 'neuron_arguments']
 
 
 def add_spiking_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group('Spiking neuron parameters')
     group.add_argument('--timesteps', '-T', type=int, default=None, help='time steps T (4; a checkpoint\'s own)')
-    group.add_argument('--tau', type=float, default=None, help='decay factor of the membrane (0.25)')
-    group.add_argument('--v-threshold', type=float, default=None, help='firing threshold (0.5)')
-    group.add_argument('--v-reset', type=reset_potential, default=None, help='reset potential (0.), or soft')
-    group.add_argument('--detach-reset', action='store_true', default=None, help='no gradient through the reset')
+    _add_neuron_options(group)
     group.add_argument('--neuron-init', default='calibrated', choices=['calibrated', 'ann', 'none'],
                        help='before training: an input gain per layer measured on real images; thresholds from the '
                             'weights\' own ANN (ReLU networks, integrate-and-fire); or nothing')
@@ -37,6 +39,39 @@ def add_spiking_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--allow-analog', action='store_true', default=None,
                        help='train a model of your own whose nonlinear operations are not all known activations; they '
                             'stay analog, the report lists them')
+
+
+def _add_neuron_options(group: argparse._ArgumentGroup) -> None:
+    """The neuron, its surrogate, and the options of the LIF, with the help texts of its settings."""
+    group.add_argument('--neuron', default=None, metavar='NAME',
+                       help='neuron that the activations become (lif); a plug-in may register others')
+    group.add_argument('--neuron-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
+                       help='options of the neuron')
+    for name, option in (('tau', dict(type=float)), ('v_threshold', dict(type=float)),
+                         ('v_reset', dict(type=reset_potential)), ('detach_reset', dict(action='store_true'))):
+        default = getattr(LIF.Settings, name)
+        text = knob_help(LIF.Settings)[name] + ('' if default is False else f' ({default})')
+        group.add_argument(f'--{name.replace("_", "-")}', default=None, help=text, **option)
+    group.add_argument('--surrogate', default=None, metavar='NAME',
+                       help=f'{knob_help(LIF.Settings)["surrogate"]} ({LIF.Settings.surrogate})')
+    group.add_argument('--surrogate-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
+                       help=knob_help(LIF.Settings)['surrogate_kwargs'])
+
+
+def neuron_arguments(args: argparse.Namespace) -> Dict[str, Any]:
+    """What the options say of the neuron, as create_model and convert_to_spiking take it; only what was given.
+
+    Raises:
+        OptionError: The neuron or the surrogate is not registered.
+    """
+    for name, known in (('neuron', list_neurons()), ('surrogate', list_surrogates())):
+        value = getattr(args, name)
+        if value is not None and value not in known:
+            raise OptionError(f'--{name} {value}: is not registered; there are {", ".join(known)}. A plug-in that '
+                              f'registers it is imported by --plugin FILE|MODULE.')
+    names = ('timesteps', 'tau', 'v_threshold', 'v_reset', 'detach_reset', 'neuron', 'neuron_kwargs', 'surrogate',
+             'surrogate_kwargs')
+    return {name: getattr(args, name) for name in names if getattr(args, name) not in (None, {})}
 
 
 def add_distillation_options(parser: argparse.ArgumentParser) -> None:
@@ -66,7 +101,8 @@ def add_distillation_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--loss-file', type=home_path, default=None, metavar='FILE',
                        help='Python file with your own @register_loss losses')
     group.add_argument('--plugin', type=home_path, default=None, nargs='+', metavar='FILE|MODULE',
-                       help='Python files or modules with your own models (timm\'s @register_model) and losses')
+                       help='Python files or modules with your own models (timm\'s @register_model), losses, neurons '
+                            'and surrogates')
     _add_loss_options(group)
 
 

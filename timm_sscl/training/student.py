@@ -17,6 +17,7 @@ from timm_sscl.models.spiking import PREFIX
 
 from .compile_check import check_compile_options
 from .errors import OptionError
+from .spiking_options import neuron_arguments
 from .weights import load_weights
 from .weights_file import check_file_exists, check_weights_file, match_with_file
 
@@ -50,16 +51,18 @@ def model_kwargs(
 def create_student(args: Namespace, num_classes: int) -> nn.Module:
     """The student, spiking where its name says so, with the weights that were asked for."""
     check_model_name(args.model, '--model')
-    neuron = {name: getattr(args, name) for name in ('timesteps', 'tau', 'v_threshold', 'v_reset', 'detach_reset')}
+    neuron = neuron_arguments(args)
     neuron.update(include=args.neuron_include, exclude=args.neuron_exclude, norm=args.norm,
                   allow_analog=args.allow_analog)
     if is_event_dataset(args.dataset) and not args.model.startswith(PREFIX):
         neuron['timesteps'] = None  # the number of frames only
     neuron = {name: value for name, value in neuron.items() if value is not None}
-    if args.neuron_init == 'ann' and (set(neuron) & {'tau', 'v_threshold', 'v_reset'} or not (
+    asked = set(neuron) & {'tau', 'v_threshold', 'v_reset', 'neuron', 'neuron_kwargs'}
+    if args.neuron_init == 'ann' and (asked or not (
             args.initial_checkpoint or args.pretrained or args.pretrained_path)):
         raise OptionError("--neuron-init ann: takes the thresholds from the ANN's weights and sets the neuron itself; "
-                          'give the weights (--pretrained-path FILE) and leave --tau, --v-threshold and --v-reset.')
+                          'give the weights (--pretrained-path FILE) and leave --neuron, --neuron-kwargs, '
+                          '--tau, --v-threshold and --v-reset.')
     if neuron and not args.model.startswith(PREFIX):
         option = (next(iter(neuron)).replace('_', '-').replace('include', 'neuron-include')
                   .replace('exclude', 'neuron-exclude'))

@@ -12,7 +12,8 @@ __all__ = ['IRRELEVANT', 'teacher_settings', 'settings_digest', 'legacy_settings
 # options that a teacher's training does not depend on, or that the key has in another form
 IRRELEVANT = frozenset((
     # the student and its neurons (--stem-pool and --timesteps are added where the teacher has them)
-    'model', 'timesteps', 'tau', 'v_threshold', 'v_reset', 'detach_reset', 'neuron_init', 'ann_percentile', 'norm',
+    'model', 'timesteps', 'neuron', 'neuron_kwargs', 'surrogate', 'surrogate_kwargs', 'tau', 'v_threshold', 'v_reset',
+    'detach_reset', 'neuron_init', 'ann_percentile', 'norm',
     'stem_pool', 'share_stem', 'pack_spikes', 'neuron_include', 'neuron_exclude', 'pretrained', 'pretrained_path',
     'initial_checkpoint', 'model_kwargs', 'head_init_scale', 'head_init_bias', 'torchcompile', 'torchcompile_mode',
     'grad_checkpointing', 'model_ema', 'model_ema_force_cpu', 'model_ema_decay', 'model_ema_warmup',
