@@ -101,7 +101,8 @@ class SpikingSettings:
         """The settings with the neuron's options each by a name of its own, see `option_key`."""
         others = {f.name: getattr(self, f.name) for f in fields(self)
                   if f.name not in (*_LIF_OPTIONS, 'neuron_kwargs')}
-        options = {option_key(k): v for k, v in self.neuron_options().items() if k not in others}
+        options = {option_key(k): v for k, v in self.neuron_options().items()
+                   if k not in ('surrogate', 'surrogate_kwargs')}
         return {**others, **options}
 
     @classmethod
