@@ -11,7 +11,7 @@ import timm
 import torch
 import torch.nn as nn
 
-import timm_sscl  # noqa: F401  registers the spiking_ names
+import timm_sscl
 from timm_sscl import (
     LIF, SpikingNeuron, convert_to_spiking, list_neurons, list_surrogates, register_neuron, register_surrogate,
     unregister_neuron, unregister_surrogate)

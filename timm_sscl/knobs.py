@@ -1,5 +1,7 @@
-"""Settings declared once: a dataclass field with its help text, from which keyword arguments, checkpoints and the command
-line are made."""
+"""Settings declared once: a dataclass field with its help text.
+
+Keyword arguments, checkpoints and the command line are made from it.
+"""
 import dataclasses
 import difflib
 from typing import Any, Dict, Mapping, Type, TypeVar
