@@ -9,10 +9,9 @@ from PIL import Image
 from test_bad_data import IMAGES, fails
 from test_train import run_here, write_images
 
-import train
 from timm_sscl.data import create_dataset
 from timm_sscl.data.checks import check_apart, check_classes, check_labels, check_metadata
-from timm_sscl.data.folders import take_spread
+from timm_sscl.data.folders import take_spread, class_to_idx_of
 from timm_sscl.data.images import DecodedStream, to_mode
 from timm_sscl.data.samples import Samples, UnreadableSample
 from timm_sscl.training.options import parse_args
@@ -279,7 +278,7 @@ def test_so_many_samples_are_spread_over_the_classes(source, tmp_path):
     whole = create_dataset('', str(root), 'train')
     data = tar_of(root / 'train', tmp_path / 'train.tar') if source == 'tar' else root
     few = create_dataset(source if '/' in source else '', str(data), 'train', num_samples=6)
-    assert [label for _, label in few] == [0, 0, 1, 1, 2, 2] and train.class_to_idx_of(few) == whole.reader.class_to_idx
+    assert [label for _, label in few] == [0, 0, 1, 1, 2, 2] and class_to_idx_of(few) == whole.reader.class_to_idx
     for (image, _), at in zip(few, (0, 2, 4, 6, 8, 10)):
         assert np.array_equal(image, whole[at][0])
 

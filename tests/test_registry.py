@@ -222,6 +222,7 @@ def test_explicit_setting_wins_and_is_logged(tmp_path, caplog):
 
 def test_explicit_setting_equal_to_the_checkpoints_or_to_the_default(tmp_path, caplog):
     file = _save_plain(_trained('test_resnet', **SETTINGS), tmp_path)
+    caplog.clear()
     with caplog.at_level(logging.WARNING, logger='timm_sscl'):
         _assert_settings(_create('test_resnet', checkpoint_path=file, tau=SETTINGS['tau']))
     assert not caplog.records

@@ -60,7 +60,8 @@ def _by_hand(norm, x, mean, var, alpha):
 @pytest.mark.parametrize('momentum', [.1, None])
 @pytest.mark.parametrize('name', ['bn', 'bn2', 'bn3'])
 def test_formula_over_time_batch_and_space(name, momentum):
-    norm = getattr(_net(), name)
+    net = _net()
+    norm = getattr(net, name)
     norm.momentum = momentum
     generator = torch.Generator().manual_seed(2)
     size = (C,) if name == 'bn3' else (C, 5, 4)
@@ -72,7 +73,8 @@ def test_formula_over_time_batch_and_space(name, momentum):
 
     def current(x):  # of the neuron: bn2's is inside
         got.clear()
-        out = norm(x.flatten(0, 1))
+        with net.time_folded():
+            out = norm(x.flatten(0, 1))
         return (got[0] if handle else out).unflatten(0, (T, B))
 
     mean, var = x.mean(axes), x.var(axes, unbiased=False)
@@ -130,8 +132,9 @@ def test_gradients_are_those_of_plain_recursion_and_formula(name):
     parameters = [x, norm.weight, norm.bias]
     sources = []
     lif.register_forward_pre_hook(lambda m, args: sources.append(NormSource.of(args[0])))
-    out = norm(x.flatten(0, 1))
-    spikes = (out if name == 'bn2' else lif(out)).unflatten(0, (T, B))
+    with net.time_folded():
+        out = norm(x.flatten(0, 1))
+        spikes = (out if name == 'bn2' else lif(out)).unflatten(0, (T, B))
     assert sources[0] is not None  # not from its input: the case that this test is about
     grads = torch.autograd.grad((spikes * weight).sum(), parameters)
     axes = (0, 1, 3, 4)

@@ -169,8 +169,8 @@ class LIF(SpikingNeuron):
         v_reset: Potential after a spike; None is the soft reset.
         detach_reset: Whether the gradient skips the reset.
         v_init: Initial potential; None is v_reset, or 0 for the soft reset.
-        surrogate: Surrogate gradient, by name; the rectangle has a kernel of its own.
-        surrogate_kwargs: Options of the surrogate, as a mapping.
+        surrogate: `surrogate` and `surrogate_kwargs`: surrogate gradient by name (the rectangle has its own kernel),
+            and its options as a mapping.
     """
 
     @dataclass(frozen=True)
