@@ -42,12 +42,13 @@ class FeatureReader:
             self.indices = stage_indices(model, taps)
             self.pooled = True
             self.names = stage_names(model, self.indices) + [POOLED]
+            self.order = list(range(len(self.names)))  # names may be the same: crossvit's two branches
         else:
             self.names = [taps] if isinstance(taps, str) else list(taps)
             self.indices = sorted(set(indices_of_names(model, self.names)))
             self.pooled = POOLED in self.names
-        read = stage_names(model, self.indices) + [POOLED] * self.pooled
-        self.order = [read.index(name) for name in self.names]  # of what is read: names may come in any, or twice
+            read = stage_names(model, self.indices) + [POOLED] * self.pooled
+            self.order = [read.index(name) for name in self.names]  # of what is read: names may come in any, or twice
 
         def run(x: torch.Tensor) -> Tuple[List[Tuple[int, ...]], List[str]]:
             final, stages, pooled = reference_features(model, self.indices, x)
