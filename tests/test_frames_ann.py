@@ -6,11 +6,11 @@ import pytest
 import timm
 import torch
 
-import timm_sscl
-from timm_sscl import SSCLLoss, SSCLTask, calibrate
+from timm_sscl import SSCLLoss, SSCLTask, calibrate, convert_to_spiking
 from timm_sscl.data.events import EventDigits
 from timm_sscl.distillation.frames_ann import accept_frames
 from timm_sscl.distillation.teacher_input import TeacherInput
+from timm_sscl.features.stages import stage_indices
 
 T, B = 3, 5
 
@@ -49,8 +49,8 @@ def test_the_model_stays_what_it_was(frames):
 
 
 def test_a_model_that_is_converted_later_sees_frames_as_steps(frames):
-    model = timm_sscl.convert_to_spiking(accept_frames(create().eval()), timesteps=T)
-    expected = timm_sscl.convert_to_spiking(create().eval(), timesteps=T)
+    model = convert_to_spiking(accept_frames(create().eval()), timesteps=T)
+    expected = convert_to_spiking(create().eval(), timesteps=T)
     with torch.no_grad():
         assert torch.equal(model(frames), expected(frames))
 
@@ -104,7 +104,7 @@ def test_the_loss_in_a_loop_compares_with_the_teachers_means(frames):
     features = sscl._student_recorder.records[-1]
     student_features = [sscl._student_recorder._feature(tap, features) for tap in sscl.taps]
     loss = sscl(frames)
-    indices = timm_sscl.features.taps.stage_indices(teacher)
+    indices = stage_indices(teacher)
     _, means = teacher_by_hand(teacher, frames, indices)
     assert torch.allclose(loss, sscl.from_features(student_features, means), rtol=1e-4)  # float32, another batch
     loss.backward()

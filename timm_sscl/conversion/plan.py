@@ -194,7 +194,7 @@ class Plan:
         for module in model.modules():
             leave_fused_path(module)
             if isinstance(module, SpikingNeuron):
-                module.keep_factors(like.device)
+                module.keep_factors(like)
 
 
 def share_over_time(module: nn.Module, timesteps: int) -> None:

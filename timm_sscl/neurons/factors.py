@@ -56,11 +56,12 @@ class Factors(nn.Module):
             return 'channel'
         return 'layer' if any(self._in_force.values()) else 'none'
 
-    def keep_factors(self, device: torch.device) -> None:
-        """Have the factors in the state dict even while they are 1."""
+    def keep_factors(self, like: torch.Tensor) -> None:
+        """Have the factors in the state dict even while they are 1, on like's device, in its precision or float32."""
+        dtype = torch.promote_types(like.dtype, torch.float32)
         for key in FACTORS.values():
             if self._buffers[key] is None:
-                self._buffers[key] = torch.ones((), dtype=torch.float32, device=device)
+                self._buffers[key] = torch.ones((), dtype=dtype, device=like.device)
                 self._seen[key] = Seen.now(self._buffers[key])
 
     def _factor(self, key: str) -> Optional[torch.Tensor]:
