@@ -5,10 +5,10 @@ import pytest
 import torch
 import torch.nn as nn
 from processes import run_processes
-from test_bad_data import IMAGES
-from test_train import run_here, write_images
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from files import write_images
+from runs import IMAGES, run_here
 from timm_sscl import LIF
 from timm_sscl.training.silent_layers import SilentLayers
 

@@ -1,34 +1,18 @@
 """Event data sets by name: folders, SpikingJelly's layouts, tonic's sets, the digits; through the loader."""
 import logging
-import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from files import HEADER, write_aedat, write_classes
 from timm_sscl.data import DigitsDataset, create_dataset
 from timm_sscl.data.events import (
     DamagedEventFile, EventAugment, EventDigits, EventFolder, FrameSettings, TonicDataset, create_event_loader,
     read_aedat, to_frames)
 from timm_sscl.data.events.digits import record_digit
 from timm_sscl.data.samples import Samples, UnreadableSample, sample_name
-
-HEADER = b'#!AER-DAT2.0\r\n'
-
-
-def write_aedat(file, seed, n=60):
-    rng = np.random.default_rng(seed)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    address = rng.integers(0, 2 ** 15, n)
-    file.write_bytes(HEADER + b''.join(struct.pack('>II', int(a), 10 * i) for i, a in enumerate(address)))
-
-
-def write_classes(root, per_class=12, names=('airplane', 'bird')):
-    for c, name in enumerate(names):
-        for i in range(per_class):
-            write_aedat(root / name / f'cifar10_{name}_{i}.aedat', seed=100 * c + i)
-    return root
 
 
 def test_folder_of_classes_is_ordered_by_number_and_split_by_name(tmp_path):

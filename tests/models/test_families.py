@@ -12,7 +12,7 @@ from timm.models._hub import save_for_hf
 import timm_sscl.conversion.convert  # registers the spiking_ names
 
 _SPEC = importlib.util.spec_from_file_location(
-    'coverage_benchmark', Path(__file__).resolve().parent.parent / 'benchmarks' / 'coverage.py')
+    'coverage_benchmark', Path(__file__).resolve().parents[2] / 'benchmarks' / 'coverage.py')
 coverage = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(coverage)
 

@@ -12,10 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
+from runs import same_runs
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 # everything that draws random numbers or keeps a state
 TINY = ['--model', 'spiking_test_resnet', '-T', '2', '--epochs', '3', '--teacher-epochs', '2', '--warmup-epochs', '1',
         '--train-num-samples', '48', '--val-num-samples', '20', '--batch-size', '8', '--log-interval', '100',
@@ -56,38 +56,6 @@ def server():
     yield server
     server.process.stdin.close()
     server.process.wait()
-
-
-def same(a, b, where=''):
-    """Whether two nested containers hold exactly the same, with the place of the first difference."""
-    assert type(a) is type(b), where
-    if isinstance(a, dict):
-        assert list(a) == list(b), where
-        for key in a:
-            same(a[key], b[key], f'{where}.{key}')
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b)):
-            same(x, y, f'{where}[{i}]')
-    elif isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype and torch.equal(a, b), where
-    elif a == a:  # not nan
-        assert a == b, where
-
-
-def same_runs(one, other):
-    """Every checkpoint of both runs and of their teachers, and the tables."""
-    files = sorted(f.relative_to(one) for f in one.rglob('*') if f.is_file() and not f.name.startswith('.'))
-    assert files == sorted(f.relative_to(other) for f in other.rglob('*') if f.is_file() and not f.name.startswith('.'))
-    assert any(f.name == 'last.pth.tar' for f in files)
-    for file in files:
-        if file.name.endswith('.pth.tar'):
-            a, b = (load_checkpoint_metadata(str(root / file)) for root in (one, other))
-            options = [{k: v for k, v in x.pop('args').items() if k != 'resume'} for x in (a, b)]
-            assert options[0] == options[1]
-            same(a, b, str(file))
-        elif file.name == 'summary.csv':
-            assert (one / file).read_text() == (other / file).read_text()
 
 
 @pytest.fixture(scope='module', params=[0, 2], ids=['no workers', 'two workers'])

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_bad_data import IMAGES, fails
-from test_train import run_here, write_images
 
+from files import write_images
+from runs import IMAGES, fails, run_here
 from timm_sscl.data import create_dataset
 from timm_sscl.data.checks import check_apart, check_classes, check_labels, check_metadata
 from timm_sscl.data.folders import take_spread, class_to_idx_of

@@ -6,9 +6,10 @@ from argparse import Namespace
 import pytest
 import timm
 import torch
-from test_train import TINY, run_here, write_images
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
+from files import write_images
+from runs import TINY, run_here
 from timm_sscl.training.errors import OptionError
 from timm_sscl.training.refused_options import UNSUPPORTED
 from timm_sscl.training.option_groups import create_parser

@@ -3,8 +3,8 @@ import os
 import pytest
 import timm
 import torch
-from test_train import TINY, rows_of, run_here
 
+from runs import TINY, rows_of, run_here
 from timm_sscl import SSCLTask
 from timm_sscl.training.checkpoint import StorageError
 from timm_sscl.training.teacher_cache import TeacherCache

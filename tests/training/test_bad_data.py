@@ -7,33 +7,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_train import run_here, run_of, rows_of, write_images
 from timm.data import create_dataset
 
+from files import write_images
+from runs import IMAGES, TAUGHT, fails, rows_of, run_here, run_of
 from timm_sscl import LIF
 from timm_sscl.training.checkpoint import lock_folder
 from timm_sscl.data.checks import check_labels
 from timm_sscl.data.samples import Samples, UnreadableSample, WrongLabel
 
-IMAGES = ['--data-dir', 'images', '--model', 'spiking_test_resnet', '-T', '2', '--img-size', '32', '--batch-size', '8',
-          '--epochs', '2', '--warmup-epochs', '0', '--workers', '0', '--output', 'out', '--experiment', 'run',
-          '--distill', 'none', '--lr', '0.01', '--log-interval', '1', '--scale', '0.5', '1', '--threads', '1']
-
-
-TAUGHT = [a for a in IMAGES if a not in ('--distill', 'none')]
-
 
 @pytest.fixture
 def images(tmp_path):
     return write_images(tmp_path / 'images')
-
-
-def fails(args, cwd, monkeypatch, capsys):
-    """Exit code and the one line of the error."""
-    with pytest.raises(SystemExit) as exit_:
-        run_here(args, cwd, monkeypatch)
-    line, = [x for x in capsys.readouterr().err.splitlines() if x.startswith('error: ')]
-    return exit_.value.code, line
 
 
 def truncate(file):

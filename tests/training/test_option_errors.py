@@ -5,9 +5,9 @@ import pytest
 import timm
 import torch
 from PIL import Image, ImageOps
-from test_train import TINY, run_here, run_of
 from timm.data import create_transform
 
+from runs import TINY, run_here, run_of
 from timm_sscl.data.posterize import allow_posterize_to_black
 from timm_sscl.data.samples import FailedTransform, Samples
 from timm_sscl.training.errors import OptionError, blame_options

@@ -12,7 +12,7 @@ import torch.nn as nn
 from timm_sscl import LIF, lif
 from timm_sscl.neurons import lif_backend, packed_spikes
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 # settings, and per-channel or scalar gain: each is other code for the compiler
 SETTINGS = [dict(), dict(tau=.6, v_threshold=.7, v_reset=-.2), dict(v_reset=None), dict(detach_reset=True),

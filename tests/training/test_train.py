@@ -1,10 +1,6 @@
 """train.py itself, tiny: through accelerate launch and torchrun as a user starts it, and its errors in this process."""
-import csv
 import json
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,38 +9,15 @@ import pytest
 import timm
 import torch
 import yaml
-from accelerate.state import AcceleratorState
-from PIL import Image
 from safetensors.torch import save_file
 
+from files import write_images
+from runs import TINY, launch, rows_of, run_here, run_of
 import timm_sscl  # registers the spiking_ names
-import train
 from timm_sscl.training.options import parse_args
 from timm_sscl.training import processes
 from timm_sscl.training.processes import create_accelerator
 from timm_sscl.training.teacher import create_teacher
-
-ROOT = Path(__file__).resolve().parent.parent
-TINY = ['--model', 'spiking_test_resnet', '--timesteps', '2', '--epochs', '2', '--warmup-epochs', '0',
-        '--train-num-samples', '64', '--val-num-samples', '40', '--batch-size', '16', '--log-interval', '2',
-        '--threads', '1']
-
-
-def launch(args, cwd, launcher=('-m', 'accelerate.commands.launch'), **env):
-    result = subprocess.run(
-        [sys.executable, *launcher, str(ROOT / 'train.py'), *args], cwd=cwd, capture_output=True, text=True,
-        timeout=600, env={**os.environ, 'PYTHONPATH': str(ROOT), **env})
-    return result.returncode, result.stdout + result.stderr
-
-
-def run_of(root):
-    run, = [p for p in Path(root).iterdir() if p.name != 'teachers']
-    return run
-
-
-def rows_of(run):
-    with open(run / 'summary.csv') as f:
-        return list(csv.DictReader(f))
 
 
 @pytest.fixture(scope='module')
@@ -137,17 +110,6 @@ def test_second_run_finds_the_teacher_and_resume_goes_on(main_run):
     assert code != 0 and 'holds a run already' in log and len(rows_of(run)) == 3
 
 
-def write_images(root, classes=3, per_class=8, size=40):
-    rng = np.random.default_rng(0)
-    for split in ('train', 'validation'):
-        for c in range(classes):
-            folder = root / split / f'class{c}'
-            folder.mkdir(parents=True)
-            for i in range(per_class):
-                Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(folder / f'{i}.png')
-    return root
-
-
 def test_two_processes_train_on_an_image_folder(tmp_path):
     data = write_images(tmp_path / 'images', per_class=7)
     args = ['--data-dir', str(data), '--model', 'spiking_test_resnet', '--timesteps', '2', '--epochs', '1',
@@ -172,14 +134,6 @@ def test_two_copies_that_do_not_know_of_each_other_are_an_error(monkeypatch):
 
 
 # ---- in this process
-
-def run_here(args, cwd, monkeypatch):
-    monkeypatch.chdir(cwd)
-    try:
-        train.main([str(a) for a in args])
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)  # Accelerate's settings are the process's
-
 
 def test_weight_zero_is_exactly_mode_none(tmp_path, monkeypatch):
     common = [*TINY, '--epochs', '1', '--drop', '0.2', '--output', 'out']

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import psutil  # Accelerate needs it too
 import pytest
-from test_resume import same_runs
-from test_train import rows_of, write_images
 
-ROOT = Path(__file__).resolve().parent.parent
+from files import write_images
+from runs import rows_of, same_runs
+
+ROOT = Path(__file__).resolve().parents[2]
 LAUNCHERS = {
     'torchrun': [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2'],
     'accelerate': [sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2',

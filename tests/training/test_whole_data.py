@@ -5,10 +5,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from test_bad_data import IMAGES, fails
-from test_events_datasets import write_classes
-from test_train import run_here, write_images
 
+from files import write_classes, write_images
+from runs import IMAGES, fails, run_here
 from timm_sscl.data import DigitsDataset, create_dataset
 from timm_sscl.data.checks import check_copies, check_seen
 from timm_sscl.data.copies import find_copies

@@ -8,8 +8,8 @@ import pytest
 import timm
 import torch
 import yaml
-from test_train import run_here
 
+from runs import run_here
 from timm_sscl.data.events import EventFolder, FrameSettings
 from timm_sscl.training.options import OptionError, parse_args
 

@@ -4,9 +4,9 @@ import logging
 
 import pytest
 import torch
-from test_bad_data import IMAGES, fails
-from test_train import rows_of, run_here, run_of, write_images
 
+from files import write_images
+from runs import IMAGES, fails, rows_of, run_here, run_of
 from timm_sscl.training.checkpoint import holds_a_run
 from timm_sscl.training.run_checks import LabelCountingEvaluator, warn_long_warmup, warn_teacher_at_chance
 from timm_sscl.training.run_summary import best_epoch_facts, best_epoch_text

@@ -52,7 +52,7 @@ from timm_sscl.training.teacher import create_teacher, teacher_name
 from timm_sscl.training.teacher_folder import teacher_folder
 from timm_sscl.training.teacher_weights import teacher_options
 
-DIFFERENCES = (Path(__file__).resolve().parent.parent / 'docs' / 'pages' / 'differences.md').read_text()
+DIFFERENCES = (Path(__file__).resolve().parents[2] / 'docs' / 'pages' / 'differences.md').read_text()
 IN_DIFFERENCES = set(re.findall(r'--[a-z][a-z_-]*[a-z]', DIFFERENCES))
 ALL = {name: default for options in TIMM_OPTIONS.values() for name, default in options.items()}
 CHANGE_NOTHING = {'--no-prefetcher', '--local_rank'}  # accepted, and the page says why

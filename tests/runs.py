@@ -1,0 +1,87 @@
+"""Runs of train.py, tiny: in a process of their own as a user starts them, or in this one, and what they leave."""
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from timm.utils.checkpoint_saver import load_checkpoint_metadata
+
+import train
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ['--model', 'spiking_test_resnet', '--timesteps', '2', '--epochs', '2', '--warmup-epochs', '0',
+        '--train-num-samples', '64', '--val-num-samples', '40', '--batch-size', '16', '--log-interval', '2',
+        '--threads', '1']
+IMAGES = ['--data-dir', 'images', '--model', 'spiking_test_resnet', '-T', '2', '--img-size', '32', '--batch-size', '8',
+          '--epochs', '2', '--warmup-epochs', '0', '--workers', '0', '--output', 'out', '--experiment', 'run',
+          '--distill', 'none', '--lr', '0.01', '--log-interval', '1', '--scale', '0.5', '1', '--threads', '1']
+TAUGHT = [a for a in IMAGES if a not in ('--distill', 'none')]
+
+
+def launch(args, cwd, launcher=('-m', 'accelerate.commands.launch'), **env):
+    result = subprocess.run(
+        [sys.executable, *launcher, str(ROOT / 'train.py'), *args], cwd=cwd, capture_output=True, text=True,
+        timeout=600, env={**os.environ, 'PYTHONPATH': str(ROOT), **env})
+    return result.returncode, result.stdout + result.stderr
+
+
+def run_here(args, cwd, monkeypatch):
+    monkeypatch.chdir(cwd)
+    try:
+        train.main([str(a) for a in args])
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)  # Accelerate's settings are the process's
+
+
+def fails(args, cwd, monkeypatch, capsys):
+    """Exit code and the one line of the error."""
+    with pytest.raises(SystemExit) as exit_:
+        run_here(args, cwd, monkeypatch)
+    line, = [x for x in capsys.readouterr().err.splitlines() if x.startswith('error: ')]
+    return exit_.value.code, line
+
+
+def run_of(root):
+    run, = [p for p in Path(root).iterdir() if p.name != 'teachers']
+    return run
+
+
+def rows_of(run):
+    with open(run / 'summary.csv') as f:
+        return list(csv.DictReader(f))
+
+
+def same(a, b, where=''):
+    """Whether two nested containers hold exactly the same, with the place of the first difference."""
+    assert type(a) is type(b), where
+    if isinstance(a, dict):
+        assert list(a) == list(b), where
+        for key in a:
+            same(a[key], b[key], f'{where}.{key}')
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b)):
+            same(x, y, f'{where}[{i}]')
+    elif isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b), where
+    elif a == a:  # not nan
+        assert a == b, where
+
+
+def same_runs(one, other):
+    """Every checkpoint of both runs and of their teachers, and the tables."""
+    files = sorted(f.relative_to(one) for f in one.rglob('*') if f.is_file() and not f.name.startswith('.'))
+    assert files == sorted(f.relative_to(other) for f in other.rglob('*') if f.is_file() and not f.name.startswith('.'))
+    assert any(f.name == 'last.pth.tar' for f in files)
+    for file in files:
+        if file.name.endswith('.pth.tar'):
+            a, b = (load_checkpoint_metadata(str(root / file)) for root in (one, other))
+            options = [{k: v for k, v in x.pop('args').items() if k != 'resume'} for x in (a, b)]
+            assert options[0] == options[1]
+            same(a, b, str(file))
+        elif file.name == 'summary.csv':
+            assert (one / file).read_text() == (other / file).read_text()
