@@ -9,7 +9,21 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # for `import train`, which is a script at the top and not part of the package
 
-os.environ.setdefault('OMP_NUM_THREADS', '2')
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # of the processes that tests start, beside those of other workers
+
+
+def pytest_xdist_auto_num_workers(config):
+    """Workers of `-n auto`: one per core for folders, four at most; none for single files, which start sooner alone."""
+    if 'PYTEST_XDIST_AUTO_NUM_WORKERS' in os.environ:
+        return None  # pytest-xdist reads it
+    folders = [arg for arg in config.args if Path(config.invocation_params.dir, arg.split('::')[0]).is_dir()]
+    return min(len(os.sched_getaffinity(0)), 4) if folders else 0
+
+
+def pytest_collection_modifyitems(items):
+    """Run the files with slow tests first, so that workers end at about the same time."""
+    slow = {item.path for item in items if item.get_closest_marker('slow')}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,7 @@ from data_0_1_0 import make
 
 from timm_sscl import convert_to_spiking
 
+pytestmark = pytest.mark.slow  # starts processes
 ROOT = Path(__file__).resolve().parent.parent
 EXPECTED = torch.load(make.HERE / 'expected.pth')
 

@@ -13,6 +13,7 @@ import pytest
 from files import write_images
 from runs import rows_of, same_runs
 
+pytestmark = pytest.mark.slow  # starts processes
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHERS = {
     'torchrun': [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2'],

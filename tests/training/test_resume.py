@@ -15,6 +15,7 @@ import pytest
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from runs import same_runs
 
+pytestmark = pytest.mark.slow  # starts processes
 ROOT = Path(__file__).resolve().parents[2]
 # everything that draws random numbers or keeps a state
 TINY = ['--model', 'spiking_test_resnet', '-T', '2', '--epochs', '3', '--teacher-epochs', '2', '--warmup-epochs', '1',

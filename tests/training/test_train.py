@@ -115,7 +115,7 @@ def test_two_processes_train_on_an_image_folder(tmp_path):
     args = ['--data-dir', str(data), '--model', 'spiking_test_resnet', '--timesteps', '2', '--epochs', '1',
             '--img-size', '32', '--batch-size', '4', '--workers', '0', '--warmup-epochs', '0', '--output', 'out',
             '--lr', '0.01']
-    code, log = launch(args, tmp_path, ('-m', 'torch.distributed.run', '--nproc_per_node', '2'), OMP_NUM_THREADS='1')
+    code, log = launch(args, tmp_path, ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2'))
     assert code == 0, log
     run = run_of(tmp_path / 'out')
     facts = json.loads((run / 'summary.json').read_text())

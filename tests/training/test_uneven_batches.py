@@ -8,6 +8,7 @@ from processes import run_processes
 from timm_sscl import SSCLTask, register_loss
 from timm_sscl.losses import loss_is_global
 
+pytestmark = pytest.mark.slow  # starts processes
 # a network without BatchNorm, so that what a sample gives does not depend on the rest of its batch
 MODEL = 'test_efficientnet_gn'
 SIZES = [(4, 4), (5, 4), (4, 3)]
