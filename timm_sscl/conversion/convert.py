@@ -16,7 +16,8 @@ from timm_sscl.untouched import all_or_nothing
 from .audit import Audit, audit, is_known, message
 from .batch_axis import find_batch_axis
 from .dropout import why_no_shared_mask
-from .functional_calls import calls_noise, repeats_activations
+from .feature_activations import repeats_activations
+from .functional_calls import calls_noise
 from .hidden_activations import why_no_adapter
 from .model import SpikingModel, SpikingModule, spiking_class
 from .plan import ConversionRecord, Plan

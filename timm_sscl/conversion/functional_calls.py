@@ -103,18 +103,9 @@ def function_module(functions: Sequence[str]) -> Optional[nn.Module]:
     return kind() if kind is not None else None
 
 
-def repeats_activations(model: nn.Module) -> bool:
-    """Whether a model calls activations as functions only to return a feature as one of its modules would activate it.
-
-    nasnet, pnasnet and xception do in forward_intermediates, and in forward_features after pruning; feature_info names
-    the activation module.
-    """
-    methods = {name for name, names in _calls(type(model)).items() if names & ACTIVATION_FUNCTIONS}
-    if 'forward_intermediates' not in methods or not methods <= {'forward_intermediates', 'forward_features'}:
-        return False
-    modules = dict(model.named_modules())
-    named = [modules.get(entry['module']) for entry in getattr(model, 'feature_info', ())]
-    return any(m is not None and not list(m.children()) and not list(m.parameters()) for m in named)
+def methods_that_fire(cls: Type[nn.Module]) -> Set[str]:
+    """Names of a class's methods that call activations as functions."""
+    return {name for name, names in _calls(cls).items() if names & ACTIVATION_FUNCTIONS}
 
 
 @lru_cache(maxsize=None)

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map
 from .ann_obstacles import ann_obstacles
 from .call_sites import set_calls
 from .decoding import decode
+from .feature_activations import feature_neuron, fires_features, pruning_methods
 from .functional_calls import NEURON_NAME, FunctionsOverTime, methods_inside_only, number_of_calls
 from timm_sscl.neurons import SpikingNeuron, neuron_class
 from timm_sscl.neurons.folding import enter_fold, folding_model, leave_fold
@@ -74,7 +75,8 @@ fold_traced_input.folds_time = True
 @lru_cache(maxsize=None)
 def spiking_class(mixin: type, base: Type[nn.Module]) -> type:
     """The subclass that an instance of base is given; one per base, so that isinstance and pickling work."""
-    attributes = {'__module__': base.__module__, '_spiking_bases': (mixin, base), **methods_inside_only(base)}
+    attributes = {'__module__': base.__module__, '_spiking_bases': (mixin, base), **methods_inside_only(base),
+                  **pruning_methods(base)}
     return type(f'Spiking{base.__name__}', (mixin, base), attributes)
 
 
@@ -92,7 +94,8 @@ class SpikingModule(SpikingState):
     """Mixin for a converted model that is called as a whole: features_only wrappers, encoders, plain nn.Modules."""
     _spiking_bases: Tuple[type, type]
     _calls_noise: bool  # whether its own methods call F.dropout or torch.rand
-    _repeats_activations: bool  # see functional.repeats_activations
+    _repeats_activations: bool  # see feature_activations
+    _features_pruned = False
 
     @property
     def timesteps(self) -> int:
@@ -202,7 +205,9 @@ class SpikingModule(SpikingState):
 
     def _functions(self, method: str):
         """Functions that a method of the model calls become neurons and noise with one mask over time."""
-        neuron = self._fire_feature if self._repeats_activations else self._modules.get(NEURON_NAME)
+        neuron = self._modules.get(NEURON_NAME)
+        if self._repeats_activations:
+            neuron = self._fire_feature if fires_features(self, method) else None
         noise = self.training and self._calls_noise and (
             getattr(self, 'drop_rate', True) or getattr(self, 'patch_drop_rate', 0))
         if not noise and neuron is None:
@@ -214,11 +219,7 @@ class SpikingModule(SpikingState):
         return FunctionsOverTime(self.timesteps, neuron, first, last if method in ('forward', 'forward_head') else head)
 
     def _fire_feature(self, x: torch.Tensor) -> torch.Tensor:
-        """What the activation that feature_info names makes of a feature (nasnet, pnasnet, xception apply it again as a
-        function when they return intermediates)."""
-        name = next(entry['module'] for entry in self.feature_info if entry['num_chs'] == x.shape[1])
-        neuron = dict(self.named_modules()).get(name)
-        return neuron(x) if neuron is not None else self.settings.new_neuron()(x)  # prune_intermediate_layers
+        return feature_neuron(self, x)(x)
 
     def _set_settings(self, settings: SpikingSettings) -> None:
         before, self.settings = self.settings, settings

@@ -11,7 +11,8 @@ from .activations import is_activation, is_gate, runs_functions
 from .batch_axis import PENDING, BatchAxis
 from .dropout import OverTime, share_mask_over_time
 from .function_calls import Caller, called_by_source, give_neurons
-from .functional_calls import NEURON_NAME, calls_noise, repeats_activations, replace_functions
+from .feature_activations import repeats_activations
+from .functional_calls import NEURON_NAME, calls_noise, replace_functions
 from .fused import leave_fused_path
 from .hidden_activations import give_neuron, hidden_activation, split_over_samples
 from .policy import Policy
