@@ -410,7 +410,7 @@ def injected(s: Subject) -> Result:
     """An activation by hand that is put behind a random layer is refused, with the name of the layer."""
     model, missed = s.create(), []
     analog = [record.name for record in s.spiking.spiking_report() if record.now == record.was]
-    layers = [name for name in layers_that_run(model, s.images)
+    layers = [name for name in layers_that_see(model, s.images)
               if not any(name == other or name.startswith(f'{other}.') for other in analog)]
     random = Random(s.name)
     for kind, function in INJECTED.items():
@@ -430,17 +430,19 @@ def injected(s: Subject) -> Result:
 
 
 @torch.no_grad()
-def layers_that_run(model: nn.Module, images: torch.Tensor) -> List[str]:
-    """Layers with weights that a forward runs and whose output is a tensor of numbers."""
-    names: Dict[str, None] = {}
-    handles = [module.register_forward_hook(
-        lambda m, args, out, name=name: names.setdefault(name) if isinstance(out, torch.Tensor) else None)
-        for name, module in model.named_modules()
-        if name and not list(module.children()) and list(module.parameters()) and not is_activation(module)]
-    copy.deepcopy(model).eval()(images)
-    for handle in handles:
-        handle.remove()
-    return list(names)
+def layers_that_see(model: nn.Module, images: torch.Tensor) -> List[str]:
+    """Layers with weights whose output is a tensor that depends on the images (a table of position biases does not)."""
+    model = copy.deepcopy(model).eval()
+    outputs: Dict[str, List[torch.Tensor]] = {}
+    for name, module in model.named_modules():
+        if name and not list(module.children()) and list(module.parameters()) and not is_activation(module):
+            module.register_forward_hook(
+                lambda m, args, out, name=name: outputs.setdefault(name, []).append(out.clone())
+                if isinstance(out, torch.Tensor) else None)
+    model(images)
+    first, outputs = outputs, {}
+    model(images.flip(-1) + 1)
+    return [name for name in first if any(not torch.equal(a, b) for a, b in zip(first[name], outputs[name]))]
 
 
 CHECKS: Dict[str, Callable[[Subject], Result]] = {
