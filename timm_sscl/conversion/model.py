@@ -111,6 +111,18 @@ class SpikingModule(SpikingState):
         self._set_settings(replace(self.settings, timesteps=timesteps))
         self._explicit = self._explicit | {'timesteps'}
 
+    def set_progress(self, progress: float) -> None:
+        """Say which share of the training is done, from 0 to 1: surrogates such as 'evaf' change with it.
+
+        train.py says it at every epoch's start; in a loop of your own, call it there: epoch / epochs. A checkpoint does
+        not hold it.
+
+        Raises:
+            ValueError: progress does not lie between 0 and 1.
+        """
+        for neuron in self.neurons().values():
+            neuron.set_progress(progress)
+
     def spiking_report(self) -> List[Any]:
         """What the conversion did with every activation it met.
 

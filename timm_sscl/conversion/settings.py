@@ -60,7 +60,7 @@ class SpikingSettings:
     allow_analog: bool = False  # whether nonlinear operations that are no known activations stay analog
     neuron: str = 'lif'  # registered name
     neuron_kwargs: Pairs = ()  # options of the neuron, by name; those of a LIF go to the fields above
-    surrogate: str = LIF.Settings.surrogate  # registered name
+    surrogate: Optional[str] = None  # registered name; None is the neuron's own, and afterwards its name
     surrogate_kwargs: Pairs = ()
 
     def __post_init__(self):
@@ -69,6 +69,8 @@ class SpikingSettings:
         for name in ('neuron_kwargs', 'surrogate_kwargs'):
             object.__setattr__(self, name, hashable(dict(getattr(self, name))))
         own = build(neuron_class(self.neuron).Settings, self.neuron_options(), f"neuron '{self.neuron}'")
+        for name in ('surrogate', 'surrogate_kwargs'):
+            object.__setattr__(self, name, getattr(own, name))
         if self.neuron == 'lif':
             for name in (*_LIF_OPTIONS, 'neuron_kwargs'):
                 object.__setattr__(self, name, getattr(own, name, ()))
@@ -82,8 +84,9 @@ class SpikingSettings:
     def neuron_options(self) -> Dict[str, Any]:
         """Settings of the neuron, by name."""
         lif = {name: getattr(self, name) for name in _LIF_OPTIONS} if self.neuron == 'lif' else {}
-        return {**lif, **dict(self.neuron_kwargs), 'surrogate': self.surrogate,
-                'surrogate_kwargs': self.surrogate_kwargs}
+        surrogate = {} if self.surrogate is None else dict(surrogate=self.surrogate, surrogate_kwargs=())
+        surrogate.update(dict(surrogate_kwargs=self.surrogate_kwargs) if self.surrogate_kwargs else {})
+        return {**lif, **dict(self.neuron_kwargs), **surrogate}
 
     def new_neuron(self) -> SpikingNeuron:
         """A neuron with these settings."""
@@ -134,7 +137,7 @@ class SpikingSettings:
             raise ValueError(f'the checkpoint was made with settings that this version of timm_sscl does not know: '
                              f'{", ".join(unknown)}.')
         for kind, names in (('neuron', list_neurons()), ('surrogate', list_surrogates())):
-            if stored.get(kind, names[0]) not in names:
+            if stored.get(kind) not in (*names, None):
                 raise ValueError(
                     f"the checkpoint was made with the {kind} '{stored[kind]}', which is not registered. Import the "
                     f'plug-in that registers it first (train.py --plugin FILE|MODULE). '

@@ -216,7 +216,7 @@ class SpikingState:
         kept = self._explicit & own.keys()
         if 'neuron' in kept and own['neuron'] != theirs['neuron']:  # the options of another neuron
             theirs = {name: value for name, value in theirs.items() if not is_option_key(name)}
-            kept |= {name for name in own if is_option_key(name)}
+            kept |= {name for name in own if is_option_key(name)} | {'surrogate', 'surrogate_kwargs'}
         if 'surrogate' in kept and own['surrogate'] != theirs['surrogate']:
             kept |= {'surrogate_kwargs'}
         for name in sorted(kept & theirs.keys()):

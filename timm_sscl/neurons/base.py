@@ -10,7 +10,7 @@ from .factors import Factors
 from .folding import require_fold
 from .kernels.recursion import membrane_dtype
 from .kernels.scan import scan
-from .surrogate import Surrogate, resolve_surrogate, spike
+from .surrogate import Surrogate, follows_progress, resolve_surrogate, spike
 
 __all__ = ['NeuronSettings', 'SpikingNeuron', 'OUTPUTS', 'check_timesteps', 'hashable']
 
@@ -66,6 +66,11 @@ class NeuronSettings:
     def surrogate_function(self) -> Surrogate:
         """The surrogate with its options bound."""
         return self._surrogate
+
+    @property
+    def follows_progress(self) -> bool:
+        """Whether the surrogate changes during training."""
+        return follows_progress(self._surrogate)
 
     def check(self) -> None:
         """Raise ValueError, naming the setting, where a value makes no neuron."""
@@ -134,6 +139,7 @@ class SpikingNeuron(Factors):
         self.timesteps = timesteps
         self.settings = build(self.Settings, settings, f"neuron '{type(self).__name__}'")
         self.encodes = False
+        self._keep_progress()
 
     def start(self, x: torch.Tensor) -> State:
         """State before the first step, for a current x of one step, (B, ...), before the gain, at least float32."""
@@ -173,7 +179,23 @@ class SpikingNeuron(Factors):
         if settings:
             own = {field.name: getattr(self.settings, field.name) for field in fields(self.settings)}
             self.settings = build(self.Settings, {**own, **settings}, f"neuron '{type(self).__name__}'")
+            self._keep_progress()
         self.timesteps = timesteps
+
+    def _keep_progress(self) -> None:
+        """Have a buffer for the share of the training that is done, where the surrogate changes with it."""
+        if not self.settings.follows_progress:
+            self._buffers.pop('progress', None)
+        elif 'progress' not in self._buffers:
+            like = next((b for b in self._buffers.values() if b is not None), torch.empty(()))
+            self.register_buffer('progress', torch.zeros((), device=like.device), persistent=False)
+
+    def set_progress(self, progress: float) -> None:
+        """Say which share of the training is done, from 0 to 1; some surrogates change with it."""
+        if not 0 <= progress <= 1:
+            raise ValueError(f'progress={progress}: must be a share of the training, 0 to 1.')
+        if 'progress' in self._buffers:
+            self.progress.fill_(progress)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.part_of_model:
@@ -193,7 +215,8 @@ class SpikingNeuron(Factors):
         """
         settings = self.settings
         state = self.start(x[0].to(membrane_dtype(x.dtype)))
-        return scan(type(self).step, x, self.gain, state, self.constants(), settings, settings.surrogate_function)
+        return scan(type(self).step, x, self.gain, state, self.constants(), settings, settings.surrogate_function,
+                    self._buffers.get('progress'))
 
     def _unfold(self, x: torch.Tensor) -> torch.Tensor:
         """(T * B, ...) as (T, B, ...), or (B, ...) repeated over time."""

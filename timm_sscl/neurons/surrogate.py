@@ -1,16 +1,18 @@
-"""Surrogate gradients of the Heaviside step, by name."""
+"""The spike, the registry of its surrogate gradients, and the rectangle; the others are in `surrogate_shapes`."""
 import functools
 import inspect
-from typing import Any, Callable, List, Tuple, Union
+from typing import Any, Callable, List, Optional, Tuple, Union
 
 import torch
 
 from timm_sscl.named import Registry
 
-__all__ = ['Surrogate', 'rectangle_window', 'spike', 'resolve_surrogate', 'register_surrogate', 'unregister_surrogate',
-           'list_surrogates', 'surrogate_name']
+__all__ = ['Surrogate', 'rectangle_window', 'spike', 'resolve_surrogate', 'follows_progress', 'register_surrogate',
+           'unregister_surrogate', 'list_surrogates', 'surrogate_name']
 
 Surrogate = Callable[[torch.Tensor, Any], torch.Tensor]  # (potential, threshold) -> dO/dU
+
+_PROGRESS = 'progress'
 
 _surrogates: Registry[Surrogate] = Registry('surrogate')
 
@@ -20,7 +22,8 @@ def register_surrogate(name: str) -> Callable[[Surrogate], Surrogate]:
 
     What is decorated is a function h(u, v_threshold, **options) of the potential before the reset, any shape, and the
     threshold (a float, or a tensor that broadcasts). It returns dO/dU in u's shape: floating point, or boolean where it
-    is 0 or 1. Its options are keyword arguments with defaults.
+    is 0 or 1. Its options are keyword arguments with defaults. A surrogate that changes during training has a further
+    keyword argument `progress`, a 0-d tensor: the share of the training that is done, 0 to 1 (`model.set_progress`).
 
     Raises:
         ValueError: The name is taken.
@@ -56,13 +59,21 @@ def resolve_surrogate(surrogate: Union[str, Surrogate], options: Tuple[Tuple[str
 
 @functools.lru_cache(maxsize=None)
 def _bound(function: Surrogate, options: Tuple[Tuple[str, Any], ...]) -> Surrogate:
+    signature = inspect.signature(function)
     try:
-        inspect.signature(function).bind(None, None, **dict(options))
+        signature.bind_partial(None, None, **dict(options))
+        if _PROGRESS in dict(options):
+            raise TypeError(f"'{_PROGRESS}' is set by the training")
     except TypeError as error:
         name = getattr(function, '__name__', repr(function))
-        known = list(inspect.signature(function).parameters)[2:]
+        known = [option for option in list(signature.parameters)[2:] if option != _PROGRESS]
         raise ValueError(f"surrogate '{name}': {error}; its options are {', '.join(known) or 'none'}.") from error
     return functools.partial(function, **dict(options))
+
+
+def follows_progress(surrogate: Surrogate) -> bool:
+    """Whether a surrogate changes during training: it has an argument `progress`."""
+    return _PROGRESS in inspect.signature(surrogate).parameters
 
 
 def surrogate_name(surrogate: Union[str, Surrogate]) -> str:
@@ -96,7 +107,7 @@ def spike(u: torch.Tensor, v_threshold: Any, surrogate: Surrogate) -> torch.Tens
 
 
 @register_surrogate('rectangle')
-def rectangle_window(u: torch.Tensor, v_threshold: float) -> torch.Tensor:
+def rectangle_window(u: torch.Tensor, v_threshold: float, width: Optional[float] = None) -> torch.Tensor:
     """Closed rectangle, Eq. 21 of the SSCL paper: dO/dU = 1 if 0 <= U <= 2 * v_threshold, else 0.
 
     Both ends belong to the window. An input of exactly 0 is common (ReLU, padding, empty event frames) and gives U = 0,
@@ -105,14 +116,12 @@ def rectangle_window(u: torch.Tensor, v_threshold: float) -> torch.Tensor:
     Args:
         u: Membrane potential before the reset, any shape.
         v_threshold: Firing threshold; the window is centred on it.
+        width: With a width, the open rectangle of unit area instead, as in GLIF, LTMD, MLF and STBP:
+            1 / width if |U - v_threshold| < width / 2. SpikingJelly's Rect(1 / width).
 
     Returns:
-        Boolean tensor of u's shape, True where the gradient passes.
+        Tensor of u's shape: boolean for the closed rectangle, True where the gradient passes, else floating point.
     """
+    if width is not None:
+        return ((u - v_threshold).abs() < width / 2) / width
     return (u >= 0) & (u <= 2 * v_threshold)
-
-
-@register_surrogate('triangle')
-def triangle(u: torch.Tensor, v_threshold: float, gamma: float = 1.) -> torch.Tensor:
-    """Triangle of unit area, as in TET and TEBN: dO/dU = max(gamma - |U - v_threshold|, 0) / gamma^2."""
-    return (gamma - (u - v_threshold).abs()).clamp(min=0) / gamma ** 2

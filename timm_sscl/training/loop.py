@@ -18,7 +18,7 @@ from timm.utils.clip_grad import dispatch_clip_grad
 from torchvision.utils import save_image
 
 from timm_sscl.data.samples import Samples
-from timm_sscl.neurons import packed_spikes
+from timm_sscl.neurons import SpikingNeuron, packed_spikes
 from timm_sscl.report import mean_per_step
 
 from .checkpoint import Position
@@ -72,6 +72,9 @@ def begin_epoch(training: Training, epoch: int, layers: Optional[SilentLayers] =
         training.dataset.set_epoch(epoch)
     if training.args.mixup_off_epoch and epoch >= training.args.mixup_off_epoch and training.mixup is not None:
         training.mixup.mixup_enabled = False
+    for module in unwrap_model(training.module).modules():
+        if isinstance(module, SpikingNeuron):
+            module.set_progress(epoch / training.epochs)
     training.task.train()
     return EpochProgress(ProgressLine(training.accelerator.is_main_process), len(training.train_loader), layers=layers)
 

@@ -53,7 +53,8 @@ def _add_neuron_options(group: argparse._ArgumentGroup) -> None:
         text = knob_help(LIF.Settings)[name] + ('' if default is False else f' ({default})')
         group.add_argument(f'--{name.replace("_", "-")}', default=None, help=text, **option)
     group.add_argument('--surrogate', default=None, metavar='NAME',
-                       help=f'{knob_help(LIF.Settings)["surrogate"]} ({LIF.Settings.surrogate})')
+                       help=f'{knob_help(LIF.Settings)["surrogate"]} (the neuron\'s own; {LIF.Settings.surrogate} for '
+                            f'the LIF)')
     group.add_argument('--surrogate-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
                        help=knob_help(LIF.Settings)['surrogate_kwargs'])
 

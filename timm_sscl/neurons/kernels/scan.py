@@ -1,7 +1,10 @@
 """The recursion over time of any neuron, from its step."""
+from functools import partial
 from typing import Any, Callable, Hashable, Optional, Tuple
 
 import torch
+
+from timm_sscl.neurons.surrogate import spike
 
 from .backend import run
 from .recursion import membrane_dtype
@@ -20,6 +23,7 @@ def scan(
         constants: State,
         settings: Any,
         key: Hashable = None,
+        progress: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
     """Run a neuron's step over T time steps, through torch.compile when worthwhile; autograd gives the gradient.
 
@@ -31,11 +35,27 @@ def scan(
         constants: Tensors that are the same at every step, learnable ones included.
         settings: Hashable settings; step and settings are constants of the compiled code.
         key: What the compiled code depends on besides.
+        progress: For a surrogate that changes during training, the share of it that is done, 0-d; else None.
 
     Returns:
         Output, (T, ...), in x's dtype. Half precision is integrated in float32.
     """
-    return run(_scan, (x, gain, tuple(state), tuple(constants)), x.shape[0], step, settings, key, owner=step)
+    tensors = x, gain, tuple(state), tuple(constants), progress
+    return run(_scan, tensors, x.shape[0], step, settings, key, owner=step)
+
+
+class _SettingsNow:
+    """A neuron's settings at one moment of the training, for a surrogate that changes with it."""
+
+    def __init__(self, settings: Any, progress: torch.Tensor):
+        self.settings = settings
+        self.surrogate_function = partial(settings.surrogate_function, progress=progress)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.settings, name)
+
+    def spike(self, u: torch.Tensor, v_threshold: Any) -> torch.Tensor:
+        return spike(u, v_threshold, self.surrogate_function)
 
 
 def _scan(
@@ -43,6 +63,7 @@ def _scan(
         gain: Optional[torch.Tensor],
         state: State,
         constants: State,
+        progress: Optional[torch.Tensor],
         timesteps: int,
         step: Step,
         settings: Any,
@@ -51,6 +72,7 @@ def _scan(
     dtype, outputs = membrane_dtype(x.dtype), []
     constants = tuple(c.to(dtype) for c in constants)
     state = tuple(s.to(dtype) for s in state)
+    settings = settings if progress is None else _SettingsNow(settings, progress.to(dtype))
     for t in range(timesteps):
         x_t = x[t].to(dtype)
         output, state = step(x_t if gain is None else x_t * gain.to(dtype), state, constants, t, settings)
