@@ -112,8 +112,36 @@ def test_output_that_is_not_binary_is_refused():
 def test_models_that_cannot_be_recorded():
     with pytest.raises(ValueError, match='no spiking neurons'):
         record_spikes(_Net())
-    with pytest.raises(ValueError, match='compiled'):
-        record_spikes(torch.compile(_model()))
+    with pytest.raises(ValueError, match='no spiking neurons'):
+        FiringRates(_Net())
+
+
+@pytest.mark.parametrize('compiled', ['the model', 'a copy of the handle', 'in place', 'a part in place'])
+@torch.no_grad()
+def test_a_compiled_model_is_watched_as_it_is_eagerly(compiled):
+    """torch.compile ignores hooks that are added after it."""
+    model, x = _model(), _images()
+    with FiringRates(model) as rates, record_spikes(model) as record:
+        model(x)
+    watched = run = model
+    if compiled == 'the model':
+        watched = run = torch.compile(model, backend='eager')
+    elif compiled == 'a copy of the handle':
+        run = torch.compile(model, backend='eager')
+    elif compiled == 'in place':
+        model.compile(backend='eager')
+    else:
+        model.fc.compile(backend='eager')
+        model.act1.compile(backend='eager')
+    run(x)  # a graph without hooks is there
+    with FiringRates(watched) as again, record_spikes(watched) as recorded:
+        run(x)
+    assert again.per_layer() == rates.per_layer() and again.per_layer()
+    assert recorded.layers == record.layers == ['act1', 'act2']
+    assert torch.equal(recorded['act1'], record['act1'])
+    assert all(torch.equal(recorded.spikes('act2', i), record.spikes('act2', i)) for i in range(2))
+    run(x)
+    assert again.per_layer() == rates.per_layer()  # nothing is counted outside
 
 
 def test_rates_per_step_and_layer():

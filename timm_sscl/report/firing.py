@@ -1,4 +1,5 @@
 """Firing rate of every neuron layer, and entropy of its spikes, measured while a model runs."""
+from contextlib import ExitStack
 from typing import Dict, List, Optional
 
 import torch
@@ -6,8 +7,9 @@ import torch.distributed as dist
 import torch.nn as nn
 
 from timm_sscl.distributed import world_size
-from timm_sscl.neurons import SpikingNeuron
+
 from .representation import spike_entropy
+from .watching import neurons_to_watch
 
 __all__ = ['FiringRates', 'mean_per_step']
 
@@ -15,9 +17,14 @@ __all__ = ['FiringRates', 'mean_per_step']
 class FiringRates:
     """Context manager that counts the spikes of every neuron layer during the forwards inside it.
 
+    A compiled model runs eagerly inside: torch.compile ignores hooks that are added after it.
+
     Args:
         model: Spiking model.
         per_neuron: Whether every neuron is counted by itself, which the entropy needs.
+
+    Raises:
+        ValueError: The model has no spiking neurons.
 
     Examples:
         ```python
@@ -34,18 +41,17 @@ class FiringRates:
         self._spikes: Dict[str, torch.Tensor] = {}  # (T,), spikes of every step
         self._elements: Dict[str, torch.Tensor] = {}  # (T,), neurons times images of every step
         self._neurons: Dict[str, torch.Tensor] = {}  # spikes of every neuron
-        self._handles = []
+        self._watched = neurons_to_watch(model)
+        self._open = ExitStack()
 
     def __enter__(self) -> 'FiringRates':
-        for name, module in self.model.named_modules():
-            if isinstance(module, SpikingNeuron):
-                self._handles.append(module.register_forward_hook(self._count(name)))
+        self._open.enter_context(torch.compiler.set_stance('force_eager'))
+        for name, neuron in self._watched.items():
+            self._open.callback(neuron.register_forward_hook(self._count(name)).remove)
         return self
 
     def __exit__(self, *exc) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        self._open.close()
 
     def _count(self, name: str):
         def hook(module, args, spikes):

@@ -1,4 +1,5 @@
 """All spikes of a forward, as bits."""
+from contextlib import ExitStack
 from math import prod
 from typing import Dict, List, NamedTuple, Tuple
 
@@ -6,6 +7,8 @@ import torch
 import torch.nn as nn
 
 from timm_sscl.neurons import SpikingNeuron
+
+from .watching import neurons_to_watch
 
 __all__ = ['record_spikes', 'SpikeRecord']
 
@@ -23,28 +26,19 @@ class SpikeRecord:
     """
 
     def __init__(self, model: nn.Module):
-        self._neurons = {name: module for name, module in model.named_modules() if isinstance(module, SpikingNeuron)}
-        if not self._neurons:
-            raise ValueError(f'{type(model).__name__} has no spiking neurons to record; convert_to_spiking(model) '
-                             f'makes it spike.')
-        compiled = [name for name, module in model.named_modules()
-                    if hasattr(module, '_orig_mod') or module._compiled_call_impl is not None]
-        if compiled:
-            raise ValueError(f'{compiled[0] or type(model).__name__} is compiled, and torch.compile ignores hooks '
-                             f'added after it; record the spikes of the model that is not.')
+        self._neurons = neurons_to_watch(model)
         self._calls: Dict[str, List[_Call]] = {}
-        self._handles = []
+        self._open = ExitStack()
 
     def __enter__(self) -> 'SpikeRecord':
-        for name, lif in self._neurons.items():
-            self._handles.append(lif.register_forward_hook(
-                lambda lif, args, out, name=name: self._add(name, lif, out.detach())))
+        self._open.enter_context(torch.compiler.set_stance('force_eager'))
+        for name, neuron in self._neurons.items():
+            self._open.callback(neuron.register_forward_hook(
+                lambda neuron, args, out, name=name: self._add(name, neuron, out.detach())).remove)
         return self
 
     def __exit__(self, *exc) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        self._open.close()
 
     @torch.no_grad()
     def _add(self, name: str, lif: SpikingNeuron, out: torch.Tensor) -> None:
@@ -121,13 +115,13 @@ def record_spikes(model: nn.Module) -> SpikeRecord:
     """Context manager that records every spike of the forwards inside it, one bit each.
 
     Args:
-        model: Spiking model, not compiled.
+        model: Spiking model. A compiled one runs eagerly inside: torch.compile ignores hooks that are added after it.
 
     Returns:
         SpikeRecord, to be entered; it can be read inside and afterwards.
 
     Raises:
-        ValueError: The model has no neurons or is compiled; or, in the forward, a layer's output is not binary.
+        ValueError: The model has no neurons; or, in the forward, a layer's output is not binary.
 
     Examples:
         ```python
