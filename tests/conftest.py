@@ -50,8 +50,9 @@ def _one_thread():
 @pytest.fixture(autouse=True)
 def _registered_as_before():
     """What a test registers is gone after it."""
-    from timm_sscl import losses, neurons
-    registries = ((losses.list_losses, losses.unregister_loss), (neurons.list_neurons, neurons.unregister_neuron),
+    from timm_sscl import data, losses, neurons
+    registries = ((data.list_datasets, data.unregister_dataset), (losses.list_losses, losses.unregister_loss),
+                  (neurons.list_neurons, neurons.unregister_neuron),
                   (neurons.list_surrogates, neurons.unregister_surrogate))
     before = [set(names()) for names, _ in registries]
     yield

@@ -4,6 +4,7 @@ from . import models  # noqa: F401, registers the architectures that timm lacks,
 from .conversion import (
     calibrate, convert_ann, convert_to_spiking, fold_gains, register_activation, set_stem_pool, share_stem,
     unregister_activation)
+from .data import list_datasets, register_dataset, unregister_dataset
 from .distillation import SSCLLoss, SSCLTask, accept_frames
 from .losses import TrainStep, cka, create_loss, hsic, list_losses, nce_loss, register_loss, unregister_loss
 from .models import spiking as _spiking_names  # noqa: F401, registers the spiking_ names with timm
@@ -14,11 +15,11 @@ from .report import FiringRates, estimate_energy, record_spikes, representation_
 
 __all__ = [
     'FiringRates', 'LIF', 'SSCLLoss', 'SSCLTask', 'SpikingNeuron', 'TrainStep', 'accept_frames', 'calibrate', 'cka',
-    'convert_ann',
-    'convert_to_spiking', 'create_loss', 'estimate_energy', 'fold_gains', 'hsic', 'lif', 'list_losses',
-    'list_neurons', 'list_surrogates', 'nce_loss', 'record_spikes', 'register_activation', 'register_loss',
-    'register_neuron', 'register_surrogate', 'representation_bits', 'set_stem_pool', 'share_stem',
-    'unregister_activation', 'unregister_loss', 'unregister_neuron', 'unregister_surrogate',
+    'convert_ann', 'convert_to_spiking', 'create_loss', 'estimate_energy', 'fold_gains', 'hsic',
+    'lif', 'list_datasets', 'list_losses', 'list_neurons', 'list_surrogates', 'nce_loss', 'record_spikes',
+    'register_activation', 'register_dataset', 'register_loss', 'register_neuron', 'register_surrogate',
+    'representation_bits', 'set_stem_pool', 'share_stem', 'unregister_activation', 'unregister_dataset',
+    'unregister_loss', 'unregister_neuron', 'unregister_surrogate',
 ]
 __version__ = '0.1.0'
 

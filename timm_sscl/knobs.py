@@ -4,9 +4,9 @@ Keyword arguments, checkpoints and the command line are made from it.
 """
 import dataclasses
 import difflib
-from typing import Any, Dict, Mapping, Type, TypeVar
+from typing import Any, Dict, Iterable, Mapping, Sequence, Type, TypeVar
 
-__all__ = ['knob', 'build', 'knob_help']
+__all__ = ['knob', 'build', 'check_known', 'knob_help']
 
 D = TypeVar('D')
 
@@ -27,6 +27,24 @@ def knob_help(cls: type) -> Dict[str, str]:
     return {field.name: field.metadata.get('help', '') for field in dataclasses.fields(cls)}
 
 
+def check_known(names: Iterable[str], known: Sequence[str], owner: str) -> None:
+    """Raise for an option that there is not.
+
+    Args:
+        names: Names of the options that were given.
+        known: Names of those that there are.
+        owner: What the options belong to, for the message: "neuron 'plif'".
+
+    Raises:
+        ValueError: One is unknown; the message lists those that there are.
+    """
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean '{close[0]}'?" if close else ''
+            raise ValueError(f"{owner} has no option '{name}'; it has {', '.join(known) or 'none'}.{hint}")
+
+
 def build(cls: Type[D], options: Mapping[str, Any], owner: str) -> D:
     """cls(**options), with an error that names what it does not take.
 
@@ -38,10 +56,5 @@ def build(cls: Type[D], options: Mapping[str, Any], owner: str) -> D:
     Raises:
         ValueError: An option is unknown; the message lists those that there are.
     """
-    known = [field.name for field in dataclasses.fields(cls)]
-    for name in options:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean '{close[0]}'?" if close else ''
-            raise ValueError(f"{owner} has no option '{name}'; it has {', '.join(known) or 'none'}.{hint}")
+    check_known(options, [field.name for field in dataclasses.fields(cls)], owner)
     return cls(**options)

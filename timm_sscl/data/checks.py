@@ -1,16 +1,20 @@
 """What is wrong with a data set, found before anything is trained on it."""
 import logging
+import operator
 import os
 from typing import Any, List, Optional, Sequence
 
+import numpy as np
+import torch
 from PIL import Image
 
 from .copies import find_copies
-from .folders import class_to_idx_of, some
-from .samples import sample_name
+from .folders import class_to_idx_of, classes_of, some
+from .samples import Samples, WrongLabel, sample_name
 
 __all__ = [
-    'check_apart', 'check_classes', 'check_copies', 'check_labels', 'check_channels', 'check_metadata', 'check_seen']
+    'check_apart', 'check_classes', 'check_copies', 'check_differ', 'check_first', 'check_labels', 'check_metadata',
+    'check_repeats', 'check_seen', 'known_labels']
 
 _logger = logging.getLogger(__name__)
 
@@ -62,7 +66,7 @@ def check_classes(train: Any, val: Any) -> None:
         if empty:
             raise ValueError(f'{split} data: {some(empty)} of {dataset.reader.root} holds no images, which would '
                              f'shift the labels of the classes after it; fill or remove it, or give --class-map.')
-    ours, theirs = class_to_idx_of(train), class_to_idx_of(val)
+    ours, theirs = classes_of(train), classes_of(val)
     if ours is None or theirs is None or ours == theirs:
         return
     differ = sorted(map(str, set(ours) ^ set(theirs))) or sorted(str(c) for c in ours if ours[c] != theirs[c])
@@ -82,14 +86,32 @@ def _empty_folders(dataset: Any) -> Sequence[str]:
     return sorted(name for name in folders if name not in classes)
 
 
-def _known_labels(dataset: Any) -> Optional[List[int]]:
-    """Labels of all samples, where they are known without reading the samples."""
+def known_labels(dataset: Any) -> Optional[List[int]]:
+    """Labels of all samples, where they are known without reading the samples.
+
+    Raises:
+        ValueError: `targets` is no list of whole numbers, one per sample.
+    """
     reader = getattr(dataset, 'reader', dataset)
     samples = getattr(reader, 'samples', None)
-    if isinstance(samples, list) and samples and isinstance(samples[0], tuple):
+    if isinstance(samples, list) and samples and isinstance(samples[0], tuple) and (
+            reader is not dataset or _is_file_and_label(samples[0])):
         return [sample[1] for sample in samples]
     targets = getattr(reader, 'targets', None)
-    return None if targets is None else [int(label) for label in targets]
+    if targets is None:
+        return None
+    try:
+        labels = [operator.index(label) for label in targets]
+    except TypeError as error:
+        raise ValueError(f'{type(reader).__name__}.targets must be the labels of the samples, whole numbers from 0 '
+                         f'({error}).') from error
+    if hasattr(dataset, '__len__') and len(labels) != len(dataset):
+        raise ValueError(f'{type(reader).__name__}.targets has {len(labels)} labels for {len(dataset)} samples.')
+    return labels
+
+
+def _is_file_and_label(sample: tuple) -> bool:
+    return len(sample) == 2 and isinstance(sample[0], (str, os.PathLike)) and isinstance(sample[1], int)
 
 
 def check_seen(train: Any, val: Any, cut: bool = False) -> None:
@@ -103,10 +125,10 @@ def check_seen(train: Any, val: Any, cut: bool = False) -> None:
     Raises:
         ValueError: With the classes.
     """
-    shown, asked = _known_labels(train), _known_labels(val)
+    shown, asked = known_labels(train), known_labels(val)
     if shown is None or asked is None:
         return
-    names = {label: str(name) for name, label in (class_to_idx_of(train) or {}).items()}
+    names = {label: str(name) for name, label in (classes_of(train) or {}).items()}
     unseen, unasked = (sorted(a - b) for a, b in ((set(asked), set(shown)), (set(shown), set(asked))))
     for labels, holds, lacks in ((unseen, 'validation', 'training'), (unasked, 'training', 'validation')):
         if not labels:
@@ -144,7 +166,7 @@ def check_labels(dataset: Any, num_classes: int, split: str) -> None:
     Raises:
         ValueError: With the sample and its label.
     """
-    labels = _known_labels(dataset)
+    labels = known_labels(dataset)
     if labels is None:
         return  # checked sample by sample
     for index, label in enumerate(labels):
@@ -153,16 +175,53 @@ def check_labels(dataset: Any, num_classes: int, split: str) -> None:
                              f'--num-classes {num_classes} labels are 0 to {num_classes - 1}.')
 
 
-def check_channels(dataset: Any, channels: int, split: str) -> None:
-    """Raise where the first image has another number of channels than the model takes.
+def check_first(samples: Samples, split: str) -> None:
+    """Read the first sample: raise where it is not what the model takes, or its label is not the one in `targets`.
 
     Raises:
-        ValueError: With both numbers.
+        WrongSample: The first sample is no pair of an image, or of frames, and a label.
+        WrongLabel: Its label is no class, or another than in the list of labels.
     """
-    image = dataset[0][0]
-    if isinstance(image, Image.Image) and len(image.getbands()) != channels:
-        raise ValueError(f"{split} data: images have {len(image.getbands())} channels ({image.mode}), the model takes "
-                         f'{channels}; --in-chans and --input-img-mode say what they are.')
+    label, labels = samples[0][1], known_labels(samples.dataset)
+    if labels is not None and not samples.unreadable and int(label) != labels[0]:
+        raise WrongLabel(f"{split} data: '{sample_name(samples.dataset, 0)}' has the label {int(label)} itself, and "
+                         f'{labels[0]} in the list of labels (targets).')
+
+
+def check_differ(train: Any, val: Any) -> None:
+    """Raise where training and validation have the same number of samples, and the same first and last one.
+
+    Raises:
+        ValueError: They are the same data.
+    """
+    if len(train) == len(val) and all(_equal(train[i], val[i]) for i in (0, len(train) - 1)):
+        raise ValueError(f'{type(train).__name__} gives the same samples for training and validation; does it use '
+                         f'its parameter split (--train-split, --val-split) or training?')
+
+
+def check_repeats(samples: Samples) -> None:
+    """Raise where the first sample is another one in the next epoch.
+
+    Raises:
+        ValueError: It is, so that what a teacher says of it cannot be kept.
+    """
+    items = []
+    for epoch in (0, 1):
+        samples.set_epoch(epoch)
+        items.append(samples[0])
+    samples.set_epoch(0)
+    if not _equal(*items):
+        raise ValueError('--teacher-cache: images must be the same in every epoch, and the first one of the training '
+                         'data is not; the data set draws random numbers itself.')
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Whether two items, or parts of them, are the same."""
+    if isinstance(one, (tuple, list)):
+        return type(one) is type(other) and len(one) == len(other) and all(map(_equal, one, other))
+    if isinstance(one, (Image.Image, np.ndarray, torch.Tensor)):
+        return type(one) is type(other) and np.array_equal(np.asarray(one), np.asarray(other))
+    return bool(one == other)
 
 
 def check_metadata(dataset: Any, split: str) -> None:

@@ -10,11 +10,13 @@ from timm.data import create_dataset as create_timm_dataset
 from torch.utils.data import Dataset
 
 from .digits import DigitsDataset
-from .events import create_event_dataset, is_event_dataset
+from .events import FrameSettings
 from .folders import check_layout, drop_hidden, take_spread
 from .images import MODES, DecodedStream, ImageDataset, to_mode
+from .registry import (
+    ARGUMENTS, TIMM_ARGUMENTS, build_dataset, list_datasets, register_dataset, registered_name)
 
-__all__ = ['create_dataset', 'DATASETS']
+__all__ = ['create_dataset']
 
 _STREAMS = 'hfids/', 'tfds/', 'wds/'
 _TORCH_FOLDER = 'torch/image_folder'
@@ -22,9 +24,6 @@ _TORCH_PARTED = 'torch/cifar10', 'torch/cifar100', 'torch/mnist', 'torch/kmnist'
 _TORCH = *_TORCH_PARTED, 'torch/places365', 'torch/inaturalist', 'torch/imagenet', _TORCH_FOLDER
 _TORCH_ALIASES = 'torch/inat', 'torch/folder'
 _SPLITS_OF_PARTED = 'train', 'training', 'val', 'valid', 'validation', 'eval', 'evaluation', 'test'
-
-DATASETS = (  # what --dataset takes
-    'digits', 'events/digits', 'events/cifar10dvs', 'tonic/NAME', *_TORCH, 'hfds/NAME', *(s + 'NAME' for s in _STREAMS))
 
 
 def create_dataset(
@@ -34,22 +33,23 @@ def create_dataset(
         num_samples: Optional[int] = None,
         **kwargs: Any,
 ) -> Dataset:
-    """Data set by name: 'digits' is the bundled one, 'events/...' and 'tonic/...' are event data, all else is timm's.
+    """Data set by name: a registered one (`list_datasets`), or '' for an image folder or a tar file.
 
     Args:
-        name: 'digits', a name of `create_event_dataset`, or timm's name ('' for an image folder or tar,
-            'torch/cifar100', ...).
+        name: 'digits' is the bundled one, 'events/...' and 'tonic/...' are event data, 'torch/cifar100', 'hfds/...' and
+            so on are timm's, all others are registered by you (`register_dataset`).
         root: Folder or file of the data.
         split: Name of the split.
         num_samples: Only so many samples; None takes all.
-        **kwargs: For create_event_dataset or timm's create_dataset.
+        **kwargs: Further arguments of timm's create_dataset, or `settings` and `event_split` for event data; a data set
+            takes those that it has. All others are the data set's own options.
 
     Returns:
         Data set whose `transform` timm's create_loader sets (for event data create_event_loader).
 
     Raises:
         FileNotFoundError: root does not exist and nothing was to be downloaded.
-        ValueError: The split does not exist or is empty.
+        ValueError: The data set, its split or an option does not exist, or the split is empty.
     """
     name = _known_name(name)
     if num_samples is not None and num_samples < 1:
@@ -58,45 +58,84 @@ def create_dataset(
     if mode not in MODES:
         raise ValueError(f"input_img_mode='{mode}': must be one of {', '.join(MODES)}, whose values are scaled to 0 to "
                          f'1 (--input-img-mode).')
-    if name == 'digits':
-        return DigitsDataset(split, num_samples, input_img_mode=mode)
-    if is_event_dataset(name):
-        return create_event_dataset(name, root, split, num_samples, **kwargs)
+    given = (*ARGUMENTS, *TIMM_ARGUMENTS)
+    arguments = dict(settings=FrameSettings(), event_split='last100', download=False, seed=42)
+    arguments.update({key: value for key, value in kwargs.items() if key in given})
+    arguments.update(name=name, root=root, split=split, num_samples=num_samples, input_img_mode=mode)
+    options = {key: value for key, value in kwargs.items() if key not in given}
+    if not name:
+        own = {key: value for key, value in arguments.items() if key not in ('settings', 'event_split')}
+        return _timm_dataset(**own, **options)
+    return build_dataset(name, arguments, options)
+
+
+def _known_name(name: str) -> str:
+    """The registered name, with timm's prefixes in any case; timm takes an image folder for what it does not know."""
+    prefix, slash, rest = name.partition('/')
+    timms = prefix.lower()
+    known = f'torch/{rest.lower()}' if timms == 'torch' else f'{timms}/{rest}'
+    timms_name = known if f'{timms}/' in ('torch/', 'hfds/', *_STREAMS) else name
+    for asked in (name, timms_name):
+        if not asked or registered_name(asked):
+            return asked
+    datasets = list_datasets()
+    close = difflib.get_close_matches(name.lower(), datasets, n=1) or [d for d in datasets if d.endswith(f'/{rest}')]
+    close = close or [d for d in _TORCH if d.endswith('/' + name.lower())]
+    raise ValueError(f"unknown data set '{name}' (--dataset)" + (f", did you mean '{close[0]}'?" if close else ';')
+                     + f" There are {', '.join(datasets)}; leave it out for an image folder or a tar file. A plug-in "
+                     'that registers others is imported by --plugin FILE|MODULE.')
+
+
+@register_dataset('digits')
+def _digits(split: str, num_samples: Optional[int], input_img_mode: str) -> Dataset:
+    return DigitsDataset(split, num_samples, input_img_mode=input_img_mode)
+
+
+def _timm_dataset(
+        name: str,
+        root: Optional[str],
+        split: str,
+        num_samples: Optional[int],
+        input_img_mode: str,
+        download: bool = False,
+        seed: int = 42,
+        is_training: bool = False,
+        class_map: str = '',
+        batch_size: int = 1,
+        repeats: int = 0,
+        input_key: Optional[str] = None,
+        target_key: Optional[str] = None,
+        trust_remote_code: bool = False,
+        **options: Any,
+) -> Dataset:
+    """One of timm's data sets, without what timm does to it in silence."""
     if name in _TORCH_PARTED and split not in _SPLITS_OF_PARTED:
         raise ValueError(f"split '{split}': {name} has 'train' and 'validation'.")  # timm takes the test set for others
     local = not name.startswith(('hfds/', *_STREAMS))
-    if local and not kwargs.get('download') and not (root and os.path.exists(root)):
+    if local and not download and not (root and os.path.exists(root)):
         raise FileNotFoundError(f"data folder '{root}' does not exist; give --data-dir the folder that holds "
                                 f"{split}/ (one sub-folder per class), or leave it and --dataset out for the digits.")
     if local and not name and os.path.isdir(root) and not os.listdir(root):
         raise ValueError(f"data folder '{root}' is empty.")
     try:
-        dataset = create_timm_dataset(name, root=root, split=split, num_samples=num_samples, **kwargs)
+        dataset = create_timm_dataset(
+            name, root=root, split=split, num_samples=num_samples, input_img_mode=input_img_mode, download=download,
+            seed=seed, is_training=is_training, class_map=class_map, batch_size=batch_size, repeats=repeats,
+            input_key=input_key, target_key=target_key, trust_remote_code=trust_remote_code, **options)
     except (AssertionError, RuntimeError, ValueError) as error:
         raise ValueError(f"cannot read split '{split}' of data set '{name or root}': {error}") from error
     _refuse_fallback(dataset, root, split)
-    drop_hidden(dataset, renumber=not kwargs.get('class_map'))
+    drop_hidden(dataset, renumber=not class_map)
     if hasattr(dataset, '__len__') and len(dataset) == 0:
         raise ValueError(f"split '{split}' of data set '{name or root}' holds no images.")
     if num_samples is not None and not name.startswith(_STREAMS) and num_samples < len(dataset):  # timm cuts streams
         take_spread(dataset, num_samples)
     check_layout(dataset)
-    return _with_8_bits(dataset, name, mode)
+    return _with_8_bits(dataset, name, input_img_mode)
 
 
-def _known_name(name: str) -> str:
-    """The name with its prefix as timm reads it; timm takes an image folder for what it does not know."""
-    prefix, slash, rest = name.partition('/')
-    timms = prefix.lower()  # in any case; those of this package in lower case
-    known = f'torch/{rest.lower()}' if timms == 'torch' else f'{timms}/{rest}'
-    if rest and (known in (*_TORCH, *_TORCH_ALIASES) or f'{timms}/' in ('hfds/', *_STREAMS)):
-        return known
-    if name in ('', 'digits') or rest and prefix in ('events', 'tonic'):
-        return name
-    close = difflib.get_close_matches(name.lower(), DATASETS, n=1) or [d for d in DATASETS if d.endswith(f'/{rest}')]
-    close = close or [d for d in _TORCH if d.endswith('/' + name.lower())]
-    raise ValueError(f"unknown data set '{name}' (--dataset)" + (f", did you mean '{close[0]}'?" if close else ';')
-                     + f" There are {', '.join(DATASETS)}; leave it out for an image folder or a tar file.")
+for _name in (*_TORCH, *_TORCH_ALIASES, 'hfds/NAME', *(prefix + 'NAME' for prefix in _STREAMS)):
+    register_dataset(_name)(_timm_dataset)
 
 
 def _with_8_bits(dataset: Any, name: str, mode: str) -> Any:

@@ -10,7 +10,7 @@ import torch
 
 from .events.dataset import spread_indices
 
-__all__ = ['check_layout', 'class_to_idx_of', 'drop_hidden', 'sample_paths', 'some', 'take_spread']
+__all__ = ['check_layout', 'class_to_idx_of', 'classes_of', 'drop_hidden', 'sample_paths', 'some', 'take_spread']
 
 _logger = logging.getLogger(__name__)
 
@@ -28,6 +28,29 @@ def class_to_idx_of(dataset: Any) -> Optional[Dict[str, int]]:
     source = getattr(dataset, 'reader', dataset)
     classes = getattr(source, 'class_to_idx', None) or getattr(source, 'class_name_to_idx', None)  # of a tar file
     return classes if isinstance(classes, dict) and classes else None
+
+
+def classes_of(dataset: Any) -> Optional[Dict[str, int]]:
+    """Label of every class by its name, from `class_to_idx` or from the list `classes`; None where neither is there.
+
+    Raises:
+        ValueError: `classes` is no list of different names.
+    """
+    classes = class_to_idx_of(dataset)
+    if classes is not None:
+        return {str(name): int(label) for name, label in classes.items()}
+    names = getattr(dataset, 'classes', None)
+    if names is None:
+        return None
+    if isinstance(names, dict):
+        return {str(name): int(label) for name, label in names.items()} or None
+    if isinstance(names, str) or not hasattr(names, '__iter__'):
+        raise ValueError(f'{type(dataset).__name__}.classes is {names!r}: must be a list of names, in the order of the '
+                         f'labels.')
+    found = {str(name): label for label, name in enumerate(names)}
+    if len(found) != len(list(names)):
+        raise ValueError(f'{type(dataset).__name__}.classes has a name twice: {some(list(map(str, names)))}.')
+    return found or None
 
 
 def drop_hidden(dataset: Any, renumber: bool) -> None:

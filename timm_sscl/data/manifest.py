@@ -3,9 +3,10 @@ import hashlib
 import json
 import logging
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Dict, Iterable
 
-from .folders import class_to_idx_of, sample_paths, some
+from .checks import known_labels
+from .folders import classes_of, sample_paths, some
 
 __all__ = ['DATA_FILE', 'check_data', 'describe_data']
 
@@ -15,20 +16,26 @@ DATA_FILE = 'data.json'  # in a run's folder
 
 
 def describe_data(dataset: Any) -> Dict[str, Any]:
-    """Classes with their labels, number of samples and a digest of the file names and labels; None where not known."""
-    names = getattr(dataset, 'classes', None) or []
-    classes = class_to_idx_of(dataset) or {str(name): label for label, name in enumerate(names)}
+    """Classes with their labels, number of samples, a digest of the file names and labels; None where not known.
+
+    A data set without files that knows its labels has a digest of them (`labels`).
+    """
     paths = sample_paths(dataset) or getattr(dataset, 'files', None)
-    labels = getattr(getattr(dataset, 'reader', dataset), 'targets', None)
-    files = None
+    labels = known_labels(dataset)
+    described = dict(classes=classes_of(dataset), samples=len(dataset) if hasattr(dataset, '__len__') else None,
+                     files=None)
     if paths:
-        labels = [sample[1] for sample in dataset.reader.samples] if labels is None else labels
-        digest = hashlib.sha256()
-        for path, label in zip(paths, labels):
-            digest.update(f'{path}\0{int(label)}\n'.encode('utf-8', 'surrogateescape'))
-        files = digest.hexdigest()[:16]
-    return dict(classes={str(name): int(label) for name, label in classes.items()} or None,
-                samples=len(dataset) if hasattr(dataset, '__len__') else None, files=files)
+        described['files'] = _digest(f'{path}\0{int(label)}' for path, label in zip(paths, labels or [-1] * len(paths)))
+    elif labels is not None:
+        described['labels'] = _digest(str(int(label)) for label in labels)
+    return described
+
+
+def _digest(lines: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for line in lines:
+        digest.update(f'{line}\n'.encode('utf-8', 'surrogateescape'))
+    return digest.hexdigest()[:16]
 
 
 def check_data(file: Path, **found: Dict[str, Any]) -> None:
@@ -55,8 +62,8 @@ def check_data(file: Path, **found: Dict[str, Any]) -> None:
             raise ValueError(f"{split} data has {len(ours)} classes, and the run in '{file.parent}' was started on "
                              f'{len(theirs)}, so that labels would mean something else: {some(differ)} differ. Give it '
                              f'the same folders, or --class-map FILE.')
-        for key, what in (('samples', 'samples'), ('files', 'file names or labels')):
-            if None not in (now[key], then[key]) and now[key] != then[key]:
+        for key, what in (('samples', 'samples'), ('files', 'file names or labels'), ('labels', 'labels')):
+            if None not in (now.get(key), then.get(key)) and now[key] != then[key]:
                 _logger.warning(f"The {split} data has other {what} than the run in '{file.parent}' was started on "
                                 f'({then[key]}, now {now[key]}).')
                 break

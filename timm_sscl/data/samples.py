@@ -7,7 +7,9 @@ from torch.utils.data import Dataset, get_worker_info
 
 from timm_sscl.random_state import seeded
 
-__all__ = ['Samples', 'UnreadableSample', 'WrongLabel', 'FailedTransform', 'sample_name']
+from .items import ItemCheck, as_pair, label_problem
+
+__all__ = ['Samples', 'UnreadableSample', 'WrongLabel', 'WrongSample', 'FailedTransform', 'sample_name']
 
 _logger = logging.getLogger(__name__)
 
@@ -20,16 +22,21 @@ class WrongLabel(RuntimeError):
     """A label that is no class of the model."""
 
 
+class WrongSample(RuntimeError):
+    """A sample that is not what the model and the transforms take."""
+
+
 class FailedTransform(RuntimeError):
     """A sample that was read and could not be augmented or resized: an option is wrong, not the file."""
 
 
 def sample_name(dataset: Any, index: int) -> str:
     """Path of a sample where the data set tells it, else its number."""
-    if hasattr(dataset, 'filename'):
+    if callable(getattr(dataset, 'filename', None)):
         return str(dataset.filename(index, absolute=True))
     paths = getattr(dataset, 'samples', None) or getattr(dataset, 'imgs', None)
-    return str(paths[index][0]) if paths else f'number {index}'
+    named = isinstance(paths, (list, tuple)) and isinstance(paths[index], (list, tuple)) and paths[index]
+    return str(paths[index][0]) if named else f'number {index}'
 
 
 class Samples(Dataset):
@@ -46,10 +53,12 @@ class Samples(Dataset):
         seed: Seed of the run.
         max_unreadable: How many different samples may be replaced; 0 stops at the first.
         with_index: Whether a sample is (image, label, number of the sample that was read).
+        check: What is wrong with an image, or with frames.
 
     Raises:
         UnreadableSample: While reading, by the policy above.
         WrongLabel: While reading, a label is no class.
+        WrongSample: While reading, an item is no pair (image, label), or the check finds something.
         FailedTransform: While reading, the transform raised.
     """
 
@@ -61,6 +70,7 @@ class Samples(Dataset):
             seed: int = 0,
             max_unreadable: int = 0,
             with_index: bool = False,
+            check: Optional[ItemCheck] = None,
     ):
         self.dataset = dataset
         self.num_classes = num_classes
@@ -68,6 +78,7 @@ class Samples(Dataset):
         self.seed = seed
         self.max_unreadable = max_unreadable if training else 0
         self.with_index = with_index
+        self.check = check
         self.transform: Optional[Callable] = None
         # in shared memory: persistent workers see the epoch, and all count together
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
@@ -104,10 +115,17 @@ class Samples(Dataset):
             return self._make(index)
 
     def _make(self, index: int) -> Tuple:
-        at, (item, target) = self._read(index)
-        if target is None or not 0 <= int(target) < self.num_classes:
-            raise WrongLabel(f"'{sample_name(self.dataset, at)}' has the label {target}; the model has "
-                             f'{self.num_classes} classes, 0 to {self.num_classes - 1}.')
+        at, pair = self._read(index)
+        try:
+            item, target = as_pair(pair)
+        except TypeError as error:
+            raise WrongSample(f"'{sample_name(self.dataset, at)}' {error}.") from error
+        problem = label_problem(target, self.num_classes)
+        if problem:
+            raise WrongLabel(f"'{sample_name(self.dataset, at)}' has the label {problem}.")
+        problem = self.check(item) if self.check is not None else ''
+        if problem:
+            raise WrongSample(f"'{sample_name(self.dataset, at)}' {problem}.")
         item = item if self.transform is None else self._transformed(item, at)
         return (item, target, at) if self.with_index else (item, target)
 
@@ -123,7 +141,7 @@ class Samples(Dataset):
                 f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); the options of the augmentation "
                 f'(--aa, --scale, --ratio, ...) and of the input size decide on it.') from error
 
-    def _read(self, index: int) -> Tuple[int, Tuple[Any, Any]]:
+    def _read(self, index: int) -> Tuple[int, Any]:
         """The sample at index, or the next one that can be read, with its own index."""
         for step in range(len(self)):
             at = (index + step) % len(self)

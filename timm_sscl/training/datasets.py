@@ -10,9 +10,12 @@ from torch.utils.data import IterableDataset
 
 from timm_sscl.data import create_dataset
 from timm_sscl.data.checks import (
-    check_apart, check_channels, check_classes, check_copies, check_labels, check_metadata, check_seen)
-from timm_sscl.data.events import FrameSettings, is_event_dataset
-from timm_sscl.data.folders import class_to_idx_of
+    check_apart, check_classes, check_copies, check_differ, check_first, check_labels, check_metadata, check_repeats,
+    check_seen)
+from timm_sscl.data.events import EventDataset, FrameSettings, is_event_dataset
+from timm_sscl.data.folders import classes_of
+from timm_sscl.data.items import FramesCheck, ImageCheck, as_pair
+from timm_sscl.data.registry import ARGUMENTS, TIMM_ARGUMENTS, is_own_dataset
 from timm_sscl.data.samples import Samples
 
 from .errors import OptionError, blame_options
@@ -28,55 +31,89 @@ EVENT_SETTINGS = (
 
 def create_datasets(args: Namespace) -> Tuple[Any, Any]:
     """Training and validation set; with --eval-only the validation set twice."""
-    with blame_options(dict(dataset=args.dataset, data_dir=args.data_dir), passing=(ValueError, FileNotFoundError)):
+    options = {name: getattr(args, name) for name in ('dataset', 'data_dir', 'dataset_kwargs')}
+    with blame_options(options, passing=(ValueError, FileNotFoundError), place=is_own_dataset(args.dataset)):
         return _create_datasets(args)
 
 
 def _create_datasets(args: Namespace) -> Tuple[Any, Any]:
-    if is_event_dataset(args.dataset):
-        return _create_event_datasets(args)
+    taken = sorted({*ARGUMENTS, *TIMM_ARGUMENTS} & set(args.dataset_kwargs))
+    if taken:
+        raise OptionError(f'--dataset-kwargs {taken[0]}={args.dataset_kwargs[taken[0]]}: the script sets {taken[0]} '
+                          f'itself, by an option of its own.')
+    events = is_event_dataset(args.dataset)
     common = dict(
-        root=args.data_dir, class_map=args.class_map, download=args.dataset_download, seed=args.seed,
-        input_img_mode=args.input_img_mode or ('L' if _given_channels(args) == 1 else 'RGB'), input_key=args.input_key,
-        target_key=args.target_key, trust_remote_code=args.dataset_trust_remote_code)
+        root=args.data_dir, download=args.dataset_download, seed=args.seed, **args.dataset_kwargs,
+        **(_event_arguments(args) if events else _image_arguments(args)))
     val = create_dataset(
         args.dataset, split=args.val_split, is_training=False, batch_size=args.validation_batch_size or args.batch_size,
         num_samples=args.val_num_samples, **common)
+    if events:
+        _set_frame_input(args, val)
     if args.eval_only:
         return val, val
     train = create_dataset(
         args.dataset, split=args.train_split, is_training=True, batch_size=args.batch_size, repeats=args.epoch_repeats,
         num_samples=args.train_num_samples, **common)
-    check_apart(train, val, args.train_split == args.val_split)
-    if not args.class_map:
-        check_classes(train, val)
-    check_seen(train, val, cut=args.train_num_samples is not None)
-    check_copies(train, val)
+    _check_together(args, train, val)
     return train, val
 
 
-def _create_event_datasets(args: Namespace) -> Tuple[Any, Any]:
-    """Event data; its frames, two polarities as they are, are what the models take."""
+def _image_arguments(args: Namespace) -> Dict[str, Any]:
+    return dict(
+        class_map=args.class_map, input_key=args.input_key, target_key=args.target_key,
+        input_img_mode=args.input_img_mode or ('L' if _given_channels(args) == 1 else 'RGB'),
+        trust_remote_code=args.dataset_trust_remote_code)
+
+
+def _event_arguments(args: Namespace) -> Dict[str, Any]:
     settings = FrameSettings(args.timesteps, args.event_frames, args.event_mode, args.event_size, args.event_axes)
-    common = dict(root=args.data_dir, settings=settings, event_split=args.event_split, download=args.dataset_download)
-    val = create_dataset(args.dataset, split=args.val_split, num_samples=args.val_num_samples, **common)
-    size = [2, *val.frame_size]
+    return dict(settings=settings, event_split=args.event_split)
+
+
+def _set_frame_input(args: Namespace, dataset: Any) -> None:
+    """Event frames, two polarities as they are, are what the models take."""
+    size = [2, *_frame_size(dataset)]
     if args.input_size and list(args.input_size) != size:
         raise OptionError(f'--input-size {" ".join(map(str, args.input_size))}: event frames are '
                           f'{" x ".join(map(str, size))}; --event-size sets their size.')
     args.in_chans, args.input_size, args.mean, args.std = 2, size, [0., 0.], [1., 1.]
-    if args.eval_only:
-        return val, val
-    train = create_dataset(args.dataset, split=args.train_split, num_samples=args.train_num_samples, **common)
-    check_classes(train, val)
+
+
+def _frame_size(dataset: Any) -> Tuple[int, int]:
+    """(height, width) of the frames; those of the first sample, where the data set does not tell."""
+    if isinstance(dataset, EventDataset):
+        return dataset.frame_size
+    try:
+        frames, _ = as_pair(dataset[0])
+    except TypeError as error:
+        raise ValueError(f'{type(dataset).__name__}: its first item {error}.') from error
+    shape = tuple(getattr(frames, 'shape', ()))
+    if len(shape) != 4:
+        raise ValueError(f'{type(dataset).__name__}: its first item is a {type(frames).__name__} of shape {shape}; '
+                         f'event frames are (T, 2, H, W).')
+    return shape[2:]
+
+
+def _check_together(args: Namespace, train: Any, val: Any) -> None:
+    same_split = args.train_split == args.val_split
+    if is_own_dataset(args.dataset):
+        if not same_split:
+            check_differ(train, val)
+    elif not is_event_dataset(args.dataset):
+        check_apart(train, val, same_split)
+    if not args.class_map:
+        check_classes(train, val)
     check_seen(train, val, cut=args.train_num_samples is not None)
     check_copies(train, val)
-    return train, val
 
 
 def guard_samples(args: Namespace, datasets: Tuple[Any, Any], data_config: Dict[str, Any], num_classes: int) -> Tuple:
     """The data sets with seeded samples and checked labels; streamed ones, which have no numbered samples, as is."""
     guarded = []
+    channels, *size = data_config['input_size']
+    check = (FramesCheck((args.timesteps, channels, *size)) if is_event_dataset(args.dataset)
+             else ImageCheck(channels))
     for dataset, training in zip(datasets, (not args.eval_only, False)):
         split = 'training' if training else 'validation'
         if isinstance(dataset, IterableDataset):
@@ -87,9 +124,12 @@ def guard_samples(args: Namespace, datasets: Tuple[Any, Any], data_config: Dict[
             continue
         check_labels(dataset, num_classes, split)
         check_metadata(dataset, split)
+        cached = training and args.teacher_cache
         dataset = Samples(
-            dataset, num_classes, training, args.seed, args.max_unreadable, with_index=training and args.teacher_cache)
-        check_channels(dataset, data_config['input_size'][0], split)
+            dataset, num_classes, training, args.seed, args.max_unreadable, with_index=cached, check=check)
+        check_first(dataset, split)
+        if cached:
+            check_repeats(dataset)
         guarded.append(dataset)
     return tuple(guarded)
 
@@ -115,7 +155,7 @@ def resolve_input(args: Namespace, student: nn.Module) -> Dict[str, Any]:
 
 def resolve_num_classes(args: Namespace, dataset: Any) -> int:
     """--num-classes, or as many as the data set has."""
-    classes = class_to_idx_of(dataset) or getattr(dataset, 'classes', None)
+    classes = classes_of(dataset)
     if args.num_classes is None and classes and len(classes) == 1:
         raise OptionError(f"the data has one class, '{next(iter(classes))}', in which nothing can be told apart; "
                           f'--data-dir takes the folder above the splits, which hold a folder per class '

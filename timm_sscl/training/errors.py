@@ -1,4 +1,5 @@
 """The error of a wrong option, and a way to name the options behind another library's error."""
+import traceback
 from contextlib import contextmanager
 from typing import Any, Iterator, Mapping, Tuple, Type
 
@@ -20,12 +21,17 @@ def option_text(name: str, value: Any) -> str:
 
 
 @contextmanager
-def blame_options(options: Mapping[str, Any], passing: Tuple[Type[Exception], ...] = (OptionError,)) -> Iterator[None]:
+def blame_options(
+        options: Mapping[str, Any],
+        passing: Tuple[Type[Exception], ...] = (OptionError,),
+        place: bool = False,
+) -> Iterator[None]:
     """Turn any error of the block into an OptionError that names the options which the block reads.
 
     Args:
         options: Names and values of the options. Those that are None, False or empty are left out.
         passing: Errors that name their option already.
+        place: Whether to name the line that raised, for code of the user's.
 
     Raises:
         OptionError: The block raised.
@@ -41,4 +47,7 @@ def blame_options(options: Mapping[str, Any], passing: Tuple[Type[Exception], ..
             reason += f'; install the package {error.name}' if error.name else ''
         elif not isinstance(error, (ValueError, RuntimeError)) or not reason:
             reason = f'{type(error).__name__}{f": {reason}" if reason else ""}'
+        if place:
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            reason += f' ({frame.filename}, line {frame.lineno})'
         raise OptionError(f'{", ".join(given)}: {reason}') from error

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator, Optional
 
-from timm_sscl.data.samples import FailedTransform, UnreadableSample, WrongLabel
+from timm_sscl.data.samples import FailedTransform, UnreadableSample, WrongLabel, WrongSample
 
 from .checkpoint import StorageError, find_newest
 from .errors import OptionError
@@ -28,7 +28,7 @@ class OtherProcessFailed(RuntimeError):
 
 # these end a run with one line; all others keep their traceback
 INPUT_ERRORS = OptionError, FileNotFoundError, FileExistsError, NotImplementedError, ValueError
-DATA_ERRORS = UnreadableSample, WrongLabel, FailedTransform
+DATA_ERRORS = UnreadableSample, WrongLabel, WrongSample, FailedTransform
 RUN_ERRORS = StorageError, NonFiniteLoss, OtherProcessFailed, ProcessDied, *DATA_ERRORS
 
 

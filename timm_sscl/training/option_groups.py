@@ -28,7 +28,10 @@ def _add_dataset(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group('Dataset parameters')
     group.add_argument('data', nargs='?', type=home_path, metavar='DIR', default=None, help=argparse.SUPPRESS)
     group.add_argument('--data-dir', type=home_path, metavar='DIR', default=None, help='root of the data set')
-    group.add_argument('--dataset', metavar='NAME', default='', help='data set type and name; digits is bundled')
+    group.add_argument('--dataset', metavar='NAME', default='',
+                       help='data set type and name; digits is bundled, a plug-in may register others')
+    group.add_argument('--dataset-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
+                       help='options of a data set of your own')
     group.add_argument('--train-split', metavar='NAME', default='train')
     group.add_argument('--val-split', metavar='NAME', default='validation')
     group.add_argument('--train-num-samples', default=None, type=int, metavar='N')

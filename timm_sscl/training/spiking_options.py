@@ -102,8 +102,8 @@ def add_distillation_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--loss-file', type=home_path, default=None, metavar='FILE',
                        help='Python file with your own @register_loss losses')
     group.add_argument('--plugin', type=home_path, default=None, nargs='+', metavar='FILE|MODULE',
-                       help='Python files or modules with your own models (timm\'s @register_model), losses, neurons '
-                            'and surrogates')
+                       help='Python files or modules with your own models (timm\'s @register_model), losses, neurons, '
+                            'surrogates and data sets')
     _add_loss_options(group)
 
 

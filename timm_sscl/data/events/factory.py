@@ -1,5 +1,7 @@
 """Event data sets by name."""
-from typing import Optional
+from typing import Any, Optional
+
+from timm_sscl.data.registry import build_dataset, is_event_dataset, register_dataset
 
 from .dataset import EventDataset
 from .digits import EventDigits
@@ -8,13 +10,6 @@ from .frames import FrameSettings
 from .tonic_data import create_tonic_dataset
 
 __all__ = ['create_event_dataset', 'is_event_dataset']
-
-_SPLITS = {'train': True, 'training': True, 'validation': False, 'val': False, 'test': False}
-
-
-def is_event_dataset(name: str) -> bool:
-    """Whether a data set's name is one of event data."""
-    return name.startswith(('events/', 'tonic/'))
 
 
 def create_event_dataset(
@@ -25,29 +20,57 @@ def create_event_dataset(
         settings: FrameSettings = FrameSettings(),
         event_split: str = 'last100',
         download: bool = False,
+        **options: Any,
 ) -> EventDataset:
     """Event data set by name, whose items are (frames (T, 2, H, W), target).
 
     Args:
-        name: 'events/digits' (bundled), 'events/cifar10dvs' (or any folder of such recordings), or 'tonic/NAME'.
+        name: 'events/digits' (bundled), 'events/cifar10dvs' (or any folder of such recordings), 'tonic/NAME', or one of
+            your own (`register_dataset`).
         root: Folder of the data.
         split: 'train' or 'validation'.
         num_samples: Only so many samples; None takes all.
         settings: How recordings become frames.
         event_split: How data without a split is parted, see `validation_mask`.
         download: Whether tonic may download.
+        options: The data set's own.
 
     Raises:
         FileNotFoundError: The data is not there.
-        ValueError: The data set or the split does not exist, or does not fit.
+        ValueError: The data set, the split or an option does not exist, or does not fit.
     """
-    if split not in _SPLITS:
-        raise ValueError(f"split '{split}': event data has 'train' and 'validation'.")
-    if name == 'events/digits':
-        return EventDigits(split, settings, num_samples)
-    if name == 'events/cifar10dvs':
-        return EventFolder(root, _SPLITS[split], event_split, settings, num_samples)
-    if name.startswith('tonic/'):
-        return create_tonic_dataset(
-            name.removeprefix('tonic/'), root, _SPLITS[split], event_split, settings, num_samples, download)
-    raise ValueError(f"unknown event data set '{name}'; there are events/digits, events/cifar10dvs and tonic/NAME.")
+    if not is_event_dataset(name):
+        raise ValueError(f"data set '{name}': event data has names that begin with events/ or tonic/.")
+    return build_dataset(name, dict(
+        name=name, root=root, split=split, num_samples=num_samples, settings=settings, event_split=event_split,
+        download=download), options)
+
+
+@register_dataset('events/digits')
+def _digits(split: str, settings: FrameSettings, num_samples: Optional[int]) -> EventDataset:
+    return EventDigits(split, settings, num_samples)
+
+
+@register_dataset('events/cifar10dvs')
+def _folder(
+        root: str,
+        training: bool,
+        event_split: str,
+        settings: FrameSettings,
+        num_samples: Optional[int],
+) -> EventDataset:
+    return EventFolder(root, training, event_split, settings, num_samples)
+
+
+@register_dataset('tonic/NAME')
+def _tonic(
+        name: str,
+        root: str,
+        training: bool,
+        event_split: str,
+        settings: FrameSettings,
+        num_samples: Optional[int],
+        download: bool,
+) -> EventDataset:
+    return create_tonic_dataset(
+        name.removeprefix('tonic/'), root, training, event_split, settings, num_samples, download)
