@@ -95,7 +95,7 @@ def test_what_is_wrong_with_a_folder_is_said(tmp_path):
     (tmp_path / 'bird' / 'cifar10_bird_1.npz').write_bytes(b'')
     with pytest.raises(ValueError, match="holds 'cifar10_bird_1' twice"):
         EventFolder(str(tmp_path), split='last1')
-    for args, words in ((('events/mnist',), 'events/digits, events/cifar10dvs'),
+    for args, words in ((('events/mnist',), 'events/cifar10dvs, events/digits'),
                         (('events/digits', None, 'holdout'), 'holdout')):
         with pytest.raises(ValueError, match=words):
             create_dataset(*args)
