@@ -1,4 +1,4 @@
-"""Spiking timm models, trained with their real-valued twins as teachers (SSCL)."""
+"""Spiking neural networks from timm models, trained with their real-valued twins as teachers (SSCL)."""
 from . import _moved
 from . import models  # noqa: F401, registers the architectures that timm lacks, before their spiking_ twins
 from .conversion import (

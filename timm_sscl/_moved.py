@@ -1,4 +1,4 @@
-"""Modules of version 0.1.0 under their old names: imports of them warn and give the new module, pickles find it."""
+"""Keep the module names of version 0.1.0 working: an import warns and returns the new module, and old pickles load."""
 import importlib
 import importlib.abc
 import importlib.util
@@ -53,7 +53,7 @@ MOVED = {
 
 
 class _Alias(importlib.abc.Loader):
-    """Loads an old name as the new module itself, so that a class is the same under both."""
+    """Load an old module name as the new module object, so that each class is the same under both names."""
 
     def __init__(self, old: str, new: str):
         self.old, self.new = old, new
@@ -66,11 +66,12 @@ class _Alias(importlib.abc.Loader):
         return self.module
 
     def exec_module(self, module: ModuleType) -> None:
-        # the import system has written the old name's spec into it
+        # The import system has written the old name's spec into the module; write its own back.
         module.__spec__, module.__loader__, module.__package__ = self.state
 
 
 class _Finder(importlib.abc.MetaPathFinder):
+    """Find modules of version 0.1.0 by their old names."""
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Optional[Any]:
         package, _, old = fullname.partition('.')
         if package != __package__ or old not in MOVED:
@@ -79,8 +80,8 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 def install() -> None:
-    """Let old names be found; where a file of that name exists, it comes first."""
+    """Make the old names importable. A file that has an old name takes precedence over the alias."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.append(_Finder())
-    # the package has a function of this name, which an import of the old module would replace by the module
+    # timm_sscl.calibrate is also a function. Importing the old module of that name later would replace the function.
     sys.modules.setdefault(f'{__package__}.calibrate', importlib.import_module(f'{__package__}.{MOVED["calibrate"]}'))

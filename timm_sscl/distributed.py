@@ -1,4 +1,4 @@
-"""The global batch of several processes: its rows, with gradients, and its means."""
+"""Operations on the global batch of several processes: gather rows with gradients, take means."""
 from typing import Iterator, List, Optional, Sequence
 
 import torch
@@ -8,12 +8,12 @@ __all__ = ['gather_rows', 'blocks_in_turn', 'batch_counts', 'batch_mean', 'batch
 
 
 def world_size() -> int:
-    """Number of processes, 1 where no process group is running."""
+    """Return the number of processes, 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def batch_counts(count: int, device: torch.device) -> List[int]:
-    """Number of samples of every process, by rank; batches may differ in size."""
+    """Return the number of samples of every process, by rank. Batches may differ in size."""
     if world_size() == 1:
         return [count]
     counts = torch.zeros(world_size(), dtype=torch.int64, device=device)
@@ -41,14 +41,14 @@ class _GatherRows(torch.autograd.Function):
 
 
 def gather_rows(rows: torch.Tensor, counts: Optional[Sequence[int]] = None) -> torch.Tensor:
-    """Rows of all processes in the order of their ranks, (N, d) from (n, d); batches may differ in size.
+    """Gather the rows of all processes by rank: (n, d) here to (N, d). Batches may differ in size.
 
-    The gradient is summed over the processes. Where every process takes the same loss of the gathered rows, DDP's mean
-    of the gradients then is the gradient of that loss.
+    The gradient is summed over the processes. DDP then averages it. If every process computes the same loss of the
+    gathered rows, the result is the gradient of that loss.
 
     Args:
         rows: This process's rows.
-        counts: `batch_counts` where they are known, which saves asking for them.
+        counts: Result of `batch_counts`; passing it saves one collective call.
     """
     if world_size() == 1:
         return rows
@@ -56,7 +56,7 @@ def gather_rows(rows: torch.Tensor, counts: Optional[Sequence[int]] = None) -> t
 
 
 def blocks_in_turn(rows: torch.Tensor, counts: Sequence[int]) -> Iterator[torch.Tensor]:
-    """Every process's rows (T, n, p), by rank, one at a time: no more than one other block is held. No gradient."""
+    """Yield the rows (T, n, p) of every process, by rank. Only one other block is in memory at a time. No gradient."""
     for rank, count in enumerate(counts):
         own = rank == dist.get_rank()
         block = rows.contiguous() if own else rows.new_empty(rows.shape[0], count, *rows.shape[2:])
@@ -65,7 +65,12 @@ def blocks_in_turn(rows: torch.Tensor, counts: Sequence[int]) -> Iterator[torch.
 
 
 def batch_mean(values: torch.Tensor, count: int) -> torch.Tensor:
-    """Means over the global batch, (d,), from every process's means over its own `count` samples, with gradients."""
+    """Return means over the global batch, (d,), with gradients.
+
+    Args:
+        values: Means over this process's samples, (d,).
+        count: Number of this process's samples.
+    """
     if world_size() == 1:
         return values
     sums = gather_rows((values * count).unsqueeze(0), [1] * world_size()).sum(0)
@@ -73,10 +78,11 @@ def batch_mean(values: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def batch_share(count: int, like: torch.Tensor) -> torch.Tensor:
-    """Factor that turns a mean over a process's own samples into its part of the mean over the global batch.
+    """Return the factor that turns a mean over this process's samples into its share of the mean over the global batch.
 
-    DDP averages gradients over the processes, whatever the sizes of their batches: n * W / N makes that the mean over
-    the N samples of the W processes. 0-d, of like's device and dtype, but float32 at least.
+    DDP averages gradients over the W processes and ignores the sizes of their batches. With n of N samples here, the
+    factor n * W / N makes the average equal to the mean over all N samples. 0-d, on the device of `like`, at least
+    float32.
     """
     dtype = torch.promote_types(like.dtype, torch.float32)
     total = torch.tensor(count, dtype=dtype, device=like.device)

@@ -1,4 +1,4 @@
-"""Run torch's modules without their fused paths, so that every operation is seen."""
+"""Switch off torch's fused attention, so that hooks and dispatch modes see every operation."""
 from contextlib import contextmanager
 from typing import Iterator
 
@@ -9,7 +9,7 @@ __all__ = ['without_fused_paths']
 
 @contextmanager
 def without_fused_paths() -> Iterator[None]:
-    """torch's attention and transformer layers call their parts inside, activations and products, one by one."""
+    """Run torch's attention and transformer layers operation by operation instead of as one fused kernel."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

@@ -1,6 +1,6 @@
-"""Settings declared once: a dataclass field with its help text.
+"""Declare a setting once, as a dataclass field with a help text.
 
-Keyword arguments, checkpoints and the command line are made from it.
+Keyword arguments, checkpoint entries and command line options are derived from the field.
 """
 import dataclasses
 import difflib
@@ -12,18 +12,18 @@ D = TypeVar('D')
 
 
 def knob(default: Any, help: str, **field_options: Any) -> Any:
-    """A dataclass field with a default and a help text.
+    """Declare a dataclass field with a default and a help text.
 
     Args:
         default: Default value.
-        help: One line; it is shown by `train.py --help` and in error messages.
+        help: One line, shown by `train.py --help` and in error messages.
         field_options: Further arguments of dataclasses.field.
     """
     return dataclasses.field(default=default, metadata=dict(help=help), **field_options)
 
 
 def knob_help(cls: type) -> Dict[str, str]:
-    """Help text of every field of a dataclass."""
+    """Return the help text of every field of a dataclass, by name."""
     return {field.name: field.metadata.get('help', '') for field in dataclasses.fields(cls)}
 
 
@@ -46,7 +46,7 @@ def check_known(names: Iterable[str], known: Sequence[str], owner: str) -> None:
 
 
 def build(cls: Type[D], options: Mapping[str, Any], owner: str) -> D:
-    """cls(**options), with an error that names what it does not take.
+    """Return cls(**options); raise an error that names an unknown option.
 
     Args:
         cls: Dataclass.
@@ -54,7 +54,7 @@ def build(cls: Type[D], options: Mapping[str, Any], owner: str) -> D:
         owner: What the options belong to, for the message: "neuron 'plif'".
 
     Raises:
-        ValueError: An option is unknown; the message lists those that there are.
+        ValueError: An option is unknown. The message lists the known ones.
     """
     check_known(options, [field.name for field in dataclasses.fields(cls)], owner)
     return cls(**options)

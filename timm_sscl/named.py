@@ -1,4 +1,4 @@
-"""Things by name: what the register_* decorators fill and the list_* functions show."""
+"""Registries: tables that the register_* decorators fill and the list_* functions read."""
 import difflib
 import logging
 from typing import Any, Dict, Generic, Iterator, List, TypeVar
@@ -15,10 +15,10 @@ def _qualified_name(value: Any) -> str:
 
 
 class Registry(Generic[T]):
-    """A table from names to classes or functions.
+    """Map names to classes or functions.
 
     Args:
-        kind: What it holds, in the singular, for messages: 'neuron', 'loss'.
+        kind: What the registry holds, in the singular, for messages: 'neuron', 'loss'.
     """
 
     def __init__(self, kind: str):
@@ -26,7 +26,10 @@ class Registry(Generic[T]):
         self._entries: Dict[str, T] = {}
 
     def register(self, name: str, value: T) -> T:
-        """Add an entry. The same class or function defined again (a notebook cell run twice) replaces the old one.
+        """Add an entry and return it.
+
+        A class or function with the same qualified name (a notebook cell run twice) replaces the old one with a
+        warning.
 
         Raises:
             ValueError: Another class or function has this name.
@@ -50,10 +53,10 @@ class Registry(Generic[T]):
         return self._entries.pop(name)
 
     def get(self, name: str) -> T:
-        """The entry of this name.
+        """Return the entry of this name.
 
         Raises:
-            ValueError: There is none; the message lists those that there are.
+            ValueError: There is none. The message lists the registered names.
         """
         if name not in self._entries:
             close = difflib.get_close_matches(name, self._entries, n=1)
@@ -62,10 +65,10 @@ class Registry(Generic[T]):
         return self._entries[name]
 
     def name_of(self, value: T) -> str:
-        """The name that an entry is registered under.
+        """Return the name of an entry.
 
         Raises:
-            ValueError: It is not registered.
+            ValueError: The value is not registered.
         """
         for name, known in self._entries.items():
             if known is value:
@@ -73,7 +76,7 @@ class Registry(Generic[T]):
         raise ValueError(f'{_qualified_name(value)} is no registered {self.kind}; register it under a name.')
 
     def names(self) -> List[str]:
-        """All names, sorted."""
+        """Return all names, sorted."""
         return sorted(self._entries)
 
     def __contains__(self, name: str) -> bool:

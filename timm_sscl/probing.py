@@ -1,4 +1,4 @@
-"""Run a model once on an example, to learn something about it, and leave no trace."""
+"""Probe a model: run it once on an example input and leave it unchanged."""
 import itertools
 import logging
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ T = TypeVar('T')
 
 
 class ProbeError(ValueError):
-    """The model runs on no example."""
+    """No example input could be run through the model, or the run did not give what was asked for."""
 
 
 class Example(NamedTuple):
@@ -39,16 +39,16 @@ class Example(NamedTuple):
         return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, torch.Tensor)]
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> 'Example':
-        """The same call with another tensor for every tensor."""
+        """Return the same call with every tensor x replaced by function(x)."""
         args, kwargs = tree_map(
             lambda leaf: function(leaf) if isinstance(leaf, torch.Tensor) else leaf, (self.args, self.kwargs))
         return Example(args, kwargs)
 
     def with_batch(self, batch: int) -> 'Example':
-        """The same call with `batch` samples.
+        """Return the same call with `batch` samples.
 
-        The first axis of the first tensor counts the samples. Every tensor whose first axis has that length is repeated
-        or cut along it; other tensors stay.
+        The first axis of the first tensor is the batch axis. Every tensor with as many rows is repeated or cut along
+        its first axis. Other tensors stay.
         """
         sizes = [x.shape[0] for x in self.tensors() if x.ndim]
         if not sizes:
@@ -70,13 +70,13 @@ class Example(NamedTuple):
         return 'an input of shape ' + ', '.join(map(str, shapes)) if shapes else 'an input without tensors'
 
 
-# ---- what a model may take
+# ---- example inputs
 
 def probe_sizes(model: nn.Module) -> List[Tuple[int, ...]]:
-    """Shapes of one sample to try, small ones first where the model takes any.
+    """Return sample shapes to try on a model, small ones first if it takes any size.
 
-    timm's models say what they take. For others the first layer decides: (C, H, W) for Conv2d, (C, L) for Conv1d,
-    (C, D, H, W) for Conv3d, (F,) and (L, F) for Linear and recurrent layers, (L,) for Embedding.
+    A timm model declares its input size. For other models the first layer decides: (C, L) for Conv1d, (C, H, W) for
+    Conv2d, (C, D, H, W) for Conv3d, (F,) and (L, F) for Linear, (L, F) for recurrent layers, (L,) for Embedding.
     """
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     if cfg.get('input_size'):
@@ -85,7 +85,7 @@ def probe_sizes(model: nn.Module) -> List[Tuple[int, ...]]:
         full = tuple(img_size) if img_size else tuple(cfg['input_size'][1:])
         any_size = not (cfg.get('fixed_input_size') or img_size)
         info = getattr(getattr(model, 'feature_info', None), 'info', getattr(model, 'feature_info', None)) or []
-        smallest = 2 * max([entry['reduction'] for entry in info], default=32)  # on 1 x 1 pixels all pooling is one
+        smallest = 2 * max([entry['reduction'] for entry in info], default=32)  # deepest map at least 2 x 2
         small = [s for s in (64, 128, 256) if any_size and smallest <= s < min(full)]
         return [(channels, s, s) for s in small[:2]] + [(channels, *full)]
     for module in model.modules():
@@ -105,7 +105,9 @@ def probe_sizes(model: nn.Module) -> List[Tuple[int, ...]]:
 
 
 def _images_of(features: int) -> List[Tuple[int, ...]]:
-    """Square images that have so many pixels, for networks that flatten them by a view of their own."""
+    """Return shapes of square images with `features` values, for networks that flatten an image before their first
+    Linear.
+    """
     sides = {channels: round((features / channels) ** 0.5) for channels in (1, 3)}
     return [(channels, side, side) for channels, side in sides.items() if channels * side * side == features]
 
@@ -116,13 +118,13 @@ def examples(
         input_size: Optional[Sequence[int]] = None,
         example_inputs: Any = None,
 ) -> Iterator[Example]:
-    """Calls to try on a model, the likeliest first.
+    """Yield calls to try on a model, the most likely first.
 
     Args:
         model: The model.
         batch: Number of samples.
         input_size: Shape of one sample.
-        example_inputs: What the model takes: a tensor, a tuple or list of arguments, or a dict of keyword arguments.
+        example_inputs: Input of the model: a tensor, a tuple or list of arguments, or a dict of keyword arguments.
 
     Raises:
         ValueError: Both input_size and example_inputs are given, or example_inputs holds no tensor.
@@ -140,7 +142,7 @@ def examples(
 
 
 def as_example(example_inputs: Any) -> Example:
-    """The call that a tensor, a tuple or list of arguments, or a dict of keyword arguments stands for."""
+    """Convert a tensor, a tuple or list of arguments, or a dict of keyword arguments to an Example."""
     if isinstance(example_inputs, dict):
         return Example((), example_inputs)
     return Example(tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,), {})
@@ -148,14 +150,14 @@ def as_example(example_inputs: Any) -> Example:
 
 def _random_input(model: nn.Module, batch: int, size: Tuple[int, ...]) -> torch.Tensor:
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
-    generator = torch.Generator().manual_seed(0)  # the global generator stays where it is
+    generator = torch.Generator().manual_seed(0)  # leaves the global generator alone
     first = next((m for m in model.modules() if isinstance(m, _FIRST_LAYERS)), None)
     if isinstance(first, nn.Embedding) and len(size) == 1:
         return torch.randint(first.num_embeddings, (batch, *size), generator=generator).to(like.device)
     return torch.randn(batch, *size, generator=generator).to(like)
 
 
-# ---- running it
+# ---- the probe
 
 def probe(
         model: nn.Module,
@@ -164,32 +166,34 @@ def probe(
         input_size: Optional[Sequence[int]] = None,
         example_inputs: Any = None,
 ) -> T:
-    """run(example) on the first example that the model takes, with the model undisturbed and no gradients.
+    """Call run(example) on the first example input that the model accepts, and return its result.
+
+    The model runs without gradients and is left unchanged.
 
     Args:
         model: The model.
-        run: Calls the model; what it returns is returned.
+        run: Function that calls the model on the example.
         batch: Number of samples in the example.
         input_size: Shape of one sample; guessed from the model by default.
-        example_inputs: What the model takes; see `examples`.
+        example_inputs: Input of the model; see `examples`.
 
     Raises:
-        ProbeError: run raised on every example; the message has the last error and asks for example_inputs. Where run
-            raised a ProbeError of its own, that one.
+        ProbeError: run failed on every example; the message holds the last error and asks for example_inputs. A
+            ProbeError that run itself raised is passed on.
     """
     if any(is_lazy(p) for p in itertools.chain(model.parameters(), model.buffers())):
-        raise ProbeError(f'{type(model).__name__} has lazy parameters, whose shapes the first input decides; run it '
-                         f'once on an input of yours before.')
+        raise ProbeError(f'{type(model).__name__} has lazy parameters, whose shapes depend on the first input; run it '
+                         f'once on an input of yours first.')
     last, refused = None, None
     for example in examples(model, batch, input_size, example_inputs):
         if refused is not None and [x.ndim for x in example.tensors()] == refused[0]:
-            continue  # another size of what ran already
+            continue  # the model ran on an input with as many axes; another size would not help
         try:
             with undisturbed(model):
                 return run(example)
-        except ProbeError as error:  # it ran, but run does not like what it saw
+        except ProbeError as error:  # the model ran, but run rejected the result
             refused = refused or ([x.ndim for x in example.tensors()], error)
-        except Exception as error:  # whatever an unknown model raises on an input that is not its own
+        except Exception as error:  # an unknown model may raise anything on an unsuitable input
             last = example, error
             _logger.debug(f'{type(model).__name__} does not run on {example}: {error}')
     if refused is not None:
@@ -203,6 +207,6 @@ def probe(
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Run the model in evaluation mode, eagerly, without gradients and without the user's hooks; leave it as it was."""
+    """Run a model inside in evaluation mode, eagerly, without gradients and without user hooks; then restore it."""
     with untouched(model), without_hooks(model), torch.compiler.set_stance('force_eager'):
         yield

@@ -1,4 +1,4 @@
-"""The state of all random number generators as plain tensors and numbers, and samples with their own random numbers."""
+"""Save and restore the state of all random number generators, and seed them for a block of code."""
 import random
 from contextlib import contextmanager
 from typing import Any, Dict, Iterator, Sequence
@@ -10,9 +10,9 @@ __all__ = ['get_random_state', 'set_random_state', 'seeded']
 
 
 def get_random_state() -> Dict[str, Any]:
-    """State of python's, numpy's and torch's global generators (and the current CUDA device's).
+    """Return the state of Python's, numpy's and torch's global generators and of the current CUDA device's.
 
-    Holds nothing that `torch.load(..., weights_only=True)` refuses.
+    `torch.load(..., weights_only=True)` can load it.
     """
     name, keys, position, has_gauss, cached = np.random.get_state()
     state = dict(
@@ -26,7 +26,7 @@ def get_random_state() -> Dict[str, Any]:
 
 
 def set_random_state(state: Dict[str, Any]) -> None:
-    """Put all generators where `get_random_state` found them."""
+    """Restore the state that `get_random_state` returned."""
     version, internal, gauss = state['python']
     random.setstate((version, tuple(internal), gauss))
     name, keys, position, has_gauss, cached = state['numpy']
@@ -38,17 +38,17 @@ def set_random_state(state: Dict[str, Any]) -> None:
 
 @contextmanager
 def seeded(numbers: Sequence[int], restore: bool = True) -> Iterator[None]:
-    """Inside, random, numpy and torch (on the CPU) draw what these numbers alone decide.
+    """Seed random, numpy and torch (CPU only) from some numbers for a block of code.
 
     Args:
-        numbers: Non-negative numbers, e.g. (seed, epoch, index of the sample).
-        restore: Whether the generators go on afterwards as if nothing had been drawn.
+        numbers: Non-negative numbers, e.g. (seed, epoch, sample index).
+        restore: Whether to restore the generators' states afterwards.
     """
     saved = (random.getstate(), np.random.get_state(), torch.get_rng_state()) if restore else None
     a, b, c = np.random.SeedSequence(numbers).generate_state(3)
     random.seed(int(a))
     np.random.seed(b)
-    torch.default_generator.manual_seed(int(c))  # torch.manual_seed would seed the GPU as well
+    torch.default_generator.manual_seed(int(c))  # torch.manual_seed would also seed the GPU
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Running a model leaves it bit for bit as it was; a change that fails is undone."""
+"""Restore a model after running it, and undo a change that failed."""
 from collections import OrderedDict, deque
 from contextlib import contextmanager
 from functools import wraps
@@ -14,20 +14,20 @@ from .random_state import get_random_state, set_random_state
 
 __all__ = ['untouched', 'undone_on_error', 'all_or_nothing', 'without_hooks', 'part_of_layer']
 
-_CONTAINERS = dict, list, set, deque  # that a module may fill in its forward
+_CONTAINERS = dict, list, set, deque  # types of attributes that a forward may fill in place
 _HOOKS = '_forward_hooks', '_forward_pre_hooks'
 _COMPUTE_WEIGHTS = WeightNorm, SpectralNorm, BasePruningMethod
 
 
 class _ModelState:
-    """All that a forward, or a conversion, may change in a model.
+    """Snapshot of everything in a model that a forward or a conversion may change.
 
-    Kept are the class and the attributes of every module (containers by their entries: modes, hooks, settings,
+    It holds the class and attributes of every module (with the entries of containers: modes, hooks, settings,
     children), the values of buffers, and `requires_grad` and gradients of parameters.
 
     Args:
         model: Model.
-        parameters: Whether to keep the values of the parameters as well, a copy of them.
+        parameters: Whether to copy the values of parameters, too.
     """
 
     def __init__(self, model: nn.Module, parameters: bool):
@@ -61,7 +61,7 @@ class _ModelState:
 
 
 def _all_modules(model: nn.Module) -> Iterator[nn.Module]:
-    """The modules of a model, and those that neurons replaced and keep aside."""
+    """Yield the modules of a model, including those that a neuron replaced and holds in its attribute `replaced`."""
     for module in model.modules():
         yield module
         if isinstance(vars(module).get('replaced'), nn.Module):
@@ -73,16 +73,17 @@ def _is_lazy(tensor: torch.Tensor) -> bool:
 
 
 def _refill(container: Any, entries: Any) -> None:
+    """Replace the entries of a container in place."""
     container.clear()
     container.extend(entries) if isinstance(container, (list, deque)) else container.update(entries)
 
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Measure inside: evaluation mode, no gradient; afterwards, or after an error, all is as it was.
+    """Evaluate a model inside: evaluation mode, no gradients. Restore it afterwards, even after an error.
 
     Restored are the attributes of every module (modes, hooks, settings, classes, children), the values of buffers, and
-    the random state of torch, numpy and python. Parameters are not copied: a forward does not write to them.
+    the random state of torch, numpy and Python. Parameters are not copied, since a forward does not write to them.
     """
     state, random_state = _ModelState(model, parameters=False), get_random_state()
     try:
@@ -96,11 +97,11 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def undone_on_error(model: nn.Module, parameters: bool = False) -> Iterator[None]:
-    """Change a model inside: whatever is raised leaves it as it was before.
+    """Change a model inside; if an exception is raised, restore it.
 
     Args:
         model: Model that is changed in place.
-        parameters: Whether values of parameters are changed, which takes a copy of them.
+        parameters: Whether parameter values are changed, too. They are then copied first.
     """
     state = _ModelState(model, parameters)
     try:
@@ -111,7 +112,11 @@ def undone_on_error(model: nn.Module, parameters: bool = False) -> Iterator[None
 
 
 def all_or_nothing(parameters: bool = False) -> Callable[[Callable], Callable]:
-    """Decorator for a function that changes its first argument, a model, in place: see `undone_on_error`."""
+    """Decorate a function that changes its first argument, a model, in place: an error undoes the change.
+
+    Args:
+        parameters: As in `undone_on_error`.
+    """
     def decorate(change: Callable) -> Callable:
         @wraps(change)
         def changed(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -122,7 +127,7 @@ def all_or_nothing(parameters: bool = False) -> Callable[[Callable], Callable]:
 
 
 def part_of_layer(hook: Callable) -> Callable:
-    """Mark a hook that a layer cannot do without; `without_hooks` lets it run."""
+    """Mark a hook as part of its layer, so that `without_hooks` keeps it."""
     hook.part_of_layer = True
     return hook
 
@@ -133,7 +138,7 @@ def _is_part_of_layer(hook: Callable) -> bool:
 
 @contextmanager
 def without_hooks(model: nn.Module) -> Iterator[None]:
-    """None of the user's hooks run inside; those that are a part of their layer (weight norm, pruning) do."""
+    """Remove the user's forward hooks inside. Hooks that are part of their layer (weight norm, pruning) still run."""
     kept = [(module, name, vars(module)[name]) for module in model.modules() for name in _HOOKS]
     for module, name, hooks in kept:
         setattr(module, name, OrderedDict((key, hook) for key, hook in hooks.items()
