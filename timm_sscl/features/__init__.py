@@ -1,4 +1,4 @@
-"""Where features are read: a model's stages, finding the modules that return them, reading by methods and by hooks."""
+"""Read features from a model: list its stages, find the modules that return them, read them by methods or by hooks."""
 from .finding import find_taps, named_taps, run_probe, tap_shapes
 from .rates import RateRecorder
 from .reader import FeatureReader

@@ -1,4 +1,4 @@
-"""Which axis of a tensor holds the channels: followed through a forward from the layers that made it."""
+"""Find the channel axis of a tensor by following it through a forward from the layers that made it."""
 import re
 from typing import Any, Callable, Dict, Optional, Sequence, Tuple
 
@@ -9,8 +9,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 __all__ = ['ChannelAxes', 'default_axis', 'moved_axis', 'layer_axis']
 
-_SPATIAL = re.compile(r'(?:conv|conv_transpose|\w*pool)([123])d')  # channels, then so many spatial axes
-_FIRST = {'batch_norm', 'group_norm', 'instance_norm'}  # channels behind the batch
+_SPATIAL = re.compile(r'(?:conv|conv_transpose|\w*pool)([123])d')  # input (B, C, *spatial) with 1 to 3 spatial axes
+_FIRST = {'batch_norm', 'group_norm', 'instance_norm'}  # channels on axis 1
 _LAST = {'linear', 'bilinear', 'embedding', 'multi_head_attention_forward'}
 _OVER_LAST = {'layer_norm', 'rms_norm'}
 _MOVES = {
@@ -22,17 +22,19 @@ _MOVES = {
 
 
 def default_axis(ndim: int) -> int:
-    """The axis of the channels where nothing is known: 1 in maps and volumes, the last in tokens and vectors."""
+    """Return the channel axis of a tensor of unknown origin: 1 for maps and volumes, the last axis for tokens and
+    vectors.
+    """
     return 1 if ndim >= 4 else ndim - 1
 
 
 def layer_axis(name: str, args: Sequence[Any], ndim: int) -> Optional[int]:
-    """The axis of the channels that a layer's function takes and returns; None where the function fixes none.
+    """Return the channel axis of a function's input and output, or None if the function determines none.
 
     Args:
         name: Name of the function: 'conv1d', 'linear', ...
         args: Its arguments.
-        ndim: Axes of the tensor.
+        ndim: Number of axes of the tensor.
     """
     spatial = _SPATIAL.fullmatch(name)
     if spatial is not None:
@@ -51,9 +53,10 @@ def moved_axis(
         args: Tuple[Any, ...],
         kwargs: Dict[str, Any],
 ) -> Optional[int]:
-    """Where a function that moves elements, as reshape or a mean, brings an axis of its source; None where it is gone.
+    """Return the axis of a function's output that corresponds to an axis of its input; None if the axis is lost.
 
-    The function runs on a tensor of the source's shape that holds the index along this axis.
+    This is for functions that move elements, such as reshape or mean. The function is run on a tensor of the input's
+    shape whose values are the indices along the axis.
     """
     if getattr(func, '__name__', '') not in _MOVES or source.shape[axis] < 2:
         return None
@@ -69,10 +72,10 @@ def moved_axis(
 
 
 class ChannelAxes(TorchFunctionMode):
-    """While active, follows the axis of the channels from layer to layer.
+    """Torch function mode that follows the channel axis from layer to layer.
 
-    A convolution, batch norm or pooling has them behind the batch, a linear map last. Elementwise functions leave them
-    where they are, reshapes and means move them.
+    Convolutions, batch norms and pooling have channels on axis 1 (of a batch), linear maps on the last axis.
+    Elementwise functions keep the axis; reshapes and means move it.
     """
 
     def __init__(self):
@@ -80,7 +83,7 @@ class ChannelAxes(TorchFunctionMode):
         self._axes = WeakTensorKeyDictionary()
 
     def axis(self, x: torch.Tensor) -> int:
-        """Axis of the channels of a tensor that was seen; 1 of other maps, the last of other tokens and vectors."""
+        """Return the channel axis of a tensor; `default_axis` if the mode did not see where it comes from."""
         known = self._axes.get(x)
         return known if known is not None else default_axis(x.ndim)
 

@@ -1,4 +1,4 @@
-"""Finding taps: one probe that tells which modules return the features of the stages."""
+"""Find taps: run a model on one probe image and see which modules return the features of its stages."""
 from collections import Counter
 from contextlib import contextmanager
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
@@ -23,7 +23,10 @@ __all__ = ['run_probe', 'find_taps', 'named_taps', 'tap_shapes', 'module_calls']
 
 @contextmanager
 def _probing(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no gradient, and neurons that all but pass their input on, so that no feature is silent."""
+    """Run a model inside in evaluation mode without gradients, with neurons that do not silence any feature.
+
+    Each neuron returns nearly its input (see `_pass_on`) instead of spikes.
+    """
     with untouched(model):
         for module in model.modules():
             if isinstance(module, SpikingNeuron):
@@ -32,19 +35,23 @@ def _probing(model: nn.Module) -> Iterator[None]:
 
 
 def _pass_on(lif: SpikingNeuron, args: Tuple[torch.Tensor], spikes: torch.Tensor) -> torch.Tensor:
-    """Not the identity: what comes before and after a neuron must differ."""
+    """Return 1.01 * x + .01 instead of spikes. It is not the identity, so that a neuron's input and output differ."""
     x = args[0].repeat(lif.timesteps, *(1,) * (args[0].ndim - 1)) if lif.encodes else args[0]
     return 1.01 * x + .01
 
 
 def _probe_input(model: nn.Module, size: Tuple[int, ...]) -> torch.Tensor:
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
-    generator = torch.Generator().manual_seed(0)  # the global generator stays where it is
+    generator = torch.Generator().manual_seed(0)  # leaves the global generator alone
     return torch.randn(1, *size, generator=generator).to(like)
 
 
 def run_probe(model: nn.Module, input_size: Optional[Sequence[int]], run: Callable[[torch.Tensor], Any]) -> Any:
-    """run(x) on the first input size that the model takes."""
+    """Call run(x) with a random image x of the first input size that the model accepts, and return its result.
+
+    Raises:
+        ValueError: The model runs on no size.
+    """
     sizes = [tuple(input_size)] if input_size is not None else probe_sizes(model)
     for i, size in enumerate(sizes):
         try:
@@ -56,8 +63,8 @@ def run_probe(model: nn.Module, input_size: Optional[Sequence[int]], run: Callab
                                  f'Say what it takes by input_size=(C, H, W).') from error
 
 
-class _Seen(NamedTuple):
-    """A module's call in a probe."""
+class _ModuleCall(NamedTuple):
+    """One call of a module during a probe."""
     module: str
     nth: int
     args: Tuple[Any, ...]
@@ -65,20 +72,20 @@ class _Seen(NamedTuple):
     out: Any
 
 
-def module_calls(model: nn.Module, run: Callable[[], Any]) -> Tuple[Any, List[_Seen]]:
-    """run(), and the calls of the model's modules in it, in the order of their ends."""
-    seen: List[_Seen] = []
+def module_calls(model: nn.Module, run: Callable[[], Any]) -> Tuple[Any, List[_ModuleCall]]:
+    """Return run() and the calls of the model's modules during it, in the order in which they finished."""
+    calls: List[_ModuleCall] = []
     counts: Counter = Counter()
 
     def hook(name):
-        def saw(module, args, kwargs, out):
-            seen.append(_Seen(name, counts[name], args, kwargs, out))
+        def record(module, args, kwargs, out):
+            calls.append(_ModuleCall(name, counts[name], args, kwargs, out))
             counts[name] += 1
-        return saw
+        return record
 
     handles = [m.register_forward_hook(hook(n), with_kwargs=True) for n, m in model.named_modules() if n]
     try:
-        return run(), seen
+        return run(), calls
     finally:
         for handle in handles:
             handle.remove()
@@ -87,13 +94,13 @@ def module_calls(model: nn.Module, run: Callable[[], Any]) -> Tuple[Any, List[_S
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     if a.shape != b.shape:
         return False
-    row = (0,) * (a.ndim - 1)  # most candidates differ in their first row already
-    # the same arithmetic twice; a batch norm before its training is the identity to 5e-6
+    row = (0,) * (a.ndim - 1)  # cheap: most candidates differ in their first row
+    # tolerance: same arithmetic twice, and an untrained batch norm is the identity up to 5e-6
     return all(torch.allclose(u, v, rtol=1e-6, atol=1e-7, equal_nan=True) for u, v in ((a[row], b[row]), (a, b)))
 
 
 def _layout(out: torch.Tensor, feature: torch.Tensor, prefixes: Sequence[int]) -> Optional[Tuple[int, int]]:
-    """(channel_axis, prefix_tokens) under which a tensor is this feature (T * B, C, ...), or None."""
+    """Return (channel_axis, prefix_tokens) with which a tensor equals this feature (T * B, C, ...), or None."""
     if out.ndim < 2 or out.numel() < feature.numel():
         return None
     if _same(out, feature) or (feature.ndim > 2 and out.ndim > 2 and _same(out.flatten(2), feature.flatten(2))):
@@ -107,35 +114,36 @@ def _layout(out: torch.Tensor, feature: torch.Tensor, prefixes: Sequence[int]) -
 
 
 def find_taps(model: nn.Module, num_stages: int = 4, input_size: Optional[Sequence[int]] = None) -> List[Tap]:
-    """Taps on the last stages and the pooled feature of a timm model, found by one probe.
+    """Find taps on the last stages and on the pooled feature of a timm model by one probe.
 
-    The probe runs the model once by forward_intermediates and forward_head and once as a whole, and takes for each
-    feature the outermost module that returns it and is no container: gradient checkpointing never calls a container.
-    Where several return it (a block that is still an identity), the one that feature_info names. A pooled feature that
-    no module returns is taken from the final feature map by forward_head.
+    The probe computes the features by forward_intermediates and forward_head, runs the model's forward, and looks up
+    which modules returned the same tensors. Per feature it takes the outermost module that is no nn.Sequential, since
+    gradient checkpointing does not call those. If several modules return a feature (an untrained block may be the
+    identity), the one named in feature_info wins. If no module returns the pooled feature, the tap computes it from the
+    final feature map by forward_head.
 
     Args:
         model: timm model.
-        num_stages: How many of the last stages.
-        input_size: (C, H, W) of the probe image; the model's own by default.
+        num_stages: Number of stages, counted from the last.
+        input_size: (C, H, W) of the probe image; by default the model's own.
 
     Returns:
         One Tap per stage, then the pooled one.
 
     Raises:
-        ValueError: The model has no stages to find, or no module returns a feature.
+        ValueError: The model has no stages, or no module returns a feature.
     """
     return _find(model, stage_indices(model, num_stages), input_size)
 
 
 def _find(model: nn.Module, indices: Sequence[int], input_size: Optional[Sequence[int]]) -> List[Tap]:
-    """Taps on stages, in their order, and the pooled feature."""
+    """Find taps on the stages with these indices, in this order, and on the pooled feature."""
     names = stage_names(model, indices) + [POOLED]
 
     def run(x: torch.Tensor) -> List[Optional[Tap]]:
-        (final, stages, pooled), functional = module_calls(model, lambda: reference_features(model, indices, x))
-        _, seen = module_calls(model, lambda: model(x))
-        search = _Search(model, seen, functional)
+        (final, stages, pooled), feature_calls = module_calls(model, lambda: reference_features(model, indices, x))
+        _, forward_calls = module_calls(model, lambda: model(x))
+        search = _Search(model, forward_calls, feature_calls)
         taps = [search.find(name, feature) for name, feature in zip(names, [*stages, pooled])]
         taps[-1] = taps[-1] or search.through_head(final, pooled)
         return taps
@@ -149,29 +157,38 @@ def _find(model: nn.Module, indices: Sequence[int], input_size: Optional[Sequenc
 
 
 class _Search:
-    """Looks for a feature among the calls of one forward.
+    """Search for a feature among the module calls of one forward.
 
     Args:
         model: The model.
-        seen: Calls in the model's own forward, which is what hooks will see.
-        functional: Calls in forward_intermediates and forward_head, which made the features.
+        forward_calls: Calls during the model's forward, which hooks will see.
+        feature_calls: Calls during forward_intermediates and forward_head, which computed the features.
     """
 
-    def __init__(self, model: nn.Module, seen: Sequence[_Seen], functional: Sequence[_Seen]):
-        # gradient checkpointing never calls a container
+    def __init__(
+            self,
+            model: nn.Module,
+            forward_calls: Sequence[_ModuleCall],
+            feature_calls: Sequence[_ModuleCall],
+    ):
+        # gradient checkpointing does not call an nn.Sequential
         containers = {name for name, module in model.named_modules() if isinstance(module, nn.Sequential)}
-        self.seen = [call for call in seen if call.module not in containers]
-        self.functional = [call for call in functional if call.module not in containers]
+        self.forward_calls = [call for call in forward_calls if call.module not in containers]
+        self.feature_calls = [call for call in feature_calls if call.module not in containers]
         self.prefixes = sorted({0, 1, getattr(model, 'num_prefix_tokens', 0) or 0})
 
     def find(self, name: str, feature: torch.Tensor) -> Optional[Tap]:
-        """A tap whose tensor is the feature, as it is, or after a call that forward_intermediates makes of it."""
+        """Return a tap on the feature, or None.
+
+        The tapped tensor is the feature itself, or the input of a last call that forward_intermediates applies to it,
+        or the first argument of a module.
+        """
         found = self._outputs(feature)
         if found:
             return _best(found, name)
-        for call in self.functional:
+        for call in self.feature_calls:
             if any(True for _ in tensors_in([call.args[1:], call.kwargs])):
-                continue  # a tensor of the probe's
+                continue  # the call depends on another tensor of the probe
             source = next((arg for arg in call.args[:1] if isinstance(arg, torch.Tensor)), None)
             layout = _layout(call.out, feature, self.prefixes) if isinstance(call.out, torch.Tensor) else None
             sources = self._outputs(source, exact=True) if source is not None and layout is not None else []
@@ -183,7 +200,9 @@ class _Search:
         return inputs[0]._replace(name=name) if inputs else None
 
     def through_head(self, final: Any, pooled: torch.Tensor) -> Optional[Tap]:
-        """A tap on the final feature map, or on each of several, from which forward_head makes the pooled feature."""
+        """Return a tap that computes the pooled feature by forward_head from the final feature map or maps; None if not
+        found.
+        """
         parts = []
         for _, tensor in tensors_in(final):
             found = self._outputs(tensor)
@@ -199,7 +218,7 @@ class _Search:
     def _outputs(self, feature: torch.Tensor, exact: bool = False) -> List[Tap]:
         prefixes = (0,) if exact else self.prefixes
         found = []
-        for call in self.seen:
+        for call in self.forward_calls:
             for path, tensor in tensors_in(call.out):
                 layout = _layout(tensor, feature, prefixes)
                 if layout is not None and (not exact or tensor.shape == feature.shape):
@@ -208,7 +227,7 @@ class _Search:
 
     def _inputs(self, feature: torch.Tensor) -> List[Tap]:
         found = []
-        for call in self.seen:
+        for call in self.forward_calls:
             if call.args and isinstance(call.args[0], torch.Tensor):
                 layout = _layout(call.args[0], feature, self.prefixes)
                 if layout is not None:
@@ -217,8 +236,11 @@ class _Search:
 
 
 def _best(found: List[Tap], name: str) -> Tap:
-    """Of the modules that return a feature: the one that feature_info names or its parts, the outermost, and of those
-    the last to return a stage (its activation), the first to return the pooled feature (before dropout)."""
+    """Choose among taps on the same feature.
+
+    Modules that feature_info names, or their children, come first; among them the outermost. Of several such modules
+    the last one is taken for a stage (its activation), the first one for the pooled feature (before dropout).
+    """
     named = [tap for tap in found if tap.module == name or tap.module.startswith(f'{name}.')] or found
     depth = min(tap.module.count('.') for tap in named)
     outermost = [tap for tap in named if tap.module.count('.') == depth]
@@ -226,12 +248,11 @@ def _best(found: List[Tap], name: str) -> Tap:
 
 
 def named_taps(model: nn.Module, names: Sequence[str], input_size: Optional[Sequence[int]] = None) -> List[Tap]:
-    """Taps by name: modules of any nn.Module, stages of a timm model as in its feature_info, 'pooled'.
+    """Find taps by name: any module of an nn.Module, a stage of a timm model named as in its feature_info, or 'pooled'.
 
-    A stage is what forward_intermediates returns for it. A container (nn.Sequential) is tapped at its last block.
-    Where a feature has its channels is followed from the layers
-    that made it: (B, C, L) behind a Conv1d, (B, N, C) or (B, H, W, C) behind a linear map. Where they made nothing,
-    (B, N, C) are tokens and (B, C, ...) all else.
+    The feature of a stage is what forward_intermediates returns. The feature of an nn.Sequential is the output of its
+    last block. The channel axis follows from the layers that made the tensor: (B, C, L) after Conv1d, (B, N, C) or (B,
+    H, W, C) after Linear. Without such layers, (B, N, C) is taken for tokens and any other tensor for (B, C, ...).
 
     Raises:
         ValueError: A module does not exist, does not run, or returns no tensor.
@@ -251,14 +272,14 @@ def named_taps(model: nn.Module, names: Sequence[str], input_size: Optional[Sequ
         paths[name] = path
 
     def run(x: torch.Tensor) -> Dict[str, Tuple[Any, Optional[int]]]:
-        seen = {}
+        outputs = {}
         with ChannelAxes() as axes:
             for call in module_calls(model, lambda: model(x))[1]:
                 axis = axes.axis(call.out) if isinstance(call.out, torch.Tensor) else None
-                seen.setdefault(call.module, (call.out, axis))
-        return seen
+                outputs.setdefault(call.module, (call.out, axis))
+        return outputs
 
-    seen = run_probe(model, input_size, run) if paths else {}
+    outputs = run_probe(model, input_size, run) if paths else {}
     found = {}
     if any(name not in paths for name in names):
         indices = sorted({stages[name] for name in names if name in stages})
@@ -268,7 +289,7 @@ def named_taps(model: nn.Module, names: Sequence[str], input_size: Optional[Sequ
         if name not in paths:
             taps.append(found[name])
             continue
-        out, axis = seen.get(paths[name], (None, None))
+        out, axis = outputs.get(paths[name], (None, None))
         if not isinstance(out, torch.Tensor) or out.ndim < 2:
             raise ValueError(f"tap '{name}' of {type(model).__name__} did not return a tensor (B, ...) in a forward.")
         taps.append(Tap(name, paths[name], out.shape[axis], -1 if axis == out.ndim - 1 and axis > 1 else axis, 0))
@@ -280,7 +301,7 @@ def tap_shapes(
         taps: Sequence[Tap],
         input_size: Optional[Sequence[int]] = None,
 ) -> List[Tuple[int, ...]]:
-    """(T, C, ...) of every tap's feature of one image, by a probe."""
+    """Return (T, C, ...) of every tap's feature for one image, by a probe."""
     recorder = Recorder(model, taps, training_only=False, compiled=False)
 
     def run(x: torch.Tensor) -> List[Tuple[int, ...]]:

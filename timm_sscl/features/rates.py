@@ -1,4 +1,4 @@
-"""Firing rates of a training forward, with gradients."""
+"""Measure firing rates in a training forward, with gradients."""
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
@@ -10,8 +10,8 @@ __all__ = ['RateRecorder']
 
 
 class _Call(NamedTuple):
-    """What is kept of a neuron's call: nothing that a checkpointed region would have to save."""
-    mean: torch.Tensor  # of what it returned, per scale
+    """Mean output of one neuron call. It holds no activation that gradient checkpointing would have to keep."""
+    mean: torch.Tensor  # of the output, one entry per scale
     scale: Optional[torch.Tensor]
     elements: int
 
@@ -20,25 +20,27 @@ class _Call(NamedTuple):
         first, sizes = out.ndim, ()
         if lif.scale is not None:
             first, sizes = out.ndim - lif.scale.ndim, lif.scale.shape
-        alike = [i for i in range(out.ndim) if i < first or sizes[i - first] == 1]  # axes that share a scale
+        alike = [i for i in range(out.ndim) if i < first or sizes[i - first] == 1]  # the scale is constant along them
         return cls(out.mean(alike, dtype=torch.promote_types(out.dtype, torch.float32)), lif.scale, out.numel())
 
     @property
     def rate(self) -> torch.Tensor:
-        """Mean of the spikes, 0 or 1, which a neuron returns times its scale."""
+        """Mean of the spikes (0 or 1). The neuron returns spikes times its scale, so the scale is divided out."""
         return self.mean if self.scale is None else (self.mean / self.scale.to(self.mean.dtype).squeeze()).mean()
 
 
 def _rate(calls: List[_Call]) -> torch.Tensor:
-    """Rate over all calls of a neuron in a forward."""
+    """Return the mean rate over all calls of a neuron in a forward."""
     if len(calls) == 1:
         return calls[0].rate
     return sum(call.rate * call.elements for call in calls) / sum(call.elements for call in calls)
 
 
 class _RateHook:
-    """Forward hook of a neuron that tells a recorder; a copy of the model has a copy of it, which tells the recorder's
-    copy."""
+    """Forward hook of a neuron that passes its output to a recorder.
+
+    A copy of the model holds a copy of the hook, which refers to the copy of the recorder.
+    """
 
     def __init__(self, recorder: Optional['RateRecorder'] = None, name: str = ''):
         self.recorder = recorder
@@ -46,18 +48,17 @@ class _RateHook:
 
     def __call__(self, lif: SpikingNeuron, args: Tuple[Any, ...], out: torch.Tensor) -> None:
         if self.recorder is not None and self.recorder.recording:
-            self.recorder.saw(self.name, lif, out)
+            self.recorder.record(self.name, lif, out)
 
 
 class RateRecorder:
-    """Mean spikes per neuron and step of every neuron layer between `begin` and `take`, differentiable.
+    """Measure spikes per neuron and time step of every neuron layer between `begin` and `take`, differentiably.
 
-    It costs a mean per layer while it records and a call per layer otherwise. It records under gradient checkpointing,
-    whose recomputation runs after `take` and is not seen, and in a compiled model; not in both at once, where dynamo
-    refuses the side effect.
+    While it records, it computes one mean per layer. It works under gradient checkpointing (the recomputation runs
+    after `take` and is ignored) and in a compiled model. Both at once fail: dynamo refuses the side effect.
 
     Args:
-        model: Spiking model; hooks are added to its neurons, before any compilation.
+        model: Spiking model. Hooks are added to its neurons; add them before compiling it.
 
     Raises:
         ValueError: The model has no neurons.
@@ -74,28 +75,35 @@ class RateRecorder:
             lif.register_forward_hook(_RateHook(self, name))
 
     def begin(self) -> None:
-        """Record from here on."""
+        """Start recording."""
         self._seen = {}
         self._gradients = torch.is_grad_enabled()
         self.recording = True
 
-    def saw(self, name: str, lif: SpikingNeuron, out: torch.Tensor) -> None:
+    def record(self, name: str, lif: SpikingNeuron, out: torch.Tensor) -> None:
+        """Add the output of one neuron call.
+
+        Raises:
+            RuntimeError: The neuron ran without gradients although recording started with gradients on.
+        """
         if self._gradients and not torch.is_grad_enabled():
             raise RuntimeError(f"'{name}' ran without gradients, as under reentrant checkpointing, so its firing rate "
                                f'cannot be trained; use timm.layers.set_reentrant_ckpt(False).')
         self._seen.setdefault(name, []).append(_Call.of(lif, out))
 
     def take(self) -> Dict[str, torch.Tensor]:
-        """Stop, and return the rate of every layer that ran, 0-d, by its name and in the order of the first calls."""
+        """Stop recording and return the firing rate of every layer that ran, 0-d, by name in the order of the first
+        calls.
+        """
         seen, self._seen, self.recording = self._seen, {}, False
         return {name: _rate(calls) for name, calls in seen.items()}
 
     def __getstate__(self) -> Dict[str, Any]:
-        return {'recording': False, '_gradients': False, '_seen': {}}  # a copy starts afresh
+        return {'recording': False, '_gradients': False, '_seen': {}}  # a copy starts without records
 
 
 def _detached() -> RateRecorder:
-    """A recorder without a model: what pickles of version 0.1.0 hold."""
+    """Return a recorder without a model. Pickles of version 0.1.0 refer to this function."""
     recorder = RateRecorder.__new__(RateRecorder)
     recorder.recording, recorder._gradients, recorder._seen = False, False, {}
     return recorder

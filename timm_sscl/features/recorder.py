@@ -1,4 +1,4 @@
-"""Recorder: features by hooks, in anybody's training loop."""
+"""Recorder: read features by hooks, in any training loop."""
 from contextlib import nullcontext
 from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
 
@@ -13,23 +13,23 @@ from .tap import Tap, has_timesteps, per_step_keyword, tensor_at
 __all__ = ['guard_on_hooks', 'Recorder']
 
 
-# ---- reading by hooks, in somebody else's loop
+# ---- reading by hooks, where the caller owns the training loop
 
 def guard_on_hooks() -> None:
-    """Let torch.compile tell a model with hooks from its twin without.
+    """Make torch.compile distinguish a model with hooks from an equal model without hooks.
 
-    By default it takes a graph that it made of one for the other, whose taps then never fire (or fire in its place).
+    By default dynamo reuses the graph of one for the other: taps then never fire, or fire for the wrong model.
     """
     if torch._dynamo.config.skip_nnmodule_hook_guards:
         torch._dynamo.config.skip_nnmodule_hook_guards = False
-        torch._dynamo.reset()  # graphs from before do not check
+        torch._dynamo.reset()  # graphs compiled earlier lack the check
 
 
 class _Hook:
-    """Forward hook that tells a recorder.
+    """Forward hook that passes a module's output to a recorder.
 
-    A copy of the model, by deepcopy or pickle, has a copy of the hook, which tells the recorder's copy. That one
-    records only if whoever owns the recorder was copied along with the model.
+    A copy of the model (deepcopy or pickle) holds a copy of the hook, which refers to a copy of the recorder. The
+    copied recorder records only if its owner was copied together with the model.
     """
 
     def __init__(self, recorder: Optional['Recorder'] = None, key: Any = None):
@@ -39,10 +39,10 @@ class _Hook:
 
     def __call__(self, module: nn.Module, args: Tuple, kwargs: Dict, out: Any) -> None:
         if self.recorder is not None:
-            self.recorder.saw(self.key, out)
+            self.recorder.record(self.key, out)
 
     def added(self, handle: RemovableHandle) -> None:
-        """Keep the handle here as well: its copy removes the hook's copy."""
+        """Store the handle of this hook, so that a copy of the hook can be removed, too."""
         self.handle = handle
         self.recorder.handles.append(handle)
 
@@ -53,10 +53,10 @@ class _Hook:
 
 
 class _PreHook(_Hook):
-    """Forward pre-hook on the whole model: a call begins."""
+    """Forward pre-hook of the whole model. It starts a record."""
 
     def __getstate__(self) -> Dict[str, Any]:
-        return {**self.__dict__, 'model': getattr(self.recorder, 'model', None)}  # the one that is being copied
+        return {**self.__dict__, 'model': getattr(self.recorder, 'model', None)}  # in a copy: the copy
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
         model = state.pop('model')
@@ -70,36 +70,40 @@ class _PreHook(_Hook):
 
 
 class _InputHook(_Hook):
-    """Forward pre-hook on a tapped module: its first argument."""
+    """Forward pre-hook of a tapped module. It records the module's first argument."""
 
     def __call__(self, module: nn.Module, args: Tuple, kwargs: Dict) -> None:
         if self.recorder is not None:
-            self.recorder.saw(self.key, args[0])
+            self.recorder.record(self.key, args[0])
 
 
 class _Record:
-    """What one forward showed: the input it was called with, and what went out of, or into, the tapped modules."""
+    """What one forward showed: the model's input and the recorded tensors of the tapped modules."""
 
     def __init__(self, inputs: Any, training: bool):
         self.training = training
-        self.without_gradients: Set[Tuple[str, bool]] = set()  # places that ran so inside a call with gradients
+        self.without_gradients: Set[Tuple[str, bool]] = set()  # places that ran so in a call with gradients
         self.inputs = [(x, _version(x)) for x in inputs if isinstance(x, torch.Tensor)]
-        self.seen: Dict[Tuple[str, bool], List[Any]] = {}  # by place, call by call
+        self.outputs: Dict[Tuple[str, bool], List[Any]] = {}  # place -> one output per call
 
     def has(self, tap: Tap) -> bool:
-        return all(len(self.seen.get(part.place, ())) > part.nth for part in tap.parts or (tap,))
+        """Return whether a tap's module ran as often as the tap needs."""
+        return all(len(self.outputs.get(part.place, ())) > part.nth for part in tap.parts or (tap,))
 
     def tensor(self, tap: Tap) -> torch.Tensor:
-        return tensor_at(self.seen[tap.place][tap.nth], tap.path)
+        """Return the tensor that a tap refers to."""
+        return tensor_at(self.outputs[tap.place][tap.nth], tap.path)
 
     def is_of(self, x: torch.Tensor) -> bool:
-        """Whether this was the call on x, or on an equal tensor; not if x was changed in place since."""
-        for seen, version in self.inputs:
-            if version != _version(seen):
+        """Return whether the model was called on x or on an equal tensor. False if the input was changed in place
+        since.
+        """
+        for known, version in self.inputs:
+            if version != _version(known):
                 continue
-            if seen is x:
+            if known is x:
                 return True
-            if (seen.shape, seen.dtype, seen.device) == (x.shape, x.dtype, x.device) and torch.equal(seen, x):
+            if (known.shape, known.dtype, known.device) == (x.shape, x.dtype, x.device) and torch.equal(known, x):
                 return True
         return False
 
@@ -109,22 +113,22 @@ def _version(x: torch.Tensor) -> int:
 
 
 class Recorder:
-    """Records the taps of a model's forward calls, from hooks on the taps and on the model as a whole.
+    """Record the tapped tensors of a model's forward calls by hooks on the tapped modules and on the model.
 
-    Only what runs inside a call of the model is recorded, so that a recomputation in the backward of a checkpointed
-    block is not. With `training_only`, calls in evaluation mode or without gradients are not either. `take(x)` returns
-    the features of the call on x and forgets all records. At most two calls are held, the first since the last take
-    and the newest, so that a forgotten take keeps no more than that alive. Nothing is recorded while `enabled` is off.
+    Only what runs inside a call of the model is recorded; the recomputation of a checkpointed block in the backward is
+    not. With `training_only`, calls in evaluation mode or without gradients are ignored. `take(x)` returns the features
+    of the call on x and drops all records. At most two records are held, the first since the last take and the newest,
+    to bound the memory. Nothing is recorded while `enabled` is False.
 
-    A copy made together with the model is attached to the model's copy, and off until it is enabled; a copy alone has
-    no model.
+    A copy that is made together with the model is attached to the copied model and starts disabled. A copy of the
+    recorder alone has no model.
 
     Args:
         model: Model to hook.
-        taps: Where.
-        training_only: Whether to record calls in training mode with gradients on only.
-        compiled: Whether the model may be compiled while it is hooked, for which dynamo's guards on hooks are turned
-            on, for the whole process.
+        taps: What to record.
+        training_only: Whether to record only calls in training mode with gradients on.
+        compiled: Whether the model may be compiled while hooked. This switches on dynamo's guards on hooks for the
+            whole process.
     """
 
     def __init__(
@@ -142,7 +146,7 @@ class Recorder:
             guard_on_hooks()
         self.records: List[_Record] = []
         self.open: Optional[_Record] = None
-        self.took_training = False  # whether what was taken last was a training step
+        self.took_training = False  # whether the last call taken was a training step
         self.handles: List[RemovableHandle] = []
         modules = dict(model.named_modules())
         hook: _Hook = _PreHook(self)
@@ -157,35 +161,37 @@ class Recorder:
 
     @property
     def timesteps(self) -> int:
-        """T of the model, or of the one that this copy's original is on."""
+        """T of the model. In a copy without a model, T of the original's model."""
         return self._timesteps if self.model is None else getattr(self.model, 'timesteps', 1)
 
     def begin(self, args: Tuple, kwargs: Dict) -> None:
+        """Start a record for a call of the model with these arguments, if it is to be recorded."""
         if not self.enabled:
             self.open = None
             return
         training = self.model.training and torch.is_grad_enabled()
         self.open = None if self.training_only and not training else _Record((*args, *kwargs.values()), training)
 
-    def saw(self, place: Optional[Tuple[str, bool]], out: Any) -> None:
+    def record(self, place: Optional[Tuple[str, bool]], out: Any) -> None:
+        """Add a tapped tensor to the open record; place=None closes the record."""
         record = self.open
         if record is None:
             return
         if place is not None:
-            record.seen.setdefault(place, []).append(out)
+            record.outputs.setdefault(place, []).append(out)
             if record.training and not torch.is_grad_enabled():
                 record.without_gradients.add(place)
             return
-        self.open = None  # the model's own hook: the call has ended
+        self.open = None  # the model's forward hook fires last
         if out is not None:
             self.records = self.records[:1] + [record]
 
     def take(self, x: torch.Tensor) -> List[torch.Tensor]:
-        """Features of the call on x, one (T * B, ...) tensor per tap.
+        """Return the features of the call on x, one (T * B, ...) tensor per tap.
 
         Raises:
-            RuntimeError: The hooks were removed, no call on x was recorded, or a tap did not run in it, or ran without
-                gradients inside a call with gradients.
+            RuntimeError: The hooks were removed, no call on x was recorded, a tap did not run in it, or a tap ran
+                without gradients inside a call with gradients.
         """
         self.check_attached()
         records, self.records = self.records, []
@@ -193,7 +199,7 @@ class Recorder:
             raise RuntimeError(
                 f'no forward of {type(self.model).__name__} was recorded since the last call: run student(x) in '
                 f'training mode with gradients on (and call the model itself, not its methods) before the loss.')
-        for record in reversed(records):  # of two calls on the same images the newest
+        for record in reversed(records):  # prefer the newest of two calls on the same images
             if record.is_of(x):
                 missing = [tap.name for tap in self.taps if not record.has(tap)]
                 if missing:
@@ -209,17 +215,18 @@ class Recorder:
             f'another.')
 
     def check_attached(self) -> None:
-        """Raise where there is no model to record.
+        """Raise an error if there is no model to record.
 
         Raises:
-            RuntimeError: The hooks were removed, or this is a copy made without its model.
+            RuntimeError: The hooks were removed, or this is a copy without a model.
         """
         if self.model is None or not self.handles:
             raise RuntimeError('the taps were removed (close()) or belong to a copy that was made without its model; '
                                'build a new SSCLLoss to attach again.')
 
     def _check_gradients(self, record: _Record, features: Sequence[torch.Tensor]) -> None:
-        """A tap inside a reentrantly checkpointed region is a tensor that nothing can be learned from."""
+        """Raise an error if a tap ran without gradients (reentrant checkpointing), since the loss could not train it.
+        """
         lost = [tap.name for tap, feature in zip(self.taps, features) if not feature.requires_grad
                 and any(part.place in record.without_gradients for part in tap.parts or (tap,))]
         if lost:
@@ -229,6 +236,7 @@ class Recorder:
                 f'in timm timm.layers.set_reentrant_ckpt(False), or tap other modules.')
 
     def _feature(self, tap: Tap, record: _Record) -> torch.Tensor:
+        """Return the feature of a tap: the recorded tensor, or what the tap's call or forward_head makes of it."""
         if tap.call is not None:
             module = self.model.get_submodule(tap.call.module)
             with second_pass(module.modules()), (
@@ -243,7 +251,7 @@ class Recorder:
         return pooled.flatten(0, 1) if has_timesteps(self.model) else pooled
 
     def close(self) -> None:
-        """Remove the hooks and drop what they recorded."""
+        """Remove the hooks and drop all records."""
         for handle in self.handles:
             handle.remove()
         self.handles, self.records, self.open = [], [], None
@@ -252,21 +260,21 @@ class Recorder:
         return dict(taps=self.taps, training_only=self.training_only, timesteps=self.timesteps)
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
-        # the model's hooks, where they are copied too, say which the copy's is
+        # a copied _PreHook sets the copied model
         self.model, self.enabled, self.handles = None, False, []
         self.records, self.open, self.took_training = [], None, False
         self.taps, self.training_only, self._timesteps = state['taps'], state['training_only'], state['timesteps']
 
 
 def _part(part: Tap, out: torch.Tensor) -> torch.Tensor:
-    """A module's output in the shape in which forward_head takes it."""
+    """Convert a recorded output to the shape that forward_head takes."""
     if part.channel_axis == -1:
         out = out[:, part.prefix_tokens:].movedim(-1, 1) if part.prefix_tokens else out.movedim(-1, 1)
     return out.flatten(2) if part.part_ndim == 3 and out.ndim > 3 else out
 
 
 def _detached(taps: Sequence[Tap], training_only: bool) -> Recorder:
-    """A recorder without a model: what pickles of version 0.1.0 hold."""
+    """Return a recorder without a model. Pickles of version 0.1.0 refer to this function."""
     recorder = Recorder.__new__(Recorder)
     recorder.__setstate__(dict(taps=list(taps), training_only=training_only, timesteps=1))
     return recorder

@@ -1,4 +1,4 @@
-"""A pass through a part of a model beside the one that counts: nothing is drawn and no running statistic moves."""
+"""Run a part of a model a second time in training mode without side effects on statistics or random numbers."""
 from contextlib import contextmanager
 from typing import Any, Iterable, Iterator, List, Tuple
 
@@ -10,27 +10,29 @@ __all__ = ['second_pass']
 
 
 def _at_rest(module: nn.Module) -> List[Tuple[str, Any]]:
-    """Attributes with which a module in training draws no dropout and leaves its running statistics."""
+    """Return the attribute values that switch off dropout and updates of running statistics of a module in training
+    mode.
+    """
     if not module.training:
         return []
     settings: List[Tuple[str, Any]] = []
     if isinstance(module, _BatchNorm) and module.track_running_stats:
-        settings.append(('track_running_stats', False))  # it normalises by the batch all the same
+        settings.append(('track_running_stats', False))  # the norm still normalises by the batch
     if isinstance(module, _DropoutNd) and module.p:
         settings.append(('p', 0.))
     if isinstance(getattr(module, 'drop_rate', None), float) and module.drop_rate:
-        settings.append(('drop_rate', 0.))  # timm's, for torch.nn.functional.dropout in forward_head
+        settings.append(('drop_rate', 0.))  # timm's, for F.dropout in forward_head
     return settings
 
 
 @contextmanager
 def second_pass(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Inside, these modules run in training as they do, without dropout, and their running statistics stay.
+    """Run modules inside without dropout and without updates of their running statistics.
 
-    What is computed a second time then neither counts twice in a batch norm nor moves the random numbers.
+    Modules in training mode stay in it: a batch norm still normalises by the batch.
 
     Args:
-        modules: Those that may run, one by one.
+        modules: All modules that may run; their children are not included.
     """
     changed = [(module, name, getattr(module, name), value) for module in modules for name, value in _at_rest(module)]
     for module, name, _, value in changed:

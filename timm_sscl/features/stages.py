@@ -1,4 +1,4 @@
-"""The stages of a timm model, by number and by name."""
+"""List the stages of a timm model by index and by name."""
 import math
 from typing import Dict, List, Sequence, Tuple
 
@@ -11,17 +11,18 @@ from .tap import per_step_keyword
 __all__ = ['POOLED', 'stage_indices', 'match_by_depth', 'known_stages', 'indices_of_names', 'stage_names',
     'run_stages', 'reference_features', 'example_modules']
 
-POOLED = 'pooled'  # name of the tap on the pooled feature in front of the classifier
+POOLED = 'pooled'  # name of the tap on the pooled feature, the classifier's input
 
 
 def stage_indices(model: nn.Module, num_stages: int = 4) -> List[int]:
-    """Indices for forward_intermediates: the end of each of the last stages, from the model's feature_info.
+    """Return the forward_intermediates indices of the last stages' ends, from the model's feature_info.
 
-    A stage is a reduction (stride); isotropic models, with one reduction, are cut into equal runs of blocks.
+    Layers of equal reduction (stride) form a stage. A model with only one reduction (isotropic) is cut into equal runs
+    of blocks.
 
     Args:
         model: timm model with feature_info.
-        num_stages: How many of the last stages; a model with fewer gives what it has.
+        num_stages: Number of stages, counted from the last; a model with fewer stages returns all.
 
     Raises:
         ValueError: The model has no feature_info.
@@ -41,14 +42,14 @@ def stage_indices(model: nn.Module, num_stages: int = 4) -> List[int]:
 
 
 def match_by_depth(n: int, k: int) -> Tuple[List[int], List[int]]:
-    """Positions of the stages to compare in two networks with n and k stages: those at the same relative depth."""
+    """Return the positions of the stages to compare in networks with n and k stages: those at equal relative depth."""
     few = min(n, k)
     student, teacher = ([math.ceil(m * j / few) - 1 for j in range(1, few + 1)] for m in (n, k))
     return student, teacher
 
 
 def known_stages(model: nn.Module) -> Dict[str, int]:
-    """Names of a timm model's stages, as in its feature_info, and their indices for forward_intermediates."""
+    """Return the names of a timm model's stages, as in its feature_info, with their forward_intermediates indices."""
     try:
         indices = range(stage_indices(model)[-1] + 1)
     except ValueError:
@@ -57,7 +58,8 @@ def known_stages(model: nn.Module) -> Dict[str, int]:
 
 
 def indices_of_names(model: nn.Module, names: Sequence[str]) -> List[int]:
-    """Indices for forward_intermediates of stages by their names in feature_info, in the order of the names."""
+    """Return the forward_intermediates indices of stages given by their feature_info names, in the order of the names.
+    """
     known = known_stages(model)
     for name in names:
         if name != POOLED and name not in known:
@@ -67,12 +69,13 @@ def indices_of_names(model: nn.Module, names: Sequence[str]) -> List[int]:
 
 
 def stage_names(model: nn.Module, indices: Sequence[int]) -> List[str]:
+    """Return the feature_info names of stages by their indices."""
     info = getattr(model.feature_info, 'info', model.feature_info)
     return [info[i].get('module') or f'stage{i}' for i in indices]
 
 
 def run_stages(model: nn.Module, indices: List[int], x: torch.Tensor) -> Tuple[torch.Tensor, List[torch.Tensor]]:
-    """Final feature map and stage features; without indices there is no stage to stop at."""
+    """Return the final feature map and the features of the stages with these indices."""
     if not indices:
         return model.forward_features(x), []
     final, stages = model.forward_intermediates(x, indices=indices, **per_step_keyword(model))
@@ -84,7 +87,8 @@ def reference_features(
         indices: List[int],
         x: torch.Tensor,
 ) -> Tuple[torch.Tensor, List[torch.Tensor], torch.Tensor]:
-    """Final feature map, stage features and pooled feature, (T * B, ...), as the model's own methods give them."""
+    """Return final feature map, stage features and pooled feature, (T * B, ...), computed by the model's own methods.
+    """
     per_step = per_step_keyword(model)
     final, stages = run_stages(model, indices, x)
     pooled = model.forward_head(final, pre_logits=True, **per_step)
@@ -92,4 +96,5 @@ def reference_features(
 
 
 def example_modules(model: nn.Module) -> List[str]:
+    """Return a few module names to show in an error message."""
     return [name for name, module in model.named_modules() if name.count('.') < 2 and name][:8]

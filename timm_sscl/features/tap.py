@@ -9,7 +9,7 @@ __all__ = ['Call', 'Tap', 'fold_feature', 'has_timesteps', 'per_step_keyword', '
 
 
 class Call(NamedTuple):
-    """A module's call that makes the feature of a tapped tensor: module(tensor, *args, **kwargs)."""
+    """A module call that turns a tapped tensor into the feature: module(tensor, *args, **kwargs)."""
     module: str
     args: Tuple[Any, ...]
     kwargs: Dict[str, Any]
@@ -17,28 +17,28 @@ class Call(NamedTuple):
 
 class Tap(NamedTuple):
     """A place in a model where a feature is read."""
-    name: str  # as reported: the stage, or the module that the user named
+    name: str  # as reported: name of the stage, or of the module that the user gave
     module: str  # module to hook
     channels: int
     channel_axis: int  # of the tensor: 1 for NCHW, NCL and NC, -1 for NHWC and NLC
-    prefix_tokens: int = 0  # leading tokens (class, register) that are no image patches
-    nth: int = 0  # of the module's calls in a forward
-    path: Tuple[Any, ...] = ()  # where in the module's output the tensor is: indices of tuples and lists, keys of dicts
-    at_input: bool = False  # the tensor is the module's first argument, as no module returns it
-    call: Optional[Call] = None  # what forward_intermediates applies to the tensor (a norm, a reordering of tokens)
-    through_head: bool = False  # the feature is forward_head(tensor, pre_logits=True): no module returns it itself
-    parts: Tuple['Tap', ...] = ()  # what forward_head takes, where that is no module's output as it is
+    prefix_tokens: int = 0  # number of leading tokens (class, register) that are not image patches
+    nth: int = 0  # which call of the module in a forward
+    path: Tuple[Any, ...] = ()  # position of the tensor in the output: indices of tuples and lists, keys of dicts
+    at_input: bool = False  # the tensor is the module's first argument, not its output
+    call: Optional[Call] = None  # call by which forward_intermediates makes the feature (a norm, a token reordering)
+    through_head: bool = False  # the feature is forward_head(tensor, pre_logits=True)
+    parts: Tuple['Tap', ...] = ()  # taps on the tensors that forward_head takes
     part_ndim: int = 0
     head_takes_list: bool = False
 
     @property
     def place(self) -> Tuple[str, bool]:
-        """What to hook: the module, and whether its input."""
+        """Where to hook: (module, whether its input)."""
         return self.module, self.at_input
 
 
 def fold_feature(x: torch.Tensor, timesteps: int, channel_axis: int = 1, prefix_tokens: int = 0) -> torch.Tensor:
-    """A module's output (T * B, ...) as (T, B, C, ...), without a copy."""
+    """Reshape a module's output (T * B, ...) to (T, B, C, ...) without a copy."""
     if prefix_tokens:
         x = x[:, prefix_tokens:]
     if channel_axis != 1 and x.ndim > 2:
@@ -47,16 +47,17 @@ def fold_feature(x: torch.Tensor, timesteps: int, channel_axis: int = 1, prefix_
 
 
 def has_timesteps(model: nn.Module) -> bool:
+    """Return whether a model is spiking."""
     return hasattr(model, 'set_timesteps')
 
 
 def per_step_keyword(model: nn.Module) -> Dict[str, bool]:
-    """Keyword by which a spiking model returns every step; an ANN has none."""
+    """Return the keyword arguments with which a spiking model returns every time step; none for an ANN."""
     return dict(per_step=True) if has_timesteps(model) else {}
 
 
 def tensors_in(out: Any, path: Tuple[Any, ...] = ()) -> Iterator[Tuple[Tuple[Any, ...], torch.Tensor]]:
-    """The tensors in a structure of tuples, lists and dicts, with their paths."""
+    """Yield (path, tensor) for all tensors in nested tuples, lists and dicts."""
     if isinstance(out, torch.Tensor):
         yield path, out
     elif isinstance(out, (tuple, list)):
@@ -68,6 +69,7 @@ def tensors_in(out: Any, path: Tuple[Any, ...] = ()) -> Iterator[Tuple[Tuple[Any
 
 
 def tensor_at(out: Any, path: Tuple[Any, ...]) -> torch.Tensor:
+    """Return the tensor at a path from `tensors_in`."""
     for key in path:
         out = out[key]
     return out
