@@ -1,4 +1,4 @@
-"""Numbers about a spiking model: firing rates, recorded spikes, MACs, energy, the representation bound."""
+"""Measure a spiking model: firing rates, recorded spikes, MACs, energy, bound on the representation."""
 from .energy import Energy, estimate_energy
 from .firing import FiringRates, mean_per_step
 from .macs import MacShares, count_macs

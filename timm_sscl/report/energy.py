@@ -1,4 +1,4 @@
-"""Energy of the arithmetic of one image, spiking and real-valued (45 nm, float32; Horowitz 2014)."""
+"""Estimate the energy of the arithmetic for one image, spiking and real-valued (45 nm, float32; Horowitz 2014)."""
 from typing import NamedTuple
 
 import torch
@@ -10,38 +10,38 @@ from .macs import count_macs
 
 __all__ = ['Energy', 'estimate_energy', 'MAC_PJ', 'AC_PJ']
 
-MAC_PJ = 4.6  # a multiplication and an addition
-AC_PJ = 0.9  # an addition
+MAC_PJ = 4.6  # energy of one multiplication and addition
+AC_PJ = 0.9  # energy of one addition
 
 
 class Energy(NamedTuple):
-    """Energy per image in microjoules; memory traffic, norms and neurons are not in it.
+    """Energy per image in microjoules, without memory traffic, norms and neurons.
 
         spiking = 4.6 pJ * MACs whose input is not whole numbers
-                  + 0.9 pJ * sum_l fr_l * MACs_l over the others, all T steps
-        ann     = 4.6 pJ * MACs of one step
+                  + 0.9 pJ * sum_l fr_l * MACs_l over the others, all T timesteps
+        ann     = 4.6 pJ * MACs of one timestep
 
-    The analog stem counts T times, or once where `share_stem` has it run once. Layers with fractional input (average
-    pooling of spikes) count as MACs; sums of spikes count by their value.
+    The stem, whose input is the analog image, counts T times, or once with `share_stem`. Layers with fractional input
+    (average pooling of spikes) count as MACs. Sums of spikes count by their value.
     """
     spiking: float
     ann: float
     macs: int  # multiply-accumulates of the spiking network
-    additions: float  # its additions
+    additions: float  # additions of the spiking network
     ann_macs: int
 
     @property
     def ratio(self) -> float:
-        """Spiking over real-valued."""
+        """Spiking energy divided by real-valued energy."""
         return self.spiking / self.ann
 
 
 def estimate_energy(model: nn.Module, images: torch.Tensor) -> Energy:
-    """Energy of a spiking model's arithmetic, and of the same network with one real-valued step.
+    """Estimate the energy of a spiking model's arithmetic, and of the same network with one real-valued timestep.
 
     Args:
         model: Spiking model.
-        images: Real images as the model takes them, on its device: the firing rates are theirs.
+        images: Real images in the model's input format, on its device. The firing rates are measured on them.
 
     Returns:
         Energy per image.

@@ -1,4 +1,4 @@
-"""Firing rate of every neuron layer, and entropy of its spikes, measured while a model runs."""
+"""Measure the firing rate of every neuron layer and the entropy of its spikes while a model runs."""
 from contextlib import ExitStack
 from typing import Dict, List, Optional
 
@@ -21,7 +21,7 @@ class FiringRates:
 
     Args:
         model: Spiking model.
-        per_neuron: Whether every neuron is counted by itself, which the entropy needs.
+        per_neuron: Whether to count every neuron separately, which `entropy` needs.
 
     Raises:
         ValueError: The model has no spiking neurons.
@@ -38,9 +38,9 @@ class FiringRates:
     def __init__(self, model: nn.Module, per_neuron: bool = False):
         self.model = model
         self.per_neuron = per_neuron
-        self._spikes: Dict[str, torch.Tensor] = {}  # (T,), spikes of every step
-        self._elements: Dict[str, torch.Tensor] = {}  # (T,), neurons times images of every step
-        self._neurons: Dict[str, torch.Tensor] = {}  # spikes of every neuron
+        self._spikes: Dict[str, torch.Tensor] = {}  # (T,), spikes per timestep
+        self._elements: Dict[str, torch.Tensor] = {}  # (T,), neurons times images per timestep
+        self._neurons: Dict[str, torch.Tensor] = {}  # spikes per neuron
         self._watched = neurons_to_watch(model)
         self._open = ExitStack()
 
@@ -55,7 +55,7 @@ class FiringRates:
 
     def _count(self, name: str):
         def hook(module, args, spikes):
-            # thresholds from an ANN scale them
+            # with thresholds from an ANN, spikes are multiplied by a scale
             spikes = spikes.detach() if module.scale is None else spikes.detach() != 0
             dtype = torch.float64 if spikes.device.type != 'mps' else torch.float32
             if self.per_neuron:
@@ -67,7 +67,7 @@ class FiringRates:
         return hook
 
     def sum_over_processes(self) -> 'FiringRates':
-        """Add up what all processes counted; called by all of them."""
+        """Add up the counts of all processes. Every process must call this."""
         if world_size() > 1:
             for name, count in self._spikes.items():
                 elements = self._elements[name].to(count)
@@ -77,21 +77,22 @@ class FiringRates:
         return self
 
     def per_layer(self) -> Dict[str, float]:
-        """Spikes per neuron and time step of every layer that ran, in the order of their first call."""
+        """Return spikes per neuron and timestep of every layer that ran, in the order of the first calls."""
         return {name: float(count.sum()) / int(self._elements[name].sum()) for name, count in self._spikes.items()}
 
     def per_step(self) -> Dict[str, List[float]]:
-        """Spikes per neuron at every time step, T of them for every layer that ran.
+        """Return spikes per neuron at each of the T timesteps, for every layer that ran.
 
-        Where T changed between the forwards, a step's rate is over those that had it.
+        If T differed between forwards, a timestep's rate is over the forwards that had this timestep.
         """
         return {name: (count.cpu() / self._elements[name]).tolist() for name, count in self._spikes.items()}
 
     def entropy(self) -> Dict[str, float]:
-        """Mean entropy H(p) of every layer's neurons in bits per step, p each neuron's own firing rate; 1 at most.
+        """Return the mean entropy H(p) over each layer's neurons in bits per timestep, at most 1. p is a neuron's
+        firing rate.
 
         Raises:
-            RuntimeError: The neurons were not counted one by one.
+            RuntimeError: per_neuron is False.
         """
         if not self.per_neuron:
             raise RuntimeError('the entropy needs FiringRates(model, per_neuron=True).')
@@ -100,12 +101,16 @@ class FiringRates:
 
 
 def mean_per_step(rates: Dict[str, List[float]]) -> List[float]:
-    """Firing rate at every time step, the mean of the layers; rates are those of `FiringRates.per_step`."""
+    """Return the mean firing rate over the layers at every timestep.
+
+    Args:
+        rates: Result of `FiringRates.per_step`.
+    """
     return [sum(step) / len(step) for step in zip(*rates.values())]
 
 
 def _add(total: Optional[torch.Tensor], counts: torch.Tensor) -> torch.Tensor:
-    """Sum of two counts per step, the shorter one 0 at the steps that it lacks."""
+    """Add two counts per timestep; the shorter one is padded with 0."""
     if total is None or len(total) == len(counts):
         return counts if total is None else total + counts
     steps = max(len(total), len(counts))

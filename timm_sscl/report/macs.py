@@ -1,4 +1,4 @@
-"""How spiking a network is: the multiply-accumulates (MACs) of a forward, by what their input is."""
+"""Count the multiply-accumulates (MACs) of a forward by the kind of their input: how spiking a network is."""
 from contextlib import contextmanager, nullcontext
 from typing import Any, Callable, Dict, Iterator, NamedTuple, Sequence, Tuple
 
@@ -17,11 +17,11 @@ __all__ = ['MacShares', 'count_macs', 'input_kind', 'KINDS']
 
 KINDS = 'binary', 'fractional', 'analog'
 _MAX_DENOMINATOR = 1024
-_SAMPLE = 4096  # values looked at to tell fractions from analog values
+_SAMPLE = 4096  # number of values checked to tell fractions from analog values
 
 aten = torch.ops.aten
 _ADDED = {aten.addmm, aten.baddbmm}  # their first argument is added, not multiplied
-# products that torch's counter lacks: which arguments are multiplied, and their MACs
+# Products that torch's flop counter lacks: positions of the multiplied arguments, and their MACs.
 _OTHERS: Dict[Any, Tuple[Tuple[int, int], Callable[..., int]]] = {
     aten.dot: ((0, 1), lambda a, b: a.numel()),
     aten.vdot: ((0, 1), lambda a, b: a.numel()),
@@ -33,25 +33,25 @@ _OTHERS: Dict[Any, Tuple[Tuple[int, int], Callable[..., int]]] = {
 
 
 class MacShares(NamedTuple):
-    """MACs of one image over all its time steps, by the kind of their input."""
-    binary: int  # 0 or 1: an addition of a weight, or nothing
-    fractional: int  # sums or averages of spikes (k / n, n up to 1024): pooled spikes, residual sums
+    """MACs of one image over all its timesteps, by the kind of their input."""
+    binary: int  # input 0 or 1: the MAC is an addition of a weight, or nothing
+    fractional: int  # input k / n with n up to 1024: pooled spikes, residual sums
     analog: int
     by_module: Dict[str, Dict[str, int]]  # module -> kind -> MACs
-    whole: int = 0  # of the MACs, those whose input is spikes or sums of spikes: whole numbers, additions only
-    additions: float = 0.  # what these come to: MACs times the mean value of their input (its firing rate)
+    whole: int = 0  # MACs whose input is whole numbers (spikes, sums of spikes): additions only
+    additions: float = 0.  # number of these additions: MACs times the mean of their input (the firing rate)
 
     @property
     def total(self) -> int:
         return self.binary + self.fractional + self.analog
 
     def share(self, kind: str) -> float:
-        """Part of all MACs, 0 to 1."""
+        """Return the fraction of all MACs of a kind, 0 to 1."""
         return getattr(self, kind) / max(self.total, 1)
 
 
 def input_kind(x: torch.Tensor) -> str:
-    """What the values of a tensor are: 'binary', 'fractional' (all multiples of 1/n, n up to 1024) or 'analog'."""
+    """Classify the values of a tensor: 'binary', 'fractional' (all multiples of 1/n, n up to 1024) or 'analog'."""
     if ((x == 0) | (x == 1)).all():
         return 'binary'
     values = x.detach().flatten()
@@ -61,7 +61,7 @@ def input_kind(x: torch.Tensor) -> str:
         return 'analog'
     for n in range(1, _MAX_DENOMINATOR + 1):
         scaled = values * n
-        # averages are off by a few roundings of float32, other values by 1/4 on average
+        # averages deviate by a few float32 roundings, other values by 1/4 on average
         if ((scaled - scaled.round()).abs() <= 2e-7 * scaled.abs()).all():
             return 'fractional'
     return 'analog'
@@ -72,18 +72,23 @@ def _is_whole(x: torch.Tensor) -> bool:
 
 
 class _CountMacs(TorchDispatchMode):
+    """Dispatch mode that counts the MACs of every product, by module and by the kind of input.
+
+    Args:
+        weights: Parameters and buffers; they do not count as input of a product.
+    """
     def __init__(self, weights: Sequence[torch.Tensor]):
         super().__init__()
         self.weights = {w.untyped_storage().data_ptr() for w in weights}
         self.tracker = ModuleTracker()
-        self.fired = False  # before the first neuron a fraction is a pixel (k / 255), not an average of spikes
+        self.fired = False  # before the first neuron, a fraction is a pixel (k / 255), not an average of spikes
         self.by_module: Dict[str, Dict[str, int]] = {}
         self.whole, self.additions = 0, 0.
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, packet = kwargs or {}, func._overloadpacket
         if packet not in flop_registry and packet not in _OTHERS:
-            with self:  # in torch.inference_mode a linear map or a convolution arrives whole
+            with self:  # in torch.inference_mode, linear layers and convolutions arrive as one op
                 out = func.decompose(*args, **kwargs)
             return func(*args, **kwargs) if out is NotImplemented else out
         out = func(*args, **kwargs)
@@ -96,7 +101,7 @@ class _CountMacs(TorchDispatchMode):
         return out
 
     def _count(self, operands: Sequence[torch.Tensor], macs: int) -> None:
-        """Count a product as its most spiking operand, weights apart."""
+        """Count a product by its most spiking operand that is not a weight."""
         inputs = [x for x in operands if x.untyped_storage().data_ptr() not in self.weights]
         kinds = [input_kind(x) for x in inputs]
         kind = min(kinds, key=KINDS.index, default='analog')
@@ -106,7 +111,8 @@ class _CountMacs(TorchDispatchMode):
             self.whole += macs
             self.additions += macs * x.double().mean().item()
 
-    def saw_neuron(self, *_: Any) -> None:
+    def mark_neuron(self, *_: Any) -> None:
+        """Forward hook of a neuron: from here on, fractions come from spikes."""
         self.fired = True
 
     def _add(self, kind: str, macs: int) -> None:
@@ -116,8 +122,10 @@ class _CountMacs(TorchDispatchMode):
 
 
 @contextmanager
-def _plain(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, spikes without the output scales of a converted ANN (they fold into the weights)."""
+def _without_scales(model: nn.Module) -> Iterator[None]:
+    """Run a model inside in evaluation mode with spikes of 0 or 1. Output scales of a converted ANN are dropped, since
+    they can be folded into the weights.
+    """
     with untouched(model):
         for module in model.modules():
             if isinstance(module, SpikingNeuron):
@@ -126,26 +134,26 @@ def _plain(model: nn.Module) -> Iterator[None]:
 
 
 def count_macs(model: nn.Module, images: torch.Tensor) -> MacShares:
-    """Count the MACs of one forward by the kind of their input: convolutions, linear maps, matrix products.
+    """Count the MACs of one forward by the kind of their input: convolutions, linear layers, matrix products.
 
-    A product of two activations (attention) counts as its more spiking operand. Elementwise products, norms and pooling
-    are not MACs. Which inputs are binary is looked up in the values, not taken from the architecture.
+    A product of two activations (attention) counts by its more spiking operand. Elementwise products, norms and pooling
+    are not MACs. The kind follows from the values of the input, not from the architecture.
 
     Args:
-        model: Model, spiking or not; runs in evaluation mode, without gradient.
-        images: Batch as the model takes it.
+        model: Model, spiking or not. It runs in evaluation mode without gradients.
+        images: Batch in the model's input format.
 
     Returns:
-        MacShares per image, summed over its time steps.
+        MacShares per image, summed over the timesteps.
     """
     counter = _CountMacs([*model.parameters(), *model.buffers()])
     recurrent = any(isinstance(m, nn.RNNBase) for m in model.modules())
-    # fused kernels hide their products
+    # fused kernels would hide their products
     unfused = torch.backends.mkldnn.flags(enabled=False) if recurrent else nullcontext()
-    with _plain(model), unfused, without_fused_paths(), sdpa_kernel(SDPBackend.MATH):
+    with _without_scales(model), unfused, without_fused_paths(), sdpa_kernel(SDPBackend.MATH):
         for module in model.modules():
             if isinstance(module, SpikingNeuron):
-                module.register_forward_hook(counter.saw_neuron)
+                module.register_forward_hook(counter.mark_neuron)
         with counter.tracker, counter:
             model(images)
     n = len(images)

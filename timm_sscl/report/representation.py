@@ -1,4 +1,4 @@
-"""How much a feature map can say: the bound of Eq. 4 and the entropy that a firing rate leaves of it."""
+"""Bound the information in a feature map (Eq. 4 of the paper), and compute the entropy of spikes at a firing rate."""
 import math
 
 import torch
@@ -7,10 +7,12 @@ __all__ = ['representation_bits', 'spike_entropy']
 
 
 def representation_bits(timesteps: int, c: int, h: int, w: int, bits: int = 1) -> int:
-    """Representation capability R(M) of a feature map, Eq. 4 of the SSCL paper: log2 of the number of its values.
+    """Return the representation capability R(M) of a feature map, log2 of the number of its possible values.
+
+    Equation 4 of the SSCL paper.
 
     Args:
-        timesteps: Time steps T; 1 for a real-valued map.
+        timesteps: Number of timesteps T; 1 for a real-valued map.
         c: Channels.
         h: Height.
         w: Width.
@@ -30,7 +32,7 @@ def representation_bits(timesteps: int, c: int, h: int, w: int, bits: int = 1) -
 
 
 def spike_entropy(rate: torch.Tensor) -> torch.Tensor:
-    """Entropy of a spike in bits per neuron and step, H(p) = -p log2 p - (1 - p) log2(1 - p).
+    """Return the entropy of a spike in bits per neuron and timestep, H(p) = -p log2 p - (1 - p) log2(1 - p).
 
     Args:
         rate: Firing rates p in [0, 1], any shape.

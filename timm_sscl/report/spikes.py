@@ -1,4 +1,4 @@
-"""All spikes of a forward, as bits."""
+"""Record all spikes of a forward, one bit each."""
 from contextlib import ExitStack
 from math import prod
 from typing import Dict, List, NamedTuple, Tuple
@@ -15,14 +15,14 @@ __all__ = ['record_spikes', 'SpikeRecord']
 
 class _Call(NamedTuple):
     """Spikes of one call of a neuron layer."""
-    bits: torch.Tensor  # (T, ceil(n / 8)) uint8, the first of eight spikes in the lowest bit
+    bits: torch.Tensor  # (T, ceil(n / 8)) uint8; the first of eight spikes is the lowest bit
     shape: Tuple[int, ...]  # (T, B, ...)
 
 
 class SpikeRecord:
-    """Spikes of every neuron layer and time step, eight in a byte: what `record_spikes` returns.
+    """Spikes of every neuron layer and timestep, eight per byte. `record_spikes` returns it.
 
-    A layer that runs several times, in one forward or in several, has several calls.
+    A layer has one call per time that it ran, in one forward or in several.
     """
 
     def __init__(self, model: nn.Module):
@@ -42,7 +42,12 @@ class SpikeRecord:
 
     @torch.no_grad()
     def _add(self, name: str, lif: SpikingNeuron, out: torch.Tensor) -> None:
-        if torch._C._current_graph_task_id() != -1:  # gradient checkpointing runs it a second time
+        """Store the spikes of one call of a neuron layer.
+
+        Raises:
+            ValueError: The output is not binary.
+        """
+        if torch._C._current_graph_task_id() != -1:  # gradient checkpointing recomputes the forward in the backward
             return
         fired = out != 0
         one = torch.ones((), dtype=out.dtype, device=out.device) if lif.scale is None else lif.scale.to(out.dtype)
@@ -63,29 +68,31 @@ class SpikeRecord:
         return sum(call.bits.nbytes for calls in self._calls.values() for call in calls)
 
     def num_calls(self, layer: str) -> int:
-        """How often a layer ran."""
+        """Return how often a layer ran."""
         return len(self._of(layer))
 
     def packed(self, layer: str, call: int = 0) -> torch.Tensor:
-        """Bits of one call, (T, ceil(n / 8)) uint8, n = B * C * ... neurons: spike i of a step is bit i % 8 of byte
-        i // 8."""
+        """Return the bits of one call, (T, ceil(n / 8)) uint8, for n = B * C * ... neurons.
+
+        Spike i of a timestep is bit i % 8 of byte i // 8.
+        """
         return self._of(layer)[call].bits
 
     def spikes(self, layer: str, call: int = 0) -> torch.Tensor:
-        """Spikes of one call, (T, B, ...) bool.
+        """Return the spikes of one call, (T, B, ...) bool.
 
         Args:
             layer: Name of the neuron layer.
-            call: Which of its calls, in their order.
+            call: Index of the call.
 
         Raises:
-            KeyError: The layer did not run, or there is none of this name.
+            KeyError: The layer did not run or does not exist.
         """
         bits, shape = self._of(layer)[call]
         return _unpack(bits, prod(shape[1:])).view(shape)
 
     def __getitem__(self, layer: str) -> torch.Tensor:
-        """Spikes of a layer that ran once, (T, B, ...) bool."""
+        """Return the spikes of a layer that ran once, (T, B, ...) bool."""
         if self.num_calls(layer) > 1:
             raise KeyError(f'{layer} ran {self.num_calls(layer)} times; spikes({layer!r}, call=i) says which.')
         return self.spikes(layer)
@@ -97,7 +104,7 @@ class SpikeRecord:
 
 
 def _pack(fired: torch.Tensor) -> torch.Tensor:
-    """(T, n) bool -> (T, ceil(n / 8)) uint8."""
+    """Pack bits: (T, n) bool to (T, ceil(n / 8)) uint8."""
     rows = nn.functional.pad(fired.view(torch.uint8), (0, -fired.shape[1] % 8)).unflatten(1, (-1, 8))
     bits = rows[..., 0].clone()
     for i in range(1, 8):
@@ -106,19 +113,19 @@ def _pack(fired: torch.Tensor) -> torch.Tensor:
 
 
 def _unpack(bits: torch.Tensor, n: int) -> torch.Tensor:
-    """(T, ceil(n / 8)) uint8 -> (T, n) bool."""
+    """Unpack bits: (T, ceil(n / 8)) uint8 to (T, n) bool."""
     places = torch.arange(8, dtype=torch.uint8, device=bits.device)
     return ((bits.unsqueeze(-1) >> places) & 1).flatten(1)[:, :n].bool()
 
 
 def record_spikes(model: nn.Module) -> SpikeRecord:
-    """Context manager that records every spike of the forwards inside it, one bit each.
+    """Record every spike of the forwards inside a with block, one bit each.
 
     Args:
         model: Spiking model. A compiled one runs eagerly inside: torch.compile ignores hooks that are added after it.
 
     Returns:
-        SpikeRecord, to be entered; it can be read inside and afterwards.
+        SpikeRecord, a context manager that can be read inside and after the block.
 
     Raises:
         ValueError: The model has no neurons; or, in the forward, a layer's output is not binary.
@@ -127,7 +134,7 @@ def record_spikes(model: nn.Module) -> SpikeRecord:
         ```python
         with record_spikes(model) as record, torch.no_grad():
             model(images)
-        record['layer1.0.act1'][0]  # spikes of the first step, (B, C, H, W) bool
+        record['layer1.0.act1'][0]  # spikes of the first timestep, (B, C, H, W) bool
         ```
     """
     return SpikeRecord(model)

@@ -1,4 +1,4 @@
-"""The neurons of a model that a report watches by hooks."""
+"""Find the neurons of a model that a report hooks."""
 from typing import Dict
 
 import torch.nn as nn
@@ -9,10 +9,10 @@ __all__ = ['neurons_to_watch']
 
 
 def neurons_to_watch(model: nn.Module) -> Dict[str, SpikingNeuron]:
-    """The spiking neurons of a model by name; the wrapper that torch.compile returns is no part of a name.
+    """Return the spiking neurons of a model by name, without the '_orig_mod.' that torch.compile adds to names.
 
     Raises:
-        ValueError: There are none.
+        ValueError: The model has none.
     """
     neurons = {name.replace('_orig_mod.', ''): module for name, module in model.named_modules()
                if isinstance(module, SpikingNeuron)}
