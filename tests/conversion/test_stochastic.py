@@ -425,3 +425,42 @@ def test_spatial_dropout_as_a_function_has_one_mask_over_time():
     assert not torch.equal(mask[0, 0], mask[0, 1])  # another one for each sample
     model.eval()(torch.randn(2, 3, 8, 8))
     assert (model.mask == 1).all()
+
+
+class _Noise(nn.Module):
+    def __init__(self, fn):
+        super().__init__()
+        self.fn = fn
+
+    def forward(self, x):
+        return self.fn(x) if self.training else x
+
+
+class _Rand(nn.Module):
+    def __init__(self, also=None):
+        super().__init__()
+        self.also = also
+
+    def forward(self, x):
+        x = x * (torch.rand(len(x), 1, 1, 1) > .5)
+        return x if self.also is None else self.also(x)
+
+
+@pytest.mark.parametrize('noise,per_step', [
+    (_Noise(lambda x: x + torch.randn_like(x)), True),
+    (_Noise(lambda x: x * torch.bernoulli(torch.full((len(x), 1, 1, 1), .5))), True),
+    (_Noise(lambda x: x * torch.empty(len(x), 1, 1, 1).bernoulli_(.5)), True),
+    (_Noise(lambda x: F.dropout(x, .5)), True),  # a function that the source of the module does not show
+    (_Noise(lambda x: F.dropout(x, .5, training=False)), False),
+    (_Noise(lambda x: x), False),
+    (_Rand(), False),
+    (_Rand(lambda x: x + torch.randn(x.shape)), True),
+    (_Functional(), False),
+    (DropPath(.3), False), (DropBlock2d(.3), False), (nn.Dropout2d(.3), False),
+])
+def test_the_report_tells_of_noise_that_differs_between_the_steps(noise, per_step):
+    model = convert_to_spiking(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), noise), timesteps=T).train()
+    with model.time_folded():
+        steps = model[2](torch.ones(T * 2, 4, 8, 8)).unflatten(0, (T, 2))
+    assert per_step == (not torch.equal(steps[0], steps[1]))
+    assert ('random numbers differ between the time steps in 2' in str(model.spiking_report())) == per_step

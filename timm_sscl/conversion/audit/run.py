@@ -1,6 +1,6 @@
 """Run a model under the audit's interpreter: in evaluation and in training mode, neurons closed, without a trace."""
 from contextlib import contextmanager
-from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Set, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple
 
 import torch
 import torch.nn as nn
@@ -8,6 +8,8 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode
 
 from timm_sscl.neurons import SpikingNeuron
+from timm_sscl.conversion.dropout import OverTime
+from timm_sscl.conversion.functional_calls import calls_noise
 from timm_sscl.probing import Example
 
 from .interpreter import Interpreter
@@ -16,6 +18,11 @@ from .taint import Event
 __all__ = ['Run', 'run']
 
 _DETOURS = {'numpy': 'numpy', '__array__': 'numpy', 'tolist': 'tolist'}  # of Tensor: values leave torch
+_NOISE = {'bernoulli', 'bernoulli_', 'rand', 'rand_like', 'uniform_', 'randn', 'randn_like', 'normal', 'normal_',
+          'exponential_', 'geometric_', 'cauchy_', 'log_normal_', 'poisson', 'multinomial', 'gumbel_softmax'}
+_DROPOUT = {'dropout', 'dropout_', 'dropout1d', 'dropout2d', 'dropout3d', 'feature_dropout', 'feature_dropout_',
+            'alpha_dropout', 'feature_alpha_dropout'}
+_DRAWN_ONCE = {'rand', 'uniform_', 'bernoulli_'} | _DROPOUT  # by what replaces functional noise
 
 
 class Run(NamedTuple):
@@ -24,6 +31,7 @@ class Run(NamedTuple):
     fired: Set[str]  # neurons that ran
     hard_sigmoids: Set[str]  # neurons that stand for the clip of a hand-written hard sigmoid, relu6(x + 3)
     depends: bool  # whether the output depends on the input
+    noise: Set[str]  # modules that draw random numbers of their own, which differ between the time steps
     untrained: Optional[str] = None  # why training mode was not run
 
 
@@ -43,12 +51,13 @@ def run(model: nn.Module, example: Example) -> Run:
     except Exception as error:  # one that wants labels, or more than it is given
         return seen._replace(untrained=f'{type(error).__name__}: {" ".join(str(error).split())[:100]}')
     return Run(seen.events + trained.events, seen.fired | trained.fired, seen.hard_sigmoids | trained.hard_sigmoids,
-               seen.depends)
+               seen.depends, seen.noise | trained.noise)
 
 
 def _pass(model: nn.Module, example: Example) -> Run:
     places, fired, hard = _Places(model), set(), set()
     interpreter = Interpreter(places.now)
+    detours = _Detours(interpreter, places, model)
 
     def fire(lif: SpikingNeuron, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
         def identity(x: torch.Tensor) -> torch.Tensor:
@@ -66,7 +75,7 @@ def _pass(model: nn.Module, example: Example) -> Run:
         if isinstance(module, SpikingNeuron):
             module.__dict__['forward'] = fire(module, name)
     try:
-        with places.watched(), torch.no_grad(), _Detours(interpreter), interpreter:
+        with places.watched(), torch.no_grad(), detours, interpreter:
             for x in example.tensors():
                 interpreter.source(x)
             depends = interpreter.leaves(example(model))
@@ -74,7 +83,7 @@ def _pass(model: nn.Module, example: Example) -> Run:
         for module in model.modules():
             if isinstance(module, SpikingNeuron):
                 module.__dict__.pop('forward', None)
-    return Run(interpreter.events, fired, hard, depends)
+    return Run(interpreter.events, fired, hard, depends, detours.noise)
 
 
 def _is_clip(lif: SpikingNeuron) -> bool:
@@ -111,16 +120,40 @@ class _Places:
 
 
 class _Detours(TorchFunctionMode):
-    """Notes where values that depend on the input leave torch, to come back who knows how."""
+    """Note where values that depend on the input leave torch, and which modules draw random numbers.
 
-    def __init__(self, interpreter: Interpreter):
+    Args:
+        interpreter: The audit's interpreter.
+        places: Which module runs.
+        model: The spiking model.
+    """
+
+    def __init__(self, interpreter: Interpreter, places: '_Places', model: nn.Module):
         super().__init__()
         self.interpreter = interpreter
+        self.places = places
+        self.noise: Set[str] = set()
+        shared = {name: module for name, module in model.named_modules() if isinstance(module, OverTime)}
+        self._functional = {name for name, module in shared.items() if calls_noise(type(module))}
+        self._one_mask = shared.keys() - self._functional
+        if model._calls_noise:
+            self._functional.add('')
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        name = _DETOURS.get(getattr(func, '__name__', ''))
+        called = getattr(func, '__name__', '')
+        path = self.places.now()[0]
+        if ((called in _NOISE or called in _DROPOUT and _trains(args, kwargs or {})) and path not in self._one_mask
+                and not (called in _DRAWN_ONCE and path in self._functional)):
+            self.noise.add(path)
+        name = _DETOURS.get(called)
         if name is not None and isinstance(args[0], torch.Tensor) and args[0].ndim:
             meta = self.interpreter.taint.get(args[0])
             if meta is not None:
                 self.interpreter.event(f'{name} (values leave torch)', fate='unknown')
         return func(*args, **(kwargs or {}))
+
+
+def _trains(args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> bool:
+    """Whether these arguments of F.dropout, or torch.dropout, drop anything."""
+    training = args[2] if len(args) > 2 else kwargs.get('training', kwargs.get('train', True))
+    return bool(training) and (args[1] if len(args) > 1 else kwargs.get('p', .5)) > 0

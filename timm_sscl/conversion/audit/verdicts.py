@@ -67,6 +67,10 @@ def notes(seen: Run, neurons: Sequence[str]) -> List[str]:
     flows = sorted({event.path or 'the model' for event in seen.events if event.op == 'control flow'})
     if flows:
         lines.append(f'control flow depends on the data in {", ".join(flows[:3])}; other branches were not seen')
+    noisy = sorted(path or 'the model' for path in seen.noise)
+    if noisy:
+        lines.append(f'random numbers differ between the time steps in {", ".join(noisy[:3])}'
+                     f'{", ..." if noisy[3:] else ""}')
     if seen.untrained is not None:
         lines.append(f'training mode was not seen ({seen.untrained})')
     return lines
