@@ -28,15 +28,15 @@ def knob_help(cls: type) -> Dict[str, str]:
 
 
 def check_known(names: Iterable[str], known: Sequence[str], owner: str) -> None:
-    """Raise for an option that there is not.
+    """Raise an error for an unknown option.
 
     Args:
-        names: Names of the options that were given.
-        known: Names of those that there are.
+        names: Names of the given options.
+        known: Names of the known options.
         owner: What the options belong to, for the message: "neuron 'plif'".
 
     Raises:
-        ValueError: One is unknown; the message lists those that there are.
+        ValueError: An option is unknown. The message lists the known ones.
     """
     for name in names:
         if name not in known:

@@ -1,4 +1,4 @@
-"""Data sets: the bundled digits, images, event data, your own; this room knows nothing of spiking."""
+"""Data sets: the bundled digits, image folders, event data, registered ones. Nothing here depends on spiking."""
 from .cifar import CIFAR_POLICY, augment_cifar
 from .digits import DigitsDataset
 from .factory import create_dataset

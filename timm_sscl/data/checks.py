@@ -1,4 +1,4 @@
-"""What is wrong with a data set, found before anything is trained on it."""
+"""Check data sets for mistakes before training starts."""
 import logging
 import operator
 import os
@@ -19,20 +19,22 @@ __all__ = [
 _logger = logging.getLogger(__name__)
 
 _ORIENTATION, _UPRIGHT = 0x0112, 1  # EXIF
-_HEADERS = 200  # read by check_metadata
-_MANY_FILES = 200_000  # check_copies would take minutes on a network
+_HEADERS = 200  # number of image headers that check_metadata reads
+_MANY_FILES = 200_000  # check_copies skips larger data sets; on a network disk it would take minutes
 
 
 def check_apart(train: Any, val: Any, same_split: bool) -> None:
-    """Raise where training and validation are the same images; warn where the same split was asked for twice.
+    """Check that training and validation data are not the same images.
+
+    The same split given twice only logs a warning.
 
     Args:
-        train: timm's or torchvision's data set for training.
-        val: For validation.
-        same_split: Whether both have the same split by name.
+        train: timm or torchvision data set for training.
+        val: Data set for validation.
+        same_split: Whether the same split name was given for both.
 
     Raises:
-        ValueError: A tar file, or two names of one split.
+        ValueError: Two split names refer to the same data, or both data sets are the same tar file.
     """
     one, other = (_origin(dataset) for dataset in (train, val))
     if one is None or one != other:
@@ -45,7 +47,7 @@ def check_apart(train: Any, val: Any, same_split: bool) -> None:
 
 
 def _origin(dataset: Any) -> Any:
-    """Root and part that a data set's images come from; None where it does not tell."""
+    """Return (root, split, train flag) that identify where the images come from; None if the data set has no root."""
     source = getattr(dataset, 'reader', dataset)
     root = getattr(source, 'root', None)
     if not isinstance(root, (str, os.PathLike)):
@@ -54,12 +56,12 @@ def _origin(dataset: Any) -> Any:
 
 
 def check_classes(train: Any, val: Any) -> None:
-    """Raise where training and validation folders do not number the same classes, or a class folder is empty.
+    """Check that training and validation data have the same class labels and no class folder is empty.
 
-    timm numbers the classes that it finds in each split, so a folder without images shifts all labels after it.
+    timm numbers the classes that it finds in each split. A folder without images shifts all labels after it.
 
     Raises:
-        ValueError: By the above, with the names.
+        ValueError: Classes differ or a folder is empty. The message names them.
     """
     for split, dataset in (('training', train), ('validation', val)):
         empty = _empty_folders(dataset)
@@ -75,22 +77,22 @@ def check_classes(train: Any, val: Any) -> None:
 
 
 def _empty_folders(dataset: Any) -> Sequence[str]:
-    """Class folders of an image folder that no sample comes from."""
+    """Return the class folders of an image folder that have no samples."""
     reader = getattr(dataset, 'reader', None)
     root, classes = getattr(reader, 'root', None), class_to_idx_of(dataset)
     if type(reader).__name__ != 'ReaderImageFolder' or classes is None or not os.path.isdir(root):
         return []
     folders = [entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith('.')]
-    if not set(classes) <= set(folders):  # labels from deeper folders, or a map from file to class
+    if not set(classes) <= set(folders):  # the labels come from deeper folders or from a class map
         return []
     return sorted(name for name in folders if name not in classes)
 
 
 def known_labels(dataset: Any) -> Optional[List[int]]:
-    """Labels of all samples, where they are known without reading the samples.
+    """Return the labels of all samples if they are known without reading samples, else None.
 
     Raises:
-        ValueError: `targets` is no list of whole numbers, one per sample.
+        ValueError: `targets` is not a list of whole numbers, one per sample.
     """
     reader = getattr(dataset, 'reader', dataset)
     samples = getattr(reader, 'samples', None)
@@ -115,15 +117,17 @@ def _is_file_and_label(sample: tuple) -> bool:
 
 
 def check_seen(train: Any, val: Any, cut: bool = False) -> None:
-    """Raise where validation asks for classes that training never shows; say which classes are in one of them only.
+    """Check that every class in the validation data has training samples.
+
+    Classes that only the training data has are logged.
 
     Args:
         train: Data set for training.
-        val: For validation.
-        cut: Whether only so many samples were asked for: then it is said only.
+        val: Data set for validation.
+        cut: Whether the number of samples was limited; missing classes are then only logged.
 
     Raises:
-        ValueError: With the classes.
+        ValueError: Validation classes have no training sample. The message names them.
     """
     shown, asked = known_labels(train), known_labels(val)
     if shown is None or asked is None:
@@ -141,7 +145,7 @@ def check_seen(train: Any, val: Any, cut: bool = False) -> None:
 
 
 def check_copies(train: Any, val: Any) -> None:
-    """Say how many files of the validation data are in the training data as well, byte by byte."""
+    """Log how many validation files have a byte-identical copy in the training data."""
     if len(train) + len(val) > _MANY_FILES:
         return
     ours, theirs = _files(train), _files(val)
@@ -152,7 +156,7 @@ def check_copies(train: Any, val: Any) -> None:
 
 
 def _files(dataset: Any) -> List[str]:
-    """Files of a data set that has one per sample."""
+    """Return the files of a data set that has one file per sample, else an empty list."""
     try:
         files = [sample_name(dataset, index) for index in range(len(dataset))]
     except (AttributeError, TypeError, IndexError, KeyError, NotImplementedError):
@@ -161,14 +165,14 @@ def _files(dataset: Any) -> List[str]:
 
 
 def check_labels(dataset: Any, num_classes: int, split: str) -> None:
-    """Raise for a label outside [0, num_classes), where the labels are known without reading the samples.
+    """Check that all labels lie in [0, num_classes), if they are known without reading samples.
 
     Raises:
-        ValueError: With the sample and its label.
+        ValueError: A label does not. The message names the sample and the label.
     """
     labels = known_labels(dataset)
     if labels is None:
-        return  # checked sample by sample
+        return  # Samples checks each label when it is read
     for index, label in enumerate(labels):
         if not 0 <= int(label) < num_classes:
             raise ValueError(f"{split} data: '{sample_name(dataset, index)}' has the label {int(label)}; with "
@@ -176,11 +180,11 @@ def check_labels(dataset: Any, num_classes: int, split: str) -> None:
 
 
 def check_first(samples: Samples, split: str) -> None:
-    """Read the first sample: raise where it is not what the model takes, or its label is not the one in `targets`.
+    """Check the first sample: its type, and that its label agrees with `targets`.
 
     Raises:
-        WrongSample: The first sample is no pair of an image, or of frames, and a label.
-        WrongLabel: Its label is no class, or another than in the list of labels.
+        WrongSample: The sample is not a pair (image or frames, label).
+        WrongLabel: The label is out of range or differs from the one in the list of labels.
     """
     label, labels = samples[0][1], known_labels(samples.dataset)
     if labels is not None and not samples.unreadable and int(label) != labels[0]:
@@ -189,10 +193,10 @@ def check_first(samples: Samples, split: str) -> None:
 
 
 def check_differ(train: Any, val: Any) -> None:
-    """Raise where training and validation have the same number of samples, and the same first and last one.
+    """Check that training and validation data differ, by their lengths and their first and last samples.
 
     Raises:
-        ValueError: They are the same data.
+        ValueError: They are equal.
     """
     if len(train) == len(val) and all(_equal(train[i], val[i]) for i in (0, len(train) - 1)):
         raise ValueError(f'{type(train).__name__} gives the same samples for training and validation; does it use '
@@ -200,10 +204,10 @@ def check_differ(train: Any, val: Any) -> None:
 
 
 def check_repeats(samples: Samples) -> None:
-    """Raise where the first sample is another one in the next epoch.
+    """Check that the first sample is the same in the next epoch, which cached teacher outputs require.
 
     Raises:
-        ValueError: It is, so that what a teacher says of it cannot be kept.
+        ValueError: It differs.
     """
     items = []
     for epoch in (0, 1):
@@ -216,7 +220,7 @@ def check_repeats(samples: Samples) -> None:
 
 
 def _equal(one: Any, other: Any) -> bool:
-    """Whether two items, or parts of them, are the same."""
+    """Return whether two items, or parts of them, are equal."""
     if isinstance(one, (tuple, list)):
         return type(one) is type(other) and len(one) == len(other) and all(map(_equal, one, other))
     if isinstance(one, (Image.Image, np.ndarray, torch.Tensor)):
@@ -225,9 +229,9 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 def check_metadata(dataset: Any, split: str) -> None:
-    """Say which parts of the image files are ignored, as timm and torchvision ignore them: rotation, transparency.
+    """Log which metadata of image files timm and torchvision ignore: EXIF rotation, transparency.
 
-    Looks at the headers of up to 200 files, evenly spread.
+    Reads the headers of up to 200 evenly spaced files.
     """
     reader = getattr(dataset, 'reader', None)
     if type(reader).__name__ not in ('ReaderImageFolder', 'ReaderImageInTar'):
@@ -239,7 +243,7 @@ def check_metadata(dataset: Any, split: str) -> None:
             with reader[index][0] as file, Image.open(file) as image:
                 orientation = image.getexif().get(_ORIENTATION, _UPRIGHT)
                 see_through = 'A' in image.getbands() or 'transparency' in image.info
-        except Exception:  # every decoder raises its own; named when the sample is read
+        except Exception:  # decoders raise many types; reading the sample later reports the file
             continue
         turned += [index] if orientation != _UPRIGHT else []
         transparent += [index] if see_through and 'A' not in dataset.input_img_mode else []

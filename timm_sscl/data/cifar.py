@@ -1,4 +1,4 @@
-"""CIFAR's augmentation, which timm's training transform lacks: padded random crop, AutoAugment's policy, Cutout."""
+"""CIFAR augmentation that timm's training transform lacks: padded random crop, AutoAugment policy, Cutout."""
 from typing import Optional, Tuple
 
 import torch
@@ -6,17 +6,17 @@ from torchvision import transforms
 
 __all__ = ['augment_cifar', 'Cutout', 'CIFAR_POLICY']
 
-CIFAR_POLICY = 'cifar10'  # for --aa
-_GREY = 128  # that AutoAugment fills with
+CIFAR_POLICY = 'cifar10'  # value of --aa
+_GREY = 128  # AutoAugment's fill value
 
 
 class Cutout:
-    """Sets a square of an image tensor to 0 (DeVries and Taylor 2017).
+    """Set a square of an image tensor to 0 (DeVries and Taylor 2017).
 
-    Its centre is uniform over the pixels, so that at the border a part of the square falls outside.
+    The centre is uniform over the pixels, so that near the border a part of the square lies outside.
 
     Args:
-        length: Side of the square in pixels, even: rows [y - length / 2, y + length / 2) around the centre y.
+        length: Side of the square in pixels, even. Around centre y it covers rows [y - length / 2, y + length / 2).
     """
 
     def __init__(self, length: int):
@@ -25,7 +25,7 @@ class Cutout:
         self.length = length
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
-        """Image (C, H, W), to a copy."""
+        """Return a copy of an image (C, H, W) with a square set to 0."""
         height, width = image.shape[-2:]
         y, x = (int(torch.randint(size, ())) for size in (height, width))
         half = self.length // 2
@@ -44,13 +44,13 @@ def augment_cifar(
         policy: bool = False,
         cutout: Optional[int] = None,
 ) -> transforms.Compose:
-    """timm's training transform with CIFAR's parts in their usual order: crop, flip, policy, Cutout, normalisation.
+    """Add CIFAR augmentation to timm's training transform, in the order crop, flip, policy, Cutout, normalisation.
 
     Args:
-        transform: Of timm's create_transform, for training and without the prefetcher.
+        transform: Result of timm's create_transform, for training and without the prefetcher.
         size: (H, W) of the images; others are resized first.
-        crop_padding: Random crop of the image padded by so many black pixels, instead of timm's random resized crop.
-        policy: Whether to add AutoAugment's policy for CIFAR-10 (torchvision's, filling with grey).
+        crop_padding: Pad the image by this many black pixels and crop randomly, instead of timm's random resized crop.
+        policy: Whether to add torchvision's AutoAugment policy for CIFAR-10, with grey as fill.
         cutout: Side of the Cutout square in pixels.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Files that training and validation data share."""
+"""Find files that training and validation data have in common."""
 import filecmp
 import hashlib
 import os
@@ -7,15 +7,15 @@ from typing import Dict, List, Sequence, Tuple
 
 __all__ = ['find_copies']
 
-_TAIL = 4096  # bytes that are compared first; an archive keeps its checksums there
+_TAIL = 4096  # last bytes of a file, compared first; an archive has its checksums there
 
 
 def find_copies(files: Sequence[str], others: Sequence[str]) -> List[Tuple[str, str]]:
-    """Pairs of a file and another of the same bytes, whatever their names; each file once.
+    """Return pairs (file, candidate) with identical bytes, whatever their names; each file at most once.
 
     Args:
-        files: Looked for.
-        others: Where.
+        files: Files to look up.
+        others: Candidates.
     """
     by_size: Dict[int, List[str]] = defaultdict(list)
     for other in others:
@@ -41,12 +41,12 @@ def find_copies(files: Sequence[str], others: Sequence[str]) -> List[Tuple[str, 
 def _size(file: str) -> int:
     try:
         return os.path.getsize(file)
-    except OSError:  # said when it is read
+    except OSError:  # reading the sample later reports the file
         return -1
 
 
 def _tail(file: str) -> bytes:
-    """Digest of a file's end."""
+    """Return a digest of a file's last bytes."""
     with open(file, 'rb') as f:
         f.seek(max(0, _size(file) - _TAIL))
         return hashlib.blake2b(f.read(), digest_size=16).digest()

@@ -1,4 +1,4 @@
-"""scikit-learn's bundled handwritten digits as an image data set: real input without a download."""
+"""scikit-learn's handwritten digits as an image data set, bundled, without a download."""
 from typing import Any, Callable, List, Optional, Tuple
 
 import numpy as np
@@ -14,7 +14,7 @@ _VALIDATION_IMAGES = 360
 
 
 def digits_split(split: str, num_samples: Optional[int] = None) -> Tuple[Any, np.ndarray]:
-    """scikit-learn's digits, and the indices of those in a split: 1,437 for training, 360 for validation, stratified.
+    """Return scikit-learn's digits and the indices of a split: 1,437 training and 360 validation images, stratified.
 
     Raises:
         ValueError: The split does not exist.
@@ -28,13 +28,13 @@ def digits_split(split: str, num_samples: Optional[int] = None) -> Tuple[Any, np
 
 
 class DigitsDataset(Dataset):
-    """1,797 scans of handwritten digits, 8 x 8 with 17 grey levels (Alpaydin and Kaynak 1998), as 32 x 32 images.
+    """1,797 scans of handwritten digits, 8 x 8 with 17 grey levels (Alpaydin and Kaynak 1998), resized to 32 x 32.
 
-    The split is fixed and stratified: 1,437 for training, 360 for validation. timm's create_loader sets `transform`.
+    The split is fixed and stratified: 1,437 training and 360 validation images. timm's create_loader sets `transform`.
 
     Args:
         split: 'train' or 'validation'.
-        num_samples: Only so many images; None takes all.
+        num_samples: Number of images to take; None takes all.
         transform: Applied to the PIL image.
         input_img_mode: PIL mode of the images.
 

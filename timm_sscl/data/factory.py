@@ -1,4 +1,4 @@
-"""One factory for the data sets: the bundled ones by name, all others by timm."""
+"""Create data sets by name: registered ones, and timm's."""
 import difflib
 import os
 from typing import Any, Optional
@@ -33,22 +33,22 @@ def create_dataset(
         num_samples: Optional[int] = None,
         **kwargs: Any,
 ) -> Dataset:
-    """Data set by name: a registered one (`list_datasets`), or '' for an image folder or a tar file.
+    """Create a data set by name: a registered one (`list_datasets`), or '' for an image folder or a tar file.
 
     Args:
-        name: 'digits' is the bundled one, 'events/...' and 'tonic/...' are event data, 'torch/cifar100', 'hfds/...' and
-            so on are timm's, all others are registered by you (`register_dataset`).
+        name: 'digits' is bundled. 'events/...' and 'tonic/...' are event data. 'torch/cifar100', 'hfds/...' and similar
+            names are timm's. Others are registered by the user (`register_dataset`).
         root: Folder or file of the data.
         split: Name of the split.
-        num_samples: Only so many samples; None takes all.
-        **kwargs: Further arguments of timm's create_dataset, or `settings` and `event_split` for event data; a data set
-            takes those that it has. All others are the data set's own options.
+        num_samples: Number of samples to take; None takes all.
+        **kwargs: Arguments of timm's create_dataset, or `settings` and `event_split` for event data. Each data set
+            receives those that it has parameters for. All others are options of the data set itself.
 
     Returns:
-        Data set whose `transform` timm's create_loader sets (for event data create_event_loader).
+        Data set. timm's create_loader (create_event_loader for event data) sets its `transform`.
 
     Raises:
-        FileNotFoundError: root does not exist and nothing was to be downloaded.
+        FileNotFoundError: root does not exist and download is off.
         ValueError: The data set, its split or an option does not exist, or the split is empty.
     """
     name = _known_name(name)
@@ -70,7 +70,13 @@ def create_dataset(
 
 
 def _known_name(name: str) -> str:
-    """The registered name, with timm's prefixes in any case; timm takes an image folder for what it does not know."""
+    """Return the registered name for a name whose timm prefix may be in upper case.
+
+    For an unknown name timm would read an image folder.
+
+    Raises:
+        ValueError: The name is unknown.
+    """
     prefix, slash, rest = name.partition('/')
     timms = prefix.lower()
     known = f'torch/{rest.lower()}' if timms == 'torch' else f'{timms}/{rest}'
@@ -108,9 +114,13 @@ def _timm_dataset(
         trust_remote_code: bool = False,
         **options: Any,
 ) -> Dataset:
-    """One of timm's data sets, without what timm does to it in silence."""
+    """Create a data set of timm and switch off what timm does silently.
+
+    An unknown split, a missing split folder and hidden files are refused or left out, `num_samples` are evenly spread,
+    and 16 bit images are scaled instead of clipped.
+    """
     if name in _TORCH_PARTED and split not in _SPLITS_OF_PARTED:
-        raise ValueError(f"split '{split}': {name} has 'train' and 'validation'.")  # timm takes the test set for others
+        raise ValueError(f"split '{split}': {name} has 'train' and 'validation'.")  # timm would return the test set
     local = not name.startswith(('hfds/', *_STREAMS))
     if local and not download and not (root and os.path.exists(root)):
         raise FileNotFoundError(f"data folder '{root}' does not exist; give --data-dir the folder that holds "
@@ -128,7 +138,8 @@ def _timm_dataset(
     drop_hidden(dataset, renumber=not class_map)
     if hasattr(dataset, '__len__') and len(dataset) == 0:
         raise ValueError(f"split '{split}' of data set '{name or root}' holds no images.")
-    if num_samples is not None and not name.startswith(_STREAMS) and num_samples < len(dataset):  # timm cuts streams
+    # timm cuts streams itself
+    if num_samples is not None and not name.startswith(_STREAMS) and num_samples < len(dataset):
         take_spread(dataset, num_samples)
     check_layout(dataset)
     return _with_8_bits(dataset, name, input_img_mode)
@@ -139,18 +150,18 @@ for _name in (*_TORCH, *_TORCH_ALIASES, 'hfds/NAME', *(prefix + 'NAME' for prefi
 
 
 def _with_8_bits(dataset: Any, name: str, mode: str) -> Any:
-    """The data set with `to_mode` where timm or torchvision would let PIL clip 16 bit images."""
+    """Make a data set convert its images by `to_mode`, since timm and torchvision let PIL clip 16 bit images."""
     if type(dataset) is TimmImageDataset:
         return ImageDataset(dataset)
-    if isinstance(dataset, IterableImageDataset) and name.startswith(('hfids/', 'wds/')):  # tfds decodes itself
+    if isinstance(dataset, IterableImageDataset) and name.startswith(('hfids/', 'wds/')):  # tfds decodes images itself
         dataset.reader = DecodedStream(dataset.reader, mode)
-    elif hasattr(dataset, 'loader'):  # torchvision's
+    elif hasattr(dataset, 'loader'):  # torchvision data sets
         dataset.loader = _Loader(mode)
     return dataset
 
 
 class _Loader:
-    """Image of a file; a class, so that workers can be sent it."""
+    """Load an image file and convert it to a mode. A class, since it is pickled for loader workers."""
 
     def __init__(self, mode: str):
         self.mode = mode
@@ -161,7 +172,10 @@ class _Loader:
 
 
 def _refuse_fallback(dataset: Any, root: Optional[str], split: str) -> None:
-    """timm takes the whole folder where it finds no such split in it, and so would train on what it validates on."""
+    """Raise an error if timm read the root folder because the split's folder is missing.
+
+    Training and validation would then use the same images.
+    """
     reader = getattr(dataset, 'reader', dataset)
     folder = split and type(reader).__name__ in ('ReaderImageFolder', 'ImageFolder')
     if folder and os.path.realpath(reader.root) == os.path.realpath(root):

@@ -1,4 +1,4 @@
-"""Class folders of image data as their owner means them: without hidden files, and with what looks wrong said."""
+"""Read class folders as intended: leave out hidden files, take evenly spread samples, report a suspicious layout."""
 import logging
 import os
 import re
@@ -14,27 +14,29 @@ __all__ = ['check_layout', 'class_to_idx_of', 'classes_of', 'drop_hidden', 'samp
 
 _logger = logging.getLogger(__name__)
 
-_LISTS = 'samples', 'imgs', 'targets', 'data'  # of timm's readers and torchvision's data sets, one entry per sample
-_HIDDEN = re.compile(r'(^|/)\.(?!\.?/)')  # a name that begins with a dot, and is not . or ..
+# attributes of timm's readers and torchvision's data sets that have one entry per sample
+_LISTS = 'samples', 'imgs', 'targets', 'data'
+_HIDDEN = re.compile(r'(^|/)\.(?!\.?/)')  # a path component that starts with a dot, except . and ..
 
 
 def some(names: Sequence[str], shown: int = 5) -> str:
-    """The first of many names, and how many more there are."""
+    """Return the first of many names and the number of the others, as text."""
     return ', '.join(names[:shown]) + (f' and {len(names) - shown} more' if len(names) > shown else '')
 
 
 def class_to_idx_of(dataset: Any) -> Optional[Dict[str, int]]:
-    """Label of every class name, where a data set or its reader knows them."""
+    """Return the label of every class name if the data set or its reader has them, else None."""
     source = getattr(dataset, 'reader', dataset)
-    classes = getattr(source, 'class_to_idx', None) or getattr(source, 'class_name_to_idx', None)  # of a tar file
+    # the second for tar files
+    classes = getattr(source, 'class_to_idx', None) or getattr(source, 'class_name_to_idx', None)
     return classes if isinstance(classes, dict) and classes else None
 
 
 def classes_of(dataset: Any) -> Optional[Dict[str, int]]:
-    """Label of every class by its name, from `class_to_idx` or from the list `classes`; None where neither is there.
+    """Return the label of every class name from `class_to_idx` or the list `classes`; None if the data set has neither.
 
     Raises:
-        ValueError: `classes` is no list of different names.
+        ValueError: `classes` is not a list of distinct names.
     """
     classes = class_to_idx_of(dataset)
     if classes is not None:
@@ -54,11 +56,11 @@ def classes_of(dataset: Any) -> Optional[Dict[str, int]]:
 
 
 def drop_hidden(dataset: Any, renumber: bool) -> None:
-    """Leave out files and folders whose name begins with a dot (.ipynb_checkpoints, ._1.jpg), as classes too.
+    """Remove samples and classes whose file or folder name starts with a dot (.ipynb_checkpoints, ._1.jpg).
 
     Args:
-        dataset: timm's or torchvision's, over a folder or tar file; others are left alone.
-        renumber: Whether labels follow the classes that are left; False where a class map sets them.
+        dataset: timm or torchvision data set over a folder or tar file; others are left unchanged.
+        renumber: Whether to number the remaining classes anew; False if a class map sets the labels.
     """
     source = getattr(dataset, 'reader', dataset)
     paths = sample_paths(dataset)
@@ -75,10 +77,12 @@ def drop_hidden(dataset: Any, renumber: bool) -> None:
 
 
 def take_spread(dataset: Any, num_samples: int) -> None:
-    """Keep that many samples, evenly spread, since they lie class by class; classes and labels stay.
+    """Reduce a data set to evenly spaced samples, in place. Classes and labels stay.
+
+    Samples are ordered by class, so the first ones would be of one class.
 
     Raises:
-        ValueError: The data set is of a kind whose samples cannot be chosen.
+        ValueError: The samples of this type of data set cannot be selected.
     """
     source = getattr(dataset, 'reader', dataset)
     lists = [name for name in _LISTS if isinstance(getattr(source, name, None), (list, np.ndarray, torch.Tensor))]
@@ -89,14 +93,16 @@ def take_spread(dataset: Any, num_samples: int) -> None:
 
 
 def sample_paths(dataset: Any) -> Optional[List[str]]:
-    """Path of every sample inside the data set's folder or tar file, with '/'; None where there are no such."""
+    """Return the path of every sample relative to the data set's folder or tar file, with '/'; None if there are no
+    paths.
+    """
     source = getattr(dataset, 'reader', dataset)
     if hasattr(source, 'class_name_to_idx'):
         return [info.path for info, *_ in source.samples]
     samples, root = getattr(source, 'samples', None), getattr(source, 'root', None)
     if not isinstance(samples, list) or not samples or not isinstance(samples[0][0], str) or not root:
         return None
-    inside = os.path.join(root, '')  # a million relpath calls would take ten seconds
+    inside = os.path.join(root, '')  # faster than os.path.relpath, which takes ten seconds for a million paths
     return [(path[len(inside):] if path.startswith(inside) else os.path.relpath(path, root)).replace(os.sep, '/')
             for path, _ in samples]
 
@@ -106,7 +112,7 @@ def _labels(source: Any) -> Sequence[int]:
 
 
 def _select(source: Any, keep: List[int]) -> None:
-    """Keep these samples."""
+    """Keep the samples at these positions."""
     for name in _LISTS:
         values = getattr(source, name, None)
         if isinstance(values, (np.ndarray, torch.Tensor)):
@@ -116,7 +122,7 @@ def _select(source: Any, keep: List[int]) -> None:
 
 
 def _renumber(source: Any) -> None:
-    """Labels 0, 1, ... of the classes that still have samples, in the order that they had."""
+    """Number the classes that still have samples 0, 1, ... in their previous order."""
     found = sorted(set(map(int, _labels(source))))
     new = {old: label for label, old in enumerate(found)}
     if hasattr(source, 'class_name_to_idx'):
@@ -126,16 +132,18 @@ def _renumber(source: Any) -> None:
         return
     source.samples = [(path, new[old]) for path, old in source.samples]
     source.class_to_idx = {name: new[old] for name, old in source.class_to_idx.items() if old in new}
-    if hasattr(source, 'targets'):  # torchvision's
+    if hasattr(source, 'targets'):  # torchvision data sets
         source.imgs, source.targets = source.samples, [label for _, label in source.samples]
         source.classes = list(source.class_to_idx)
 
 
 def check_layout(dataset: Any) -> None:
-    """Refuse images outside the class folders; say where a class comes from several folders, or from inside another.
+    """Check the folder layout of an image data set.
+
+    Logs classes that come from several folders, and class folders inside other class folders.
 
     Raises:
-        ValueError: Images lie beside the class folders, or a class has no name.
+        ValueError: Images lie outside the class folders, or a class has no name.
     """
     source = getattr(dataset, 'reader', dataset)
     paths = sample_paths(dataset)
@@ -151,7 +159,7 @@ def check_layout(dataset: Any) -> None:
         raise ValueError(f"'{source.root}': {len(outside)} images lie outside the class folders ({some(outside, 2)}) "
                          f'and would be a class of their own; move them into folders, one per class.')
     if type(source).__name__ != 'ReaderImageFolder':
-        return  # torchvision names its classes by the outermost folders
+        return  # torchvision names classes by the outermost folder
     folders = sorted({path.rpartition('/')[0] for path in paths})
     by_name: Dict[str, List[str]] = defaultdict(list)
     for folder in folders:
@@ -167,5 +175,6 @@ def check_layout(dataset: Any) -> None:
 
 
 def _parents(folder: str) -> List[str]:
+    """Return all parent folders of a relative path."""
     parts = folder.split('/')
     return ['/'.join(parts[:i]) for i in range(1, len(parts))]

@@ -1,4 +1,4 @@
-"""Images in 8 bits per channel, whatever bit depth and mode their files have."""
+"""Convert images of any bit depth and mode to 8 bits per channel."""
 from typing import Any, Iterator, Tuple
 
 import numpy as np
@@ -9,18 +9,18 @@ __all__ = ['ImageDataset', 'DecodedStream', 'to_mode', 'MODES']
 
 MODES = 'L', 'RGB', 'RGBA', 'LA', 'CMYK', 'YCbCr', 'HSV', 'LAB', '1'  # 8 bits per channel, or 1
 
-_BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # TIFF
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # TIFF tags
 
 
 def to_mode(image: Image.Image, mode: str) -> Image.Image:
-    """Convert an image to a mode of 8 bits per channel; 16 bit grey levels are scaled, where PIL would clip them.
+    """Convert an image to a mode of 8 bits per channel. 16 bit grey levels are scaled; PIL would clip them.
 
     Args:
         image: Any PIL image.
-        mode: One of `MODES`; '' only scales, and keeps the other modes.
+        mode: One of `MODES`. '' only scales 16 bit images and keeps other modes.
 
     Raises:
-        ValueError: The image holds 32 bit numbers, which have no known white.
+        ValueError: The image holds 32 bit numbers, which have no known white level.
     """
     if image.mode.startswith('I;16') or image.mode == 'I' and image.format in ('PNG', 'PPM'):
         image = _from_16_bits(image)
@@ -31,7 +31,7 @@ def to_mode(image: Image.Image, mode: str) -> Image.Image:
 
 
 def _from_16_bits(image: Image.Image) -> Image.Image:
-    """Grey levels 0 to 2^16 - 1 (TIFF: as many bits as it says) as 0 to 255."""
+    """Scale grey levels 0 to 2^16 - 1 (TIFF: to the bit depth in its tags) to 0 to 255."""
     tags = getattr(image, 'tag_v2', {})
     bits = tags.get(_BITS_PER_SAMPLE, 16)
     white = 2 ** int(bits[0] if isinstance(bits, tuple) else bits) - 1
@@ -42,10 +42,10 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
 
 
 class ImageDataset(TimmImageDataset):
-    """timm's data set of image files, with `to_mode` for their conversion; what cannot be read raises.
+    """timm's data set of image files with conversion by `to_mode`. Unreadable files raise.
 
     Args:
-        dataset: timm's, whose reader and settings are taken.
+        dataset: timm data set whose reader and settings are used.
     """
 
     def __init__(self, dataset: TimmImageDataset):
@@ -64,10 +64,10 @@ class ImageDataset(TimmImageDataset):
 
 
 class DecodedStream:
-    """A timm reader that streams PIL images of any mode, with `to_mode` for their conversion.
+    """A timm reader that streams PIL images, with conversion by `to_mode`.
 
     Args:
-        reader: timm's, which is told not to convert.
+        reader: timm reader; its own conversion is switched off.
         mode: See `to_mode`.
     """
 
@@ -84,6 +84,6 @@ class DecodedStream:
         return len(self.reader)
 
     def __getattr__(self, name: str) -> Any:
-        if name == 'reader':  # while unpickled
+        if name == 'reader':  # while unpickling
             raise AttributeError(name)
         return getattr(self.reader, name)

@@ -1,4 +1,5 @@
-"""What a data set's items must be: images of so many channels, or event frames of one shape, each with a class."""
+"""Check the items of a data set: an image with the right number of channels, or event frames of one shape, and a label.
+"""
 import operator
 from typing import Any, Callable, Tuple
 
@@ -7,14 +8,14 @@ from PIL import Image
 
 __all__ = ['ItemCheck', 'ImageCheck', 'FramesCheck', 'as_pair', 'label_problem']
 
-ItemCheck = Callable[[Any], str]  # what is wrong with an image or with frames; '' where nothing is
+ItemCheck = Callable[[Any], str]  # returns what is wrong with an image or with frames, '' if nothing
 
 
 def as_pair(item: Any) -> Tuple[Any, Any]:
-    """An item as (input, label).
+    """Return an item as (input, label).
 
     Raises:
-        TypeError: It is no pair.
+        TypeError: The item is not a pair.
     """
     if not isinstance(item, (tuple, list)) or len(item) != 2:
         size = f' of {len(item)}' if isinstance(item, (tuple, list)) else ''
@@ -23,7 +24,7 @@ def as_pair(item: Any) -> Tuple[Any, Any]:
 
 
 def label_problem(label: Any, num_classes: int) -> str:
-    """What is wrong with a label, which must be a whole number in [0, num_classes); '' where nothing is."""
+    """Return what is wrong with a label, '' if nothing. A label is a whole number in [0, num_classes)."""
     classes = f'the model has {num_classes} classes, 0 to {num_classes - 1}'
     try:
         number = operator.index(label)
@@ -34,10 +35,10 @@ def label_problem(label: Any, num_classes: int) -> str:
 
 
 class ImageCheck:
-    """Check that an image is PIL's, with so many channels.
+    """Check that an item is a PIL image with the right number of channels.
 
     Args:
-        channels: That the model takes.
+        channels: Number of channels of the model's input.
     """
 
     def __init__(self, channels: int):
@@ -70,7 +71,7 @@ class FramesCheck:
 
 
 def _kind(value: Any) -> str:
-    """Type of a value, with its shape where it has one."""
+    """Describe a value by its type, and by dtype and shape if it has them."""
     shape, dtype = getattr(value, 'shape', None), getattr(value, 'dtype', None)
     return type(value).__name__ + (f' of {dtype}' if dtype is not None else '') + (
         f' of shape {tuple(shape)}' if shape is not None else '')

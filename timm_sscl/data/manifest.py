@@ -1,4 +1,4 @@
-"""What data a run was started on, kept in its folder, so that other data is noticed when it goes on or is evaluated."""
+"""Store a description of a run's data in its folder, so that a resume or an evaluation on other data is noticed."""
 import hashlib
 import json
 import logging
@@ -12,13 +12,13 @@ __all__ = ['DATA_FILE', 'check_data', 'describe_data']
 
 _logger = logging.getLogger(__name__)
 
-DATA_FILE = 'data.json'  # in a run's folder
+DATA_FILE = 'data.json'  # file name in a run's folder
 
 
 def describe_data(dataset: Any) -> Dict[str, Any]:
-    """Classes with their labels, number of samples, a digest of the file names and labels; None where not known.
+    """Describe a data set: classes with labels, number of samples, digest of file names and labels; None if unknown.
 
-    A data set without files that knows its labels has a digest of them (`labels`).
+    A data set without files but with known labels has a digest of the labels (`labels`) instead.
     """
     paths = sample_paths(dataset) or getattr(dataset, 'files', None)
     labels = known_labels(dataset)
@@ -39,14 +39,14 @@ def _digest(lines: Iterable[str]) -> str:
 
 
 def check_data(file: Path, **found: Dict[str, Any]) -> None:
-    """Raise where data has other classes than a run was started on; say where it has other samples.
+    """Compare data sets with those that a run was started on. A difference in samples only logs a warning.
 
     Args:
-        file: `DATA_FILE` of the run; where there is none (runs of older versions), nothing is checked.
-        **found: `describe_data` of the splits, by the names in the file.
+        file: `DATA_FILE` of the run. If it is missing (runs of older versions), nothing is checked.
+        **found: Result of `describe_data` for each split, by the split's name in the file.
 
     Raises:
-        ValueError: With the classes that differ.
+        ValueError: The classes differ. The message names them.
     """
     try:
         started = json.loads(file.read_text())

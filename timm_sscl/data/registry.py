@@ -1,4 +1,4 @@
-"""Data sets by name: one decorator adds a data set of your own."""
+"""Register data sets by name with a decorator, and build them."""
 import inspect
 from typing import Any, Callable, Dict, List, Mapping, TypeVar
 
@@ -13,8 +13,8 @@ __all__ = ['ARGUMENTS', 'TIMM_ARGUMENTS', 'register_dataset', 'unregister_datase
 
 Builder = TypeVar('Builder', bound=Callable[..., Dataset])
 
-_FAMILY = '/NAME'  # a registered name that ends so stands for all names with what is before it
-# what a data set may ask for by the names of its parameters; all other parameters are its own options
+_FAMILY = '/NAME'  # a registered name with this ending stands for all names with the same prefix
+# Parameters by which a data set receives values from the script. All its other parameters are its own options.
 ARGUMENTS: Dict[str, str] = {
     'name': 'the name that was asked for',
     'root': 'folder of the data, --data-dir',
@@ -27,7 +27,7 @@ ARGUMENTS: Dict[str, str] = {
     'input_img_mode': "PIL mode of the images, --input-img-mode; 'RGB', or 'L' for one channel",
     'seed': 'seed of the run',
 }
-# timm's, for its own readers
+# arguments of timm's readers
 TIMM_ARGUMENTS = (
     'is_training', 'class_map', 'batch_size', 'repeats', 'input_key', 'target_key', 'trust_remote_code')
 _SPLITS = {'train': True, 'training': True, 'validation': False, 'val': False, 'test': False}
@@ -36,23 +36,23 @@ _datasets: Registry[Callable[..., Dataset]] = Registry('data set')
 
 
 def register_dataset(name: str) -> Callable[[Builder], Builder]:
-    """Decorator that registers a data set under a name: `create_dataset(NAME)`, `train.py --dataset NAME`.
+    """Decorator that registers a data set by name: `create_dataset(NAME)`, `train.py --dataset NAME`.
 
-    What is decorated is a class or a function that returns a data set with `__len__` and `__getitem__`. A parameter
-    called `root`, `split`, `training`, `num_samples`, ... (see `ARGUMENTS`) is given what the script's options say; it
-    must have `split` or `training`. All other parameters are options of the data set, `--dataset-kwargs KEY=VALUE`.
+    Decorate a class, or a function that returns a data set with `__len__` and `__getitem__`. Parameters named `root`,
+    `split`, `training`, `num_samples`, ... (see `ARGUMENTS`) receive the script's options; `split` or `training` is
+    required. All other parameters are options of the data set, `--dataset-kwargs KEY=VALUE`.
 
-    An item is a pair (image, label): a PIL image, and a whole number from 0. Under a name that begins with 'events/' it
-    is (frames, label): a floating point tensor (T, 2, H, W). A data set may have `classes`, the names of the classes in
-    the order of the labels (else --num-classes says how many there are), and `targets`, the label of every sample, from
-    which wrong labels are found before training. `filename(index, absolute=True)` names a sample in messages.
+    An item is a pair (image, label): a PIL image, and a whole number from 0. If the name starts with 'events/', an item
+    is (frames, label): a floating point tensor (T, 2, H, W). The data set may have `classes`, the class names in the
+    order of the labels (else --num-classes gives their number), and `targets`, the label of every sample, which allows
+    to find wrong labels before training. `filename(index, absolute=True)` names a sample in messages.
 
     Args:
-        name: Name of the data set. One that ends in '/NAME' stands for all names with what is before it; the parameter
-            `name` tells which.
+        name: Name of the data set. A name that ends in '/NAME' stands for all names with that prefix; the parameter
+            `name` receives the full name.
 
     Raises:
-        TypeError: What is decorated cannot be called.
+        TypeError: The decorated object is not callable.
         ValueError: The name is empty or taken, or there is neither `split` nor `training`.
 
     Examples:
@@ -87,17 +87,17 @@ def unregister_dataset(name: str) -> None:
 
 
 def list_datasets() -> List[str]:
-    """Names of the registered data sets, sorted; one that ends in '/NAME' stands for many."""
+    """Return the names of the registered data sets, sorted. A name that ends in '/NAME' stands for many."""
     return _datasets.names()
 
 
 def is_event_dataset(name: str) -> bool:
-    """Whether the items of the data set of this name are event frames (T, 2, H, W)."""
+    """Return whether the data set of this name has event frames (T, 2, H, W) as items."""
     return name.startswith(('events/', 'tonic/'))
 
 
 def registered_name(name: str) -> str:
-    """The registered name that this one belongs to; '' where there is none."""
+    """Return the registered name that matches a name, itself or as a family 'PREFIX/NAME'; '' if there is none."""
     if name in _datasets:
         return name
     families = [known.removesuffix(_FAMILY) + '/' for known in _datasets if known.endswith(_FAMILY)]
@@ -106,13 +106,13 @@ def registered_name(name: str) -> str:
 
 
 def is_own_dataset(name: str) -> bool:
-    """Whether the data set of this name is a user's, and not one of this package or of timm."""
+    """Return whether the data set of this name was registered by the user, not by this package."""
     known = registered_name(name)
     return bool(known) and not str(_datasets.get(known).__module__).startswith('timm_sscl.')
 
 
 def dataset_entry(name: str) -> Callable[..., Dataset]:
-    """The class or function that is registered for a name.
+    """Return the class or function registered for a name.
 
     Raises:
         ValueError: There is none.
@@ -124,14 +124,14 @@ def build_dataset(name: str, arguments: Mapping[str, Any], options: Mapping[str,
     """Build a registered data set.
 
     Args:
-        name: Name that is registered, or of a family.
-        arguments: Values for those of `ARGUMENTS` that the data set asks for; `split` among them.
-        options: Its own options.
+        name: Registered name, or a name of a registered family.
+        arguments: Values for `ARGUMENTS`, including `split`. The data set receives those that it has parameters for.
+        options: Options of the data set itself.
 
     Raises:
-        FileNotFoundError: As the data set raises it.
-        ValueError: An option is unknown or missing, the split is unknown, a number of samples was asked for that the
-            data set does not take, or what was built has no numbered samples.
+        FileNotFoundError: Raised by the data set.
+        ValueError: An option is unknown or missing, the split is unknown, num_samples is given but the data set has no
+            such parameter, or the built data set has no `__len__` and `__getitem__`.
     """
     builder = dataset_entry(name)
     own = registered_name(name)
@@ -156,7 +156,11 @@ def build_dataset(name: str, arguments: Mapping[str, Any], options: Mapping[str,
 
 
 def _check_numbered(dataset: Any, name: str) -> Dataset:
-    """The data set, where it has numbered samples or is one of timm's streams."""
+    """Return a data set if it is map-style and not empty, or one of timm's streams.
+
+    Raises:
+        ValueError: It is neither.
+    """
     if isinstance(dataset, IterableImageDataset):
         return dataset
     numbered = hasattr(dataset, '__len__') and hasattr(dataset, '__getitem__')

@@ -1,4 +1,5 @@
-"""A data set whose samples do not depend on what was read before, and which says what it could not read."""
+"""Samples: a data set whose samples do not depend on the order of reading, with checks and reports of unreadable files.
+"""
 import logging
 from typing import Any, Callable, List, Optional, Tuple
 
@@ -15,23 +16,23 @@ _logger = logging.getLogger(__name__)
 
 
 class UnreadableSample(RuntimeError):
-    """A sample that cannot be read, where it may not be replaced."""
+    """A sample cannot be read and may not be replaced."""
 
 
 class WrongLabel(RuntimeError):
-    """A label that is no class of the model."""
+    """A label is not a class of the model."""
 
 
 class WrongSample(RuntimeError):
-    """A sample that is not what the model and the transforms take."""
+    """A sample has the wrong type or shape for the model and the transforms."""
 
 
 class FailedTransform(RuntimeError):
-    """A sample that was read and could not be augmented or resized: an option is wrong, not the file."""
+    """A sample was read but its transform failed, because of an option rather than the file."""
 
 
 def sample_name(dataset: Any, index: int) -> str:
-    """Path of a sample where the data set tells it, else its number."""
+    """Return the path of a sample if the data set knows it, else its index."""
     if callable(getattr(dataset, 'filename', None)):
         return str(dataset.filename(index, absolute=True))
     paths = getattr(dataset, 'samples', None) or getattr(dataset, 'imgs', None)
@@ -40,26 +41,26 @@ def sample_name(dataset: Any, index: int) -> str:
 
 
 class Samples(Dataset):
-    """Map-style data set around another: seeded samples, checked labels, a policy for those that cannot be read.
+    """Wrap a map-style data set: seed the samples, check labels, replace samples that cannot be read.
 
-    A training sample's augmentation draws from (seed, epoch, index) alone, so it is the same whichever worker makes it,
-    and after a resume. Where a sample cannot be read, its path and the reason are logged and the next one that can be
-    read takes its place, in training only and up to a limit of different samples, counted over all workers.
+    The augmentation of a training sample draws from (seed, epoch, index) alone. It is therefore the same in any worker
+    and after a resume. In training, an unreadable sample is logged with its path and the reason, and the next readable
+    sample takes its place, up to a limit of different samples counted over all workers.
 
     Args:
-        dataset: Data set of (image, label), read without its own transform.
+        dataset: Data set of (image, label) without a transform of its own.
         num_classes: Labels must lie in [0, num_classes).
         training: Whether samples are random and may be replaced.
         seed: Seed of the run.
-        max_unreadable: How many different samples may be replaced; 0 stops at the first.
-        with_index: Whether a sample is (image, label, number of the sample that was read).
-        check: What is wrong with an image, or with frames.
+        max_unreadable: How many different samples may be replaced; 0 raises at the first.
+        with_index: Whether items are (image, label, index of the sample that was read).
+        check: Function that returns what is wrong with an image or frames, '' if nothing.
 
     Raises:
-        UnreadableSample: While reading, by the policy above.
-        WrongLabel: While reading, a label is no class.
-        WrongSample: While reading, an item is no pair (image, label), or the check finds something.
-        FailedTransform: While reading, the transform raised.
+        UnreadableSample: While reading, if the limit is exceeded or the sample is for validation.
+        WrongLabel: While reading, if a label is out of range.
+        WrongSample: While reading, if an item is not a pair (image, label), or the check finds a problem.
+        FailedTransform: While reading, if the transform raised.
     """
 
     def __init__(
@@ -80,27 +81,27 @@ class Samples(Dataset):
         self.with_index = with_index
         self.check = check
         self.transform: Optional[Callable] = None
-        # in shared memory: persistent workers see the epoch, and all count together
+        # in shared memory, so that persistent workers see the epoch and count together
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._unreadable = torch.zeros(len(dataset), dtype=torch.uint8).share_memory_()
-        if hasattr(dataset, '_max_retries'):  # timm's own replacement, which names no file
+        if hasattr(dataset, '_max_retries'):  # switches off timm's own replacement, which does not name the file
             dataset._max_retries = 1
 
     def set_epoch(self, epoch: int) -> None:
-        """Epoch of the samples read from now on, also by workers that run already."""
+        """Set the epoch of the samples read from now on, in running workers, too."""
         self._epoch.fill_(epoch)
 
     @property
     def unreadable(self) -> List[int]:
-        """Indices of the samples that could not be read so far."""
+        """Indices of the samples that were unreadable so far."""
         return self._unreadable.nonzero().flatten().tolist()
 
     def mark_unreadable(self, indices: List[int]) -> None:
-        """Count these as unreadable: met before a resume, or by another process."""
+        """Count samples as unreadable that were found before a resume or by another process."""
         self._unreadable[indices] = 1
 
     def check_limit(self) -> None:
-        """Raise UnreadableSample where more samples than allowed were unreadable."""
+        """Raise UnreadableSample if more samples than allowed were unreadable."""
         found = self.unreadable
         if len(found) > self.max_unreadable:
             self._stop(found[-1], 'see the warnings above')
@@ -134,7 +135,7 @@ class Samples(Dataset):
             return self.transform(item)
         except MemoryError:
             raise
-        except Exception as error:  # timm, torchvision and Pillow each raise their own
+        except Exception as error:  # timm, torchvision and Pillow raise many types
             split = 'training' if self.training else 'validation'
             raise FailedTransform(
                 f"{split} sample '{sample_name(self.dataset, index)}' was read, but its transform failed "
@@ -142,18 +143,19 @@ class Samples(Dataset):
                 f'(--aa, --scale, --ratio, ...) and of the input size decide on it.') from error
 
     def _read(self, index: int) -> Tuple[int, Any]:
-        """The sample at index, or the next one that can be read, with its own index."""
+        """Return (index, item) of the sample at index or of the next readable one."""
         for step in range(len(self)):
             at = (index + step) % len(self)
             try:
                 return at, self.dataset[at]
             except MemoryError:
                 raise
-            except Exception as error:  # every decoder raises its own
+            except Exception as error:  # decoders raise many types
                 self._count(at, error)
         raise UnreadableSample(f'none of the {len(self)} samples can be read.')
 
     def _count(self, index: int, error: Exception) -> None:
+        """Count an unreadable sample and log it, or raise if the limit is exceeded."""
         reason = ' '.join(str(self._reason(index, error)).split())[:200]
         new = not self._unreadable[index]
         self._unreadable[index] = 1
@@ -164,7 +166,7 @@ class Samples(Dataset):
                             f'the next one: {reason}')
 
     def _reason(self, index: int, error: Exception) -> Exception:
-        """timm's data set does not pass on why it failed: read the file again for it."""
+        """Read the file again to find out why it failed, since timm's data set hides the error."""
         if not hasattr(self.dataset, 'reader'):
             return error
         try:

@@ -1,4 +1,4 @@
-"""Event data: recordings, their readers, and their frames."""
+"""Event data: recordings, file readers, frames."""
 from .aedat import read_aedat
 from .camera import simulate_events
 from .dataset import EventDataset

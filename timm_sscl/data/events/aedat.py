@@ -1,4 +1,4 @@
-"""Reader of AEDAT 2.0, the format of the original CIFAR10-DVS."""
+"""Read AEDAT 2.0, the format of the original CIFAR10-DVS."""
 import re
 
 import numpy as np
@@ -13,32 +13,32 @@ DVS128_SIZE = 128, 128  # (height, width)
 _LINE = re.compile(rb'#[\t\x20-\x7e]*\r?\n')
 _VERSION = re.compile(rb'#!AER-DAT([0-9.]*)')
 _EVENT = np.dtype([('address', '>u4'), ('t', '>u4')])
-_EXTERNAL = 0x8000  # bit 15: a synchronisation pulse, no pixel
+_EXTERNAL = 0x8000  # bit 15 of the address: a synchronisation pulse, not a pixel
 
 
 def read_aedat(file: str, axes: str = 'spikingjelly', ordered: bool = False) -> Events:
     """Read a recording of a DVS128 (128 x 128 pixels) in AEDAT 2.0.
 
-    After header lines (printable ASCII that begins with '#' and ends in a newline) come pairs of big-endian uint32,
-    address and time in microseconds: polarity in bit 0 of the address, coordinates in bits 1-7 and 8-14. Pulses of the
-    camera's synchronisation input (bit 15) are no events of a pixel and are left out. Where the time passes 2^32, it
-    goes on.
+    The file has header lines (printable ASCII, '#' first, newline last), then pairs of big-endian uint32: address and
+    time in microseconds. Bit 0 of the address is the polarity, bits 1-7 and 8-14 are the coordinates. Pulses of the
+    camera's synchronisation input (bit 15) are left out. Times that wrap around at 2^32 are continued.
 
     Readers disagree about the axes:
+
         spikingjelly: x = 127 - bits 8-14, y = 127 - bits 1-7, p = 1 - bit 0; as in SpikingJelly's .npz files.
-        tonic: x = bits 8-14, y = bits 1-7, p = bit 0; the same picture turned by 180 degrees, polarities swapped.
+        tonic: x = bits 8-14, y = bits 1-7, p = bit 0; the same picture rotated by 180 degrees, polarities swapped.
 
     Args:
         file: File to read.
         axes: 'spikingjelly' or 'tonic'.
-        ordered: Whether time that runs backwards is damage; for frames by time.
+        ordered: Whether to raise if time runs backwards. Frames of equal duration require order.
 
     Returns:
         Events with int64 arrays; empty for a recording without events.
 
     Raises:
-        DamagedEventFile: With the file, and the byte at which what stands there is no event of this format.
-        ValueError: axes does not exist.
+        DamagedEventFile: The file is not AEDAT 2.0. The message names the file and the byte of the first invalid event.
+        ValueError: axes is unknown.
     """
     if axes not in AXES:
         raise ValueError(f"axes='{axes}': must be one of {', '.join(AXES)}.")
@@ -64,7 +64,10 @@ def read_aedat(file: str, axes: str = 'spikingjelly', ordered: bool = False) -> 
 
 
 def _header_end(file: str, data: bytes) -> int:
-    """Position of the first event; data may begin with '#' as well, but is then no line of printable ASCII."""
+    """Return the position of the first event.
+
+    Event data may start with '#', too, but is not a line of printable ASCII.
+    """
     if not data:
         raise DamagedEventFile(f"'{file}' is empty: byte 0 should begin the header of an AEDAT file.")
     end = 0

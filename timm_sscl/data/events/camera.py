@@ -1,4 +1,4 @@
-"""A simulated event camera: what its pixels emit while they look at a moving picture."""
+"""Simulate an event camera that looks at a moving picture."""
 from typing import Tuple, Union
 
 import numpy as np
@@ -14,23 +14,23 @@ def simulate_events(
         threshold: Union[float, np.ndarray] = 0.3,
         offset: float = 0.1,
 ) -> Events:
-    """Events of an ideal dynamic vision sensor (Lichtsteiner et al. 2008, as ESIM samples it, Rebecq et al. 2018).
+    """Simulate an ideal dynamic vision sensor (Lichtsteiner et al. 2008, sampled as in ESIM, Rebecq et al. 2018).
 
-    A pixel holds a reference, log intensity at first, and emits an event whenever its log intensity has moved by the
-    threshold from it, up (polarity 1) or down (0); the reference moves by the threshold with each. Between two pictures
-    the log intensity is taken as linear in time, which gives every event its time.
+    Each pixel holds a reference, at first its log intensity. Whenever the log intensity has moved by the threshold, the
+    pixel emits an event, of polarity 1 for up and 0 for down, and the reference moves by the threshold. Between two
+    pictures the log intensity is interpolated linearly, which gives the time of each event.
 
     Args:
         intensity: Pictures (N, H, W), 0 or more.
-        times: Their times (N,) in microseconds, increasing.
-        threshold: Change of log intensity, positive; one value, or one per pixel (H, W).
-        offset: Added to the intensity before the logarithm, positive: the sensor's dark current.
+        times: Times of the pictures (N,) in microseconds, increasing.
+        threshold: Change of log intensity per event, positive; one value, or one per pixel (H, W).
+        offset: Dark current of the sensor, added to the intensity before the logarithm, positive.
 
     Returns:
-        Events with int64 arrays, ordered by time; those of one microsecond by row and column.
+        Events with int64 arrays, ordered by time; events of the same microsecond by row and column.
 
     Raises:
-        ValueError: A value is out of its range, or there is not one time per picture.
+        ValueError: A value is out of range, or the numbers of times and pictures differ.
     """
     intensity, times = np.asarray(intensity, np.float64), np.asarray(times, np.float64)
     if intensity.ndim != 3 or times.shape != intensity.shape[:1] or (np.diff(times) <= 0).any():
@@ -60,12 +60,13 @@ def _crossings(
         threshold: np.ndarray,
         times: np.ndarray,
 ) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Time, pixel and polarity of the events between two pictures; moves the reference."""
+    """Return time, pixel and polarity of the events between two pictures, and update the reference."""
     count, sign = np.abs(change[pixels]).astype(np.int64), np.sign(change[pixels])
     pixel, step = np.repeat(pixels, count), np.repeat(sign * threshold[pixels], count)
     nth = np.arange(len(pixel)) - np.repeat(np.cumsum(count) - count, count) + 1
     before, after = levels[:, pixel]
-    part = np.zeros(len(pixel))  # a crossing that rounding put off has no way left to go
+    # 0 where the level does not change: rounding delayed a crossing of the previous interval
+    part = np.zeros(len(pixel))
     np.divide(reference[pixel] + nth * step - before, after - before, out=part, where=after != before)
     reference[pixels] += sign * threshold[pixels] * count
     t = np.floor(times[0] + part.clip(0, 1) * (times[1] - times[0])).astype(np.int64)

@@ -1,4 +1,4 @@
-"""What the event data sets share: a recording becomes frames, augmented, with its label."""
+"""EventDataset: base class that turns recordings into frames, augments them and adds the label."""
 import logging
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
@@ -15,15 +15,15 @@ _logger = logging.getLogger(__name__)
 
 
 class EventDataset(Dataset):
-    """Base of the event data sets; a subclass reads a recording.
+    """Base class of event data sets. A subclass implements `read`.
 
-    An item is (frames, target): float32 frames (T, 2, H, W), and the class.
+    An item is (frames, label): float32 frames (T, 2, H, W) and the class.
 
     Args:
-        classes: Names of the classes, in the order of the labels.
+        classes: Class names in the order of the labels.
         targets: Label of every recording.
         sensor_size: (height, width) of the sensor in pixels.
-        settings: How recordings become frames.
+        settings: How to turn recordings into frames.
         transform: Applied to the frames.
     """
 
@@ -50,26 +50,26 @@ class EventDataset(Dataset):
         return self.sensor_size if size is None else (size, size)
 
     def read(self, index: int) -> Union[Events, np.ndarray]:
-        """The recording at index: its events, or frames (T, 2, H, W) of counts that were made before.
+        """Return the recording at index: its events, or precomputed frames (T, 2, H, W) of counts.
 
         Raises:
-            DamagedEventFile: It cannot be read.
+            DamagedEventFile: The recording cannot be read.
         """
         raise NotImplementedError
 
     def extent(self, events: Events) -> Tuple[int, int]:
-        """(height, width) in pixels of the plane that these events lie on."""
+        """Return (height, width) in pixels of the sensor that recorded these events."""
         return self.sensor_size
 
     def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
-        """What names the recording at index in messages; timm's signature."""
+        """Return a name of the recording at index for messages. The signature is timm's."""
         return f'number {index}'
 
     def frames(self, index: int) -> np.ndarray:
-        """The recording at index as frames (T, 2, H, W).
+        """Return the frames (T, 2, H, W) of the recording at index.
 
         Raises:
-            DamagedEventFile: It cannot be read, holds no events, or another number of frames.
+            DamagedEventFile: The recording cannot be read, has no events, or has frames of another shape.
         """
         recording = self.read(index)
         name = self.filename(index, absolute=True)
@@ -94,7 +94,7 @@ class EventDataset(Dataset):
         return resize_frames(recording, self.settings.size, self.settings.mode)
 
     def _say_gap(self, name: str, frames: np.ndarray, events: int) -> None:
-        """Say once that a recording's time is nearly empty: a single wrong time at its end is enough."""
+        """Warn once if nearly all frames of equal duration are empty, which a single wrong time at the end causes."""
         if self._gap_is_said or self.settings.by != 'time' or len(frames) < 3 or events < 10 * len(frames):
             return
         filled = int(frames.any((1, 2, 3)).sum())
@@ -112,7 +112,7 @@ class EventDataset(Dataset):
 
 
 def spread_indices(n: int, num_samples: Optional[int]) -> np.ndarray:
-    """Indices of num_samples of n recordings, evenly spread, since they lie class by class; None takes all."""
+    """Return evenly spaced indices of num_samples out of n recordings, which are ordered by class; None takes all."""
     if num_samples is None or num_samples >= n:
         return np.arange(n)
     return np.arange(num_samples) * n // num_samples

@@ -1,4 +1,4 @@
-"""Whether a folder that was made of other recordings holds all of them: event frames, events converted to .npz."""
+"""Check that a folder derived from other recordings (event frames, events converted to .npz) is complete."""
 import logging
 import os
 import re
@@ -10,12 +10,13 @@ _logger = logging.getLogger(__name__)
 
 EXTENSIONS = '.aedat', '.npz'
 FRAMES_FOLDER = re.compile(r'frames_number_([0-9]+)_split_by_(number|time)')
-_SOURCES = 'extract', 'events_np'  # SpikingJelly's, each made of the one before it, and frames of the last
+# SpikingJelly's folders; each is made from the previous one, and frames from the last
+_SOURCES = 'extract', 'events_np'
 _UNFINISHED = '.tmp', '.temp', '.part', '.partial', '.crdownload', '.download', '.incomplete'
 
 
 def class_folders(root: str) -> Dict[str, List[str]]:
-    """Recordings by class, both in order: classes by name, recordings by name with numbers by value."""
+    """Return the recordings of every class, both sorted: classes by name, recordings with numbers by value."""
     names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith('.'))
     return {name: _recordings(os.path.join(root, name)) for name in names}
 
@@ -26,22 +27,23 @@ def _recordings(folder: str) -> List[str]:
 
 
 def _natural(name: str) -> tuple:
-    """Sort key that takes runs of digits by their value."""
+    """Sort key in which runs of digits count by their value."""
     return tuple((int(part), '') if part.isdigit() else (-1, part) for part in re.split(r'([0-9]+)', name))
 
 
 def check_whole(root: str, recordings: Dict[str, List[str]]) -> None:
-    """Refuse a folder whose making was cut off, as far as that can be seen.
+    """Check that the writing of a folder was not cut off.
 
-    Seen are files that are still being written, and recordings that a folder in SpikingJelly's layout lacks of those
-    beside it that it was made of. A folder without these beside it may lack some unseen; this is said.
+    Found are files that are still being written, and recordings that a folder in SpikingJelly's layout lacks of the
+    source folder beside it. Without a source folder, missing recordings cannot be found; unequal class sizes are then
+    logged.
 
     Args:
         root: The folder.
         recordings: Its recordings by class.
 
     Raises:
-        ValueError: It is not whole.
+        ValueError: The folder is incomplete.
     """
     for folder in (root, *(os.path.join(root, name) for name in recordings)):
         unfinished = sorted(entry.name for entry in os.scandir(folder) if entry.name.lower().endswith(_UNFINISHED))
@@ -60,7 +62,7 @@ def check_whole(root: str, recordings: Dict[str, List[str]]) -> None:
 
 
 def _sources(root: str) -> List[str]:
-    """Folders beside root that it was made of."""
+    """Return the folders beside root that it was made from."""
     parent, name = os.path.split(os.path.abspath(root))
     ranks = len(_SOURCES) if FRAMES_FOLDER.fullmatch(name) else _SOURCES.index(name) if name in _SOURCES else 0
     folders = [os.path.join(parent, source) for source in _SOURCES[:ranks]]
@@ -68,6 +70,7 @@ def _sources(root: str) -> List[str]:
 
 
 def _check_against(root: str, recordings: Dict[str, List[str]], source: str) -> None:
+    """Raise ValueError if root lacks recordings of its source folder; log recordings that only root has."""
     made = {(name, os.path.splitext(f)[0]) for name, files in recordings.items() for f in files}
     wanted = {(name, os.path.splitext(f)[0]) for name, files in class_folders(source).items() for f in files}
     missing = sorted(wanted - made)

@@ -1,4 +1,4 @@
-"""Event recordings without a download: the bundled digits, moving in front of a simulated event camera."""
+"""Event recordings without a download: the bundled digits, moved in front of a simulated event camera."""
 from typing import Callable, Dict, Optional, Sequence, Tuple, Union
 
 import numpy as np
@@ -12,31 +12,31 @@ from .recording import Events
 
 __all__ = ['EventDigits', 'record_digit']
 
-_SIZE = 32  # of the sensor, in pixels
-_SCALE = 2.75  # sensor pixels per pixel of a scan: a digit of 22 pixels
-_RADIUS = 4.  # of the path, in pixels; the digit stays inside the sensor
-_PICTURES = 41  # rendered on a closed path, the first again at its end: 0.57 pixels apart
-_DURATION = 100_000  # of a recording, microseconds
-_MISMATCH = 0.03  # relative deviation of a pixel's threshold from the nominal one
+_SIZE = 32  # side of the sensor in pixels
+_SCALE = 2.75  # sensor pixels per scan pixel; a digit has 22 sensor pixels
+_RADIUS = 4.  # of the path in pixels; the digit stays inside the sensor
+_PICTURES = 41  # number of pictures on the closed path, the first repeated at the end; 0.57 pixels apart
+_DURATION = 100_000  # of a recording in microseconds
+_MISMATCH = 0.03  # relative standard deviation of the pixels' thresholds
 
 
 def record_digit(scan: np.ndarray, seed: Union[int, Sequence[int]], threshold: float = 0.3) -> Events:
-    """Recording of one digit that moves once around a square stood on its corner, in 100 ms.
+    """Record one digit that moves once around a square standing on a corner, in 100 ms.
 
-    The square's sides are CIFAR10-DVS's directions of movement. Where on it the recording begins, which way it goes,
-    and the pixels' thresholds (3 % of deviation, as sensors have) are drawn from the seed.
+    The sides of the square are the directions of movement in CIFAR10-DVS. The starting point, the direction and the
+    pixels' thresholds (3 % deviation, as in real sensors) are drawn from the seed.
 
     Args:
         scan: Grey levels of the digit, (8, 8), 0 to 16.
-        seed: Of this recording, a number or several.
-        threshold: Change of log intensity for an event.
+        seed: Seed of this recording, one number or several.
+        threshold: Change of log intensity per event.
 
     Returns:
         Events on a sensor of 32 x 32 pixels.
     """
     generator = np.random.default_rng(seed)
     turn = generator.choice((-1, 1)) * np.linspace(0, 1, _PICTURES) + generator.random()
-    # along a square on its corner both coordinates are triangle waves, a quarter of a turn apart
+    # on this square both coordinates are triangle waves, a quarter of a period apart
     dx, dy = (_RADIUS * (4 * np.abs((turn + shift) % 1 - 0.5) - 1) for shift in (0, 0.25))
     thresholds = threshold * np.exp(_MISMATCH * generator.standard_normal((_SIZE, _SIZE)))
     pictures = _interpolation(dy) @ (scan / 16.) @ _interpolation(dx).swapaxes(1, 2)
@@ -44,7 +44,8 @@ def record_digit(scan: np.ndarray, seed: Union[int, Sequence[int]], threshold: f
 
 
 def _interpolation(shift: np.ndarray) -> np.ndarray:
-    """Weights (N, 32, 8) that enlarge a row of 8 pixels linearly, centred and then shifted, black around it."""
+    """Return weights (N, 32, 8) that enlarge a row of 8 pixels linearly, centred, then shifted, with black around it.
+    """
     sensor = np.arange(_SIZE) + 0.5 - _SIZE / 2
     scan = np.arange(8) + 0.5 - 4
     distance = (sensor - shift[:, None])[:, :, None] / _SCALE - scan
@@ -52,16 +53,16 @@ def _interpolation(shift: np.ndarray) -> np.ndarray:
 
 
 class EventDigits(EventDataset):
-    """The 1,797 digits of `DigitsDataset`, in its split, each recorded once by `record_digit`.
+    """The 1,797 digits of `DigitsDataset` in the same split, each recorded once by `record_digit`.
 
-    A recording depends on (seed, number of the digit in scikit-learn's data) alone. It is made when it is first asked
-    for and its frames are kept (20 kB each at T = 10).
+    A recording depends only on (seed, index of the digit in scikit-learn's data). It is computed on first use, and its
+    frames are cached (20 kB each at T = 10).
 
     Args:
         split: 'train' or 'validation'.
-        settings: How recordings become frames.
-        num_samples: Only so many; None takes all.
-        seed: Of the data set.
+        settings: How to turn recordings into frames.
+        num_samples: Number of recordings to take; None takes all.
+        seed: Seed of the data set.
         transform: Applied to the frames.
 
     Raises:
@@ -88,7 +89,7 @@ class EventDigits(EventDataset):
         return record_digit(self.scans[index], (self.seed, int(self.numbers[index])))
 
     def frames(self, index: int) -> np.ndarray:
-        key = index % len(self), self.settings  # which a user may set anew
+        key = index % len(self), self.settings  # the user may replace the settings
         if key not in self._frames:
             frames = super().frames(index)
             self._frames[key] = frames.astype(np.uint8 if frames.max() < 256 else np.int64)

@@ -1,4 +1,4 @@
-"""Event data sets by name."""
+"""Create event data sets by name."""
 from typing import Any, Optional
 
 from timm_sscl.data.registry import build_dataset, is_event_dataset, register_dataset
@@ -22,22 +22,22 @@ def create_event_dataset(
         download: bool = False,
         **options: Any,
 ) -> EventDataset:
-    """Event data set by name, whose items are (frames (T, 2, H, W), target).
+    """Create an event data set by name. Its items are (frames (T, 2, H, W), label).
 
     Args:
-        name: 'events/digits' (bundled), 'events/cifar10dvs' (or any folder of such recordings), 'tonic/NAME', or one of
-            your own (`register_dataset`).
+        name: 'events/digits' (bundled), 'events/cifar10dvs' (any folder of such recordings), 'tonic/NAME', or a name
+            registered by `register_dataset`.
         root: Folder of the data.
         split: 'train' or 'validation'.
-        num_samples: Only so many samples; None takes all.
-        settings: How recordings become frames.
-        event_split: How data without a split is parted, see `validation_mask`.
+        num_samples: Number of samples to take; None takes all.
+        settings: How to turn recordings into frames.
+        event_split: How to split data that has no split of its own; see `validation_mask`.
         download: Whether tonic may download.
-        options: The data set's own.
+        options: Options of the data set itself.
 
     Raises:
-        FileNotFoundError: The data is not there.
-        ValueError: The data set, the split or an option does not exist, or does not fit.
+        FileNotFoundError: The data does not exist.
+        ValueError: The data set, the split or an option is unknown or not valid for the data.
     """
     if not is_event_dataset(name):
         raise ValueError(f"data set '{name}': event data has names that begin with events/ or tonic/.")

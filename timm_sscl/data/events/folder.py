@@ -1,4 +1,4 @@
-"""Event recordings in one folder per class, as CIFAR10-DVS comes: AEDAT 2.0, or SpikingJelly's .npz."""
+"""Read event recordings from one folder per class, as in CIFAR10-DVS: AEDAT 2.0 or SpikingJelly's .npz."""
 import logging
 import os
 from typing import Callable, Dict, List, Optional, Union
@@ -19,23 +19,22 @@ _logger = logging.getLogger(__name__)
 
 
 class EventFolder(EventDataset):
-    """Recordings of a DVS128 (128 x 128 pixels), `root/CLASS/RECORDING`, .aedat and .npz as they come.
+    """Recordings of a DVS128 (128 x 128 pixels) in `root/CLASS/RECORDING`, .aedat or .npz.
 
-    root may be the folder that SpikingJelly makes: then its frames for these settings are read where there are some,
-    else its events. Classes are sorted by name, recordings by name with numbers by value (airplane_9 before
-    airplane_10).
+    root may be a folder that SpikingJelly wrote. Its frames for these settings are then read if they exist, else its
+    events. Classes are sorted by name, recordings by name with numbers by value (airplane_9 before airplane_10).
 
     Args:
         root: Folder with one sub-folder per class.
         training: Whether to take the training or the validation part.
-        split: How they are parted, see `validation_mask`.
-        settings: How recordings become frames.
-        num_samples: Only so many recordings, evenly spread; None takes all.
+        split: How to split the recordings; see `validation_mask`.
+        settings: How to turn recordings into frames.
+        num_samples: Number of recordings to take, evenly spaced; None takes all.
         transform: Applied to the frames.
 
     Raises:
         FileNotFoundError: root does not exist.
-        ValueError: There are no recordings, a class has none or one twice, the folder is not whole (see
+        ValueError: There are no recordings, a class is empty or has a recording twice, the folder is incomplete (see
             `check_whole`), or the split does not fit.
     """
 
@@ -78,7 +77,7 @@ class EventFolder(EventDataset):
 
 
 def _find_root(root: str, settings: FrameSettings) -> str:
-    """The folder with the class folders: root, or the one in SpikingJelly's layout that fits the settings."""
+    """Return the folder with the class folders: root, or the one in SpikingJelly's layout that fits the settings."""
     if not root or not os.path.isdir(root):
         raise FileNotFoundError(f"data folder '{root}' does not exist; give --data-dir the folder that holds one "
                                 f'sub-folder of recordings per class.')
@@ -98,7 +97,7 @@ def _find_root(root: str, settings: FrameSettings) -> str:
 
 
 def _refuse_twice(root: str, recordings: Dict[str, List[str]]) -> None:
-    """A recording as .aedat and as .npz would be two."""
+    """Raise an error if a recording exists both as .aedat and as .npz, since it would count twice."""
     for name, files in recordings.items():
         stems = [os.path.splitext(f)[0] for f in files]
         twice = sorted({stem for stem in stems if stems.count(stem) > 1}) if len(set(stems)) < len(stems) else []
@@ -108,7 +107,7 @@ def _refuse_twice(root: str, recordings: Dict[str, List[str]]) -> None:
 
 
 def _check_axes(axes: str, files: List[str]) -> None:
-    """`axes` says how AEDAT is read; .npz files hold coordinates that someone has decided on."""
+    """Raise an error or warn if `axes` is set for .npz files, whose coordinates it does not change."""
     kinds = {os.path.splitext(f)[1].lower() for f in files}
     if axes != AXES[0] and kinds == set(EXTENSIONS):
         raise ValueError(f"axes='{axes}' (--event-axes): turns the .aedat files and not the .npz files that lie beside "

@@ -1,4 +1,4 @@
-"""From events to frames: what falls into a frame, what a pixel's value is, and how a frame changes its size."""
+"""Turn events into frames: assign events to frames, compute pixel values, resize."""
 from dataclasses import dataclass
 from typing import Optional, Tuple
 
@@ -15,18 +15,18 @@ MODES = 'binary', 'count'
 
 @dataclass(frozen=True)
 class FrameSettings:
-    """How a recording becomes T frames.
+    """How to turn a recording into T frames.
 
     Args:
         timesteps: Number of frames T.
-        by: 'number' puts N // T events into each frame and the rest into the last (SpikingJelly's convention); 'time'
-            cuts the recording into T equal times, and an empty one gives an empty frame.
-        mode: 'binary' is 1 where any event fell, as in the paper; 'count' is the number of events.
+        by: 'number' puts N // T events into each frame and the rest into the last (SpikingJelly's convention). 'time'
+            cuts the recording into T intervals of equal duration; an interval without events gives an empty frame.
+        mode: 'binary' is 1 for a pixel with any event, as in the paper; 'count' is its number of events.
         size: Height and width of the frames in pixels; None keeps the sensor's.
         axes: Convention of AEDAT 2.0 addresses, see `read_aedat`; .npz files hold coordinates.
 
     Raises:
-        ValueError: One of them is out of range.
+        ValueError: A setting is out of range.
     """
     timesteps: int = 10
     by: str = 'number'
@@ -45,18 +45,18 @@ class FrameSettings:
 
 
 def to_frames(events: Events, settings: FrameSettings, sensor_size: Tuple[int, int]) -> np.ndarray:
-    """Frames of a recording.
+    """Turn a recording into frames.
 
     Args:
-        events: Events inside the sensor, in order of time; arrays of other types are taken as `read_events` takes them.
-        settings: How.
+        events: Events inside the sensor, in order of time. Arrays of other types are converted as in `read_events`.
+        settings: How to make frames.
         sensor_size: (height, width) in pixels.
 
     Returns:
         int64 array (T, 2, H, W), polarity 0 first; zeros for a recording without events.
 
     Raises:
-        ValueError: An event cannot be, or the events are not in order of time.
+        ValueError: An event is invalid, or the events are not in order of time.
     """
     events = read_events(events._asdict(), sensor_size, ordered=settings.by == 'time')
     if settings.by == 'number':
@@ -67,9 +67,9 @@ def to_frames(events: Events, settings: FrameSettings, sensor_size: Tuple[int, i
 
 
 def _check_order(t: np.ndarray, timesteps: int) -> None:
-    """Refuse a recording in which more than a hundredth of the events lie in another frame than in order of time.
+    """Raise an error if sorting by time would move more than 1 % of the events to another frame.
 
-    Cameras put a few events in the wrong order; files that are sorted by pixel or polarity have them all.
+    Cameras put a few events in the wrong order. In files sorted by pixel or polarity nearly all are.
     """
     backwards = t[1:] < t[:-1]
     if not backwards.any():
@@ -96,18 +96,18 @@ def _frame_by_time(events: Events, timesteps: int) -> np.ndarray:
 
 
 def count_events(events: Events, frame: np.ndarray, timesteps: int, sensor_size: Tuple[int, int]) -> np.ndarray:
-    """Events per frame, polarity and pixel, (T, 2, H, W), where frame (N,) says which frame each belongs to."""
+    """Count events per frame, polarity and pixel, (T, 2, H, W). frame (N,) holds the frame index of every event."""
     height, width = sensor_size
     place = ((frame * 2 + events.p) * height + events.y) * width + events.x
     return np.bincount(place, minlength=timesteps * 2 * height * width).reshape(timesteps, 2, height, width)
 
 
 def resize_frames(frames: np.ndarray, size: Optional[int], mode: str) -> np.ndarray:
-    """Frames of event counts in another size, whole numbers before and after.
+    """Resize frames of event counts; values stay whole numbers.
 
-    'binary' takes the nearest pixel (of 128 pixels, every second or third for 48): the share of ones stays, where the
-    maximum over a cell would saturate. 'count' adds up the cell of pixels that becomes one pixel, so that every event
-    is still counted; frames are enlarged by repeating pixels.
+    'binary' takes the nearest pixel (for 128 to 48 pixels, every second or third one), which keeps the share of ones; a
+    maximum over cells would saturate. 'count' sums the cell of pixels that becomes one pixel, which keeps the number of
+    events; frames are enlarged by repeating pixels.
 
     Args:
         frames: (T, 2, H, W).
@@ -115,7 +115,7 @@ def resize_frames(frames: np.ndarray, size: Optional[int], mode: str) -> np.ndar
         mode: 'binary' or 'count'.
 
     Returns:
-        (T, 2, size, size), 0 and 1 where mode is 'binary'.
+        (T, 2, size, size); 0 and 1 if mode is 'binary'.
     """
     if mode == 'binary':
         frames = (frames > 0).astype(frames.dtype)
@@ -124,7 +124,7 @@ def resize_frames(frames: np.ndarray, size: Optional[int], mode: str) -> np.ndar
         if size is None or size == n:
             continue
         if mode == 'count' and size < n:
-            frames = np.add.reduceat(frames, -(-np.arange(size) * n // size), axis)  # pixel i goes into i * size // n
+            frames = np.add.reduceat(frames, -(-np.arange(size) * n // size), axis)  # pixel i is added to i * size // n
         else:
             frames = frames.take((2 * np.arange(size) + 1) * n // (2 * size), axis)
     return frames

@@ -1,4 +1,4 @@
-"""Loader of event frames: timm's create_loader would put transforms of images in front of them."""
+"""Create a loader of event frames. timm's create_loader would apply image transforms."""
 from typing import Callable, Optional
 
 from torch.utils.data import DataLoader, Dataset
@@ -14,15 +14,15 @@ def create_event_loader(
         num_workers: int = 0,
         pin_memory: bool = False,
 ) -> DataLoader:
-    """Batches of (frames (B, T, 2, H, W), targets (B,)) of an event data set, not sharded.
+    """Create a loader of batches (frames (B, T, 2, H, W), labels (B,)), not sharded over processes.
 
     Args:
-        dataset: Event data set, or a data set around one; its `transform` is set, as timm's create_loader does.
-        batch_size: Samples per batch; a last batch that is smaller is left out in training.
+        dataset: Event data set, or a data set that wraps one. Its `transform` is set, as timm's create_loader does.
+        batch_size: Samples per batch. In training, a smaller last batch is dropped.
         is_training: Whether to shuffle.
         transform: Applied to the frames of a sample (`EventAugment` in training).
-        num_workers: Processes that read.
-        pin_memory: Whether batches lie in pinned memory.
+        num_workers: Number of worker processes.
+        pin_memory: Whether batches are in pinned memory.
     """
     dataset.transform = transform
     return DataLoader(

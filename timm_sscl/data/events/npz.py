@@ -1,4 +1,4 @@
-"""Reader of .npz recordings as SpikingJelly writes them: events, or frames."""
+"""Read .npz recordings as SpikingJelly writes them: events or frames."""
 import zipfile
 import zlib
 from typing import Dict, Tuple, Union
@@ -11,18 +11,18 @@ __all__ = ['read_npz']
 
 
 def read_npz(file: str, sensor_size: Tuple[int, int], ordered: bool = False) -> Union[Events, np.ndarray]:
-    """Read the events (arrays t, x, y, p) or the frames (one array `frames`) of an .npz file; nothing is unpickled.
+    """Read the events (arrays t, x, y, p) or the frames (array `frames`) of an .npz file. Nothing is unpickled.
 
     Args:
         file: File to read.
         sensor_size: (height, width) of the sensor in pixels.
-        ordered: Whether time that runs backwards is damage; for frames by time.
+        ordered: Whether to raise if time runs backwards. Frames of equal duration require order.
 
     Returns:
-        Events with int64 arrays, or frames (T, 2, H, W), int64 or, of bool, bool.
+        Events with int64 arrays, or frames (T, 2, H, W), int64, or bool if they are stored as bool.
 
     Raises:
-        DamagedEventFile: With the file, and which array is missing or wrong, at which event.
+        DamagedEventFile: An array is missing or wrong. The message names the file, the array and the event.
     """
     arrays = _load(file)
     return _frames(file, arrays['frames']) if 'frames' in arrays else _events(file, arrays, sensor_size, ordered)
@@ -37,7 +37,7 @@ def _load(file: str) -> Dict[str, np.ndarray]:
             return {name: archive[name] for name in archive.files if name in ('frames', *Events._fields)}
     except FileNotFoundError:
         raise
-    # what zipfile, zlib and numpy raise on archives cut off, changed or made of something else
+    # zipfile, zlib and numpy raise these for archives that are cut off, changed or no archives
     except (zipfile.BadZipFile, zlib.error, ValueError, KeyError, EOFError, OSError, NotImplementedError) as error:
         raise DamagedEventFile(f"'{file}' is no .npz file that can be read: {error}") from error
 
@@ -63,4 +63,5 @@ def _frames(file: str, frames: np.ndarray) -> np.ndarray:
     if wrong.any():
         where = tuple(int(i) for i in np.argwhere(wrong)[0])
         raise DamagedEventFile(f"'{file}': frames{list(where)} is {frames[where]}; must be a number of events.")
-    return frames if frames.dtype.kind == 'b' else frames.astype(np.int64)  # bool cannot be counts
+    # bool frames are kept, since they are not counts
+    return frames if frames.dtype.kind == 'b' else frames.astype(np.int64)

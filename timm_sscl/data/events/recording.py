@@ -1,18 +1,18 @@
-"""One recording of an event camera, and the error of a file that does not hold one."""
+"""Events of one recording of an event camera, their checks, and the error for a damaged file."""
 from typing import Any, Mapping, NamedTuple, Optional, Tuple
 
 import numpy as np
 
 __all__ = ['Events', 'DamagedEventFile', 'find_invalid', 'read_events', 'unwrap_times']
 
-_MICROSECONDS = 1_000_000  # of a second
-_LARGEST = 2 ** 63 - 1024  # that a float64 holds below int64's end
+_MICROSECONDS = 1_000_000  # per second
+_LARGEST = 2 ** 63 - 1024  # largest float64 below the end of int64
 
 
 class Events(NamedTuple):
-    """The events of a recording in the order in which they were emitted, one array (N,) of whole numbers each.
+    """Events of a recording in the order in which they were emitted, as arrays (N,) of whole numbers.
 
-    `read_events` makes them of arrays of other types.
+    `read_events` converts arrays of other types.
     """
     t: np.ndarray  # microseconds
     x: np.ndarray  # column, from the left
@@ -21,11 +21,12 @@ class Events(NamedTuple):
 
 
 class DamagedEventFile(OSError):
-    """A file that holds no readable recording; the message names the file and what is wrong, where."""
+    """A file holds no readable recording. The message names the file and the position and kind of the problem."""
 
 
 def find_invalid(events: Events, sensor_size: Tuple[int, int], ordered: bool = False) -> Optional[Tuple[int, str]]:
-    """The first event that cannot be: outside the sensor, of no polarity, or, with `ordered`, before its predecessor.
+    """Find the first event that is outside the sensor, has an invalid polarity or, with `ordered`, precedes its
+    predecessor.
 
     Args:
         events: Recording.
@@ -33,7 +34,7 @@ def find_invalid(events: Events, sensor_size: Tuple[int, int], ordered: bool = F
         ordered: Whether time may not run backwards.
 
     Returns:
-        Index of the event and what is wrong with it; None where all are possible.
+        (index, problem) of the event; None if all are valid.
     """
     height, width = sensor_size
     t, x, y, p = events
@@ -51,10 +52,10 @@ def find_invalid(events: Events, sensor_size: Tuple[int, int], ordered: bool = F
 
 
 def read_events(arrays: Mapping[str, Any], sensor_size: Tuple[int, int], ordered: bool = False) -> Events:
-    """Events of arrays as files and data sets hold them; what would be another number as int64 is refused.
+    """Convert arrays as found in files and data sets to Events. Values that int64 cannot represent are refused.
 
-    Times are microseconds where they are whole numbers, of whatever type, and seconds where they are not; frames depend
-    on their proportions alone. Times of 32 bits go on where the counter began anew. Polarities are 0 and 1, False and
+    Times that are whole numbers, of any dtype, are microseconds; others are seconds. Frames depend only on their
+    proportions. Times of 32 bits are continued after a wrap-around of the counter. Polarities are 0 and 1, False and
     True, or -1 and 1.
 
     Args:
@@ -66,7 +67,7 @@ def read_events(arrays: Mapping[str, Any], sensor_size: Tuple[int, int], ordered
         Events with int64 arrays.
 
     Raises:
-        ValueError: With the array, or the event, and what is wrong with it.
+        ValueError: An array or an event is invalid. The message names it.
     """
     arrays = {name: np.asarray(arrays[name]) for name in Events._fields}
     for name, array in arrays.items():
@@ -88,14 +89,18 @@ def read_events(arrays: Mapping[str, Any], sensor_size: Tuple[int, int], ordered
 
 
 def unwrap_times(t: np.ndarray) -> np.ndarray:
-    """Times of a counter of 32 bits as int64, going on where it began anew."""
+    """Convert times of a 32 bit counter to int64, continued after each wrap-around."""
     t = t.astype(np.int64)
     wraps = np.diff(t, prepend=t[:1]) < -2 ** 31
     return t + (np.cumsum(wraps) << 32)
 
 
 def _whole(name: str, array: np.ndarray) -> np.ndarray:
-    """Whole numbers of any type as int64."""
+    """Convert whole numbers of any dtype to int64.
+
+    Raises:
+        ValueError: A value is not a whole number or does not fit.
+    """
     if array.dtype.kind == 'f':
         wrong = ~np.isfinite(array) | (array != np.floor(array)) | (np.abs(array) > _LARGEST)
     else:
@@ -108,7 +113,11 @@ def _whole(name: str, array: np.ndarray) -> np.ndarray:
 
 
 def _times(t: np.ndarray, ordered: bool) -> np.ndarray:
-    """Microseconds as int64."""
+    """Convert times to microseconds as int64.
+
+    Raises:
+        ValueError: A time is not finite, or the dtype is too coarse to order the events.
+    """
     if t.dtype.kind != 'f':
         return unwrap_times(t) if t.dtype.itemsize == 4 else _whole('t', t)
     if not np.isfinite(t).all():
@@ -125,5 +134,5 @@ def _times(t: np.ndarray, ordered: bool) -> np.ndarray:
 
 
 def _polarity(p: np.ndarray) -> np.ndarray:
-    """0 and 1 also where off is -1; other numbers as they are."""
+    """Convert polarities -1 and 1 to 0 and 1; return others unchanged."""
     return (p + 1) // 2 if len(p) and np.isin(p, (-1, 1)).all() else p

@@ -1,4 +1,4 @@
-"""Named splits of data that comes without one: which recordings of a class are for validation."""
+"""Split data without a split of its own: choose the validation recordings of each class."""
 import re
 from typing import Sequence
 
@@ -10,19 +10,19 @@ _NAME = re.compile(r'(first|last)([1-9]\d*)|random(\d*)')
 
 
 def validation_mask(targets: Sequence[int], split: str) -> np.ndarray:
-    """Which recordings a named split takes for validation; accuracies on different splits do not compare.
+    """Return which recordings a named split uses for validation. Accuracies on different splits are not comparable.
 
     Args:
-        targets: Label of every recording, in the order in which the recordings of a class are counted.
-        split: 'last100': the last 100 of every class; 'first100': the first 100 (easier on CIFAR10-DVS); other numbers
-            likewise. 'random': a tenth of every class (at least one), the same in every run; 'random1', 'random2', ...
-            are other draws.
+        targets: Label of every recording. Recordings of a class are counted in this order.
+        split: 'last100': the last 100 of every class. 'first100': the first 100 (easier on CIFAR10-DVS). Other numbers
+            work likewise. 'random': a tenth of every class (at least one), the same in every run. 'random1', 'random2',
+            ... are other draws.
 
     Returns:
         Boolean array (N,).
 
     Raises:
-        ValueError: There is no such split, or a class would have nothing left for training.
+        ValueError: The split is unknown, or a class would have no training recording.
     """
     match = _NAME.fullmatch(split)
     if match is None:

@@ -1,4 +1,4 @@
-"""Event data sets that tonic reads, as ours; tonic is the optional extra `events`."""
+"""Wrap the event data sets of tonic, the optional extra `events`."""
 import inspect
 import os
 import struct
@@ -15,18 +15,18 @@ __all__ = ['TonicDataset', 'create_tonic_dataset']
 
 
 class TonicDataset(EventDataset):
-    """A data set of tonic's interface, (events, target) with the fields t, x, y and p, as frames.
+    """Wrap a data set with tonic's interface: items (events, target), events with the fields t, x, y and p.
 
     Args:
-        dataset: tonic's data set, without a transform; or any other with `targets` and such items.
-        settings: How recordings become frames.
-        indices: Which of its recordings; None takes all.
-        sensor_size: (width, height, polarities) as tonic has it; None is the data set's own. Where that is None too
-            (N-Caltech101), the frames' size must be set, and a recording's extent is its sensor.
+        dataset: tonic data set without a transform, or any data set with `targets` and such items.
+        settings: How to turn recordings into frames.
+        indices: Recordings to use; None takes all.
+        sensor_size: (width, height, polarities) as in tonic; None takes the data set's. If that is None, too
+            (N-Caltech101), the frame size must be set, and a recording's extent serves as its sensor.
         transform: Applied to the frames.
 
     Raises:
-        ValueError: It has no labels, or no events of two polarities on a plane.
+        ValueError: There are no labels, or the sensor does not have two polarities on a plane.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class TonicDataset(EventDataset):
         name = self.filename(index)
         try:
             raw, target = self.dataset[int(self.indices[index])][:2]
-        except (ValueError, IndexError, KeyError, struct.error) as error:  # tonic's readers check nothing
+        except (ValueError, IndexError, KeyError, struct.error) as error:  # tonic's readers do not check their files
             raise DamagedEventFile(f"'{name}' cannot be read by tonic: {error}") from error
         label = self._numbers.get(target, target) if isinstance(target, str) else target
         if isinstance(label, (int, np.integer)) and int(label) != self.targets[index]:
@@ -85,7 +85,7 @@ class TonicDataset(EventDataset):
             raise DamagedEventFile(f"'{name}': {error}.") from error
 
     def _plane(self, arrays: Dict[str, np.ndarray]) -> Tuple[int, int]:
-        """(height, width) of the sensor, or of what the recording covers."""
+        """Return (height, width) of the sensor, or of the recording's extent if the sensor is unknown."""
         if self.fixed_size or not all(a.size and np.isfinite(a).all() for a in (arrays['y'], arrays['x'])):
             return self.sensor_size
         return int(arrays['y'].max()) + 1, int(arrays['x'].max()) + 1
@@ -104,7 +104,7 @@ class TonicDataset(EventDataset):
 
 
 def _classes(dataset: Any) -> list:
-    """Names of the classes in the order of their labels."""
+    """Return the class names in the order of their labels."""
     classes = getattr(dataset, 'classes', None)
     if isinstance(classes, dict):
         if sorted(classes.values()) != list(range(len(classes))):
@@ -125,20 +125,20 @@ def create_tonic_dataset(
         num_samples: Optional[int] = None,
         download: bool = False,
 ) -> TonicDataset:
-    """One of tonic's data sets by the name of its class: NMNIST, DVSGesture, CIFAR10DVS (its AEDAT4 repack), ...
+    """Create a data set of tonic by the name of its class: NMNIST, DVSGesture, CIFAR10DVS (its AEDAT4 version), ...
 
     Args:
         name: Class in tonic.datasets.
-        root: Folder in which tonic keeps, or downloads to, a folder of that name.
+        root: Folder in which tonic stores data, in a sub-folder of that name.
         training: Whether to take the training part.
-        split: How to part a data set that tonic does not part itself, see `validation_mask`.
-        settings: How recordings become frames.
-        num_samples: Only so many recordings, evenly spread; None takes all.
-        download: Whether tonic may download what is not there.
+        split: How to split a data set that tonic does not split; see `validation_mask`.
+        settings: How to turn recordings into frames.
+        num_samples: Number of recordings to take, evenly spaced; None takes all.
+        download: Whether tonic may download missing data.
 
     Raises:
-        FileNotFoundError: The data is not there, and may not be downloaded.
-        ValueError: tonic is not installed, has no such data set, or it does not become frames with labels.
+        FileNotFoundError: The data does not exist and may not be downloaded.
+        ValueError: tonic is not installed, has no such data set, or the data set has no labels or two polarities.
     """
     try:
         import tonic

@@ -1,20 +1,20 @@
-"""Augmentation of event frames: drawn once for a sequence, the same for all of its frames."""
+"""Augment event frames; all frames of a sequence are transformed alike."""
 import torch
 
 __all__ = ['EventAugment']
 
 
 class EventAugment:
-    """Mirrors a sequence left to right and moves it, pixels that leave on one side coming back on the other.
+    """Mirror a sequence left to right at random and roll it; pixels that leave on one side return on the other.
 
     Draws from torch's global generator.
 
     Args:
         hflip: Probability of mirroring.
-        roll: Largest shift in pixels, in each direction of both axes, drawn uniformly from the whole numbers.
+        roll: Largest shift in pixels; each axis is shifted by a uniform whole number in [-roll, roll].
 
     Raises:
-        ValueError: hflip is no probability, or roll is negative.
+        ValueError: hflip is not a probability, or roll is negative.
     """
 
     def __init__(self, hflip: float = 0.5, roll: int = 5):
@@ -26,7 +26,7 @@ class EventAugment:
         self.roll = roll
 
     def __call__(self, frames: torch.Tensor) -> torch.Tensor:
-        """(T, C, H, W) -> (T, C, H, W)"""
+        """Augment frames (T, C, H, W); the shape stays."""
         if torch.rand(()) < self.hflip:
             frames = frames.flip(-1)
         shift = torch.randint(-self.roll, self.roll + 1, (2,)).tolist()
