@@ -1,5 +1,8 @@
-"""A model becomes spiking: which activations become neurons, settings and state, time folded into the batch, gains and
-thresholds. `variants` holds the options that change more than the activation."""
+"""Convert a model to a spiking network: choose activations, replace them by neurons, fold time into the batch, keep
+settings and state, set gains and thresholds.
+
+`variants` holds the options that change more than the activation.
+"""
 from . import tracing as _tracing  # noqa: F401, tells timm which parts torch.fx takes as one node
 from .activations import register_activation, unregister_activation
 from .convert import SOFT_RESET, convert_to_spiking

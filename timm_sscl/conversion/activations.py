@@ -1,26 +1,26 @@
-"""Which modules are activations and which are gates, by class."""
+"""Classify modules as activations or gates, by class."""
 from typing import Optional, Set, Type
 
 import torch.nn as nn
 
 __all__ = ['register_activation', 'unregister_activation', 'is_activation', 'is_gate', 'runs_functions']
 
-# by name: timm has several classes of one activation, and models with their own
+# by class name, since timm has several classes for one activation, and models define their own
 _ACTIVATIONS = {
     'ReLU', 'ReLU6', 'LeakyReLU', 'PReLU', 'RReLU', 'ELU', 'SELU', 'CELU', 'GELU', 'GELUTanh', 'QuickGELU', 'SiLU',
     'Swish', 'SwishMe', 'Mish', 'MishMe', 'Hardswish', 'HardSwish', 'HardSwishMe', 'HardMish', 'HardMishMe', 'Hardtanh',
     'Tanh', 'Softplus', 'Softsign', 'StarReLU', 'SquaredReLU', 'GammaAct',
 }
 _GATES = {'Sigmoid', 'HardSigmoid', 'HardSigmoidMe', 'Hardsigmoid', 'LogSigmoid', 'Softmax', 'Softmax2d', 'GLU'}
-_GATES_OF_FUNCTIONS = {'HardSigmoid', 'HardSigmoidMe'}  # their forward may call relu6
+_GATES_OF_FUNCTIONS = {'HardSigmoid', 'HardSigmoidMe'}  # gates whose forward may call relu6
 
 _registered: Set[Type[nn.Module]] = set()
 
 
 def register_activation(cls: Type[nn.Module]) -> Type[nn.Module]:
-    """Say that a class of yours is an activation: conversions from now on make its modules neurons.
+    """Register a class as an activation: later conversions replace its modules by neurons.
 
-    A subclass that keeps its forward is one as well. The call works as a decorator.
+    A subclass with the same forward counts as well. Can be used as a decorator.
 
     Args:
         cls: An nn.Module whose forward takes one tensor and returns one of the same shape.
@@ -29,7 +29,7 @@ def register_activation(cls: Type[nn.Module]) -> Type[nn.Module]:
         The class.
 
     Raises:
-        TypeError: cls is no subclass of nn.Module.
+        TypeError: cls is not a subclass of nn.Module.
 
     Examples:
         ```python
@@ -58,17 +58,17 @@ def unregister_activation(cls: Type[nn.Module]) -> None:
 
 
 def is_activation(module: nn.Module) -> bool:
-    """Whether a module is an activation by its class, or inherits its forward from one."""
+    """Return whether a module's class is an activation, or inherits its forward from one."""
     return _inherited(module, _ACTIVATIONS, _registered) is not None
 
 
 def is_gate(module: nn.Module) -> bool:
-    """Whether a module is a gate by its class, or inherits its forward from one."""
+    """Return whether a module's class is a gate, or inherits its forward from one."""
     return _inherited(module, _GATES) is not None
 
 
 def runs_functions(module: nn.Module) -> bool:
-    """Whether a module's forward may be a call of an activation function, such as F.relu."""
+    """Return whether a module's forward may be a call of an activation function such as F.relu."""
     return is_activation(module) or _inherited(module, _GATES_OF_FUNCTIONS) is not None
 
 
@@ -77,7 +77,8 @@ def _inherited(
         names: Set[str],
         classes: Set[Type[nn.Module]] = frozenset(),
 ) -> Optional[Type[nn.Module]]:
-    """The known class that a module is of, or whose forward it runs."""
+    """Return the class in the module's MRO that is listed by name or registered and has the module's forward, or None.
+    """
     cls = type(module)
     for base in cls.__mro__:
         if (base.__name__ in names or base in classes) and (base is cls or base.forward is cls.forward):

@@ -1,4 +1,4 @@
-"""Why a spiking model cannot stand for its ANN by thresholds."""
+"""List what prevents the conversion of an ANN by thresholds (convert_ann)."""
 from typing import Dict, List
 
 import torch.nn as nn
@@ -12,13 +12,14 @@ _RECTIFIERS = {'ReLU', 'ReLU6', 'relu', 'relu_', 'relu6'}
 
 
 def ann_obstacles(model: nn.Module) -> List[str]:
-    """Why a spiking model cannot stand for its ANN by thresholds: what is no ReLU, norm of running statistics or sum.
+    """List the parts of a spiking model that prevent convert_ann: other activations than ReLU, tdBN, other norms,
+    attention.
 
     Args:
-        model: Spiking model; its weights do not matter.
+        model: Spiking model. Its weights do not matter.
 
     Returns:
-        One line per kind of part; empty where convert_ann applies.
+        One line per kind of part; empty if convert_ann applies.
     """
     found: Dict[str, List[str]] = {}
     for record in model._records():

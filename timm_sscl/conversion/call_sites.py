@@ -1,4 +1,5 @@
-"""A neuron for every call of an activation that a module calls several times, or that several modules hold."""
+"""CallSites: separate neurons for the calls of an activation that is called several times or held by several modules.
+"""
 import copy
 from collections import OrderedDict
 from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
@@ -17,9 +18,9 @@ _HOOKS = (
 
 
 class CallSites(nn.ModuleList):
-    """The neurons of one activation module, one per call: the module that holds it calls them in turn.
+    """The neurons of one activation module, one per call. Calls use them in turn.
 
-    Each forward of the holding module begins with the first, also where gradient checkpointing runs it again.
+    Each forward of the parent module starts with the first, also when gradient checkpointing recomputes it.
 
     Args:
         neurons: Neurons in the order of the calls.
@@ -30,7 +31,7 @@ class CallSites(nn.ModuleList):
         self._next = 0
 
     def restart(self) -> None:
-        """Begin with the first neuron again."""
+        """Start with the first neuron again."""
         self._next = 0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -48,7 +49,7 @@ def _restart_calls(module: nn.Module, args: Tuple) -> None:
 
 
 class _Place(NamedTuple):
-    """Where a module holds a neuron."""
+    """A place where a module holds a neuron."""
     name: str
     parent: nn.Module
     child_name: str
@@ -59,7 +60,7 @@ class _Place(NamedTuple):
 
 
 def _places(model: nn.Module) -> Iterator[_Place]:
-    """All places of neurons; a module that is held by several names is looked at once."""
+    """Yield all places of neurons. A module that has several names is visited once."""
     for prefix, parent in model.named_modules():
         if isinstance(parent, CallSites):
             continue
@@ -69,11 +70,12 @@ def _places(model: nn.Module) -> Iterator[_Place]:
 
 
 def set_calls(model: nn.Module, calls: Optional[Sequence[str]]) -> None:
-    """Give neurons one copy per call, in place, and those of other places back their one neuron.
+    """Set the number of copies of each neuron, one per call, in place.
 
     Args:
         model: Spiking model.
-        calls: 'name:n' for each place whose neuron is a copy of its own, for n calls.
+        calls: 'name:n' for each place whose neuron is a separate copy, with n calls. Places that are not listed get one
+            neuron.
 
     Raises:
         ValueError: The model has no neuron of a name.
@@ -83,22 +85,23 @@ def set_calls(model: nn.Module, calls: Optional[Sequence[str]]) -> None:
     missing = sorted(set(wanted) - set(places))
     if missing:
         raise ValueError(f'calls: {type(model).__name__} has no neuron {missing[0]} to run for several calls.')
-    held: Set[int] = set()
+    used: Set[int] = set()
     for name, place in places.items():
         n = wanted.get(name, 1)
         if isinstance(place.neuron, CallSites) and len(place.neuron) != n:
             _merge(place)
-        if name in wanted and id(place.neuron) in held:
+        if name in wanted and id(place.neuron) in used:
             place.parent._modules[place.child_name] = _copy(place.neuron)
-        held.add(id(place.neuron))
+        used.add(id(place.neuron))
         if n > 1 and not isinstance(place.neuron, CallSites):
             _split(place, n)
 
 
 def _split(place: _Place, n: int) -> None:
+    """Replace the neuron at a place by CallSites with n copies; hooks move to the CallSites."""
     first = place.neuron
     sites = CallSites([first, *(_copy(first) for _ in range(n - 1))]).train(first.training)
-    for hooks in _HOOKS:  # the dictionaries themselves: a handle that the user holds can still remove its hook
+    for hooks in _HOOKS:  # move the dictionaries themselves, so that the user's handles still remove their hooks
         sites.__dict__[hooks], first.__dict__[hooks] = first.__dict__[hooks], OrderedDict()
     sites._is_full_backward_hook, first._is_full_backward_hook = first._is_full_backward_hook, None
     place.parent._modules[place.child_name] = sites
@@ -107,6 +110,7 @@ def _split(place: _Place, n: int) -> None:
 
 
 def _merge(place: _Place) -> None:
+    """Replace the CallSites at a place by their first neuron; hooks move to the neuron."""
     sites, first = place.neuron, place.neuron[0]
     for hooks in _HOOKS:
         first.__dict__[hooks] = sites.__dict__[hooks]
@@ -115,7 +119,7 @@ def _merge(place: _Place) -> None:
 
 
 def _copy(lif: SpikingNeuron) -> SpikingNeuron:
-    """A neuron with the same settings and factors, without hooks."""
+    """Return a copy of a neuron with the same settings and factors, without hooks."""
     twin = copy.copy(lif)
     twin._modules, twin._parameters = dict(lif._modules), dict(lif._parameters)
     twin._non_persistent_buffers_set = set(lif._non_persistent_buffers_set)
@@ -127,10 +131,11 @@ def _copy(lif: SpikingNeuron) -> SpikingNeuron:
 
 
 def find_calls(model: nn.Module, images: torch.Tensor) -> Optional[Tuple[str, ...]]:
-    """What `set_calls` takes to give every call of every neuron a copy of its own, from one forward; None for nothing.
+    """Run one forward and return the `calls` argument of `set_calls` that gives each call its own neuron; None if not
+    needed.
 
-    Neurons that run as often in each forward of the module that holds them are told apart by the order of their calls;
-    others, which run outside of it or by turns, keep one neuron.
+    Calls are told apart by their order within the forward of the parent module. A neuron whose number of calls varies,
+    or that runs outside its parent's forward, stays one neuron.
     """
     places = list(_places(model))
     shared: Dict[int, List[str]] = {}

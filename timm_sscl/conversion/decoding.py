@@ -1,4 +1,4 @@
-"""What leaves a converted model: time is taken out of the batch, in whatever a forward returns."""
+"""Decode the output of a converted model: separate time from the batch in whatever forward returns."""
 import copy
 import dataclasses
 from collections.abc import Iterator, Mapping, Set
@@ -11,17 +11,19 @@ __all__ = ['decode']
 
 
 def decode(out: Any, timesteps: int, per_step: bool = False, batch: Optional[int] = None) -> Any:
-    """(T * B, ...) -> (B, ...), the mean over time, or (T, B, ...) per step; containers and dataclasses entry by entry.
+    """Decode (T * B, ...) to the mean over time (B, ...), or to (T, B, ...) with per_step.
+
+    Containers and dataclasses are decoded entry by entry.
 
     Args:
-        out: What the model returned.
+        out: Output of the model.
         timesteps: T.
-        per_step: Whether to return every step.
-        batch: B, where it is known: tensors then have T * B rows, or a multiple.
+        per_step: Whether to return every timestep.
+        batch: B, if known. Tensors must then have T * B rows or a multiple.
 
     Raises:
-        ValueError: A tensor has no such rows, or no mean.
-        TypeError: An object holds what cannot be reached.
+        ValueError: A tensor does not have such rows, or its dtype has no mean.
+        TypeError: An object holds tensors that cannot be reached.
     """
     if isinstance(out, torch.Tensor):
         return _decode_tensor(out, timesteps, per_step, batch)
@@ -33,7 +35,7 @@ def decode(out: Any, timesteps: int, per_step: bool = False, batch: Optional[int
     if type(out) in (list, tuple):
         return type(out)(map(inside, out))
     if isinstance(out, dict):
-        decoded = {} if type(out) is dict else copy.copy(out)  # other classes keep what they hold besides
+        decoded = {} if type(out) is dict else copy.copy(out)  # other classes may have further attributes
         for key, entry in out.items():
             decoded[key] = inside(entry)
         return decoded
@@ -42,7 +44,7 @@ def decode(out: Any, timesteps: int, per_step: bool = False, batch: Optional[int
         for field in dataclasses.fields(out):
             object.__setattr__(decoded, field.name, inside(getattr(out, field.name)))
         return decoded
-    if type(out) in SUPPORTED_NODES:  # those that torch, or the user, registered
+    if type(out) in SUPPORTED_NODES:  # containers registered with torch's pytree
         return tree_map(lambda leaf: leaf if type(leaf) is type(out) else inside(leaf), out)
     if isinstance(out, (list, tuple)):
         return type(out)(map(inside, out))
@@ -69,12 +71,12 @@ def _decode_tensor(out: torch.Tensor, timesteps: int, per_step: bool, batch: Opt
 
 
 def _holds_rows(out: Any) -> bool:
-    """Whether an object that is no container of torch's may hold tensors."""
+    """Return whether an object that is no known container may hold tensors."""
     if isinstance(out, Mapping):
         return any(map(_is_or_holds_rows, out.values()))
     if isinstance(out, Set):
         return any(map(_is_or_holds_rows, out))
-    if isinstance(out, Iterator) or getattr(out, 'ndim', 0):  # a generator; an array
+    if isinstance(out, Iterator) or getattr(out, 'ndim', 0):  # a generator, or an array
         return True
     return not isinstance(out, type) and any(isinstance(leaf, torch.Tensor)
                                              for leaf in tree_leaves(dict(getattr(out, '__dict__', {}))))

@@ -1,7 +1,7 @@
-"""Dropout and stochastic depth with one mask over time: drawn once per sample, repeated for its T steps (SPEC 2).
+"""Dropout and stochastic depth with one mask over time: drawn once per sample and repeated for its T timesteps.
 
-Each class here replaces the class of an existing module in place, so that names, hooks and settings stay. The axis 0
-they see is time-major, (T * B, ...).
+Each class here replaces the class of an existing module in place, so that names, hooks and settings stay. Axis 0 of
+their input is time-major, (T * B, ...).
 """
 from typing import Any, Dict, Optional, Tuple, Type
 
@@ -19,21 +19,27 @@ __all__ = ['share_mask_over_time', 'dropout_over_time', 'rand_over_time', 'OverT
 
 
 def repeat_over_time(mask: torch.Tensor, timesteps: int) -> torch.Tensor:
-    """(B, ...) -> (T * B, ...), time-major."""
+    """Repeat (B, ...) over time to (T * B, ...), time-major."""
     return mask.expand(timesteps, *mask.shape).reshape(timesteps * mask.shape[0], *mask.shape[1:])
 
 
 def _keep_mask(x: torch.Tensor, shape: Tuple[int, ...], p: float) -> torch.Tensor:
+    """Draw a mask that is 0 with probability p, else 1 / (1 - p)."""
     mask = x.new_empty(shape).bernoulli_(1 - p)
     return mask.div_(1 - p) if p < 1 else mask
 
 
 class OverTime:
-    """Marks a module that draws one mask per sample; `timesteps` is set at conversion."""
+    """Mixin for a module that draws one mask per sample. The conversion sets `timesteps`."""
     timesteps: int = 1
-    part_of_model = False  # runs only inside a call of its model
+    part_of_model = False  # whether it may run only inside a call of its model
 
     def _samples(self, x: torch.Tensor) -> int:
+        """Return B of x (T * B, ...).
+
+        Raises:
+            ValueError: The first axis is not divisible by T.
+        """
         if self.part_of_model:
             require_fold(type(self).__name__)
         if x.shape[0] % self.timesteps:
@@ -131,7 +137,7 @@ OVER_TIME_MODULES = tuple(_OVER_TIME.values())
 
 
 def why_no_shared_mask(module: nn.Module) -> Optional[str]:
-    """Why a module's noise cannot be repeated over the time steps; None where it can, or there is none."""
+    """Return why a module's noise cannot be repeated over time; None if it can, or if there is none."""
     if isinstance(module, (nn.AlphaDropout, nn.FeatureAlphaDropout)) and module.p > 0:
         return 'alpha dropout would draw another mask at every time step.'
     if isinstance(module, DropBlock2d) and module.drop_prob and module.with_noise:
@@ -142,7 +148,7 @@ def why_no_shared_mask(module: nn.Module) -> Optional[str]:
 
 
 def _over_time_class(module: nn.Module) -> Optional[Type[nn.Module]]:
-    """The class with one mask over time for a dropout-like module, or a subclass that changes no forward."""
+    """Return the OverTime class for a dropout module or a subclass with the same forward, or None."""
     for base, over_time in _OVER_TIME.items():
         if type(module) is base or (isinstance(module, base) and type(module).forward is base.forward):
             return over_time
@@ -150,14 +156,14 @@ def _over_time_class(module: nn.Module) -> Optional[Type[nn.Module]]:
 
 
 def share_mask_over_time(module: nn.Module, timesteps: int) -> None:
-    """Turn a dropout-like module into its form with one mask over time, in place; others stay as they are."""
+    """Give a dropout module the OverTime form of its class, in place. Other modules stay."""
     over_time = None if isinstance(module, OverTime) else _over_time_class(module)
     if over_time is not None:
         module.__class__ = over_time
         module.timesteps = timesteps
 
 
-# ---- functions, for modules that call them in their forward
+# ---- replacements of functions that modules call in their forward
 
 def dropout_over_time(
         timesteps: int,
@@ -168,7 +174,9 @@ def dropout_over_time(
         train: bool = True,
         spatial: bool = False,
 ) -> torch.Tensor:
-    """F.dropout and torch.dropout on (T * B, ...) with one mask per sample; F.dropout2d and its like are spatial."""
+    """Apply F.dropout or torch.dropout to (T * B, ...) with one mask per sample. spatial drops whole channels
+    (F.dropout2d).
+    """
     if not (training and train) or p == 0:
         return input
     alike = input.shape[2:] if not spatial else (1,) * (input.ndim - 2)
@@ -177,11 +185,12 @@ def dropout_over_time(
 
 
 def rand_over_time(timesteps: int, *size: Any, **kwargs: Any) -> torch.Tensor:
-    """torch.rand of (T * B, ...) numbers: drawn once per sample; another first axis is drawn as it is."""
+    """Return torch.rand for a size (T * B, ...), drawn once per sample. A first axis not divisible by T is drawn as is.
+    """
     size = tuple(kwargs.pop('size', size))
     size = tuple(size[0]) if len(size) == 1 and not isinstance(size[0], int) else size
     steps = 1 if not size or size[0] % timesteps else timesteps
     generator = kwargs.pop('generator', None)
-    # not by torch.rand: the mode of an enclosing call would see that again
+    # torch.rand would be intercepted again by the enclosing mode
     drawn = torch.empty((size[0] // steps, *size[1:]) if size else (), **kwargs).uniform_(generator=generator)
     return repeat_over_time(drawn, steps) if steps > 1 else drawn

@@ -1,7 +1,7 @@
-"""Models that call an activation as a function only to return a feature as one of their modules would activate it.
+"""Support models that call an activation as a function only to return a feature as one of their modules activates it.
 
 nasnet, pnasnet and xception do so in forward_intermediates, and in forward_features after pruning. feature_info names
-the module; its neuron then stands for the function.
+the module. Its neuron replaces the function.
 """
 from functools import wraps
 from typing import Any, Callable, Dict, List, Type
@@ -15,12 +15,12 @@ from .functional_calls import methods_that_fire
 
 __all__ = ['repeats_activations', 'fires_features', 'feature_neuron', 'pruning_methods']
 
-_KEPT = 'feature_neurons'  # of features whose module was pruned
+_KEPT = 'feature_neurons'  # child with the neurons of features whose module was pruned
 _METHODS = {'forward_intermediates', 'forward_features'}
 
 
 def repeats_activations(model: nn.Module) -> bool:
-    """Whether activations that a model calls as functions are those of modules that feature_info names."""
+    """Return whether all activations that a model calls as functions repeat those of modules named in feature_info."""
     methods = methods_that_fire(type(model))
     if 'forward_intermediates' not in methods or not methods <= _METHODS:
         return False
@@ -30,12 +30,12 @@ def repeats_activations(model: nn.Module) -> bool:
 
 
 def fires_features(model: nn.Module, method: str) -> bool:
-    """Whether this method of such a model calls the function; any other call comes from somewhere inside of it."""
+    """Return whether this method of such a model calls the activation function itself."""
     return method == 'forward_intermediates' or method != 'forward_head' and model._features_pruned
 
 
 def feature_neuron(model: nn.Module, x: torch.Tensor) -> SpikingNeuron:
-    """The neuron that stands for an activation function on a feature x.
+    """Return the neuron that replaces an activation function on a feature x, found by its number of channels.
 
     Raises:
         RuntimeError: No feature has as many channels.
@@ -49,7 +49,10 @@ def feature_neuron(model: nn.Module, x: torch.Tensor) -> SpikingNeuron:
 
 
 def pruning_methods(base: Type[nn.Module]) -> Dict[str, Callable]:
-    """prune_intermediate_layers for a class that fires features: neurons of features that stay are kept."""
+    """Return a prune_intermediate_layers for such a class that keeps the neurons of features whose modules it removes.
+
+    Empty for other classes.
+    """
     prune = getattr(base, 'prune_intermediate_layers', None)
     if prune is None or 'forward_intermediates' not in methods_that_fire(base):
         return {}
@@ -70,6 +73,7 @@ def pruning_methods(base: Type[nn.Module]) -> Dict[str, Callable]:
 
 
 def _neurons(model: nn.Module) -> Dict[str, SpikingNeuron]:
+    """Return the neurons of a model by module name."""
     return {name: m for name, m in model.named_modules() if isinstance(m, SpikingNeuron)}
 
 

@@ -1,4 +1,4 @@
-"""Audit by execution: one forward of a converted model tells which nonlinear operations run outside its neurons."""
+"""Audit a converted model: run one forward and find the nonlinear operations outside its neurons."""
 from .audit import Audit, audit
 from .table import is_known, known_records
 from .verdicts import Finding, message

@@ -18,12 +18,12 @@ _SAMPLES = 2
 
 @dataclass
 class Audit:
-    """What the audit of a conversion found.
+    """Result of auditing a conversion.
 
     Args:
         status: One line for the report.
-        findings: Nonlinear operations that stay analog and that the conversion's records do not list.
-        hard_sigmoids: Neurons that stand in the middle of a hard sigmoid, relu6(x + 3) / 6, which is a gate.
+        findings: Nonlinear operations that stay analog and are not in the conversion's records.
+        hard_sigmoids: Names of neurons inside a hand-written hard sigmoid, relu6(x + 3) / 6, which is a gate.
     """
     status: str
     findings: List[Finding] = field(default_factory=list)
@@ -31,7 +31,7 @@ class Audit:
 
     @property
     def unknown(self) -> List[Finding]:
-        """Findings that nothing explains."""
+        """Findings without an explanation."""
         return [finding for finding in self.findings if finding.unknown]
 
 
@@ -42,19 +42,20 @@ def audit(
         input_size: Any = None,
         example_inputs: Any = None,
 ) -> Audit:
-    """Run a spiking model once in evaluation and once in training mode, and tell what runs outside its neurons.
+    """Run a spiking model once in evaluation and once in training mode and find nonlinear operations outside its
+    neurons.
 
-    Values do not matter: neurons pass their input on. The model is left as it was.
+    Values do not matter: neurons pass their input on. The model is left unchanged.
 
     Args:
         model: The spiking model.
         records: ConversionRecords of its conversion.
-        policy: The conversion's include and exclude.
+        policy: include and exclude of the conversion.
         input_size: Shape of one sample; guessed by default.
-        example_inputs: What the model takes, see `probing.examples`.
+        example_inputs: Input of the model; see `probing.examples`.
 
     Returns:
-        An Audit; its status says 'pending' where the model runs on no input or lies on the meta device.
+        An Audit. Its status starts with 'pending' if the model runs on no input or is on the meta device.
     """
     if any(p.is_meta for p in model.parameters()):
         return Audit('pending: the model is on the meta device, where nothing runs')

@@ -1,4 +1,4 @@
-"""One forward, operation by operation: which nonlinear operations lie between the input, layers and neurons."""
+"""Interpreter: follow one forward operation by operation and record nonlinear operations between layers and neurons."""
 from typing import Any, Callable, Dict, FrozenSet, List, Optional, Tuple
 
 import torch
@@ -20,10 +20,10 @@ def _tensors(tree: Any) -> List[torch.Tensor]:
 
 
 class Interpreter(TorchDispatchMode):
-    """Follows what depends on the model's input through all operations of torch.
+    """Dispatch mode that follows all tensors that depend on the model's input through torch's operations.
 
     Args:
-        place: Returns the path of the module that runs, and the class of an unregistered module inside it.
+        place: Function that returns the path of the running module, and the class of an unregistered module inside it.
     """
 
     def __init__(self, place: Callable[[], Tuple[str, Optional[str]]]):
@@ -60,21 +60,21 @@ class Interpreter(TorchDispatchMode):
         return out
 
     def _set(self, func, out: Any, meta: Any) -> None:
-        """Note the meta of every output; linear operations give each output a root of its own."""
+        """Assign metadata to every output of an operation. `meta` is a Meta, or a function of the output."""
         in_place = func._schema.is_mutable
         for x in _tensors(out):
             known = meta(x) if callable(meta) else meta
             if known is not None:
                 self.taint.set(x, known, in_place)
 
-    # ---- what the run tells
+    # ---- called by the run
 
     def source(self, x: torch.Tensor) -> None:
-        """x is the model's input."""
+        """Mark x as input of the model."""
         self.taint.set(x, self.taint.fresh())
 
     def neuron(self, fire: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-        """Run a neuron, whose inside is not looked at."""
+        """Call fire(x) for a neuron without following the operations inside, and return its output."""
         self._paused += 1
         try:
             out = fire(x)
@@ -87,7 +87,10 @@ class Interpreter(TorchDispatchMode):
         return out
 
     def leaves(self, out: Any) -> bool:
-        """The model's output; returns whether any of it depends on the input, where it holds tensors."""
+        """Mark the operations pending in the model's output, and return whether the output depends on the input.
+
+        Without tensors in the output, the result is True.
+        """
         tensors = _tensors(out)
         metas = [meta for meta in map(self.taint.get, tensors) if meta is not None]
         for event in pending_of(metas):
@@ -97,7 +100,13 @@ class Interpreter(TorchDispatchMode):
     # ---- events
 
     def event(self, op: str, gate: bool = False, fate: Optional[str] = None) -> FrozenSet[Event]:
-        """Note a nonlinear operation in the module that runs."""
+        """Record a nonlinear operation in the running module.
+
+        Args:
+            op: Name of the operation.
+            gate: Whether the operation is a gate if it scales another tensor.
+            fate: What becomes of its result, if it is known already.
+        """
         event = Event(op, *self._place(), gate)
         if fate is not None:
             event.fates.add(fate)
@@ -106,10 +115,11 @@ class Interpreter(TorchDispatchMode):
 
     @staticmethod
     def _decide(events: FrozenSet[Event], fate: str, gates: Optional[str] = None) -> None:
+        """Assign a fate to events; events that may be gates get the fate `gates` if it is given."""
         for event in events:
             event.fates.add(gates if event.gate and gates else fate)
 
-    # ---- rules: (name, args, metas of the tensors that depend on the input, out) -> meta
+    # ---- rules: (name, args, metas of the inputs that depend on the model's input, out) -> meta of the output
 
     def _view(self, name, args, metas, out):
         meta, x = metas[0], _tensors(args)[0]
@@ -121,7 +131,7 @@ class Interpreter(TorchDispatchMode):
                                        binary=all(m.binary for m in metas))
 
         def of(x: torch.Tensor) -> Meta:
-            if name in SLICES and self.taint.has(x):  # the same slice again
+            if name in SLICES and self.taint.has(x):  # the same slice was taken before
                 return self.taint.get(x)
             return known.but(root=self.taint.new_root())
         return of
@@ -137,7 +147,7 @@ class Interpreter(TorchDispatchMode):
                                 binary=meta.binary and name in _STAYS_BINARY)
 
     def _layer(self, name, args, metas, out):
-        both = len(metas) > 1  # attention: a product of two things that depend on the input
+        both = len(metas) > 1  # an attention product: both operands depend on the input
         self._decide(pending_of(metas), 'unknown', 'gate' if both else None)
         return self.taint.fresh()
 
@@ -177,19 +187,20 @@ class Interpreter(TorchDispatchMode):
         pending = a.pending | b.pending
         if a.root == b.root:
             for event in pending:
-                event.gate = False  # x * sigmoid(x) is an activation
+                event.gate = False  # x * sigmoid(x) is an activation, not a gate
             return self._merge(metas).but(pending=pending | self.event('mul'))
         return self._merge(metas).but(pending=self._gates_open(pending))
 
     def _gates_open(self, pending: FrozenSet[Event]) -> FrozenSet[Event]:
-        """The gates among pending events have scaled another tensor; the others go on."""
+        """Assign the fate 'gate' to events that may be gates, since they scale another tensor; return the other events.
+        """
         for event in pending:
             if event.gate:
                 event.fates.add('gate')
         return frozenset(event for event in pending if not event.gate)
 
     def _scaled(self, x: Meta, by: Meta) -> Optional[Meta]:
-        """x times or divided by a statistic of its own: a normaliser."""
+        """Return the meta of x times or divided by its own statistic (a normalisation); None if it is not one."""
         if by.stat is None or by.stat not in (x.base, x.stat):
             return None
         rest = frozenset(event for event in self._gates_open(by.pending) if event.op not in EXCUSED_IN_NORMS)
@@ -259,7 +270,7 @@ class Interpreter(TorchDispatchMode):
         return self.taint.fresh()
 
     def _merge(self, metas: List[Meta]) -> Meta:
-        """Sum of tensors."""
+        """Return the meta of a sum of tensors."""
         if len(metas) == 1:
             return metas[0]
         mains = [m for m in metas if m.stat is None] or metas

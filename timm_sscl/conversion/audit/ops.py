@@ -1,4 +1,4 @@
-"""What the audit takes each operation of torch for.
+"""Classify torch's operations for the audit.
 
 Names are those of aten, without the underscore of in-place forms.
 """
@@ -6,7 +6,7 @@ import torch
 
 __all__ = ['kind_of', 'op_name', 'attention_name', 'CURVED_REDUCTIONS', 'EXCUSED_IN_NORMS', 'SLICES']
 
-# results that do not depend on the values of the input
+# results do not depend on the values of the input
 _CONSTANT = {
     'empty_like', 'zeros_like', 'ones_like', 'full_like', 'rand_like', 'randn_like', 'randint_like', 'new_empty',
     'new_zeros', 'new_ones', 'new_full', 'new_empty_strided', 'zero', 'fill', 'uniform', 'normal', 'exponential',
@@ -14,7 +14,7 @@ _CONSTANT = {
 }
 _ESCAPES = {'_local_scalar_dense', 'item', 'is_nonzero', 'equal', 'nonzero'}
 
-# the same elements in another order or shape
+# same elements in another order or shape
 _VIEWS = {
     'view', '_unsafe_view', 'reshape', '_reshape_alias', 'permute', 'transpose', 't', 'expand', 'squeeze', 'unsqueeze',
     'alias', 'detach', 'lift_fresh', 'movedim', 'numpy_T', 'view_as_real', 'view_as_complex', '_conj',
@@ -24,7 +24,7 @@ SLICES = {
     'slice', 'select', 'split', 'split_with_sizes', 'unsafe_split', 'unsafe_split_with_sizes', 'chunk', 'unsafe_chunk',
     'unbind', 'narrow', 'unfold', 'diagonal', 'as_strided',
 }
-# some of the elements, elements of several tensors, or linear combinations of neighbours
+# a subset of the elements, elements of several tensors, or linear combinations of neighbours
 _LINEAR = {
     *SLICES, 'as_strided_copy', 'cat', 'stack', 'hstack', 'concat',
     'index', '_unsafe_index', 'index_select', 'gather', 'take', 'take_along_dim', 'flip', 'roll', 'repeat', 'tile',
@@ -50,7 +50,7 @@ CURVED_REDUCTIONS = {
     'argmin', 'topk', 'sort', 'argsort', 'kthvalue', 'cumprod', 'bernoulli', 'multinomial', 'histc', 'bucketize',
     'searchsorted', 'one_hot', 'linalg_matrix_norm',
 }
-# layers: what they are given decides about the nonlinearities before them
+# layers: an event that reaches one of them is decided
 _LAYERS = {
     'convolution', '_convolution', 'mkldnn_convolution', 'thnn_conv2d', 'conv_depthwise3d', 'mm', 'addmm', 'bmm',
     'baddbmm', 'addbmm', 'addmv', 'mv', 'dot', 'vdot', 'matmul', 'linear', 'mkldnn_linear', '_trilinear', 'bilinear',
@@ -68,14 +68,14 @@ _ATTENTION = {
     '_scaled_dot_product_attention_math_for_mps', 'scaled_dot_product_attention', '_native_multi_head_attention',
 }
 _SUMS = {'add', 'sub', 'rsub', 'neg', 'clone', 'positive', 'real', 'imag', 'conj_physical'}
-_CURVED = {  # not tagged as pointwise
+_CURVED = {  # pointwise operations that torch does not tag as pointwise
     'hardswish', 'log_sigmoid_forward', '_prelu_kernel', 'prelu', 'rrelu_with_noise', 'rrelu', 'masked_fill',
     'fake_quantize_per_tensor_affine', 'fake_quantize_per_channel_affine', '_fused_moving_avg_obs_fq_helper',
     'fake_quantize_per_tensor_affine_cachemask', 'fake_quantize_per_channel_affine_cachemask', 'hardtanh', 'softplus',
     'quantize_per_tensor', 'quantize_per_channel', 'dequantize', 'float_power', 'polar', 'frexp',
 }
 
-# what a normaliser is made of: excused in a statistic that only scales what it is a statistic of
+# parts of a normalisation: excused in a statistic that only scales the tensor that it was computed from
 EXCUSED_IN_NORMS = {
     'pow', 'sqrt', 'rsqrt', 'reciprocal', 'div', 'clamp_min', 'clamp', 'abs', 'mul', 'maximum', 'square', 'log',
     *CURVED_REDUCTIONS,
@@ -83,7 +83,7 @@ EXCUSED_IN_NORMS = {
 
 
 def op_name(func: torch._ops.OpOverload) -> str:
-    """Name of an operation without overload and in-place mark; operations outside aten keep their namespace."""
+    """Return the name of an operation without overload and in-place underscore. Outside aten, the namespace is kept."""
     space, name = func._schema.name.split('::')
     if space == 'aten':
         return name if name.startswith('__') else name.rstrip('_')
@@ -91,15 +91,18 @@ def op_name(func: torch._ops.OpOverload) -> str:
 
 
 def attention_name(name: str) -> str:
-    """How a report calls a softmax or an attention; which kernel computes it differs between devices."""
+    """Return the name of a softmax or attention for reports. The kernel's name differs between devices."""
     if 'log_softmax' in name or name == 'glu':
         return name.lstrip('_')
     return 'softmax'
 
 
 def kind_of(name: str, func: torch._ops.OpOverload) -> str:
-    """'constant', 'escape', 'view', 'linear', 'reduction', 'curved reduction', 'layer', 'attention', 'sum', 'copy',
-    'cast', 'mul', 'div', 'where', 'elementwise', or 'opaque' for an operation that the audit does not know."""
+    """Return the kind of an operation.
+
+    One of 'constant', 'escape', 'view', 'linear', 'reduction', 'curved reduction', 'layer', 'attention', 'sum', 'copy',
+    'cast', 'mul', 'div', 'where', 'elementwise'; 'opaque' for an operation that the audit does not know.
+    """
     for kind, names in _KINDS.items():
         if name in names:
             return kind

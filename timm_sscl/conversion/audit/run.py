@@ -1,4 +1,4 @@
-"""Run a model under the audit's interpreter: in evaluation and in training mode, neurons closed, without a trace."""
+"""Run a model under the audit's interpreter, in evaluation and in training mode."""
 from contextlib import contextmanager
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple
 
@@ -17,28 +17,29 @@ from .taint import Event
 
 __all__ = ['Run', 'run']
 
-_DETOURS = {'numpy': 'numpy', '__array__': 'numpy', 'tolist': 'tolist'}  # of Tensor: values leave torch
+_DETOURS = {'numpy': 'numpy', '__array__': 'numpy', 'tolist': 'tolist'}  # Tensor methods by which values leave torch
 _NOISE = {'bernoulli', 'bernoulli_', 'rand', 'rand_like', 'uniform_', 'randn', 'randn_like', 'normal', 'normal_',
           'exponential_', 'geometric_', 'cauchy_', 'log_normal_', 'poisson', 'multinomial', 'gumbel_softmax'}
 _DROPOUT = {'dropout', 'dropout_', 'dropout1d', 'dropout2d', 'dropout3d', 'feature_dropout', 'feature_dropout_',
             'alpha_dropout', 'feature_alpha_dropout'}
-_DRAWN_ONCE = {'rand', 'uniform_', 'bernoulli_'} | _DROPOUT  # by what replaces functional noise
+# functions for which a converted module draws once per sample
+_DRAWN_ONCE = {'rand', 'uniform_', 'bernoulli_'} | _DROPOUT
 
 
 class Run(NamedTuple):
-    """What one audit saw."""
+    """What one audit recorded."""
     events: List[Event]
-    fired: Set[str]  # neurons that ran
-    hard_sigmoids: Set[str]  # neurons that stand for the clip of a hand-written hard sigmoid, relu6(x + 3)
+    fired: Set[str]  # names of the neurons that ran
+    hard_sigmoids: Set[str]  # names of neurons for the clip in a hand-written hard sigmoid, relu6(x + 3)
     depends: bool  # whether the output depends on the input
-    noise: Set[str]  # modules that draw random numbers of their own, which differ between the time steps
-    untrained: Optional[str] = None  # why training mode was not run
+    noise: Set[str]  # modules whose random numbers differ between timesteps
+    untrained: Optional[str] = None  # why training mode did not run
 
 
 def run(model: nn.Module, example: Example) -> Run:
-    """Audit a spiking model on an example, in both modes.
+    """Audit a spiking model on an example in both modes.
 
-    The caller keeps the model's state (`probing.undisturbed`).
+    The caller restores the model (`probing.undisturbed`).
 
     Raises:
         Exception: Whatever the model raises in evaluation mode.
@@ -48,13 +49,14 @@ def run(model: nn.Module, example: Example) -> Run:
     model.train()
     try:
         trained = _pass(model, example)
-    except Exception as error:  # one that wants labels, or more than it is given
+    except Exception as error:  # e.g. a model that requires labels or further arguments in training
         return seen._replace(untrained=f'{type(error).__name__}: {" ".join(str(error).split())[:100]}')
     return Run(seen.events + trained.events, seen.fired | trained.fired, seen.hard_sigmoids | trained.hard_sigmoids,
                seen.depends, seen.noise | trained.noise)
 
 
 def _pass(model: nn.Module, example: Example) -> Run:
+    """Run the model once in its current mode under the interpreter, with neurons that return their input."""
     places, fired, hard = _Places(model), set(), set()
     interpreter = Interpreter(places.now)
     detours = _Detours(interpreter, places, model)
@@ -87,22 +89,27 @@ def _pass(model: nn.Module, example: Example) -> Run:
 
 
 def _is_clip(lif: SpikingNeuron) -> bool:
+    """Return whether a neuron replaced a ReLU6."""
     replaced = lif.__dict__.get('replaced')
-    return isinstance(replaced, nn.Hardtanh) and replaced.min_val == 0 and replaced.max_val == 6  # ReLU6 is one
+    return isinstance(replaced, nn.Hardtanh) and replaced.min_val == 0 and replaced.max_val == 6  # ReLU6 is a subclass
 
 
 class _Places:
-    """Which module runs."""
+    """Track which module is running."""
 
     def __init__(self, model: nn.Module):
         self._names = {id(module): name for name, module in model.named_modules()}
         self._stack: List[Tuple[str, Optional[str]]] = [('', None)]
 
     def now(self) -> Tuple[str, Optional[str]]:
+        """Return the path of the running module, and the class name of an unregistered module inside it (None if
+        registered).
+        """
         return self._stack[-1]
 
     @contextmanager
     def watched(self) -> Iterator[None]:
+        """Track the running module inside, by global module hooks."""
         def enter(module: nn.Module, args: Any) -> None:
             name = self._names.get(id(module))
             path = self._stack[-1][0]
@@ -120,11 +127,11 @@ class _Places:
 
 
 class _Detours(TorchFunctionMode):
-    """Note where values that depend on the input leave torch, and which modules draw random numbers.
+    """Function mode that records where input-dependent values leave torch, and which modules draw random numbers.
 
     Args:
         interpreter: The audit's interpreter.
-        places: Which module runs.
+        places: Tracker of the running module.
         model: The spiking model.
     """
 
@@ -154,6 +161,6 @@ class _Detours(TorchFunctionMode):
 
 
 def _trains(args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> bool:
-    """Whether these arguments of F.dropout, or torch.dropout, drop anything."""
+    """Return whether F.dropout or torch.dropout with these arguments drops anything."""
     training = args[2] if len(args) > 2 else kwargs.get('training', kwargs.get('train', True))
     return bool(training) and (args[1] if len(args) > 1 else kwargs.get('p', .5)) > 0

@@ -1,4 +1,4 @@
-"""What the audit says of timm's own classes, kept per version of timm, so that their conversion needs no run."""
+"""Stored audit results of timm's own classes, per timm version. Their conversion then needs no audit run."""
 import json
 from functools import lru_cache
 from pathlib import Path
@@ -11,12 +11,12 @@ from .verdicts import Finding, class_name
 
 __all__ = ['is_known', 'known_records', 'TABLES']
 
-TABLES = Path(__file__).parent / 'tables'  # one file per version of timm, written by benchmarks/audit_table.py
+TABLES = Path(__file__).parent / 'tables'  # one file per timm version, written by benchmarks/audit_table.py
 
 
 @lru_cache(maxsize=None)
 def _table(version: str) -> Dict[str, Dict[str, str]]:
-    """Class name -> operations that stay analog in it -> reason; empty for a version that was not audited."""
+    """Return class name -> {analog operation: reason}; empty for a timm version that was not audited."""
     file = TABLES / f'timm_{version}.json'
     if not file.is_file():
         return {}
@@ -25,7 +25,7 @@ def _table(version: str) -> Dict[str, Dict[str, str]]:
 
 
 def is_known(model: nn.Module) -> bool:
-    """Whether a model consists of classes that were audited with this version of timm, as timm and torch have them.
+    """Return whether a model consists of unmodified classes that were audited with this timm version.
 
     Args:
         model: The ANN, before its conversion.
@@ -36,7 +36,7 @@ def is_known(model: nn.Module) -> bool:
 
 
 def _has_own_forward(module: nn.Module) -> bool:
-    """Whether a module runs its class's forward, or another method of its class that its __init__ chose."""
+    """Return whether a module runs its class's forward, or another method of its class that its __init__ selected."""
     forward = vars(module).get('forward')
     if forward is None:
         return True
@@ -45,7 +45,7 @@ def _has_own_forward(module: nn.Module) -> bool:
 
 
 def known_records(model: nn.Module) -> List[Finding]:
-    """What the table says of the modules of a spiking model, one finding per module and operation."""
+    """Return the stored findings for the modules of a spiking model, one per module and operation."""
     table = _table(timm.__version__)
     return [Finding(f'{name}.{op}' if name else op, op, reason, False)
             for name, module in model.named_modules()

@@ -1,4 +1,4 @@
-"""What the audit knows of a tensor that depends on the model's input."""
+"""Metadata of tensors that depend on the model's input."""
 import itertools
 from dataclasses import dataclass, field, replace
 from typing import Dict, FrozenSet, Iterable, Optional, Set, Tuple
@@ -11,32 +11,32 @@ __all__ = ['Event', 'Meta', 'Taint', 'pending_of']
 
 @dataclass(eq=False)
 class Event:
-    """One nonlinear operation at one place; `fates` is what became of its results.
+    """One nonlinear operation at one place, with the fates of its results.
 
-    Fates are 'unknown' (a layer or a neuron got them), 'output' (they left the model), and 'gate' (they scaled another
-    tensor, or weighted one).
+    Fates are 'unknown' (a layer or a neuron received them), 'output' (they left the model), and 'gate' (they scaled or
+    weighted another tensor).
     """
     op: str
-    path: str  # of the module that ran it
-    made: Optional[str] = None  # class of a module inside it that is no registered submodule
-    gate: bool = False  # sigmoids: a gate where it scales another tensor
+    path: str  # path of the module that ran the operation
+    made: Optional[str] = None  # class of an unregistered module inside it that ran the operation
+    gate: bool = False  # whether it is a gate if it scales another tensor (sigmoids)
     fates: Set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
 class Meta:
-    """One tensor.
+    """Metadata of one tensor.
 
     Args:
-        root: Identifies the layer output that it was made of, element by element.
-        base: The same, of the tensor that this one's elements were taken from (slices, paddings).
-        pending: Nonlinear operations on the way from there that nothing has decided about.
-        stat: The base whose statistic this is (mean, norm, ...).
-        binary: Whether it holds two values, as a neuron's output does: no function of it is nonlinear.
-        fired_from: Root of the current that a neuron turned into this.
+        root: Identifies the layer output from which the tensor was made element by element.
+        base: root of the tensor from which this one's elements were taken (slices, padding).
+        pending: Nonlinear operations since the root that have no fate yet.
+        stat: base of the tensor of which this is a statistic (mean, norm, ...).
+        binary: Whether it has only two values, as a neuron's output. No function of it is then nonlinear.
+        fired_from: root of the current from which a neuron computed this.
         shift: Constant that was added last.
-        exp: The event, where it is exp(x) or a sum of it.
-        stacked: Whether an axis of it counts tensors that were stacked, or parts of an axis.
+        exp: The event, if the tensor is exp(x) or a sum of it.
+        stacked: Whether one of its axes counts stacked tensors or parts of an axis.
     """
     root: int
     base: int
@@ -49,10 +49,11 @@ class Meta:
     stacked: bool = False
 
     def but(self, **changes) -> 'Meta':
+        """Return a copy with some fields changed."""
         return replace(self, **changes)
 
     def scaled(self) -> 'Meta':
-        """The same times a constant."""
+        """Return the meta of this tensor times a constant."""
         return self.but(shift=None, exp=None, stacked=False)
 
 
@@ -60,7 +61,7 @@ _Geometry = Tuple[int, Tuple[int, ...], Tuple[int, ...]]
 
 
 class Taint:
-    """Metas of living tensors, by storage and place in it, so that views and in-place operations are seen."""
+    """Map living tensors to their Meta, by storage and place in it. Views and in-place operations are thus followed."""
 
     def __init__(self):
         self._metas: Dict[int, Tuple[StorageWeakRef, Dict[_Geometry, Meta]]] = {}
@@ -71,7 +72,7 @@ class Taint:
         return next(self._roots)
 
     def mixed_root(self, roots: Iterable[int]) -> int:
-        """The same number whenever the same roots are combined."""
+        """Return the root for a combination of roots, always the same for the same roots."""
         key = frozenset(roots)
         if len(key) == 1:
             return next(iter(key))
@@ -80,22 +81,24 @@ class Taint:
         return self._mixed[key]
 
     def fresh(self, pending: FrozenSet[Event] = frozenset(), **known) -> Meta:
+        """Return a Meta with a new root."""
         root = self.new_root()
         return Meta(root, root, pending, **known)
 
     def get(self, x: torch.Tensor) -> Optional[Meta]:
+        """Return the Meta of a tensor; None if it does not depend on the input."""
         metas = self._of_storage(x)
         if not metas:
             return None
         found = metas.get(_geometry(x))
         if found is not None:
             return found
-        parts = list(metas.values())  # a view that no operation was seen to make
+        parts = list(metas.values())  # a view made by an operation that the mode did not see
         root = self.mixed_root(m.root for m in parts)
         return Meta(root, root, frozenset().union(*(m.pending for m in parts)))
 
     def has(self, x: torch.Tensor) -> bool:
-        """Whether an operation was seen to make this very view."""
+        """Return whether this view itself was made by an operation that the mode saw."""
         return _geometry(x) in (self._of_storage(x) or {})
 
     def set(self, x: torch.Tensor, meta: Meta, in_place: bool = False) -> None:
@@ -104,13 +107,13 @@ class Taint:
         if metas is None:
             metas = {}
             self._metas[storage._cdata] = StorageWeakRef(storage), metas
-        if in_place:  # views of the same memory
+        if in_place:  # other views of the same memory change, too
             for place, other in metas.items():
                 metas[place] = other.but(pending=other.pending | meta.pending)
         metas[_geometry(x)] = meta
 
     def forget(self, x: torch.Tensor) -> None:
-        """x was overwritten by a constant."""
+        """Remove the Meta of x, which was overwritten by a constant."""
         metas = self._of_storage(x)
         if metas:
             metas.pop(_geometry(x), None)

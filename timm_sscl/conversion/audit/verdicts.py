@@ -1,4 +1,4 @@
-"""What a report says of the nonlinear operations that an audit saw."""
+"""Turn the events of an audit into findings and notes for the report."""
 from typing import Any, Dict, List, NamedTuple, Sequence
 
 import torch.nn as nn
@@ -12,10 +12,10 @@ from .taint import Event
 __all__ = ['Finding', 'class_name', 'findings', 'message', 'notes']
 
 GATE = 'gate (function), stays analog'
-# operations of functions that are called by another name
+# names of the operations of functions whose names differ
 _OPS_OF_FUNCTIONS = {'relu6': {'hardtanh'}, 'selu': {'elu'}, 'rrelu': {'rrelu_with_noise'}, 'prelu': {'_prelu_kernel'},
                      'softsign': {'abs', 'div'}}
-# of timm's own classes: what an operation is that looks like an activation
+# operations in timm's classes that look like activations, and what they are
 _EXPLAINED = {
     ('timm.models.gemma4_vit.Gemma4ClippableLinear', 'clamp'): 'range of a checkpoint (infinite without), stays analog',
     ('timm.models._efficientnet_blocks.CondConvResidual', 'sigmoid'): 'gate (weights of experts), stays analog',
@@ -28,20 +28,20 @@ _EXPLAINED = {
 
 class Finding(NamedTuple):
     """A nonlinear operation that stays analog."""
-    name: str  # of the module, a dot, and the operation
+    name: str  # path of the module, a dot, and the operation
     op: str
     reason: str
-    unknown: bool  # whether nothing explains it
+    unknown: bool  # whether it has no explanation
 
 
 def findings(model: nn.Module, seen: Run, records: Sequence[Any], policy: Policy) -> List[Finding]:
-    """What an audit found that the conversion's records do not list.
+    """Return the audit's findings that the conversion's records do not list.
 
     Args:
         model: The spiking model.
         seen: The audit's run.
         records: ConversionRecords of the conversion.
-        policy: The conversion's include and exclude.
+        policy: include and exclude of the conversion.
     """
     modules = dict(model.named_modules())
     analog = {record.name: record.was for record in records if record.now == record.was}
@@ -59,7 +59,7 @@ def findings(model: nn.Module, seen: Run, records: Sequence[Any], policy: Policy
 
 
 def notes(seen: Run, neurons: Sequence[str]) -> List[str]:
-    """What else the reader of a report should know about an audit."""
+    """Return further remarks on an audit for the report: what did not run, control flow, noise."""
     lines = []
     idle = [name for name in neurons if name not in seen.fired]
     if idle:
@@ -77,12 +77,12 @@ def notes(seen: Run, neurons: Sequence[str]) -> List[str]:
 
 
 def _is_listed(event: Event, analog: Dict[str, str]) -> bool:
-    """Whether the conversion's records say already that this stays analog."""
+    """Return whether the conversion's records already say that this operation stays analog."""
     if any(event.path == name or event.path.startswith(f'{name}.') for name in analog):
         return True
     prefix = f'{event.path}.' if event.path else ''
     own = [(name[len(prefix):], was) for name, was in analog.items() if name.startswith(prefix)]
-    # called as functions in this module, by the name of the call where there are several
+    # functions called in this module; with several calls, names contain the call's number
     functions = [was for name, was in own if '.' not in name or name.rpartition('.')[0] == NEURON_NAME]
     ops = {name.strip().rstrip('_') for was in functions for name in was.split(',')}
     return event.op in ops or any(event.op in _OPS_OF_FUNCTIONS.get(name, ()) for name in ops)
@@ -104,7 +104,7 @@ def _finding(event: Event, modules: Dict[str, nn.Module], policy: Policy) -> Fin
 
 
 def class_name(module: nn.Module) -> str:
-    """Name of a module's class, or of the class that it had before its conversion."""
+    """Return the qualified name of a module's class; for a converted module, of its class before."""
     cls = type(module)
     if '_spiking_bases' in vars(cls):
         cls = cls._spiking_bases[1]
@@ -112,13 +112,13 @@ def class_name(module: nn.Module) -> str:
 
 
 def _upwards(path: str) -> List[str]:
-    """A path, the paths around it, and the root."""
+    """Return a path, all its parent paths, and the root ''."""
     parts = path.split('.') if path else []
     return ['.'.join(parts[:n]) for n in range(len(parts), -1, -1)]
 
 
 def message(model_name: str, unknown: Sequence[Finding]) -> str:
-    """The error that lists what nothing explains."""
+    """Return the error message that lists unexplained findings."""
     lines = ''.join(f'\n  {finding.reason}' for finding in unknown[:20])
     more = f'\n  and {len(unknown) - 20} more' if unknown[20:] else ''
     return (f'{model_name}: {len(unknown)} nonlinear operations are no known activations and would stay analog in '
