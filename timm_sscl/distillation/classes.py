@@ -5,7 +5,7 @@ import torch
 import torch.nn as nn
 from timm.utils import unwrap_model
 
-from timm_sscl.losses import loss_compares_classes
+from timm_sscl.losses import loss_spec
 from timm_sscl.features.finding import run_probe
 
 __all__ = ['check_classes']
@@ -30,7 +30,7 @@ def check_classes(
     Raises:
         ValueError: The numbers differ.
     """
-    losses = [name for name in losses if loss_compares_classes(name)]
+    losses = [name for name in losses if loss_spec(name).compares_classes]
     if not losses:
         return
     ours, theirs = _num_classes(student, input_size), _num_classes(teacher, teacher_size)

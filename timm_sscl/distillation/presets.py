@@ -1,7 +1,7 @@
 """Which losses --distill names, and which of a loss file's names there are."""
 from typing import Dict, Mapping, Union
 
-from timm_sscl.losses import loss_needs
+from timm_sscl.losses import loss_spec
 
 __all__ = ['PRESETS', 'resolve_losses']
 
@@ -25,7 +25,7 @@ def resolve_losses(losses: Union[str, Mapping[str, float]]) -> Dict[str, float]:
             raise ValueError(f"unknown preset '{losses}'; there are {', '.join(PRESETS)}, or give {{name: weight}}.")
         losses = PRESETS[losses]
     for name, weight in losses.items():
-        loss_needs(name)  # raises for an unknown name
+        loss_spec(name)  # raises for an unknown name
         if not weight >= 0:
             raise ValueError(f"the weight of loss '{name}' is {weight}; it must be 0 or more.")
     return {name: float(weight) for name, weight in losses.items() if weight > 0}

@@ -12,7 +12,7 @@ from timm.utils import unwrap_model
 from timm_sscl.distributed import batch_share, world_size
 from timm_sscl.features.rates import RateRecorder
 from timm_sscl.features.stages import match_by_depth
-from timm_sscl.losses import TrainStep, create_loss, loss_is_global, loss_needs
+from timm_sscl.losses import TrainStep, create_loss, loss_spec
 
 from .classes import check_classes
 from .frames_ann import fold_frames, takes_frames_folded
@@ -156,8 +156,8 @@ class SSCLTask(TrainingTask):
         super().__init__(device=device, dtype=dtype, verbose=verbose)
         self.weights = resolve_losses(losses)
         self.task_loss_weight = task_loss_weight
-        needs = [loss_needs(name) for name in self.weights]
-        self.needs_teacher = any(n['teacher'] for n in needs)
+        specs = {name: loss_spec(name) for name in self.weights}
+        self.needs_teacher = any(spec.needs_teacher for spec in specs.values())
         if self.needs_teacher and teacher is None:
             raise ValueError(f'losses {", ".join(self.weights)} compare with a teacher, but teacher is None.')
 
@@ -166,7 +166,7 @@ class SSCLTask(TrainingTask):
             check_classes(student, teacher, self.weights, input_size, _teacher_shape(input_size, teacher_size))
 
         reader = self.teacher_reader = None
-        if any(n['features'] for n in needs):
+        if any(spec.needs_features for spec in specs.values()):
             teacher_taps = taps if teacher_taps is None else teacher_taps
             if isinstance(taps, int) != isinstance(teacher_taps, int):
                 raise ValueError(f'taps={taps} and teacher_taps={teacher_taps}: give numbers of stages, or names, of '
@@ -174,8 +174,8 @@ class SSCLTask(TrainingTask):
             reader = create_reader(student, taps, input_size)
             self.teacher_reader = create_reader(teacher, teacher_taps, _teacher_shape(input_size, teacher_size))
             _match(reader, self.teacher_reader, cut=isinstance(taps, int))
-        self.global_losses = {name for name in self.weights if loss_is_global(name)}
-        rate_recorder = RateRecorder(student) if any(n['firing_rates'] for n in needs) else None
+        self.global_losses = {name for name, spec in specs.items() if spec.global_batch}
+        rate_recorder = RateRecorder(student) if any(spec.needs_firing_rates for spec in specs.values()) else None
         modules = {name: _create(name, (loss_options or {}).get(name, {}), reader, self.teacher_reader)
                    for name in self.weights}
         self.trainable_module = SSCLTrainableModule(student, modules, reader, rate_recorder).to(self.device)
@@ -322,10 +322,10 @@ def _create(
         student: Optional[Reader],
         teacher: Optional[Reader],
 ) -> nn.Module:
-    needs = loss_needs(name)
+    spec = loss_spec(name)
     taps = {}
-    if needs['features']:
+    if spec.needs_features:
         taps = dict(names=student.names, student_channels=student.channels, teacher_channels=teacher.channels)
-    if needs['shapes']:
+    if spec.needs_shapes:
         taps.update(student_shapes=student.shapes, teacher_shapes=teacher.shapes)
     return create_loss(name, **taps, **options)

@@ -4,14 +4,16 @@ from .critics import info_nce_loss, mi_lower_bound, nce_loss
 from .firing_rate import FiringRateLoss, firing_rate_loss
 from .inputs import TrainStep
 from .kd import KDLoss, StepKDLoss, kd_loss, kd_step_loss
+from .options import LossOption
 from .registry import (
-    create_loss, list_losses, loss_compares_classes, loss_is_global, loss_needs, register_loss, unregister_loss)
+    LossSpec, create_loss, list_losses, loss_compares_classes, loss_is_global, loss_needs, loss_spec, register_loss,
+    unregister_loss)
 from .sscl import SSCLCriterion
 from .tet import TETLoss, tet_loss
 
 __all__ = [
-    'FiringRateLoss', 'KDLoss', 'SSCLCriterion', 'StepKDLoss', 'TETLoss', 'TrainStep', 'cka', 'create_loss',
-    'firing_rate_loss', 'hsic', 'info_nce_loss', 'kd_loss', 'kd_step_loss', 'list_losses', 'loss_compares_classes',
-    'loss_is_global', 'loss_needs', 'mi_lower_bound', 'nce_loss', 'register_loss', 'tet_loss',
-    'unregister_loss',
+    'FiringRateLoss', 'KDLoss', 'LossOption', 'LossSpec', 'SSCLCriterion', 'StepKDLoss', 'TETLoss', 'TrainStep', 'cka',
+    'create_loss', 'firing_rate_loss', 'hsic', 'info_nce_loss', 'kd_loss', 'kd_step_loss', 'list_losses',
+    'loss_compares_classes', 'loss_is_global', 'loss_needs', 'loss_spec', 'mi_lower_bound', 'nce_loss',
+    'register_loss', 'tet_loss', 'unregister_loss',
 ]

@@ -1,7 +1,8 @@
 """Similarity-sensitive contrastive loss on features: projections, critic and CKA weights, Eq. 17-20."""
 import logging
 import math
-from typing import Dict, List, Optional, Sequence, Tuple
+from functools import partial
+from typing import Dict, List, Literal, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -39,8 +40,8 @@ class SSCLCriterion(nn.Module):
         teacher_channels: Channels of the teacher's feature per layer.
         dim: Common dimension of g_S and g_A.
         temperature: Temperature t of the critic.
-        critic: 'normalized' or 'literal' (`nce_loss`), or 'infonce' (`info_nce_loss`).
-        weighting: 'cka' for 1 / CKA, 'uniform' for 1, 'cka_mean1', 'uniform_matched' (see above).
+        critic: Contrastive loss of a layer: `info_nce_loss`, or `nce_loss` in its normalised or its literal form.
+        weighting: Weights of the layers: 1 / CKA, 1, 1 / CKA scaled to mean 1, or the mean of 1 / CKA for each.
         cka_floor: CKA is not taken below this, so that no weight exceeds 1 / cka_floor.
         cka_momentum: Share of the newest batch in the running CKA; 1 uses this batch only.
         projection: What g_S and g_A see: the feature 'pooled' over space and time, or 'flattened', the whole of it,
@@ -65,14 +66,14 @@ class SSCLCriterion(nn.Module):
             teacher_channels: Sequence[int],
             dim: int = 128,
             temperature: float = 0.2,
-            critic: str = 'infonce',
-            weighting: str = 'cka',
+            critic: Literal['infonce', 'normalized', 'literal'] = 'infonce',
+            weighting: Literal['cka', 'uniform', 'cka_mean1', 'uniform_matched'] = 'cka',
             cka_floor: float = 0.1,
             cka_momentum: float = 0.1,
-            projection: str = 'pooled',
+            projection: Literal['pooled', 'flattened'] = 'pooled',
             student_shapes: Optional[Sequence[Sequence[int]]] = None,
             teacher_shapes: Optional[Sequence[Sequence[int]]] = None,
-            cka_scope: str = 'process',
+            cka_scope: Literal['process', 'global'] = 'process',
             queue_size: int = 0,
     ):
         super().__init__()
@@ -279,19 +280,11 @@ def _input_shapes(
     return shapes
 
 
-class _RegisteredSSCL(SSCLCriterion):
+class _SSCL(SSCLCriterion):
     def forward(self, step: TrainStep) -> torch.Tensor:
         return super().forward(step.student_features, step.teacher_features)
 
 
-@register_loss('sscl', needs_features=True, needs_shapes=True, global_batch=True)
-class _SSCL(_RegisteredSSCL):
-    """SSCLCriterion with the weights 1 / CKA."""
-
-
-@register_loss('contrastive', needs_features=True, needs_shapes=True, global_batch=True)
-class _Contrastive(_RegisteredSSCL):
-    """SSCLCriterion with uniform weights."""
-
-    def __init__(self, **options):
-        super().__init__(weighting='uniform', **options)
+_of_features = dict(needs_features=True, needs_shapes=True, global_batch=True)
+register_loss('sscl', **_of_features)(_SSCL)
+register_loss('contrastive', **_of_features)(partial(_SSCL, weighting='uniform'))

@@ -6,7 +6,17 @@ from timm.utils import ParseKwargs
 
 from .errors import OptionError
 
-__all__ = ['OptionParser', 'home_path', 'KeyValues', 'reset_potential']
+__all__ = ['HelpFormatter', 'OptionParser', 'home_path', 'KeyValues', 'reset_potential']
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that there are, and leaves a text that has lines as it is."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return (action.help or '') if action.default in (None, {}, '') else super()._get_help_string(action)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if '\n' in text else super()._fill_text(text, width, indent)
 
 
 class OptionParser(argparse.ArgumentParser):

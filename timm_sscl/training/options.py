@@ -3,15 +3,14 @@ import argparse
 import difflib
 import os
 from pathlib import Path
-from typing import Any, Dict, Optional, Sequence, Tuple
-
+from typing import Any, Dict, Mapping, Optional, Sequence, Tuple
 
 from timm_sscl.data.events.factory import is_event_dataset
 from timm_sscl.data.events.frames import FrameSettings
 from timm_sscl.distillation.presets import PRESETS, resolve_losses
-from timm_sscl.losses import create_loss, loss_needs
 
 from .errors import OptionError
+from .loss_options import resolve_loss_options
 from .option_groups import create_parser
 from .option_ranges import check_counts
 from .option_types import home_path
@@ -43,8 +42,10 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> Tuple[argparse.Namespace
     args = parser.parse_args(argv)
     args.data_dir = args.data_dir or args.data
     given |= {'data_dir'} if args.data else set()
+    from_command_line = {name: getattr(args, name) for name in given}
     layers = load_recipe(args.config) if args.config else _resumed_options(args.resume)
-    _apply(parser, args, layers, given, f'--config {args.config}' if args.config else f'--resume {args.resume}')
+    source = f'--config {args.config}' if args.config else f'--resume {args.resume}'
+    _apply(parser, args, layers, given, source)
     recipe: Dict[str, Any] = {}
     if not args.data_dir and not args.dataset:
         options = load_recipe(DIGITS_RECIPE)
@@ -56,7 +57,10 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> Tuple[argparse.Namespace
     _check(args, given | {name for name, value in layers.items() if value is not None})
     if is_event_dataset(args.dataset):
         _check_events(parser, args)
-    args.losses, args.loss_options = _losses(args)
+    args.losses = _losses(args)
+    args.loss_options = resolve_loss_options(
+        args, [('', recipe), (f'{source}: ', layers), ('', from_command_line)], list(args.losses))
+    _check_batch_size(args)
     check_loss_options(args, given, args.losses)
     return args, recipe
 
@@ -164,8 +168,8 @@ def _check_events(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         args.timesteps = FrameSettings().timesteps
 
 
-def _losses(args: argparse.Namespace) -> Tuple[Dict[str, float], Dict[str, Dict[str, Any]]]:
-    """Weights and options of the losses that --distill or --loss ask for."""
+def _losses(args: argparse.Namespace) -> Dict[str, float]:
+    """Weights of the losses that --distill or --loss ask for."""
     _import_plugins(args)
     preset = args.distill or ('kd' if args.kd_model_name else 'sscl')
     args.distill = None if args.loss else preset
@@ -178,37 +182,18 @@ def _losses(args: argparse.Namespace) -> Tuple[Dict[str, float], Dict[str, Dict[
             if name in weights and weight is not None:
                 weights[name] = weight
     try:
-        losses = resolve_losses(weights)
+        return resolve_losses(weights)
     except ValueError as error:
         raise OptionError(f'--{"loss" if args.loss else "distill"}: {error}') from error
-    processes = int(os.environ.get('WORLD_SIZE', 1)) if args.sscl_cka_scope == 'global' else 1
-    if 'sscl' in losses and args.batch_size * processes < 4 and args.sscl_weighting != 'uniform':
+
+
+def _check_batch_size(args: argparse.Namespace) -> None:
+    """CKA needs four samples."""
+    options: Mapping[str, Any] = args.loss_options.get('sscl', {})
+    processes = int(os.environ.get('WORLD_SIZE', 1)) if options.get('cka_scope') == 'global' else 1
+    if options and args.batch_size * processes < 4 and options['weighting'] != 'uniform':
         raise OptionError(f'--batch-size {args.batch_size} is too small for CKA weights, which need at least 4 '
                           f'samples; use a larger batch or --distill contrastive.')
-    contrastive = dict(dim=args.sscl_dim, temperature=args.sscl_temperature, critic=args.sscl_critic,
-                       cka_floor=args.sscl_cka_floor, cka_momentum=args.sscl_cka_momentum,
-                       cka_scope=args.sscl_cka_scope, projection=args.sscl_projection, queue_size=args.sscl_queue)
-    options = dict(
-        sscl=dict(contrastive, weighting=args.sscl_weighting), contrastive=contrastive,
-        kd=dict(temperature=args.kd_temperature), kd_step=dict(temperature=args.kd_step_temperature),
-        tet=dict(mse_share=args.tet_lambda, smoothing=args.smoothing),
-        firing_rate=dict(target=args.firing_rate_target))
-    options = {name: dict(options[name]) for name in losses if name in options}
-    _check_loss_options(options)
-    return losses, options
-
-
-def _check_loss_options(options: Dict[str, Dict[str, Any]]) -> None:
-    """Build the losses, on one channel, so that a wrong option is found before a teacher is trained."""
-    for name, of_loss in options.items():
-        needs = loss_needs(name)
-        taps = dict(names=['tap'], student_channels=[1], teacher_channels=[1]) if needs['features'] else {}
-        if needs['shapes']:
-            taps.update(student_shapes=[(1, 1)], teacher_shapes=[(1, 1)])
-        try:
-            create_loss(name, **taps, **of_loss)
-        except ValueError as error:
-            raise OptionError(f"loss '{name}': {error}") from error
 
 
 def _parse_losses(text: str) -> Dict[str, float]:

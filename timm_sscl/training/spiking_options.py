@@ -4,12 +4,10 @@ from typing import Any, Dict
 
 from timm_sscl.distillation.presets import PRESETS
 from timm_sscl.knobs import knob_help
-from timm_sscl.losses.cka import CKA_SCOPES
-from timm_sscl.losses.sscl import CRITICS, PROJECTIONS, WEIGHTINGS
-
 from timm_sscl.neurons import LIF, list_neurons, list_surrogates
 
 from .errors import OptionError
+from .loss_options import add_loss_flags
 from .option_types import KeyValues, home_path, reset_potential
 
 __all__ = ['add_spiking_options', 'add_distillation_options', 'neuron_arguments']
@@ -110,33 +108,13 @@ def add_distillation_options(parser: argparse.ArgumentParser) -> None:
 def _add_loss_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument('--sscl-weight', type=float, default=0.1,
                        help='weight of the sscl or contrastive loss (1: the paper)')
-    group.add_argument('--sscl-temperature', type=float, default=0.2, help='temperature of the critic')
-    group.add_argument('--sscl-dim', type=int, default=128, help='common dimension of the projections')
-    group.add_argument('--sscl-critic', default='infonce', choices=CRITICS,
-                       help='contrastive critic; normalized is the paper\'s, literal its formula to the letter')
-    group.add_argument('--sscl-weighting', default='cka', choices=WEIGHTINGS,
-                       help='weights in the sscl loss: 1/CKA, 1, 1/CKA scaled to mean 1, the mean of 1/CKA for each')
-    group.add_argument('--sscl-projection', default='pooled', choices=PROJECTIONS,
-                       help='what the projections see: features pooled over space and time, or the whole of them')
-    group.add_argument('--sscl-queue', type=int, default=0, metavar='N',
-                       help='further negatives: the teacher\'s last N rows, also over accumulated micro-batches')
+    add_loss_flags(group)
     group.add_argument('--sscl-taps', default='4', metavar='N|NAMES',
                        help='how many of the last stages to compare (and the pooled feature), or their names: '
                             'layer3,pooled; names of modules, layer1.0.act1, are read by hooks')
     group.add_argument('--sscl-teacher-taps', default=None, metavar='NAMES', help='the teacher\'s, where they differ')
-    group.add_argument('--sscl-cka-floor', type=float, default=0.1, help='CKA is not taken below this')
-    group.add_argument('--sscl-cka-momentum', type=float, default=0.1,
-                       help='share of the newest batch in the running CKA')
-    group.add_argument('--sscl-cka-scope', default='process', choices=CKA_SCOPES,
-                       help='with several processes: the mean of their own CKA terms, or those of the global batch')
     group.add_argument('--kd-weight', '--distill-loss-weight', type=float, default=None,
                        help='weight of the kd loss (1, or 1 - --task-loss-weight where only that is given)')
-    group.add_argument('--kd-temperature', type=float, default=4., help='temperature of the kd loss')
-    group.add_argument('--kd-step-temperature', type=float, default=3., help='temperature of the kd_step loss')
-    group.add_argument('--tet-lambda', type=float, default=0.05,
-                       help='share of the tet loss that holds the outputs near 1; 0 is cross-entropy per step')
-    group.add_argument('--firing-rate-target', type=float, nargs='+', default=[0.05, 0.25], metavar='RATE',
-                       help='of the firing_rate loss: the rate of every layer, or the ends of a band')
     group.add_argument('--task-loss-weight', type=float, default=None, help='weight of the classification loss (1)')
     group.add_argument('--kd-distill-type', default='logit', choices=['logit'],
                        help='timm\'s logit distillation is kd here')

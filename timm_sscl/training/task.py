@@ -7,12 +7,13 @@ import torch.nn as nn
 
 from timm_sscl.distillation import SSCLTask
 from timm_sscl.distillation.teacher_input import TeacherInput
-from timm_sscl.losses import loss_needs
+from timm_sscl.losses import loss_spec
 
 __all__ = ['LOSS_OPTIONS', 'criterion_kwargs', 'parse_taps', 'create_task', 'needs_teacher']
 
 LOSS_OPTIONS = (
-    'distill', 'loss', 'loss_file', 'sscl_taps', 'sscl_teacher_taps', 'teacher', 'bce_loss', 'bce_pos_weight')
+    'distill', 'loss', 'loss_kwargs', 'loss_file', 'sscl_taps', 'sscl_teacher_taps', 'teacher', 'bce_loss',
+    'bce_pos_weight')
 
 
 def criterion_kwargs(args: Namespace, loaders_mix: bool) -> Dict[str, Any]:
@@ -50,4 +51,4 @@ def create_task(
 
 
 def needs_teacher(args: Namespace) -> bool:
-    return any(loss_needs(name)['teacher'] for name in args.losses)
+    return any(loss_spec(name).needs_teacher for name in args.losses)

@@ -18,10 +18,10 @@ IRRELEVANT = frozenset((
     'initial_checkpoint', 'model_kwargs', 'head_init_scale', 'head_init_bias', 'torchcompile', 'torchcompile_mode',
     'grad_checkpointing', 'model_ema', 'model_ema_force_cpu', 'model_ema_decay', 'model_ema_warmup',
     # what is compared with the teacher, and how
-    'teacher_checkpoint', 'teacher_cache', 'distill', 'loss', 'loss_file', 'sscl_weight', 'sscl_temperature',
-    'sscl_dim', 'sscl_critic', 'sscl_weighting', 'sscl_projection', 'sscl_queue', 'sscl_taps', 'sscl_teacher_taps',
-    'sscl_cka_floor', 'sscl_cka_momentum', 'sscl_cka_scope', 'kd_weight', 'kd_temperature', 'kd_step_temperature',
-    'tet_lambda', 'firing_rate_target', 'task_loss_weight', 'kd_distill_type', 'kd_loss_type',
+    'teacher_checkpoint', 'teacher_cache', 'distill', 'loss', 'loss_kwargs', 'loss_file', 'sscl_weight',
+    'sscl_temperature', 'sscl_dim', 'sscl_critic', 'sscl_weighting', 'sscl_projection', 'sscl_queue', 'sscl_taps',
+    'sscl_teacher_taps', 'sscl_cka_floor', 'sscl_cka_momentum', 'sscl_cka_scope', 'kd_weight', 'kd_temperature',
+    'kd_step_temperature', 'tet_lambda', 'firing_rate_target', 'task_loss_weight', 'kd_distill_type', 'kd_loss_type',
     # in the key as the teacher's name, keyword arguments, epochs, classes, data (folder, files, labels) and its
     # configuration
     'teacher', 'kd_model_name', 'teacher_kwargs', 'gp', 'epochs', 'teacher_epochs', 'num_classes', 'data', 'data_dir',

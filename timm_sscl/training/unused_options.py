@@ -3,22 +3,18 @@ import argparse
 import logging
 from typing import Collection, Dict, Sequence
 
-from timm_sscl.losses import loss_needs
+from timm_sscl.losses import loss_spec
 
 from .errors import OptionError
+from .loss_options import LOSS_FLAGS
 
 __all__ = ['check_loss_options']
 
 _logger = logging.getLogger(__name__)
 
-_CONTRASTIVE = 'sscl', 'contrastive'
 _READ_BY: Dict[str, Sequence[str]] = {
-    **dict.fromkeys((
-        'sscl_weight', 'sscl_temperature', 'sscl_dim', 'sscl_critic', 'sscl_projection', 'sscl_queue',
-        'sscl_cka_momentum', 'sscl_cka_scope'), _CONTRASTIVE),
-    **dict.fromkeys(('sscl_weighting', 'sscl_cka_floor'), ('sscl',)),
-    **dict.fromkeys(('kd_weight', 'kd_temperature'), ('kd',)),
-    'kd_step_temperature': ('kd_step',), 'tet_lambda': ('tet',), 'firing_rate_target': ('firing_rate',),
+    **{name: flag.losses for name, flag in LOSS_FLAGS.items()},
+    'sscl_weight': ('sscl', 'contrastive'), 'kd_weight': ('kd',),
 }
 _WEIGHTS = {'sscl_weight': 'sscl', 'kd_weight': 'kd'}  # of --distill; --loss has its own
 _TEACHER = 'teacher', 'kd_model_name', 'teacher_checkpoint', 'teacher_pretrained', 'teacher_epochs'
@@ -40,13 +36,15 @@ def check_loss_options(args: argparse.Namespace, given: Collection[str], losses:
             raise OptionError(f'{_flag(option)} {getattr(args, option)}: is of --distill, and --loss has the weights '
                               f'itself; write --loss {name}={getattr(args, option):g}.')
     unread = [option for option, names in _READ_BY.items() if option in given and not set(names) & set(losses)]
-    needs = [loss_needs(name) for name in losses]
-    if not any(need['features'] for need in needs):
+    specs = [loss_spec(name) for name in losses]
+    if not any(spec.needs_features for spec in specs):
         unread += [option for option in ('sscl_taps', 'sscl_teacher_taps') if option in given]
-    if not any(need['teacher'] for need in needs):
+    if not any(spec.needs_teacher for spec in specs):
         unread += [option for option in _TEACHER if option in given]
+    unread = [*map(_flag, unread), *(f'--loss-kwargs {key}' for key in args.loss_kwargs
+                                     if 'loss_kwargs' in given and key.rpartition('.')[0] not in losses)]
     if unread and not args.eval_only:
-        _logger.warning(f'{", ".join(map(_flag, unread))}: no loss of this run reads it (cross-entropy'
+        _logger.warning(f'{", ".join(unread)}: no loss of this run reads it (cross-entropy'
                         f'{"".join(f" + {name}" for name in losses)}), so it changes nothing.')
 
 
