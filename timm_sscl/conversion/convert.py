@@ -8,6 +8,7 @@ from typing import Any, Callable, Dict, FrozenSet, List, Mapping, Optional, Sequ
 import torch
 import torch.nn as nn
 
+from timm_sscl.class_swap import mix_in
 from timm_sscl.conversion.variants.stem_pool import has_average_stem_pool, set_stem_pool, stem_max_pool
 from timm_sscl.conversion.variants.tdbn import scaled_batch_norms, set_norm
 from timm_sscl.neurons import SpikingNeuron, neuron_name, surrogate_name
@@ -19,7 +20,7 @@ from .dropout import why_no_shared_mask
 from .feature_activations import repeats_activations
 from .functional_calls import calls_noise
 from .hidden_activations import why_no_adapter
-from .model import SpikingModel, SpikingModule, spiking_class
+from .model import SpikingModel, SpikingModule
 from .plan import ConversionRecord, Plan
 from .policy import GROUPS, HEAD, Policy
 from .settings import SpikingSettings, option_key
@@ -87,7 +88,7 @@ def _check_patterns(model: nn.Module, plan: Plan) -> None:
 
 def _ann_name(model: nn.Module) -> str:
     """Name of the class that a model had before its conversion."""
-    return (model._spiking_bases[1] if isinstance(model, SpikingModule) else type(model)).__name__
+    return (model.mixed[1] if isinstance(model, SpikingModule) else type(model)).__name__
 
 
 def _is_known(model: nn.Module) -> bool:
@@ -268,7 +269,7 @@ def _carry_out(
     plan.apply(model, settings)
     model._calls_noise = calls_noise(type(model))
     model._repeats_activations = repeats_activations(model)
-    model.__class__ = spiking_class(_mixin(model), type(model))
+    mix_in(model, _mixin(model))
     model.settings = settings
     model._explicit = explicit
     set_stem_pool(model, settings.stem_pool)

@@ -12,6 +12,7 @@ import torch.nn as nn
 import torch.utils.checkpoint
 from torch.overrides import TorchFunctionMode
 
+from timm_sscl.class_swap import Mixin, mix_in, new_mixed
 from timm_sscl.neurons.folding import require_fold
 from .dropout import OverTime, dropout_over_time, rand_over_time
 
@@ -206,8 +207,12 @@ def number_of_calls(module: nn.Module) -> Optional[int]:
     return len(called.functions) if called is not None and called.is_counted else None
 
 
-class _Functions(OverTime):
+class _Functions(OverTime, Mixin):
     """Mixin for a submodule that calls activations, dropout or noise as functions."""
+
+    @classmethod
+    def class_attributes(cls, base: Type[nn.Module]) -> Dict[str, Any]:
+        return methods_inside_only(base)
 
     def forward(self, *args, **kwargs):
         if self.part_of_model and self.training:  # its neuron sees to evaluation
@@ -217,9 +222,6 @@ class _Functions(OverTime):
             out = super().forward(*args, **kwargs)
         functions.check_count()
         return out
-
-    def __reduce_ex__(self, protocol):
-        return _new_functions, (self._base,), self.__dict__
 
 
 def methods_inside_only(base: Type[nn.Module]) -> Dict[str, Callable]:
@@ -241,19 +243,13 @@ def _inside_only(method: Callable) -> Callable:
 _FORWARD = _Functions.forward.__code__
 
 
-@lru_cache(maxsize=None)
-def _functions_class(base: Type[nn.Module]) -> type:
-    attributes = {'__module__': base.__module__, '_base': base, **methods_inside_only(base)}
-    return type(base.__name__, (_Functions, base), attributes)
-
-
 def _new_functions(base: Type[nn.Module]) -> nn.Module:
-    cls = _functions_class(base)
-    return cls.__new__(cls)
+    """What pickles of version 0.1.0 call."""
+    return new_mixed(_Functions, base)
 
 
 def replace_functions(module: nn.Module, timesteps: int) -> None:
     """Give a submodule the subclass of its own class that replaces functions inside its forward, in place."""
     if not isinstance(module, _Functions):
-        module.__class__ = _functions_class(type(module))
+        mix_in(module, _Functions)
         module.timesteps = timesteps

@@ -1,13 +1,14 @@
 """Modules of timm that hide their activation, or that split the batch: their spiking form, by a subclass, in place."""
 import re
-from functools import lru_cache
-from typing import Optional, Tuple, Type
+from typing import Optional, Tuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from timm.layers import EvoNorm2dS0, EvoNorm2dS1, EvoNorm2dS2, FilterResponseNormTlu2d, SplitBatchNorm2d
+
+from timm_sscl.class_swap import Mixin, mix_in, new_mixed, take_out
 
 from .dropout import OverTime
 
@@ -16,7 +17,7 @@ __all__ = ['hidden_activation', 'give_neuron', 'take_neuron', 'why_no_adapter', 
 _BATCH_EVONORM = re.compile(r'EvoNorm2dB\d')
 
 
-class _EvoNorm:
+class _EvoNorm(Mixin):
     """Mixin: group norm, then the neuron. EvoNorm's own activation x * sigmoid(v x) / std has no part to swap."""
     act: nn.Module
 
@@ -24,7 +25,7 @@ class _EvoNorm:
         return self.act(F.group_norm(x, self.groups, self.weight, self.bias, self.eps))
 
 
-class _FilterResponseNorm:
+class _FilterResponseNorm(Mixin):
     """Mixin: filter response norm without its threshold (tau is None), then the neuron."""
     act: nn.Module
 
@@ -60,25 +61,13 @@ def why_no_adapter(module: nn.Module) -> Optional[str]:
     return None
 
 
-@lru_cache(maxsize=None)
-def _adapted_class(mixin: type, base: Type[nn.Module]) -> type:
-    attributes = {'__module__': base.__module__, '_bases': (mixin, base), '__reduce_ex__': _reduce}
-    return type(base.__name__, (mixin, base), attributes)
-
-
-def _reduce(self: nn.Module, protocol: int):
-    return _new_adapted, self._bases, self.__dict__
-
-
-def _new_adapted(mixin: type, base: Type[nn.Module]) -> nn.Module:
-    cls = _adapted_class(mixin, base)
-    return cls.__new__(cls)
+_new_adapted = new_mixed  # its name in pickles of version 0.1.0
 
 
 def give_neuron(module: nn.Module, neuron: nn.Module) -> None:
     """Make `act` the neuron of a norm that hid its activation; the activation's own parameters are dropped."""
     mixin, dropped = _adapter(module)
-    module.__class__ = _adapted_class(mixin, type(module))
+    mix_in(module, mixin)
     module.__dict__['_kept'] = {
         'act': getattr(module, 'act', None), **{name: getattr(module, name) for name in dropped}}
     for name in dropped:
@@ -95,7 +84,7 @@ def take_neuron(module: nn.Module) -> None:
     for name, value in module.__dict__.pop('_kept').items():
         if value is not None:
             setattr(module, name, value.to(module.weight.device))
-    module.__class__ = module._bases[1]
+    take_out(module, type(module).mixed[0])
     del module.forgotten
 
 

@@ -5,7 +5,6 @@ forward_features / forward_head, `(SpikingModule, Base)` for anything else. Insi
 """
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Set, Tuple, Type
 
 import torch
@@ -18,6 +17,7 @@ from .call_sites import set_calls
 from .decoding import decode
 from .feature_activations import feature_neuron, fires_features, pruning_methods
 from .functional_calls import NEURON_NAME, FunctionsOverTime, methods_inside_only, number_of_calls
+from timm_sscl.class_swap import Mixin, new_mixed
 from timm_sscl.neurons import SpikingNeuron, neuron_class
 from timm_sscl.neurons.folding import enter_fold, folding_model, leave_fold
 from .notrace import functions_as_nodes
@@ -72,17 +72,7 @@ def fold_traced_input(x: Any, timesteps: int, stem: Optional[str], args: Sequenc
 fold_traced_input.folds_time = True
 
 
-@lru_cache(maxsize=None)
-def spiking_class(mixin: type, base: Type[nn.Module]) -> type:
-    """The subclass that an instance of base is given; one per base, so that isinstance and pickling work."""
-    attributes = {'__module__': base.__module__, '_spiking_bases': (mixin, base), **methods_inside_only(base),
-                  **pruning_methods(base)}
-    return type(f'Spiking{base.__name__}', (mixin, base), attributes)
-
-
-def _new_spiking(mixin: type, base: Type[nn.Module]) -> nn.Module:
-    cls = spiking_class(mixin, base)
-    return cls.__new__(cls)
+_new_spiking = new_mixed  # its name in pickles of version 0.1.0
 
 
 def _given(x: Any, args: Tuple[Any, ...]) -> Tuple[Any, ...]:
@@ -90,12 +80,19 @@ def _given(x: Any, args: Tuple[Any, ...]) -> Tuple[Any, ...]:
     return args if x is None else (x, *args)
 
 
-class SpikingModule(SpikingState):
+class SpikingModule(SpikingState, Mixin):
     """Mixin for a converted model that is called as a whole: features_only wrappers, encoders, plain nn.Modules."""
-    _spiking_bases: Tuple[type, type]
     _calls_noise: bool  # whether its own methods call F.dropout or torch.rand
     _repeats_activations: bool  # see feature_activations
     _features_pruned = False
+
+    @classmethod
+    def class_name(cls, base: Type[nn.Module]) -> str:
+        return f'Spiking{base.__name__}'
+
+    @classmethod
+    def class_attributes(cls, base: Type[nn.Module]) -> Dict[str, Any]:
+        return {**methods_inside_only(base), **pruning_methods(base)}
 
     @property
     def timesteps(self) -> int:
@@ -267,8 +264,7 @@ class SpikingModule(SpikingState):
                         for key, _ in neuron.named_parameters())}
 
     def __reduce_ex__(self, protocol):
-        # the subclass has no importable name: rebuild it from its two bases (pickle, deepcopy, torch.save)
-        return _new_spiking, self._spiking_bases, {k: v for k, v in self.__dict__.items() if k != '_spiking_seen'}
+        return new_mixed, self.mixed, {k: v for k, v in self.__dict__.items() if k != '_spiking_seen'}
 
     def __prepare_scriptable__(self):
         raise RuntimeError(f'{type(self).__name__}: TorchScript is not supported for spiking models; '

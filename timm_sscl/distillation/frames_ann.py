@@ -1,10 +1,10 @@
 """How a network without time sees event frames: frame by frame, its outputs averaged over the frames."""
-from functools import lru_cache
 from typing import Any, Type
 
 import torch
 import torch.nn as nn
 
+from timm_sscl.class_swap import Mixin, mix_in, new_mixed
 from timm_sscl.conversion.model import SpikingModule, decode
 
 __all__ = ['fold_frames', 'takes_frames_folded', 'accept_frames']
@@ -20,7 +20,7 @@ def takes_frames_folded(model: nn.Module, x: torch.Tensor) -> bool:
     return x.ndim == 5 and not hasattr(model, 'set_timesteps')
 
 
-class _OnFrames:
+class _OnFrames(Mixin):
     """Mixin that gives an ANN's forward event frames as well as images."""
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -28,18 +28,10 @@ class _OnFrames:
             return super().forward(x, *args, **kwargs)
         return decode(super().forward(fold_frames(x), *args, **kwargs), x.shape[1])
 
-    def __reduce_ex__(self, protocol: int):
-        return _new, (type(self).__bases__[1],), self.__dict__  # the class has no importable name
-
-
-@lru_cache(maxsize=None)
-def _on_frames(base: Type[nn.Module]) -> type:
-    return type(base.__name__, (_OnFrames, base), {'__module__': base.__module__})
-
 
 def _new(base: Type[nn.Module]) -> nn.Module:
-    cls = _on_frames(base)
-    return cls.__new__(cls)
+    """What pickles of version 0.1.0 call."""
+    return new_mixed(_OnFrames, base)
 
 
 def accept_frames(model: nn.Module) -> nn.Module:
@@ -54,6 +46,6 @@ def accept_frames(model: nn.Module) -> nn.Module:
     Returns:
         The model itself, of a subclass of its class.
     """
-    if not isinstance(model, (SpikingModule, _OnFrames)):
-        model.__class__ = _on_frames(type(model))
+    if not isinstance(model, SpikingModule):
+        mix_in(model, _OnFrames)
     return model
