@@ -50,12 +50,14 @@ def _one_thread():
 @pytest.fixture(autouse=True)
 def _registered_as_before():
     """What a test registers is gone after it."""
-    from timm_sscl import data, losses, neurons
+    from timm_sscl import conversion, data, losses, neurons
     registries = ((data.list_datasets, data.unregister_dataset), (losses.list_losses, losses.unregister_loss),
                   (neurons.list_neurons, neurons.unregister_neuron),
                   (neurons.list_surrogates, neurons.unregister_surrogate))
-    before = [set(names()) for names, _ in registries]
+    before, variants = [set(names()) for names, _ in registries], set(conversion.list_variants())
     yield
+    for variant in set(conversion.list_variants()) - variants:
+        conversion.unregister_variant(*variant.split('/', 1))
     for (names, unregister), known in zip(registries, before):
         for name in set(names()) - known:
             unregister(name)

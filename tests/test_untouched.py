@@ -13,7 +13,6 @@ from torch.nn.utils import parametrizations, prune
 from timm_sscl import (SSCLLoss, calibrate, convert_ann, convert_to_spiking, fold_gains, set_stem_pool, share_stem)
 from timm_sscl.conversion.ann_obstacles import ann_obstacles
 from timm_sscl.report import FiringRates, count_macs, estimate_energy
-from timm_sscl.conversion.variants.tdbn import set_norm
 from timm_sscl.features.reader import FeatureReader
 from timm_sscl.features.finding import find_taps, named_taps, tap_shapes
 
@@ -217,7 +216,12 @@ _CHANGES = {
     'convert_to_spiking': (_ann, convert_to_spiking, _break('timm_sscl.conversion.plan._replacement')),
     'convert_to_spiking, late': (
         _ann, lambda m: convert_to_spiking(m, stem_pool='avg', norm='tdbn'),
-        _break('timm_sscl.conversion.convert.set_norm', 0)),
+        _break('timm_sscl.conversion.variants.batch_norms.mix_in', 0)),
+    'convert_to_spiking, half of the norms': (
+        _ann, lambda m: convert_to_spiking(m, norm='tdbn'), _break('timm_sscl.conversion.variants.batch_norms.mix_in')),
+    'load_state_dict of another norm': (
+        _spiking, lambda m: m.load_state_dict(convert_to_spiking(_ann(), norm='tdbn').state_dict()),
+        lambda m, p: p.setattr('timm_sscl.conversion.variants.batch_norms.BatchNormVariant.set_up', lambda *_: 1 / 0)),
     'convert_ann': (_ann, lambda m: convert_ann(m, _images()), _break_forward),
     'convert_ann, late': (
         _ann, lambda m: convert_ann(m, _images()), _break('timm_sscl.conversion.thresholds._threshold')),
@@ -228,8 +232,6 @@ _CHANGES = {
     'fold_gains, late': (
         _spiking, lambda m: fold_gains(m, _images()), _break('timm_sscl.conversion.gain_folding._fold_gain')),
     'share_stem': (_spiking, share_stem, _break('timm_sscl.conversion.variants.shared_stem._outputs')),
-    'set_norm': (_spiking, lambda m: set_norm(m, 'tdbn', .5), lambda m, p: p.setitem(
-        __import__('timm_sscl.conversion.variants.tdbn', fromlist=['_TD_CLASS'])._TD_CLASS, nn.BatchNorm2d, int)),
 }
 
 

@@ -13,11 +13,16 @@ from .plan import ConversionRecord
 from .report import SpikingReport
 from .settings import SpikingSettings
 from .thresholds import convert_ann
+from .variants import tdbn as _tdbn  # noqa: F401, registers itself
+from .variants.base import PerStepSettings, Variant, VariantRecord, VariantSettings
+from .variants.batch_norms import BatchNormOverTime, BatchNormVariant
+from .variants.registry import list_variants, register_variant, unregister_variant
 from .variants.shared_stem import share_stem
 from .variants.stem_pool import set_stem_pool
 
 __all__ = [
-    'ConversionRecord', 'SOFT_RESET', 'SpikingModel', 'SpikingModule', 'SpikingReport', 'SpikingSettings', 'calibrate',
-    'convert_ann', 'convert_to_spiking', 'fold_gains', 'register_activation', 'set_stem_pool', 'share_stem',
-    'unregister_activation',
+    'BatchNormOverTime', 'BatchNormVariant', 'ConversionRecord', 'PerStepSettings', 'SOFT_RESET', 'SpikingModel',
+    'SpikingModule', 'SpikingReport', 'SpikingSettings', 'Variant', 'VariantRecord', 'VariantSettings', 'calibrate',
+    'convert_ann', 'convert_to_spiking', 'fold_gains', 'list_variants', 'register_activation', 'register_variant',
+    'set_stem_pool', 'share_stem', 'unregister_activation', 'unregister_variant',
 ]

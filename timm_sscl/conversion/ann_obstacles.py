@@ -4,7 +4,7 @@ from typing import Dict, List
 import torch.nn as nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from timm_sscl.conversion.variants.tdbn import norm_records
+from .settings import WITH_OPTIONS
 
 __all__ = ['ann_obstacles']
 
@@ -25,8 +25,11 @@ def ann_obstacles(model: nn.Module) -> List[str]:
     for record in model._records():
         if record.was not in _RECTIFIERS:
             found.setdefault(record.was, []).append(record.name)
-    if model.settings.norm is not None:
-        found['tdBN'] = [record.name for record in norm_records(model) if record.alpha is not None]
+    for kind in WITH_OPTIONS:
+        variant = model.settings.variants().get(kind)
+        for record in variant.records(model) if variant is not None else ():
+            if record.now != record.was:
+                found.setdefault(record.now, []).append(record.name)
     for name, module in model.named_modules():
         kind = type(module).__name__
         attends = 'attention' in kind.lower() and any(True for _ in module.children())

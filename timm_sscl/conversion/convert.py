@@ -9,8 +9,6 @@ import torch
 import torch.nn as nn
 
 from timm_sscl.class_swap import mix_in
-from timm_sscl.conversion.variants.stem_pool import has_average_stem_pool, set_stem_pool, stem_max_pool
-from timm_sscl.conversion.variants.tdbn import scaled_batch_norms, set_norm
 from timm_sscl.neurons import SpikingNeuron, neuron_name, surrogate_name
 from timm_sscl.untouched import all_or_nothing
 
@@ -24,6 +22,9 @@ from .model import SpikingModel, SpikingModule
 from .plan import ConversionRecord, Plan
 from .policy import GROUPS, HEAD, Policy
 from .settings import SpikingSettings, option_key
+from .variants.base import Variant
+from .variants.registry import variant_name
+from .variants.stem_pool import has_average_stem_pool
 
 __all__ = ['SOFT_RESET', 'convert_to_spiking']
 
@@ -31,6 +32,7 @@ _logger = logging.getLogger(__name__)
 
 SOFT_RESET = 'soft'  # v_reset=None where None cannot be passed: timm.create_model prunes it, YAML and shells lack it
 Neuron = Union[str, Type[SpikingNeuron], partial, None]
+VariantName = Union[str, Type[Variant], partial, None]
 
 _KNOWN_MODELS = 'timm.', 'timm_sscl.models.'
 
@@ -103,6 +105,7 @@ def _explicit_settings(
         surrogate: Union[str, Callable, None],
         surrogate_kwargs: Optional[Mapping[str, Any]],
         options: Dict[str, Any],
+        variants: Dict[str, Tuple[VariantName, Optional[Mapping[str, Any]]]],
         others: Dict[str, Any],
 ) -> Tuple[SpikingSettings, FrozenSet[str]]:
     """The settings that were given, and their names; 'soft' becomes v_reset=None.
@@ -113,6 +116,7 @@ def _explicit_settings(
         surrogate: Name or function.
         surrogate_kwargs: Its options.
         options: The neuron's options that are arguments of their own; None where they were not given.
+        variants: Name, class or partial, and options, by kind of variant.
         others: The other settings, likewise.
     """
     options = {**{k: v for k, v in options.items() if v is not None}, **(neuron_kwargs or {})}
@@ -126,8 +130,16 @@ def _explicit_settings(
     given.update({} if neuron is None else {'neuron': neuron_name(neuron)})
     given.update({} if surrogate is None else {'surrogate': surrogate_name(surrogate)})
     given.update({} if surrogate_kwargs is None else {'surrogate_kwargs': tuple(surrogate_kwargs.items())})
-    settings = SpikingSettings(**given, neuron_kwargs=tuple(options.items()))
-    return settings, frozenset((*given, *map(option_key, options)))
+    keys = {*map(option_key, options)}
+    kwargs = {'neuron_kwargs': tuple(options.items())}
+    for kind, (variant, own) in variants.items():
+        own = dict(own or {})
+        if isinstance(variant, partial):
+            variant, own = variant.func, {**variant.keywords, **own}
+        given.update({} if variant is None else {kind: variant_name(kind, variant)})
+        kwargs[f'{kind}_kwargs'] = tuple(own.items())
+        keys.update(option_key(name, kind) for name in own)
+    return SpikingSettings(**given, **kwargs), frozenset((*given, *keys))
 
 
 _NOT_GIVEN = object()
@@ -145,20 +157,23 @@ def convert_to_spiking(
         exclude: Union[str, Sequence[str], None] = None,
         input_size: Optional[Sequence[int]] = None,
         stem_pool: Optional[str] = None,
-        norm: Optional[str] = None,
+        norm: VariantName = None,
         example_inputs: Any = None,
         allow_analog: Optional[bool] = None,
         neuron: Neuron = None,
         neuron_kwargs: Optional[Mapping[str, Any]] = None,
         surrogate: Union[str, Callable, None] = None,
         surrogate_kwargs: Optional[Mapping[str, Any]] = None,
+        norm_kwargs: Optional[Mapping[str, Any]] = None,
+        residual: VariantName = None,
+        residual_kwargs: Optional[Mapping[str, Any]] = None,
 ) -> nn.Module:
     """Turn a model into a spiking network, in place: its activations become multi-step neurons, LIF by default.
 
-    Module names, parameters, hooks and methods stay, so the ANN's state_dict loads strictly; neurons with parameters
-    keep theirs then. Time is folded into the batch: inside, every tensor is (T * B, ...), time-major. `model(x)` takes
-    images (B, C, H, W) or event frames (B, T, C, H, W) and returns the mean over T; `model(x, per_step=True)` returns
-    every step, (T, B, ...).
+    Module names, parameters, hooks and methods stay, so the ANN's state_dict loads strictly; neurons and variants with
+    parameters keep theirs then. Time is folded into the batch: inside, every tensor is (T * B, ...), time-major.
+    `model(x)` takes images (B, C, H, W) or event frames (B, T, C, H, W) and returns the mean over T;
+    `model(x, per_step=True)` returns every step, (T, B, ...).
 
     All activations but gates (sigmoid, softmax) become neurons: modules, those hidden in a norm (EvoNorm, FRN: a group
     or response norm and a neuron), and those called as functions (`F.relu(x)`). For these the calling module gets a
@@ -194,9 +209,10 @@ def convert_to_spiking(
             none.
         stem_pool: 'avg' pools spikes by the average in the stem of a ResNet, as the paper does, where timm has a max
             pooling; see set_stem_pool.
-        norm: 'tdbn' makes every batch norm a tdBN: its scale is multiplied by v_threshold, and by 1/sqrt(2) where two
-            branches add (see set_norm). Weights load as before, but mean something else: an ANN's weights under tdBN
-            give currents smaller by that factor.
+        norm: What the batch norms become: a registered name (`list_variants('norm')`), the class that is registered,
+            or a functools.partial of it. 'tdbn' multiplies their scale by v_threshold, and by 1/sqrt(2) where two
+            branches add (see TdBN). Weights load as before, but mean something else: an ANN's weights under tdBN give
+            currents smaller by that factor.
         example_inputs: What the model takes, for the same probe: a tensor, a tuple or list of arguments, or a dict of
             keyword arguments. Values and batch size do not matter.
         allow_analog: Whether nonlinear operations that are no known activations may stay analog, False by default; the
@@ -206,29 +222,36 @@ def convert_to_spiking(
         neuron_kwargs: Options of the neuron.
         surrogate: Surrogate gradient: a registered name (`list_surrogates()`), 'rectangle' by default, or the function.
         surrogate_kwargs: Options of the surrogate.
+        norm_kwargs: Options of the norm.
+        residual: How the branches of residual blocks join: a name of `list_variants('residual')`, a class or a partial,
+            as norm.
+        residual_kwargs: Options of the residual.
 
     Returns:
         The model itself, now of a subclass of its class.
 
     Raises:
-        ValueError: A neuron, a surrogate or an option of one is unknown; the model runs on no guessed input, or a
-            sample moves rows of others at an activation, so that axis 0 is not the batch there; a setting is out of
-            range, a pattern matches nothing, the model is spiking or
-            compiled already, nothing would be swapped, or a nonlinear operation is no known activation; stem_pool or
-            norm are asked of a model without a max pooling in its stem, or without batch norms.
+        ValueError: A neuron, a surrogate, a variant or an option of one is unknown; the model runs on no guessed input,
+            or a sample moves rows of others at an activation, so that axis 0 is not the batch there; a setting is out
+            of range, a pattern matches nothing, the model is spiking or compiled already, nothing would be swapped,
+            or a nonlinear operation is no known activation; stem_pool, norm or residual are asked of a model without a
+            max pooling in its stem, batch norms, or such blocks.
         NotImplementedError: The model holds a part whose activation cannot be swapped; the message names it.
     """
     v_reset = None if v_reset is _NOT_GIVEN else SOFT_RESET if v_reset is None else v_reset
     options = dict(
         tau=tau, v_threshold=v_threshold, v_reset=v_reset, detach_reset=detach_reset, v_init=v_init)
     others = dict(
-        timesteps=timesteps, include=_patterns(include), exclude=_patterns(exclude), stem_pool=stem_pool, norm=norm,
+        timesteps=timesteps, include=_patterns(include), exclude=_patterns(exclude), stem_pool=stem_pool,
         allow_analog=allow_analog)
-    settings, explicit = _explicit_settings(neuron, neuron_kwargs, surrogate, surrogate_kwargs, options, others)
+    variants = dict(norm=(norm, norm_kwargs), residual=(residual, residual_kwargs))
+    settings, explicit = _explicit_settings(
+        neuron, neuron_kwargs, surrogate, surrogate_kwargs, options, variants, others)
     if stem_pool is None and has_average_stem_pool(model):  # set_stem_pool was called on the ANN
         settings = replace(settings, stem_pool='avg')
     _refuse_unsupported(model)
-    _check_fits(model, settings)
+    for variant in settings.variants().values():
+        variant.check(model, settings)
     policy = Policy(model, settings.include, settings.exclude)
     neuron_class = settings.neuron_class_name
     plan = _make_plan(model, policy, neuron_class, input_size, example_inputs)
@@ -272,9 +295,8 @@ def _carry_out(
     mix_in(model, _mixin(model))
     model.settings = settings
     model._explicit = explicit
-    set_stem_pool(model, settings.stem_pool)
-    set_norm(model, settings.norm, settings.threshold())
     model._report = plan.records
+    model._configure()
     model._audit = None if inspect is None else inspect(model, plan.records)
     if model._audit is not None and model._audit.hard_sigmoids:
         raise _HardSigmoids(model._audit.hard_sigmoids)
@@ -292,14 +314,6 @@ def _nothing_spikes(model: nn.Module, records: Sequence[ConversionRecord]) -> st
                       for reason, names in reasons.items())
     return f'{type(model).__name__}: nothing would spike, ' + (
         f'all activations stay analog: {found}.' if found else 'no activation found to swap.')
-
-
-def _check_fits(model: nn.Module, settings: SpikingSettings) -> None:
-    """Raise before anything is changed where the model lacks what a setting is about."""
-    if settings.stem_pool is not None and not has_average_stem_pool(model):
-        stem_max_pool(model)
-    if settings.norm is not None and not scaled_batch_norms(model):
-        raise ValueError(f"norm='{settings.norm}': {type(model).__name__} has no batch norm with a scale.")
 
 
 def _mixin(model: nn.Module) -> type:

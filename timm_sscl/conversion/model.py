@@ -20,14 +20,14 @@ from .functional_calls import NEURON_NAME, FunctionsOverTime, methods_inside_onl
 from timm_sscl.class_swap import Mixin, new_mixed
 from timm_sscl.neurons import SpikingNeuron, neuron_class
 from timm_sscl.neurons.folding import enter_fold, folding_model, leave_fold
+from timm_sscl.untouched import undone_on_error
 from .notrace import functions_as_nodes
 from .report import SpikingReport
 from .settings import SETTINGS_KEY, SpikingSettings
 from .state import SpikingState
+from .variants.registry import KINDS
 from .swap import audit_records, current_records, swap_modules, unswap_modules
-from timm_sscl.conversion.variants.stem_pool import set_stem_pool
 from .dropout import OverTime
-from timm_sscl.conversion.variants.tdbn import set_norm
 
 __all__ = [
     'SpikingSettings', 'SpikingModule', 'SpikingModel', 'SpikingEncoder', 'SETTINGS_KEY', 'encode_input', 'decode']
@@ -231,37 +231,47 @@ class SpikingModule(SpikingState, Mixin):
         return feature_neuron(self, x)(x)
 
     def _set_settings(self, settings: SpikingSettings) -> None:
-        before, self.settings = self.settings, settings
-        if settings.neuron != before.neuron:
-            self._convert_again(settings)
-        if settings.calls is not None or before.calls is not None:
-            set_calls(self, settings.calls)
-        for module_name, module in self.named_modules():
+        before, variants = self.settings, settings.variants()
+        again = any(getattr(settings, name) != getattr(before, name) for name in ('neuron', 'include', 'exclude'))
+        others = [kind for kind in KINDS if getattr(settings, kind) != getattr(before, kind)]
+        for kind in others:
+            if kind in variants:
+                variants[kind].check(self, settings)
+        with undone_on_error(self) if again or others else nullcontext():
+            self.settings = settings
+            for kind, variant in reversed(before.variants().items()):
+                if again or kind in others:
+                    variant.remove(self)
+            if again:
+                unswap_modules(self)
+                self._report = swap_modules(self, settings)
+            if settings.calls is not None or before.calls is not None:
+                set_calls(self, settings.calls)
+            self._configure()
+
+    def _configure(self) -> None:
+        """Give variants, neurons and noise the settings; modules that came since the conversion among them."""
+        settings = self.settings
+        for variant in settings.variants().values():
+            variant.apply(self, settings)
+        for module in self.modules():
             if isinstance(module, SpikingNeuron):
                 options = settings.neuron_options() if isinstance(module, neuron_class(settings.neuron)) else {}
                 module.configure(settings.timesteps, **options)
-                module.encodes = module_name == settings.stem
             elif isinstance(module, OverTime):
                 module.timesteps = settings.timesteps
-        if settings.stem_pool != before.stem_pool:
-            set_stem_pool(self, settings.stem_pool)
-        if settings.norm is not None or before.norm is not None:
-            set_norm(self, settings.norm, settings.threshold())
-
-    def _convert_again(self, settings: SpikingSettings) -> None:
-        """Change which activations are neurons, or which neurons they are."""
-        unswap_modules(self)
-        self._report = swap_modules(self, settings)
 
     def neurons(self) -> Dict[str, SpikingNeuron]:
         """Neuron layers by module name."""
         return {name: module for name, module in self.named_modules() if isinstance(module, SpikingNeuron)}
 
     def no_weight_decay(self) -> Set[str]:
-        """Names of parameters that take no weight decay: the model's own, and those of the neurons."""
+        """Names of parameters that take no weight decay: the model's own, and those of the neurons and variants."""
         own = getattr(super(), 'no_weight_decay', set)()
-        return {*own, *(f'{name}.{key}' for name, neuron in self.neurons().items()
-                        for key, _ in neuron.named_parameters())}
+        parameters = {name for name, _ in self.named_parameters()}
+        added = {name for variant in self.settings.variants().values() for name in variant.own_state(self)}
+        return {*own, *(added & parameters), *(f'{name}.{key}' for name, neuron in self.neurons().items()
+                                               for key, _ in neuron.named_parameters())}
 
     def __reduce_ex__(self, protocol):
         return new_mixed, self.mixed, {k: v for k, v in self.__dict__.items() if k != '_spiking_seen'}
@@ -312,7 +322,7 @@ class SpikingModel(SpikingModule):
     def _convert_new_modules(self) -> None:
         known = {record.name for record in self._report}
         self._report += [record for record in swap_modules(self, self.settings) if record.name not in known]
-        set_norm(self, self.settings.norm, self.settings.threshold())
+        self._configure()
 
 
 SpikingEncoder = SpikingModel  # its name in pickles of version 0.1.0

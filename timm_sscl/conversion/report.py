@@ -8,7 +8,6 @@ import torch.nn as nn
 from .batch_axis import PENDING
 from timm_sscl.neurons import SpikingNeuron
 from timm_sscl.probing import probe_sizes
-from timm_sscl.conversion.variants.tdbn import NormRecord, norm_records
 
 from timm_sscl.report.macs import KINDS, MacShares, count_macs
 
@@ -45,9 +44,14 @@ class SpikingReport(list):
         return isinstance(self._modules.get(record.name), SpikingNeuron)
 
     @property
-    def norms(self) -> List[NormRecord]:
+    def norms(self) -> List[Any]:
         """What became of every norm (name, was, now, alpha), where the conversion was to change them (norm='tdbn')."""
-        return norm_records(self.model) if self.model.settings.norm is not None else []
+        return self.variants.get('norm', [])
+
+    @property
+    def variants(self) -> Dict[str, List[Any]]:
+        """What the model's variants did, by kind: records that begin with name, was, now."""
+        return {kind: list(variant.records(self.model)) for kind, variant in self.model.settings.variants().items()}
 
     def macs(self, images: Optional[torch.Tensor] = None) -> Optional[MacShares]:
         """MACs per image over all time steps, by what their input is.
@@ -99,10 +103,9 @@ class SpikingReport(list):
                          f'(pending)')
         if self.model._audit is not None:
             lines.append(f'  audit: {self.model._audit.status}')
-        if self.model.settings.stem_pool is not None:
-            lines.append('  stem: average pooling instead of max pooling')
-        if self.norms:
-            lines.append(f'  norms: {_norm_summary(self.norms, self.model.settings.threshold())}')
+        for kind, variant in self.model.settings.variants().items():
+            summary = variant.summary(self.model)
+            lines += [f'  {kind}: {summary}'] if summary else []
         macs = self.macs()
         if macs is not None:
             shares = ', '.join(f'{100 * macs.share(kind):.1f} % {kind}' for kind in KINDS)
@@ -117,10 +120,3 @@ class SpikingReport(list):
 def _counted(records: Sequence[Any]) -> str:
     return ', '.join(f'{n} {kind}' for kind, n in Counter(record.was for record in records).most_common())
 
-
-def _norm_summary(norms: Sequence[NormRecord], v_threshold: float) -> str:
-    alphas = [record.alpha for record in norms if record.alpha is not None]
-    text = (f'{len(alphas)} tdBN, scale times the threshold {v_threshold:g}, and times 1/sqrt(2) in the '
-            f'{sum(alpha != 1 for alpha in alphas)} where branches add')
-    left = Counter(record.was for record in norms if record.alpha is None)
-    return text + ''.join(f'; {n} {kind} as they were' for kind, n in left.most_common())

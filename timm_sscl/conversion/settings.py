@@ -3,7 +3,8 @@ import json
 import struct
 import zlib
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Dict, Optional, Tuple
+from functools import partial
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
 
@@ -12,8 +13,9 @@ from timm_sscl.neurons import (
     LIF, SpikingNeuron, create_neuron, list_neurons, list_surrogates, neuron_class)
 from timm_sscl.neurons.base import hashable
 from timm_sscl.neurons.watched import read_values
-from timm_sscl.conversion.variants.stem_pool import check_stem_pool
-from timm_sscl.conversion.variants.tdbn import check_norm
+
+from .variants.base import Variant
+from .variants.registry import KINDS, create_variant, list_variants
 
 __all__ = ['SpikingSettings', 'SETTINGS_KEY', 'SETTINGS_SIZE', 'encode', 'decode_bytes', 'decode_tensor', 'option_key',
            'is_option_key']
@@ -24,18 +26,24 @@ Pairs = Tuple[Tuple[str, Any], ...]
 
 _MAGIC = b'spiking\x01'
 _HEAD = struct.Struct('<8sII')  # magic, bytes that follow, their CRC-32
-_OPTION = 'neuron_kwargs.'
+WITH_OPTIONS = tuple(kind for kind in KINDS if kind in ('norm', 'residual'))  # kinds that have <kind>_kwargs
+_KWARGS = 'neuron_kwargs', *(f'{kind}_kwargs' for kind in WITH_OPTIONS)
 _LIF_OPTIONS = tuple(name for name in knob_help(LIF.Settings) if not name.startswith('surrogate'))
 
 
-def option_key(name: str) -> str:
-    """Name of a neuron's option among all settings: its own for those of the LIF, else 'neuron_kwargs.<name>'."""
-    return name if name in _LIF_OPTIONS else f'{_OPTION}{name}'
+def option_key(name: str, of: str = 'neuron') -> str:
+    """Name of an option among all settings: '<of>_kwargs.<name>', for a neuron's that the LIF has its own.
+
+    Args:
+        name: Name of the option.
+        of: Whose it is: 'neuron', or a kind of variant.
+    """
+    return name if of == 'neuron' and name in _LIF_OPTIONS else f'{of}_kwargs.{name}'
 
 
-def is_option_key(key: str) -> bool:
-    """Whether this is the name of a neuron's option."""
-    return key in _LIF_OPTIONS or key.startswith(_OPTION)
+def is_option_key(key: str, of: str = 'neuron') -> bool:
+    """Whether this is the name of an option of the neuron, or of a kind of variant."""
+    return (of == 'neuron' and key in _LIF_OPTIONS) or key.startswith(f'{of}_kwargs.')
 
 
 @dataclass(frozen=True)
@@ -55,18 +63,21 @@ class SpikingSettings:
     exclude: Optional[Tuple[str, ...]] = None
     stem: Optional[str] = None  # neuron before which all runs once per image, see share_stem
     stem_pool: Optional[str] = None  # 'avg': average pooling in the stem, see set_stem_pool
-    norm: Optional[str] = None  # 'tdbn': batch norms in units of the threshold, see TdBatchNorm
+    norm: Optional[str] = None  # registered name of a norm variant
     calls: Optional[Tuple[str, ...]] = None  # 'name:n': neurons with a copy per call, see set_calls
     allow_analog: bool = False  # whether nonlinear operations that are no known activations stay analog
     neuron: str = 'lif'  # registered name
     neuron_kwargs: Pairs = ()  # options of the neuron, by name; those of a LIF go to the fields above
     surrogate: Optional[str] = None  # registered name; None is the neuron's own, and afterwards its name
     surrogate_kwargs: Pairs = ()
+    norm_kwargs: Pairs = ()  # options of the norm variant, all of them after construction
+    residual: Optional[str] = None  # registered name of a residual variant
+    residual_kwargs: Pairs = ()
 
     def __post_init__(self):
         if isinstance(self.timesteps, bool) or not isinstance(self.timesteps, int) or self.timesteps < 1:
             raise ValueError(f'timesteps={self.timesteps!r}: must be a whole number of time steps, 1 or more.')
-        for name in ('neuron_kwargs', 'surrogate_kwargs'):
+        for name in (*_KWARGS, 'surrogate_kwargs'):
             object.__setattr__(self, name, hashable(dict(getattr(self, name))))
         own = build(neuron_class(self.neuron).Settings, self.neuron_options(), f"neuron '{self.neuron}'")
         for name in ('surrogate', 'surrogate_kwargs'):
@@ -76,9 +87,14 @@ class SpikingSettings:
                 object.__setattr__(self, name, getattr(own, name, ()))
         else:
             object.__setattr__(self, 'neuron_kwargs', _pairs(own))
-        check_stem_pool(self.stem_pool)
-        check_norm(self.norm)
-        if self.include or self.exclude or self.calls or self.neuron_kwargs:
+        for kind in WITH_OPTIONS:
+            if getattr(self, kind) is None and getattr(self, f'{kind}_kwargs'):
+                raise ValueError(f'{kind}_kwargs={dict(getattr(self, f"{kind}_kwargs"))}: are options of a {kind}; '
+                                 f'say which by {kind}=NAME.')
+        for kind, variant in self.variants().items():
+            if kind in WITH_OPTIONS:
+                object.__setattr__(self, f'{kind}_kwargs', _pairs(variant.settings.at(self.timesteps)))
+        if self.include or self.exclude or self.calls or any(getattr(self, name) for name in _KWARGS):
             encode(self.stored())
 
     def neuron_options(self) -> Dict[str, Any]:
@@ -92,6 +108,17 @@ class SpikingSettings:
         """A neuron with these settings."""
         return create_neuron(self.neuron, self.timesteps, **self.neuron_options())
 
+    def variants(self) -> Dict[str, Variant]:
+        """What a model with these settings has besides its neurons, by kind, in the order in which it is applied."""
+        found = {}
+        for kind in KINDS:
+            name, options = getattr(self, kind), dict(getattr(self, f'{kind}_kwargs', ()))
+            if kind == 'stem' and name is not None:  # the setting is the neuron's name
+                name, options = 'shared', dict(neuron=name)
+            if name is not None:
+                found[kind] = create_variant(kind, name, **options)
+        return found
+
     @property
     def neuron_class_name(self) -> str:
         return neuron_class(self.neuron).__name__
@@ -101,26 +128,32 @@ class SpikingSettings:
         return float(self.neuron_options().get('v_threshold', 1.))
 
     def flat(self) -> Dict[str, Any]:
-        """The settings with the neuron's options each by a name of its own, see `option_key`."""
-        others = {f.name: getattr(self, f.name) for f in fields(self)
-                  if f.name not in (*_LIF_OPTIONS, 'neuron_kwargs')}
+        """The settings with the options of the neuron and the variants each by a name of its own, see `option_key`."""
+        others = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in (*_LIF_OPTIONS, *_KWARGS)}
         options = {option_key(k): v for k, v in self.neuron_options().items()
                    if k not in ('surrogate', 'surrogate_kwargs')}
+        for kind in WITH_OPTIONS:
+            options.update((option_key(k, kind), v) for k, v in getattr(self, f'{kind}_kwargs'))
         return {**others, **options}
 
     @classmethod
     def from_flat(cls, flat: Dict[str, Any]) -> 'SpikingSettings':
         """The settings of which this is `flat`."""
-        others = {name: value for name, value in flat.items() if not is_option_key(name)}
-        options = {name.removeprefix(_OPTION): value for name, value in flat.items() if is_option_key(name)}
-        return cls(**others, neuron_kwargs=tuple(options.items()))
+        given: Dict[str, Any] = {'neuron_kwargs': {}}
+        for name, value in flat.items():
+            of = next((of for of in ('neuron', *WITH_OPTIONS) if is_option_key(name, of)), None)
+            if of is None:
+                given[name] = value
+            else:
+                given.setdefault(f'{of}_kwargs', {})[name.removeprefix(f'{of}_kwargs.')] = value
+        return cls(**{k: tuple(v.items()) if k in _KWARGS else v for k, v in given.items()})
 
     def stored(self, gains: str = 'none') -> Dict[str, Any]:
         """What a state dict keeps: the settings, and whether neurons have gains ('none', 'layer' or 'channel')."""
         stored = asdict(self)
         if self.neuron != 'lif':
             stored = {name: value for name, value in stored.items() if name not in _LIF_OPTIONS}
-        return {**stored, 'neuron_kwargs': dict(self.neuron_kwargs), 'surrogate_kwargs': dict(self.surrogate_kwargs),
+        return {**stored, **{name: dict(getattr(self, name)) for name in (*_KWARGS, 'surrogate_kwargs')},
                 'gains': gains}
 
     @classmethod
@@ -129,15 +162,16 @@ class SpikingSettings:
 
         Raises:
             ValueError: There is one that this version does not know, with which the numbers would be others; or the
-                neuron or the surrogate is not registered.
+                neuron, the surrogate or a variant is not registered.
         """
         known = {f.name for f in fields(cls)}
         unknown = [f'{k}={v!r}' for k, v in stored.items() if k not in known and k != 'gains' and v is not None]
         if unknown:
             raise ValueError(f'the checkpoint was made with settings that this version of timm_sscl does not know: '
                              f'{", ".join(unknown)}.')
-        for kind, names in (('neuron', list_neurons()), ('surrogate', list_surrogates())):
-            if stored.get(kind) not in (*names, None):
+        for kind, list_names in REGISTERED.items():
+            names = list_names()
+            if stored.get(kind) is not None and stored[kind] not in names:
                 raise ValueError(
                     f"the checkpoint was made with the {kind} '{stored[kind]}', which is not registered. Import the "
                     f'plug-in that registers it first (train.py --plugin FILE|MODULE). '
@@ -150,8 +184,14 @@ class SpikingSettings:
         return cls.from_stored(decode_tensor(tensor))
 
 
+# settings that are registered names, and what lists those
+REGISTERED: Dict[str, Callable[[], List[str]]] = {
+    'neuron': list_neurons, 'surrogate': list_surrogates,
+    **{kind: partial(list_variants, kind) for kind in KINDS if kind != 'stem'}}
+
+
 def _pairs(own: Any) -> Pairs:
-    """A neuron's settings but the surrogate, which a model has one of."""
+    """The settings of a neuron or variant but the surrogate, which a model has one of."""
     return tuple((f.name, getattr(own, f.name)) for f in fields(own)
                  if f.name not in ('surrogate', 'surrogate_kwargs'))
 
@@ -160,15 +200,15 @@ def encode(stored: Dict[str, Any]) -> bytes:
     """Bytes of the settings' buffer: a head with a checksum, JSON (compressed where it is long), zeros.
 
     Raises:
-        ValueError: include, exclude, calls and neuron_kwargs are too long for it.
+        ValueError: include, exclude, calls and the options of neuron and variants are too long for it.
     """
     content = json.dumps(stored).encode()
     room = SETTINGS_SIZE - _HEAD.size
     if len(content) > room:
         content = zlib.compress(content)
     if len(content) > room:
-        raise ValueError(f'include, exclude, calls, neuron_kwargs: they take {len(content)} bytes, a checkpoint has '
-                         f'room for {room}; shell wildcards make patterns shorter.')
+        raise ValueError(f'include, exclude, calls, {", ".join(_KWARGS)}: they take {len(content)} bytes, a '
+                         f'checkpoint has room for {room}; shell wildcards make patterns shorter.')
     return (_HEAD.pack(_MAGIC, len(content), zlib.crc32(content)) + content).ljust(SETTINGS_SIZE, b'\0')
 
 

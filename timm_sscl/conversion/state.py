@@ -8,7 +8,8 @@ from .function_calls import spread_over_calls
 from timm_sscl.neurons import SpikingNeuron
 from timm_sscl.neurons.factors import FACTORS
 from timm_sscl.neurons.watched import Seen, changed, is_readable, read_values
-from .settings import SETTINGS_KEY, SpikingSettings, decode_bytes, decode_tensor, encode, is_option_key
+from .settings import (
+    SETTINGS_KEY, WITH_OPTIONS, SpikingSettings, decode_bytes, decode_tensor, encode, is_option_key)
 
 __all__ = ['SpikingState', 'split_spiking_state']
 
@@ -104,7 +105,10 @@ class SpikingState:
         if stored is None:  # memory that nobody wrote
             self._put_settings(self._spiking_data)
             return
-        for name in ('include', 'exclude', 'calls', 'neuron'):  # which neurons there are
+        structure = ['include', 'exclude', 'calls', 'neuron']  # which neurons there are, and which parameters
+        for variants in (settings.variants(), self._spiking_settings.variants()):
+            structure += [kind for kind, variant in variants.items() if variant.changes_state]
+        for name in structure:
             theirs, own = getattr(settings, name), getattr(self._spiking_settings, name)
             if theirs != own:
                 raise RuntimeError(f'{type(self).__name__}: its state was replaced by that of a model with {name}='
@@ -152,7 +156,7 @@ class SpikingState:
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def load_spiking_state(self, state_dict: Dict[str, torch.Tensor]) -> None:
-        """Take settings and what the neurons hold out of a state dict, and nothing else."""
+        """Take settings, and what only a spiking model has (see `split_spiking_state`), out of a state dict."""
         state_dict = dict(state_dict)
         self._take_settings(state_dict, '')
         for name, lif in self.neurons().items():
@@ -160,10 +164,11 @@ class SpikingState:
                 if f'{name}.{key}' in state_dict:
                     own, value = lif._buffers[key], state_dict[f'{name}.{key}'].detach()
                     setattr(lif, factor, value.to(value.device if own is None else own.device, copy=True))
-            with torch.no_grad():
-                for key, own in lif.state_dict(keep_vars=True).items():
-                    if key not in FACTORS.values() and f'{name}.{key}' in state_dict:
-                        own.copy_(state_dict[f'{name}.{key}'])
+        own = self.state_dict(keep_vars=True)
+        with torch.no_grad():
+            for key, value in state_dict.items():
+                if key in own and key != SETTINGS_KEY and not key.endswith(tuple(FACTORS.values())):
+                    own[key].copy_(value)
 
     def _take_settings(self, state_dict: Dict[str, torch.Tensor], prefix: str) -> None:
         """Restore a state dict's settings, and put in what it lacks: an ANN's has none, 0.1.0's no gains that are 1."""
@@ -183,6 +188,12 @@ class SpikingState:
         data = encode(self._spiking_settings.stored(gains or self._kind_of_gains()))
         state_dict[prefix + SETTINGS_KEY] = _as_tensor(data, device)
         self._fill_neurons(state_dict, prefix, device, from_0_1_0=bool(stored) and gains is None, from_ann=not stored)
+        for kind, variant in self._spiking_settings.variants().items():
+            own = variant.own_state(self) if stored.get(kind) is None else ()
+            if own:
+                variant.complete(self, state_dict, prefix)
+                _logger.info(f'{type(self).__name__}: the weights were made without {variant}, whose {len(own)} '
+                             f'parameters and buffers keep what they have.')
 
     def _fill_neurons(
             self,
@@ -219,6 +230,11 @@ class SpikingState:
             kept |= {name for name in own if is_option_key(name)} | {'surrogate', 'surrogate_kwargs'}
         if 'surrogate' in kept and own['surrogate'] != theirs['surrogate']:
             kept |= {'surrogate_kwargs'}
+        for kind in WITH_OPTIONS:
+            other = {name for name in theirs if is_option_key(name, kind)}
+            if kind in kept and own[kind] != theirs[kind]:
+                theirs = {name: value for name, value in theirs.items() if name not in other}
+                kept |= {name for name in own if is_option_key(name, kind)}
         for name in sorted(kept & theirs.keys()):
             if own[name] != theirs[name]:
                 _logger.warning(f'{type(self).__name__}: the checkpoint was made with {name}={theirs[name]}, '
@@ -226,8 +242,6 @@ class SpikingState:
         restored = SpikingSettings.from_flat({**theirs, **{name: own[name] for name in kept}})
         if restored != self._spiking_settings:
             _logger.info(f'{type(self).__name__}: settings restored from the checkpoint: {restored}')
-            if (restored.include, restored.exclude) != (self._spiking_settings.include, self._spiking_settings.exclude):
-                self._convert_again(restored)
             self._set_settings(restored)
 
     def _forget(self, state_dict: Dict[str, torch.Tensor], prefix: str) -> None:

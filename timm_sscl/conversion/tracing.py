@@ -5,11 +5,11 @@ from .hidden_activations import SplitBatchNormOverTime
 from timm_sscl.neurons import SpikingNeuron
 from .model import decode, fold_traced_input
 from .dropout import OVER_TIME_MODULES
-from timm_sscl.conversion.variants.tdbn import TdBatchNorm
+from timm_sscl.conversion.variants.batch_norms import BatchNormOverTime
 
 __all__ = []
 
-for _module in (SpikingNeuron, TdBatchNorm, SplitBatchNormOverTime, *OVER_TIME_MODULES):
+for _module in (SpikingNeuron, BatchNormOverTime, SplitBatchNormOverTime, *OVER_TIME_MODULES):
     register_notrace_module(_module)
 for _function in (fold_traced_input, decode):
     register_notrace_function(_function)

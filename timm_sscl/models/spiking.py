@@ -66,23 +66,25 @@ def _split_pretrained(
 def _make_ann_state(base: str, kwargs: Dict[str, Any], state_dict: Dict[str, Any], stored: Dict[str, Any]) -> None:
     """Turn a spiking checkpoint into one that the ANN, which loads it first, takes strictly, in place.
 
-    Parameters of activations that neurons replaced are added; parameters of the neurons move to `stored`.
+    Parameters that only the ANN has, those of activations that neurons replaced among them, are added; parameters and
+    buffers that only the spiking model has move to `stored`.
     """
     kwargs = {k: v for k, v in kwargs.items() if k not in ('features_only', 'out_indices', 'feature_cls')}
     with torch.device('meta'):
         ann = model_entrypoint(base)(**kwargs)
-    shapes = {name: p.shape for name, p in ann.named_parameters()}
+    shapes = {name: value.shape for name, value in ann.state_dict().items()}
     settings = SpikingSettings.from_tensor(stored[SETTINGS_KEY])
     convert_to_spiking(
         ann, include=settings.include, exclude=settings.exclude, allow_analog=True, neuron=settings.neuron,
-        neuron_kwargs=dict(settings.neuron_kwargs))
-    for name, module in ann.named_modules():
-        for parameter in getattr(module, 'forgotten', ()):
-            state_dict.setdefault(f'{name}.{parameter}', torch.ones(shapes[f'{name}.{parameter}']))
-    for name, neuron in ann.neurons().items():
-        for key in neuron.state_dict():
-            if f'{name}.{key}' in state_dict:
-                stored[f'{name}.{key}'] = state_dict.pop(f'{name}.{key}')
+        neuron_kwargs=dict(settings.neuron_kwargs), norm=settings.norm, norm_kwargs=dict(settings.norm_kwargs),
+        residual=settings.residual, residual_kwargs=dict(settings.residual_kwargs))
+    spiking = {name: value.shape for name, value in ann.state_dict().items()}
+    for name, shape in spiking.items():
+        if shapes.get(name) != shape and name in state_dict:
+            stored[name] = state_dict.pop(name)
+    for name, shape in shapes.items():
+        if spiking.get(name) != shape:
+            state_dict.setdefault(name, torch.ones(shape))
 
 
 def _entrypoint(base: str) -> Callable[..., nn.Module]:
@@ -99,12 +101,15 @@ def _entrypoint(base: str) -> Callable[..., nn.Module]:
             include: Union[str, Sequence[str], None] = None,
             exclude: Union[str, Sequence[str], None] = None,
             stem_pool: Optional[str] = None,
-            norm: Optional[str] = None,
+            norm: Any = None,
             allow_analog: Optional[bool] = None,
             neuron: Any = None,
             neuron_kwargs: Optional[Dict[str, Any]] = None,
             surrogate: Any = None,
             surrogate_kwargs: Optional[Dict[str, Any]] = None,
+            norm_kwargs: Optional[Dict[str, Any]] = None,
+            residual: Any = None,
+            residual_kwargs: Optional[Dict[str, Any]] = None,
             **kwargs,
     ) -> nn.Module:
         stored = None
@@ -121,7 +126,8 @@ def _entrypoint(base: str) -> Callable[..., nn.Module]:
             timesteps=timesteps, tau=tau, v_threshold=v_threshold, v_reset=v_reset, detach_reset=detach_reset,
             v_init=v_init, include=include, exclude=exclude, stem_pool=stem_pool, norm=norm,
             allow_analog=allow_analog, neuron=neuron, neuron_kwargs=neuron_kwargs, surrogate=surrogate,
-            surrogate_kwargs=surrogate_kwargs)
+            surrogate_kwargs=surrogate_kwargs, norm_kwargs=norm_kwargs, residual=residual,
+            residual_kwargs=residual_kwargs)
         convert_to_spiking(model, **{k: v for k, v in options.items() if v is not None})
         if stored is not None:
             model.load_spiking_state(stored)

@@ -2,6 +2,7 @@
 import argparse
 from typing import Any, Dict
 
+from timm_sscl.conversion import list_variants
 from timm_sscl.distillation.presets import PRESETS
 from timm_sscl.knobs import knob_help
 from timm_sscl.neurons import LIF, list_neurons, list_surrogates
@@ -22,8 +23,7 @@ def add_spiking_options(parser: argparse.ArgumentParser) -> None:
                             'weights\' own ANN (ReLU networks, integrate-and-fire); or nothing')
     group.add_argument('--ann-percentile', type=float, default=100., metavar='P',
                        help='--neuron-init ann: percentile of the ANN\'s activations that is the threshold')
-    group.add_argument('--norm', default=None, choices=['tdbn'],
-                       help='batch norms become tdBN, which scales by the threshold (best with --neuron-init none)')
+    _add_variant_options(group)
     group.add_argument('--stem-pool', default=None, choices=['avg'],
                        help='average pooling in a ResNet\'s stem, as in the paper; the student\'s own ANN has it too')
     group.add_argument('--share-stem', action='store_true',
@@ -57,19 +57,31 @@ def _add_neuron_options(group: argparse._ArgumentGroup) -> None:
                        help=knob_help(LIF.Settings)['surrogate_kwargs'])
 
 
+def _add_variant_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument('--norm', default=None, metavar='NAME',
+                       help='what the batch norms become: tdbn scales by the threshold (best with --neuron-init none)')
+    group.add_argument('--norm-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
+                       help='options of the norm')
+    group.add_argument('--residual', default=None, metavar='NAME',
+                       help='how the branches of residual blocks join; a plug-in may register one')
+    group.add_argument('--residual-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
+                       help='options of the residual')
+
+
 def neuron_arguments(args: argparse.Namespace) -> Dict[str, Any]:
-    """What the options say of the neuron, as create_model and convert_to_spiking take it; only what was given.
+    """What the options say of neuron and variants, as create_model and convert_to_spiking take it; only what was given.
 
     Raises:
-        OptionError: The neuron or the surrogate is not registered.
+        OptionError: The neuron, the surrogate or a variant is not registered.
     """
-    for name, known in (('neuron', list_neurons()), ('surrogate', list_surrogates())):
+    for name, known in (('neuron', list_neurons()), ('surrogate', list_surrogates()),
+                        ('norm', list_variants('norm')), ('residual', list_variants('residual'))):
         value = getattr(args, name)
         if value is not None and value not in known:
-            raise OptionError(f'--{name} {value}: is not registered; there are {", ".join(known)}. A plug-in that '
-                              f'registers it is imported by --plugin FILE|MODULE.')
+            raise OptionError(f'--{name} {value}: is not registered; there are {", ".join(known) or "none"}. A plug-in '
+                              f'that registers it is imported by --plugin FILE|MODULE.')
     names = ('timesteps', 'tau', 'v_threshold', 'v_reset', 'detach_reset', 'neuron', 'neuron_kwargs', 'surrogate',
-             'surrogate_kwargs')
+             'surrogate_kwargs', 'norm', 'norm_kwargs', 'residual', 'residual_kwargs')
     return {name: getattr(args, name) for name in names if getattr(args, name) not in (None, {})}
 
 

@@ -52,7 +52,7 @@ def create_student(args: Namespace, num_classes: int) -> nn.Module:
     """The student, spiking where its name says so, with the weights that were asked for."""
     check_model_name(args.model, '--model')
     neuron = neuron_arguments(args)
-    neuron.update(include=args.neuron_include, exclude=args.neuron_exclude, norm=args.norm,
+    neuron.update(include=args.neuron_include, exclude=args.neuron_exclude,
                   allow_analog=args.allow_analog)
     if is_event_dataset(args.dataset) and not args.model.startswith(PREFIX):
         neuron['timesteps'] = None  # the number of frames only

@@ -13,7 +13,7 @@ __all__ = ['IRRELEVANT', 'teacher_settings', 'settings_digest', 'legacy_settings
 IRRELEVANT = frozenset((
     # the student and its neurons (--stem-pool and --timesteps are added where the teacher has them)
     'model', 'timesteps', 'neuron', 'neuron_kwargs', 'surrogate', 'surrogate_kwargs', 'tau', 'v_threshold', 'v_reset',
-    'detach_reset', 'neuron_init', 'ann_percentile', 'norm',
+    'detach_reset', 'neuron_init', 'ann_percentile', 'norm', 'norm_kwargs', 'residual', 'residual_kwargs',
     'stem_pool', 'share_stem', 'pack_spikes', 'neuron_include', 'neuron_exclude', 'pretrained', 'pretrained_path',
     'initial_checkpoint', 'model_kwargs', 'head_init_scale', 'head_init_bias', 'torchcompile', 'torchcompile_mode',
     'grad_checkpointing', 'model_ema', 'model_ema_force_cpu', 'model_ema_decay', 'model_ema_warmup',

@@ -1,22 +1,48 @@
 """share_stem: what runs before the first neuron once per image instead of once per time step."""
 import logging
+from dataclasses import dataclass
 from typing import Any, List, Optional, Sequence, Tuple
 
 import torch
+import torch.nn as nn
 from torch.utils._pytree import tree_leaves
 
+from timm_sscl.conversion.dropout import OverTime
 from timm_sscl.conversion.gains import normalising_by_batch
+from timm_sscl.conversion.model import SpikingModule
+from timm_sscl.knobs import knob
 from timm_sscl.neurons import SpikingNeuron
 from timm_sscl.probing import probe_sizes, undisturbed
-from timm_sscl.conversion.model import SpikingModule
-from timm_sscl.conversion.dropout import OverTime
 from timm_sscl.untouched import untouched
 
-__all__ = ['share_stem']
+from .base import Variant, VariantSettings
+from .registry import register_variant
+
+__all__ = ['share_stem', 'SharedStem']
 
 _logger = logging.getLogger(__name__)
 
 _BATCH = 3  # with two time steps 3 rows and 6 rows meet where the stem's output does not pass the neuron: an error
+
+
+@register_variant('stem', 'shared')
+class SharedStem(Variant):
+    """The first neuron takes the current of one step and repeats it; `share_stem` finds out whether that is legal."""
+
+    @dataclass(frozen=True)
+    class Settings(VariantSettings):
+        neuron: str = knob('', 'name of the first neuron')
+
+    def apply(self, model: nn.Module, settings: Any) -> None:
+        for name, neuron in model.neurons().items():
+            neuron.encodes = name == self.settings.neuron
+
+    def remove(self, model: nn.Module) -> None:
+        for neuron in model.neurons().values():
+            neuron.encodes = False
+
+    def summary(self, model: nn.Module) -> str:
+        return f'what comes before {self.settings.neuron} runs once per image'
 
 
 def share_stem(model: SpikingModule, input_size: Optional[Sequence[int]] = None) -> str:
@@ -57,11 +83,14 @@ def share_stem(model: SpikingModule, input_size: Optional[Sequence[int]] = None)
 
 def _probe(model: SpikingModule, input_size: Optional[Sequence[int]]) -> Tuple[Optional[str], Optional[str]]:
     """Name of the first neuron, and why nothing can be shared; None where it can."""
-    x, name, noisy, expected = _run_in_full(model, input_size)
+    x, name, before, expected = _run_in_full(model, input_size)
     if x is None:
         return None, 'the model does not run on a guessed input; input_size=(C, H, W) tells it'
-    if noisy:
-        return name, f'{noisy[0]} draws its noise there, per time step and image'
+    modules = dict(model.named_modules())
+    for other in before:
+        if getattr(modules[other], 'per_step', False):
+            return name, f'{other} ({type(modules[other]).__name__}) computes something else at every time step'
+        return name, f'{other} draws its noise there, per time step and image'
     model.set_stem(name)
     try:
         outputs = _outputs(model, x)
@@ -75,14 +104,16 @@ def _probe(model: SpikingModule, input_size: Optional[Sequence[int]]) -> Tuple[O
 
 
 def _run_in_full(model: SpikingModule, input_size: Optional[Sequence[int]]):
-    """Probe input, first neuron, what draws noise before it, and all outputs, with every step computed."""
+    """Probe input, first neuron, what before it draws noise or differs by step, and all outputs, with every step
+    computed."""
     like = next(p for p in model.parameters() if p.is_floating_point())
     generator = torch.Generator().manual_seed(0)  # the global generator stays where it is
     for size in [tuple(input_size)] if input_size is not None else probe_sizes(model):
         x = torch.randn(_BATCH, *size, generator=generator).to(like)
         ran: List[str] = []
         with undisturbed(model):
-            modules = {n: m for n, m in model.named_modules() if isinstance(m, (SpikingNeuron, OverTime))}
+            modules = {n: m for n, m in model.named_modules()
+                       if isinstance(m, (SpikingNeuron, OverTime)) or getattr(m, 'per_step', False)}
             for n, module in modules.items():
                 module.register_forward_pre_hook(lambda m, args, n=n, ran=ran: ran.append(n))
             try:

@@ -1,23 +1,22 @@
 """The paper's stem for ResNet18 and 34: average pooling of spikes where timm's ResNets have max pooling."""
-from typing import Optional, Tuple
+from dataclasses import replace
+from typing import Any, Optional, Tuple
 
 import torch.nn as nn
 
+from timm_sscl.conversion.model import SpikingModule
 from timm_sscl.untouched import all_or_nothing
 
-__all__ = ['set_stem_pool', 'check_stem_pool', 'stem_max_pool', 'has_average_stem_pool']
+from .base import Variant
+from .registry import create_variant, register_variant
+
+__all__ = ['set_stem_pool', 'stem_max_pool', 'has_average_stem_pool', 'AvgStemPool']
 
 _NAME = 'maxpool'  # of the stem's pooling in timm's and torchvision's ResNets and what descends from them
 
 
 class StemAvgPool2d(nn.AvgPool2d):
     """What a stem's max pooling becomes: the mean over the same windows, padding counted."""
-
-
-def check_stem_pool(kind: Optional[str]) -> None:
-    """Raise ValueError where there is no such kind of pooling."""
-    if kind not in (None, 'avg'):
-        raise ValueError(f"stem_pool={kind!r}: must be 'avg', or None for the model's own pooling.")
 
 
 def _pools(model: nn.Module, kind: type) -> list:
@@ -46,6 +45,29 @@ def has_average_stem_pool(model: nn.Module) -> bool:
     return bool(_pools(model, StemAvgPool2d))
 
 
+@register_variant('stem_pool', 'avg')
+class AvgStemPool(Variant):
+    """The stem's max pooling is an average over the same windows."""
+
+    def check(self, model: nn.Module, settings: Any) -> None:
+        if not has_average_stem_pool(model):
+            stem_max_pool(model)
+
+    def apply(self, model: nn.Module, settings: Any) -> None:
+        if not has_average_stem_pool(model):
+            # by its class: name, hooks and what MaxPool2d needs when it is put back stay
+            _, pool = stem_max_pool(model)
+            pool.__class__ = StemAvgPool2d
+            pool.count_include_pad, pool.divisor_override = True, None
+
+    def remove(self, model: nn.Module) -> None:
+        for _, pool in _pools(model, StemAvgPool2d):
+            pool.__class__ = nn.MaxPool2d
+
+    def summary(self, model: nn.Module) -> str:
+        return 'average pooling instead of max pooling'
+
+
 @all_or_nothing()
 def set_stem_pool(model: nn.Module, kind: Optional[str]) -> nn.Module:
     """Pool by the average in the stem of a ResNet, spiking or not, in place; None is max pooling, as timm has it.
@@ -63,13 +85,12 @@ def set_stem_pool(model: nn.Module, kind: Optional[str]) -> nn.Module:
     Raises:
         ValueError: kind is neither, or the model has no max pooling in its stem.
     """
-    check_stem_pool(kind)
-    if kind is None:
-        for _, pool in _pools(model, StemAvgPool2d):
-            pool.__class__ = nn.MaxPool2d
-    elif not has_average_stem_pool(model):
-        # by its class: name, hooks and what MaxPool2d needs when it is put back stay
-        _, pool = stem_max_pool(model)
-        pool.__class__ = StemAvgPool2d
-        pool.count_include_pad, pool.divisor_override = True, None
+    pooling = None if kind is None else create_variant('stem_pool', kind)
+    if isinstance(model, SpikingModule):
+        model._set_settings(replace(model.settings, stem_pool=kind))
+    elif pooling is None:
+        AvgStemPool().remove(model)
+    else:
+        pooling.check(model, None)
+        pooling.apply(model, None)
     return model

@@ -1,20 +1,22 @@
 """tdBN (Zheng et al. 2020): batch norm over time, batch and space whose scale counts in units of the threshold."""
-from typing import List, NamedTuple, Optional, Set
+from typing import Any, List, Set
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from timm.layers import BatchNormAct2d
 
-from timm_sscl.untouched import all_or_nothing
+from timm_sscl.class_swap import mixed_class
 
-__all__ = ['TdBatchNorm', 'NormRecord', 'set_norm', 'check_norm', 'scaled_batch_norms', 'norm_records']
+from .batch_norms import BatchNormOverTime, BatchNormVariant, NormRecord
+from .registry import register_variant
+
+__all__ = ['TdBatchNorm', 'TdBN']
 
 _WHERE_BRANCHES_ADD = 0.5 ** 0.5
 
 
-class TdBatchNorm:
+class TdBatchNorm(BatchNormOverTime):
     """Mixin for a batch norm.
 
         y = weight * alpha * v_threshold * (x - mean) / sqrt(var + eps) + bias
@@ -25,55 +27,21 @@ class TdBatchNorm:
     alpha: float
     v_threshold: float
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self._check_input_dim(x)
-        momentum = 0. if self.momentum is None else self.momentum
-        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            if self.momentum is None:
-                momentum = 1. / float(self.num_batches_tracked)
-        by_batch = self.training or (self.running_mean is None and self.running_var is None)
-        tracks = not self.training or self.track_running_stats
-        x = F.batch_norm(
-            x, self.running_mean if tracks else None, self.running_var if tracks else None,
-            self.weight * (self.alpha * self.v_threshold), self.bias, by_batch, momentum, self.eps)
-        for name in ('drop', 'act'):  # there in a norm with activation
-            x = self._modules[name](x) if name in self._modules else x
-        return x
+    @classmethod
+    def class_name(cls, base: type) -> str:
+        return f'Td{base.__name__}'
+
+    def normalise(self, x: torch.Tensor) -> torch.Tensor:
+        return self.batch_norm(x, self.weight * (self.alpha * self.v_threshold), self.bias)
 
     def extra_repr(self) -> str:
         return f'{super().extra_repr()}, alpha={self.alpha:.4g}, v_threshold={self.v_threshold}'
 
 
-class TdBatchNorm1d(TdBatchNorm, nn.BatchNorm1d):
-    pass
-
-
-class TdBatchNorm2d(TdBatchNorm, nn.BatchNorm2d):
-    pass
-
-
-class TdBatchNormAct2d(TdBatchNorm, BatchNormAct2d):
-    pass
-
-
-_TD_CLASS = {
-    nn.BatchNorm1d: TdBatchNorm1d, nn.BatchNorm2d: TdBatchNorm2d, BatchNormAct2d: TdBatchNormAct2d}
-_PLAIN_CLASS = {td: plain for plain, td in _TD_CLASS.items()}
-
-
-class NormRecord(NamedTuple):
-    """One norm of a model with tdBN."""
-    name: str
-    was: str  # class before
-    now: str  # class after
-    alpha: Optional[float]  # None where it stays what it was
-
-
-def scaled_batch_norms(model: nn.Module) -> List[nn.Module]:
-    """Batch norms with a scale, tdBN already or not, of exactly the classes that have a tdBN form."""
-    return [module for module in model.modules()
-            if type(module) in {**_TD_CLASS, **_PLAIN_CLASS} and module._parameters.get('weight') is not None]
+# their names in pickles of version 0.1.0
+TdBatchNorm1d = mixed_class(TdBatchNorm, nn.BatchNorm1d)
+TdBatchNorm2d = mixed_class(TdBatchNorm, nn.BatchNorm2d)
+TdBatchNormAct2d = mixed_class(TdBatchNorm, BatchNormAct2d)
 
 
 def _where_branches_add(model: nn.Module) -> Set[nn.Module]:
@@ -87,44 +55,24 @@ def _where_branches_add(model: nn.Module) -> Set[nn.Module]:
     return found
 
 
-def check_norm(norm: Optional[str]) -> None:
-    """Raise ValueError where there is no such kind of norm."""
-    if norm not in (None, 'tdbn'):
-        raise ValueError(f"norm={norm!r}: must be 'tdbn', or None for the model's own norms.")
-
-
-@all_or_nothing()
-def set_norm(model: nn.Module, norm: Optional[str], v_threshold: float) -> None:
-    """Make all batch norms with a scale tdBN for this threshold, or plain again, in place.
+@register_variant('norm', 'tdbn')
+class TdBN(BatchNormVariant):
+    """All batch norms with a scale are tdBN for the neurons' threshold.
 
     alpha is 1/sqrt(2) where two branches add, in blocks like timm's BasicBlock and Bottleneck: for the last norm of
     the residual branch (bn2 or bn3) and for the shortcut's (downsample). It is 1 for all other norms.
-
-    Args:
-        model: Spiking model.
-        norm: 'tdbn' or None.
-        v_threshold: Firing threshold.
-
-    Raises:
-        ValueError: norm is neither.
     """
-    check_norm(norm)
-    added = _where_branches_add(model) if norm is not None else ()
-    for module in scaled_batch_norms(model):
-        module.__class__ = _PLAIN_CLASS.get(type(module), type(module))
-        if norm is not None:
-            module.__class__ = _TD_CLASS[type(module)]
-            module.alpha = _WHERE_BRANCHES_ADD if module in added else 1.
-            module.v_threshold = v_threshold
+    mixin = TdBatchNorm
+    label = 'tdBN'
 
+    def apply(self, model: nn.Module, settings: Any) -> None:
+        self._added = _where_branches_add(model)
+        super().apply(model, settings)
 
-def norm_records(model: nn.Module) -> List[NormRecord]:
-    """What became of every norm with a scale."""
-    records = []
-    for name, module in model.named_modules():
-        kind = type(module).__name__
-        if isinstance(module, TdBatchNorm):
-            records.append(NormRecord(name, _PLAIN_CLASS[type(module)].__name__, 'tdBN', module.alpha))
-        elif 'norm' in kind.lower() and module._parameters.get('weight') is not None:
-            records.append(NormRecord(name, kind, kind, None))
-    return records
+    def set_up(self, norm: nn.Module, settings: Any) -> None:
+        norm.alpha = _WHERE_BRANCHES_ADD if norm in self._added else 1.
+        norm.v_threshold = settings.threshold()
+
+    def details(self, model: nn.Module, changed: List[NormRecord]) -> str:
+        return (f', scale times the threshold {model.settings.threshold():g}, and times 1/sqrt(2) in the '
+                f'{sum(record.alpha != 1 for record in changed)} where branches add')

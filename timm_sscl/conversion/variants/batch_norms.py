@@ -1,0 +1,155 @@
+"""What the norms have in common: a mixin in front of every batch norm's class, which computes another batch norm."""
+from collections import Counter
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple, Type
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from timm.layers import BatchNormAct2d
+
+from timm_sscl.class_swap import Mixin, mix_in, take_out
+
+from .base import Variant
+
+__all__ = ['BatchNormOverTime', 'BatchNormVariant', 'NormRecord', 'batch_norms']
+
+_PLAIN = nn.BatchNorm1d, nn.BatchNorm2d, BatchNormAct2d
+
+
+class NormRecord(NamedTuple):
+    """One norm of a model whose norms are a variant."""
+    name: str
+    was: str  # class before
+    now: str  # what it is now
+    alpha: Optional[float]  # factor on the scale besides the variant's own; None where the norm stays what it was
+
+
+class BatchNormOverTime(Mixin):
+    """Mixin for a batch norm on (T * B, C, ...).
+
+    A subclass writes `normalise`. The rest of a norm with activation, its dropout and its neuron, comes after it.
+
+    Attributes:
+        own_state: Names of the parameters and buffers that the mixin adds to the norm.
+        per_step: Whether the norm computes something else at every timestep; `share_stem` refuses it then.
+        timesteps: T, set by the variant.
+    """
+    own_state: Tuple[str, ...] = ()
+    per_step = False
+    timesteps: int
+
+    def normalise(self, x: torch.Tensor) -> torch.Tensor:
+        """What the norm computes: (T * B, C, ...) in, the same shape out."""
+        return self.batch_norm(x, self.weight, self.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self._check_input_dim(x)
+        x = self.normalise(x)
+        for name in ('drop', 'act'):  # there in a norm with activation
+            x = self._modules[name](x) if name in self._modules else x
+        return x
+
+    def batch_norm(self, x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
+        """nn.BatchNorm's forward with this scale and shift: statistics over T, B, H and W."""
+        momentum = 0. if self.momentum is None else self.momentum
+        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:
+                momentum = 1. / float(self.num_batches_tracked)
+        by_batch = self.training or (self.running_mean is None and self.running_var is None)
+        tracks = not self.training or self.track_running_stats
+        return F.batch_norm(
+            x, self.running_mean if tracks else None, self.running_var if tracks else None, weight, bias, by_batch,
+            momentum, self.eps)
+
+
+def plain_class(module: nn.Module) -> type:
+    """A norm's class without the mixins of variants."""
+    cls = type(module)
+    while issubclass(cls, BatchNormOverTime):
+        cls = cls.mixed[1]
+    return cls
+
+
+def batch_norms(model: nn.Module) -> Iterator[Tuple[str, nn.Module]]:
+    """Names and modules of the batch norms with a scale whose class is torch's or timm's own, changed already or
+    not."""
+    for name, module in model.named_modules():
+        if plain_class(module) in _PLAIN and module._parameters.get('weight') is not None:
+            yield name, module
+
+
+class BatchNormVariant(Variant):
+    """Base of a variant that puts a mixin in front of every batch norm with a scale.
+
+    Attributes:
+        mixin: The mixin.
+        label: What a report calls such a norm.
+    """
+    mixin: Type[BatchNormOverTime]
+    label = ''
+
+    def check(self, model: nn.Module, settings: Any) -> None:
+        if not any(True for _ in batch_norms(model)):
+            kind = getattr(type(model), 'mixed', (None, type(model)))[1].__name__
+            raise ValueError(f'{self}: {kind} has no batch norm with a scale.')
+
+    def apply(self, model: nn.Module, settings: Any) -> None:
+        for _, norm in batch_norms(model):
+            mix_in(norm, self.mixin)
+            norm.timesteps = settings.timesteps
+            self.set_up(norm, settings)
+
+    def set_up(self, norm: nn.Module, settings: Any) -> None:
+        """Give a norm what the mixin reads; again where it has it already.
+
+        Args:
+            norm: A batch norm with the mixin.
+            settings: The model's SpikingSettings.
+        """
+
+    def remove(self, model: nn.Module) -> None:
+        for _, norm in batch_norms(model):
+            if isinstance(norm, self.mixin):
+                self.tear_down(norm)
+                take_out(norm, self.mixin)
+
+    def tear_down(self, norm: nn.Module) -> None:
+        """Take away what `set_up` gave: the mixin's own parameters and buffers."""
+        for name in self.mixin.own_state:
+            delattr(norm, name)
+
+    def own_state(self, model: nn.Module) -> List[str]:
+        return [f'{name}.{key}' for name, norm in batch_norms(model) if isinstance(norm, self.mixin)
+                for key in self.mixin.own_state]
+
+    def records(self, model: nn.Module) -> List[NormRecord]:
+        """What became of every norm with a scale."""
+        changed = {name: norm for name, norm in batch_norms(model) if isinstance(norm, self.mixin)}
+        records = []
+        for name, module in model.named_modules():
+            kind = type(module).__name__
+            if name in changed:
+                records.append(NormRecord(
+                    name, plain_class(module).__name__, self.label, getattr(module, 'alpha', 1.)))
+            elif 'norm' in kind.lower() and module._parameters.get('weight') is not None:
+                records.append(NormRecord(name, kind, kind, None))
+        return records
+
+    def summary(self, model: nn.Module) -> str:
+        records = self.records(model)
+        left = Counter(record.was for record in records if record.alpha is None)
+        changed = [record for record in records if record.alpha is not None]
+        return f'{len(changed)} {self.label}{self.details(model, changed)}' + ''.join(
+            f'; {n} {kind} as they were' for kind, n in left.most_common())
+
+    def details(self, model: nn.Module, changed: List[NormRecord]) -> str:
+        """What the report says after the number of norms."""
+        return ''
+
+    def set_parameter(self, norm: nn.Module, name: str, value: torch.Tensor) -> None:
+        """Give a norm a parameter with this value, on the norm's device and in its dtype; one of this shape stays."""
+        own: Dict[str, Optional[nn.Parameter]] = norm._parameters
+        if own.get(name) is None or own[name].shape != value.shape:
+            setattr(norm, name, nn.Parameter(value.to(norm.weight.device, norm.weight.dtype)))
