@@ -44,7 +44,7 @@ def _registries_as_they_were(monkeypatch):
     for name in {'tiny_net', 'spiking_tiny_net'} - models:
         _registry._clear_model_entries(name)
         _registry._model_entrypoints.pop(name, None)
-    for name in {'my_loss', 'my_model', 'my_neuron', 'my_data'} - modules:
+    for name in {'my_loss', 'my_model', 'my_neuron', 'my_data', 'my_norm'} - modules:
         sys.modules.pop(name, None)
 
 
@@ -123,7 +123,8 @@ def test_the_commands_of_readme_and_manual_parse(tmp_path, monkeypatch):
     seen = list(itertools.chain.from_iterable(map(commands, TEXTS)))
     page = blocks(ROOT / 'docs/pages/extending.md', 'python')
     for name, registers in (('my_loss.py', "@register_loss('logit_norm')"), ('my_model.py', '@register_model'),
-                            ('my_neuron.py', '@register_neuron'), ('my_data.py', '@register_dataset')):
+                            ('my_neuron.py', '@register_neuron'), ('my_data.py', '@register_dataset'),
+                            ('my_norm.py', '@register_variant')):
         Path(name).write_text(next(code for _, code in page if registers in code))
     for words in seen:
         if 'logit_norm' in list_losses():  # every command is a process of its own
