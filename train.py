@@ -55,7 +55,7 @@ from timm_sscl.training.stop import StopRequest
 from timm_sscl.training.student import create_student
 from timm_sscl.training.summary import summarize
 from timm_sscl.training.task import LOSS_OPTIONS, create_task, needs_teacher
-from timm_sscl.training.teacher import create_teacher
+from timm_sscl.training.teacher import Teacher, create_teacher
 from timm_sscl.training.teacher_cache import TeacherCache
 from timm_sscl.training.teacher_folder import read_teacher_record
 from timm_sscl.training.teacher_key import settings_digest
@@ -101,10 +101,7 @@ class Job:
     session: Session
     task: SSCLTask
     student: nn.Module
-    teacher: Optional[nn.Module]
-    teacher_input: TeacherInput
-    num_classes: int
-    root: Path  # of all runs and teachers
+    teacher: Optional[Teacher]
     folder: Path
     resume: str
     teacher_record: Optional[TeacherRecord]  # that the checkpoint names
@@ -123,23 +120,23 @@ def prepare(args: Namespace, accelerator: Accelerator, stop: StopRequest, resour
     described = {split: describe_data(dataset) for split, dataset in zip(('training', 'validation'), datasets)}
     args.training_data = settings_digest(described['training'])  # a teacher knows these classes, from these files
     datasets = guard_samples(args, datasets, data_config, num_classes)
-    teacher, teacher_input = None, TeacherInput()
-    if needs_teacher(args):
-        teacher, teacher_input = create_teacher(args, num_classes, data_config)
     session = Session(
         args, accelerator, partial(create_loaders, args, datasets, data_config, num_classes), stop)
+    root, teacher, network, teacher_input = Path(args.output or './output/train'), None, None, TeacherInput()
+    if needs_teacher(args):
+        network, teacher_input = create_teacher(args, num_classes, data_config)
+        teacher = Teacher(args, network, teacher_input, num_classes, root, session.launch)
     loaders = session.make_loaders()
     with blame_options({name: getattr(args, name) for name in LOSS_OPTIONS}, passing=(ValueError,)):
         task = create_task(
-            args, student, teacher, teacher_input, data_config, accelerator.device, loaders.mixup is not None)
-    root = Path(args.output or './output/train')
+            args, student, network, teacher_input, data_config, accelerator.device, loaders.mixup is not None)
     # one process looks: what it finds may change when it begins to write
     found = [find_run(args, root, data_config) if accelerator.is_main_process else None]
     folder, resume = broadcast_object_list(found)[0]
     record = None
     if teacher is not None:
-        record = read_teacher_record(resume, teacher, num_classes, root) if resume else None
-        check_teacher(args, teacher, num_classes, root, session.launch, record)
+        record = read_teacher_record(resume, teacher) if resume else None
+        check_teacher(teacher, record)
     if resume:
         _logger.info(f'Goes on from {resume}.')
         check_data(Path(resume).parent / DATA_FILE, **described)
@@ -149,7 +146,7 @@ def prepare(args: Namespace, accelerator: Accelerator, stop: StopRequest, resour
     lr = resolve_lr(args, accelerator.num_processes)
     create_optimizer_and_schedule(Namespace(**{**vars(args), 'lr': lr}), task.get_trainable_module())
     resources.enter_context(lock_folder(folder, accelerator.is_main_process))
-    job = Job(session, task, student, teacher, teacher_input, num_classes, root, folder, resume, record)
+    job = Job(session, task, student, teacher, folder, resume, record)
     job.report = prepare_neurons(args, accelerator, student, loaders.train, bool(resume))
     if accelerator.is_main_process:
         write_text(folder / ARGS_FILE, options_as_yaml(args))
@@ -166,8 +163,7 @@ def train(job: Job, started: float) -> None:
     args, accelerator = job.session.args, job.session.accelerator
     taught_by = None
     if job.teacher is not None:
-        taught_by = obtain_teacher(
-            job.session, job.teacher, job.teacher_input, job.num_classes, job.root, fit, job.teacher_record)
+        taught_by = obtain_teacher(job.session, job.teacher, fit, job.teacher_record)
     cache = None
     if args.teacher_cache:
         samples = len(job.session.make_loaders().train.dataset)

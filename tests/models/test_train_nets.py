@@ -9,9 +9,10 @@ from timm_sscl.conversion.model import SpikingModule
 from timm_sscl.conversion.variants.stem_pool import has_average_stem_pool
 from timm_sscl.conversion.variants.tdbn import TdBatchNorm
 import timm
+from timm_sscl.distillation.teacher_input import TeacherInput
 from timm_sscl.training.loaders import create_loaders
 from timm_sscl.training.student import create_student
-from timm_sscl.training.teacher import create_teacher
+from timm_sscl.training.teacher import Teacher, create_teacher
 from timm_sscl.training.teacher_folder import teacher_folder
 
 CONFIG = dict(input_size=(3, 64, 64), mean=(.5,) * 3, std=(.5,) * 3, interpolation='bicubic', crop_pct=1.)
@@ -54,7 +55,7 @@ def test_stem_pool_leaves_other_teachers_and_timms_own_weights_alone(monkeypatch
 def test_a_teachers_folder_depends_on_what_its_training_depends_on():
     def folder(*argv):
         args = _args(*argv)
-        return teacher_folder(args, _teacher(args), 5, Path('root'))
+        return teacher_folder(Teacher(args, _teacher(args), TeacherInput(), 5, Path('root')))
 
     plain = folder()
     others = [folder('--stem-pool', 'avg'), folder('--crop-padding', '4'), folder('--cutout', '16'),

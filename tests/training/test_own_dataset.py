@@ -5,9 +5,12 @@ import sys
 import pytest
 import timm
 import yaml
+from timm.models import _registry
+from timm.optim._optim_factory import default_registry
 
 from runs import fails, run_here
 from timm_sscl.training.options import parse_args
+from timm_sscl.training.teacher_key import teacher_settings
 
 BARS = '''
 import torch
@@ -92,6 +95,67 @@ def test_event_frames_of_ones_own(plugin, tmp_path, monkeypatch):
     assert facts['timesteps'] == 2 and facts['conversion']['macs']['analog'] == 0  # the stem adds: frames are 0 and 1
     assert json.loads((tmp_path / 'out/a/data.json').read_text())['training'] == dict(
         classes=None, samples=16, files=None)
+
+
+def teacher_key(*argv):
+    return teacher_settings(parse_args(argv)[0])
+
+
+def test_the_file_of_a_data_set_counts_for_a_teacher_and_that_of_a_loss_does_not(plugin, tmp_path):
+    plain, own = ('--data-dir', 'x'), (*plugin, '--dataset', 'own/bars')
+    assert teacher_key(*plugin, *plain) == teacher_key(*plain) == {}
+    first = teacher_key(*own)
+    assert set(first) == {'dataset', 'dataset_source'} and teacher_key(*own) == first
+    file = tmp_path / 'own_bars.py'
+    file.write_text(BARS + '# changed\n')
+    assert set(first.items()) ^ set(teacher_key(*own).items()) == {
+        ('dataset_source', first['dataset_source']), ('dataset_source', teacher_key(*own)['dataset_source'])}
+    assert teacher_key(*plugin, *plain) == {}
+    file.write_text(BARS)
+    assert teacher_key(*own) == first
+
+
+def test_the_file_of_a_teachers_network_or_optimizer_counts(tmp_path, monkeypatch):
+    (tmp_path / 'own_parts.py').write_text('''
+import timm
+import torch
+from timm.models import register_model
+from timm.optim import OptimInfo
+from timm.optim._optim_factory import default_registry
+
+@register_model
+def own_parts_net(pretrained=False, **kwargs):
+    return timm.create_model('test_resnet', **kwargs)
+
+class OwnSGD(torch.optim.SGD):
+    pass
+
+default_registry.register(OptimInfo('ownsgd', OwnSGD))
+''')
+    monkeypatch.setattr(sys, 'path', list(sys.path))
+    common = ('--plugin', str(tmp_path / 'own_parts.py'), '--data-dir', 'x')
+    try:
+        assert teacher_key(*common) == {}
+        assert set(teacher_key(*common, '--model', 'spiking_own_parts_net')) == {'model_source'}
+        assert set(teacher_key(*common, '--teacher', 'own_parts_net')) == {'model_source'}
+        assert set(teacher_key(*common, '--opt', 'ownsgd')) == {'opt', 'optimizer_source'}
+    finally:
+        sys.modules.pop('own_parts', None)
+        _registry._clear_model_entries('own_parts_net')
+        _registry._model_entrypoints.pop('own_parts_net', None)
+        for table in (default_registry._optimizers, default_registry._foreach_defaults):
+            table.discard('ownsgd') if isinstance(table, set) else table.pop('ownsgd', None)
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_says_that_its_plug_in_changed(plugin, tmp_path, monkeypatch, caplog):
+    run_here([*plugin, *TINY, '--dataset', 'own/bars', '--distill', 'none', '--experiment', 'a'], tmp_path, monkeypatch)
+    for changed in (False, True):
+        file = tmp_path / 'own_bars.py'
+        file.write_text(file.read_text() + '# changed\n' * changed)
+        caplog.clear()
+        run_here(['--resume', tmp_path / 'out' / 'a', '--epochs', '2'], tmp_path, monkeypatch)
+        assert (f'Plug-in {file} is not as it was' in caplog.text) == changed
 
 
 @pytest.mark.parametrize('argv, words', [

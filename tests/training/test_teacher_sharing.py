@@ -18,7 +18,7 @@ from timm_sscl.training.teacher_key import IRRELEVANT, differing_from_legacy, te
 from timm_sscl.training.teacher_record import TeacherRecord, check_asked_teacher, check_same_teacher, weights_digest
 from timm_sscl.training.datasets import resolve_input
 from timm_sscl.training.student import create_student
-from timm_sscl.training.teacher import create_teacher
+from timm_sscl.training.teacher import Teacher, create_teacher
 from timm_sscl.training.teacher_folder import teacher_folder_of
 from timm_sscl.training.teacher_key import legacy_settings
 
@@ -218,8 +218,8 @@ def test_run_of_0_1_0_goes_on_with_its_teacher(copy, monkeypatch, caplog):
     (copy / 'out/run/summary.json').unlink()
     args = parse_args([*RUN, '--experiment', 'run'])[0]
     args.data_config = resolve_input(args, create_student(args, 10))
-    teacher, _ = create_teacher(args, 10, args.data_config)
-    legacy = teacher_folder_of(args, teacher, 10, copy / 'out', legacy_settings(args))
+    teacher = Teacher(args, *create_teacher(args, 10, args.data_config), 10, copy / 'out')
+    legacy = teacher_folder_of(teacher, legacy_settings(args))
     folder.rename(legacy)
     with caplog.at_level(logging.INFO):
         run_here(['--resume', 'out/run', '--epochs', '2'], copy, monkeypatch)

@@ -48,7 +48,7 @@ from timm_sscl.training.session import Session
 from timm_sscl.training.state import restore_run_state, start_training
 from timm_sscl.training.student import create_student, place_model
 from timm_sscl.training.task import create_task
-from timm_sscl.training.teacher import create_teacher, teacher_name
+from timm_sscl.training.teacher import Teacher, create_teacher, teacher_name
 from timm_sscl.training.teacher_folder import teacher_folder
 from timm_sscl.training.teacher_weights import teacher_options
 
@@ -991,7 +991,7 @@ def test_teachers_are_shared_only_where_every_setting_agrees(tmp_path):
         args = parse(argv)
         args.data_config = resolve_input(args, Tiny())
         teacher = SimpleNamespace(_model_args={})
-        return teacher_folder(args, teacher, 10, tmp_path)
+        return teacher_folder(Teacher(args, teacher, TeacherInput(), 10, tmp_path))
     groups = ('Optimizer parameters', 'Learning rate schedule parameters', 'Augmentation and regularization parameters')
     trained_by = [option for title in groups for option in TIMM_OPTIONS[title]
                   if dest(option) not in UNSUPPORTED and option not in ('--start-epoch', '--drop-connect')]

@@ -14,7 +14,7 @@ from .loss_options import resolve_loss_options
 from .option_groups import create_parser
 from .option_ranges import check_counts
 from .option_types import home_path
-from .plugins import import_plugin
+from .plugins import import_plugin, plugin_digests
 from .recipes import DIGITS_RECIPE, load_recipe
 from .refused_options import IMAGE_ONLY, UNSUPPORTED
 from .unused_options import check_loss_options
@@ -220,3 +220,4 @@ def _import_plugins(args: argparse.Namespace) -> None:
                 import_plugin(source)
             except FileNotFoundError as error:
                 raise OptionError(f'--{option}: {error}') from error
+    args.plugin_digests = plugin_digests([*(args.plugin or []), *([args.loss_file] if args.loss_file else [])])

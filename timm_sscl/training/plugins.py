@@ -5,8 +5,9 @@ import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any, Dict, Iterable
 
-__all__ = ['import_plugin']
+__all__ = ['import_plugin', 'plugin_digests', 'source_digest']
 
 
 def import_plugin(source: str) -> ModuleType:
@@ -34,6 +35,25 @@ def import_plugin(source: str) -> ModuleType:
         if error.name is None or not f'{source}.'.startswith(f'{error.name}.'):
             raise  # of what the module imports
         raise FileNotFoundError(f"'{source}' is no file, and no module of that name is found.") from error
+
+
+def plugin_digests(sources: Iterable[str]) -> Dict[str, str]:
+    """Digest of the file of every plug-in, a file or a module that is imported; of a package, of its `__init__`."""
+    files = {source: source if Path(source).is_file() else getattr(sys.modules.get(source), '__file__', None)
+             for source in sources}
+    return {source: _digest(Path(file)) for source, file in files.items() if file and Path(file).is_file()}
+
+
+def source_digest(value: Any) -> str:
+    """Digest of the file that defines a class or function; '' for timm's, torch's and this package's own."""
+    module = getattr(value, '__module__', None) or ''
+    file = getattr(sys.modules.get(module), '__file__', None)
+    known = module.split('.')[0] in ('timm', 'timm_sscl', 'torch', 'torchvision')
+    return '' if known or not file or not Path(file).is_file() else _digest(Path(file))
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 
 def _import_file(path: Path) -> ModuleType:

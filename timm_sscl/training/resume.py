@@ -93,6 +93,6 @@ def _read_options(file: Path) -> Any:
 
 def options_as_yaml(args: Namespace) -> str:
     """The options as YAML; `--config` and `--resume` read them."""
-    skip = ('losses', 'loss_options', 'data_config', 'training_data', 'resume', 'config')
+    skip = ('losses', 'loss_options', 'data_config', 'training_data', 'plugin_digests', 'resume', 'config')
     options = {name: value for name, value in sorted(vars(args).items()) if name not in skip}
     return yaml.safe_dump(options, default_flow_style=False)

@@ -193,6 +193,7 @@ def _resume(
     state = read_run_state(Path(file))
     if state is None:
         return Position(epoch or 0, 0), {}
+    _warn_changed_plugins(args, state.get('plugins') or {})
     now = _exactness_settings(args, accelerator)
     then = {key: state.get(key, value) for key, value in now.items()}
     if now == then:
@@ -204,6 +205,14 @@ def _resume(
     step = samples // (now['processes'] * now['batch_size'])
     step -= step % args.grad_accum_steps
     return Position(state['position'].epoch, step), {**state, 'random': None, 'meters': None}
+
+
+def _warn_changed_plugins(args: Namespace, then: Dict[str, str]) -> None:
+    now = args.plugin_digests
+    changed = [source for source, digest in then.items() if now.get(source, digest) != digest]
+    if changed:
+        _logger.warning(f'Plug-in {", ".join(changed)} is not as it was when the checkpoint was written: the run goes '
+                        f'on, but not exactly as it would have.')
 
 
 def _exactness_settings(args: Namespace, accelerator: Accelerator) -> Dict[str, Any]:
@@ -234,6 +243,7 @@ def collect_run_state(training: Training) -> Dict[str, Any]:
     plateau = getattr(scheduler, 'lr_scheduler', None)
     return dict(
         num_updates=training.num_updates, **_exactness_settings(training.args, training.accelerator),
+        plugins=training.args.plugin_digests,
         teacher=training.teacher_record._asdict() if training.teacher_record else None,
         random=gather_object([get_random_state()]), meters=training.meters.state_dict(),
         scaler=scaler.state_dict() if scaler is not None else None,

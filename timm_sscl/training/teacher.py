@@ -1,6 +1,8 @@
 """The teacher's architecture, and how its images differ from the student's."""
 import logging
 from argparse import Namespace
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Dict, Optional, Tuple
 
 import timm
@@ -13,9 +15,34 @@ from timm_sscl.models.spiking import PREFIX
 from .errors import OptionError, blame_options
 from .student import check_model_name, model_kwargs, place_model
 
-__all__ = ['teacher_name', 'create_teacher', 'pools_as_student']
+__all__ = ['Teacher', 'teacher_name', 'create_teacher', 'pools_as_student']
 
 _logger = logging.getLogger('train')
+
+
+@dataclass
+class Teacher:
+    """The teacher of a run: the network, and what decides which weights it gets.
+
+    Attributes:
+        args: Options of the run.
+        model: The network.
+        input: What makes its images of the student's.
+        num_classes: Number of classes of the data.
+        root: Folder of all runs and teachers.
+        launch: What the launcher decides of a training: `Session.launch`.
+    """
+    args: Namespace
+    model: nn.Module
+    input: TeacherInput
+    num_classes: int
+    root: Path
+    launch: Dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Name of the architecture."""
+        return teacher_name(self.args)
 
 
 def teacher_name(args: Namespace) -> str:

@@ -2,17 +2,17 @@
 import json
 import logging
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Dict, Optional
 
-import torch.nn as nn
 from timm.models import safe_model_name
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
 from .checkpoint import LAST, why_damaged
 from .errors import OptionError
 from .option_groups import create_parser
-from .teacher import pools_as_student, teacher_name
+from .teacher import Teacher, pools_as_student, teacher_name
 from .teacher_key import differing_from_legacy, legacy_settings, settings_digest, teacher_settings
 from .teacher_record import TeacherRecord, weights_digest
 
@@ -34,39 +34,27 @@ def is_trained(folder: Path) -> bool:
     return not reason
 
 
-def recorded_file(
-        args: Namespace,
-        teacher: nn.Module,
-        num_classes: int,
-        root: Path,
-        launch: Dict[str, Any],
-        record: TeacherRecord,
-) -> Path:
+def recorded_file(teacher: Teacher, record: TeacherRecord) -> Path:
     """File of the teacher that a resumed run was taught by; where it was moved, that of the same settings."""
     file = Path(record.file or '')
     if file.is_file() and not why_damaged(file):
         return file
-    folder = find_teacher(args, teacher, num_classes, root, launch)
+    folder = find_teacher(teacher)
     if is_trained(folder):
         return folder / LAST
     raise OptionError(f'--resume: the run was taught by {record}, and that file is gone or damaged; '
                       f'--teacher-checkpoint FILE says where it is.')
 
 
-def record_teacher(args: Namespace, teacher: nn.Module, file: Optional[str]) -> TeacherRecord:
+def record_teacher(teacher: Teacher, file: Optional[str]) -> TeacherRecord:
     """The teacher as a checkpoint records it."""
     facts = Path(file or '').parent / TEACHER_FILE
     epochs = json.loads(facts.read_text())['epochs'] if file and facts.is_file() else None
-    dtype = str(next(teacher.parameters()).dtype)
-    return TeacherRecord(teacher_name(args), file, epochs, weights_digest(teacher), dtype)
+    dtype = str(next(teacher.model.parameters()).dtype)
+    return TeacherRecord(teacher.name, file, epochs, weights_digest(teacher.model), dtype)
 
 
-def read_teacher_record(
-        file: str,
-        teacher: nn.Module,
-        num_classes: int,
-        root: Path,
-) -> Optional[TeacherRecord]:
+def read_teacher_record(file: str, teacher: Teacher) -> Optional[TeacherRecord]:
     """The teacher that a checkpoint names; of one that version 0.1.0 wrote, what its options led to."""
     state = load_checkpoint_metadata(file)
     run_state = state.get('run_state') or {}
@@ -77,60 +65,44 @@ def read_teacher_record(
         return None
     parser = create_parser()
     then = Namespace(**{**{action.dest: action.default for action in parser._actions}, **options})
-    folder = teacher_folder_of(then, teacher, num_classes, root, legacy_settings(then))
+    folder = teacher_folder_of(replace(teacher, args=then), legacy_settings(then))
     if not (folder / TEACHER_FILE).is_file():
         return None
     epochs = json.loads((folder / TEACHER_FILE).read_text())['epochs']
     return TeacherRecord(teacher_name(then), str(folder / LAST), epochs, '', '')
 
 
-def teacher_folder(
-        args: Namespace,
-        teacher: nn.Module,
-        num_classes: int,
-        root: Path,
-        launch: Optional[Dict[str, Any]] = None,
-) -> Path:
-    """Folder of the teacher for this data and these settings, named by a digest of them."""
-    settings = {'options': teacher_settings(args, launch), 'training_data': getattr(args, 'training_data', None)}
-    return teacher_folder_of(args, teacher, num_classes, root, settings)
+def teacher_folder(teacher: Teacher) -> Path:
+    """Folder of the teacher for its data and settings, named by a digest of them."""
+    args = teacher.args
+    return teacher_folder_of(teacher, {
+        'options': teacher_settings(args, teacher.launch), 'training_data': getattr(args, 'training_data', None)})
 
 
-def teacher_folder_of(
-        args: Namespace,
-        teacher: nn.Module,
-        num_classes: int,
-        root: Path,
-        settings: Dict[str, Any],
-) -> Path:
+def teacher_folder_of(teacher: Teacher, settings: Dict[str, Any]) -> Path:
+    args = teacher.args
     settings = dict(
-        settings, model=teacher_name(args), num_classes=num_classes,
-        kwargs=sorted(map(str, teacher._model_args.items())),
+        settings, model=teacher.name, num_classes=teacher.num_classes,
+        kwargs=sorted(map(str, teacher.model._model_args.items())),
         data_dir=str(Path(args.data_dir).resolve()) if args.data_dir else None,
         epochs=args.teacher_epochs or args.epochs,
         data_config={k: str(v) for k, v in sorted(args.data_config.items())})
     if pools_as_student(args):
         settings['stem_pool'] = args.stem_pool
-    return root / 'teachers' / f'{safe_model_name(teacher_name(args))}-{settings_digest(settings)}'
+    return teacher.root / 'teachers' / f'{safe_model_name(teacher.name)}-{settings_digest(settings)}'
 
 
-def find_teacher(
-        args: Namespace,
-        teacher: nn.Module,
-        num_classes: int,
-        root: Path,
-        launch: Dict[str, Any],
-) -> Path:
+def find_teacher(teacher: Teacher) -> Path:
     """Folder of the teacher for these settings: a new one's, or one of version 0.1.0, where it had the same."""
-    folder = teacher_folder(args, teacher, num_classes, root, launch)
-    legacy = teacher_folder_of(args, teacher, num_classes, root, legacy_settings(args))
+    args = teacher.args
+    folder, legacy = teacher_folder(teacher), teacher_folder_of(teacher, legacy_settings(args))
     if (folder / TEACHER_FILE).is_file() or not (legacy / TEACHER_FILE).is_file() or why_damaged(legacy / LAST):
         return folder
     state = load_checkpoint_metadata(str(legacy / LAST))
-    differ = differing_from_legacy(args, launch, stored_options(state), state.get('run_state') or {})
+    differ = differing_from_legacy(args, teacher.launch, stored_options(state), state.get('run_state') or {})
     if not differ:
         return legacy
-    _logger.info(f'Teacher {teacher_name(args)}: {legacy}, which an earlier version trained, had other settings '
+    _logger.info(f'Teacher {teacher.name}: {legacy}, which an earlier version trained, had other settings '
                  f'({", ".join(differ)}) and is not taken.')
     return folder
 

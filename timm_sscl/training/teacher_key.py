@@ -5,7 +5,15 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional
 
+from timm.models import is_model, model_entrypoint
+from timm.models._registry import split_model_name_tag
+from timm.optim._optim_factory import default_registry
+
+from timm_sscl.data.registry import dataset_entry, registered_name
+
 from .option_groups import create_parser
+from .plugins import source_digest
+from .teacher import teacher_name
 
 __all__ = ['IRRELEVANT', 'teacher_settings', 'settings_digest', 'legacy_settings', 'differing_from_legacy']
 
@@ -34,11 +42,12 @@ IRRELEVANT = frozenset((
     'no_prefetcher', 'output', 'experiment', 'log_interval', 'save_images', 'report_to', 'checkpoint_hist',
     'recovery_interval', 'resume', 'no_resume_opt', 'start_epoch', 'config', 'dataset_download',
     'dataset_trust_remote_code', 'max_unreadable',
+    'plugin',  # in the key as digests of the files that define the teacher, the data set or the optimizer
     'seed',  # another seed gives another draw of the same teacher; runs of several seeds share one
 ))
 _VALIDATION = 'val_split', 'val_num_samples', 'val_interval', 'eval_metric'  # count with --sched plateau
 # derived by the script, no options
-_DERIVED = frozenset(('losses', 'loss_options', 'data_config', 'training_data'))
+_DERIVED = frozenset(('losses', 'loss_options', 'data_config', 'training_data', 'plugin_digests'))
 
 # the settings that version 0.1.0 counted, whatever their value
 _LEGACY = (
@@ -62,7 +71,8 @@ def teacher_settings(args: Namespace, launch: Optional[Mapping[str, Any]] = None
     """The options that a teacher depends on, where they differ from their default.
 
     Args:
-        args: The options. One that this list does not know counts.
+        args: The options. One that this list does not know counts. Of a plug-in count the files that define the
+            teacher's network, the data set or the optimizer.
         launch: What the launcher decides: {'processes': 1, 'mixed_precision': 'no'} and these values do not count.
     """
     parser = create_parser()
@@ -73,10 +83,23 @@ def teacher_settings(args: Namespace, launch: Optional[Mapping[str, Any]] = None
                 if _plain(value) != _plain(parser.get_default(name))}
     if args.class_map and Path(args.class_map).is_file():
         settings['class_map'] = hashlib.sha256(Path(args.class_map).read_bytes()).hexdigest()
+    sources = {f'{kind}_source': source_digest(value) for kind, value in _definitions(args).items()}
+    settings.update({kind: digest for kind, digest in sources.items() if digest})
     launch = {'processes': 1, 'mixed_precision': 'no', **(launch or {})}
     settings.update({name: launch[name] for name, usual in (('processes', 1), ('mixed_precision', 'no'))
                      if launch[name] not in (usual, None)})
     return settings
+
+
+def _definitions(args: Namespace) -> Dict[str, Any]:
+    """What defines the teacher's network, the data set and the optimizer, where a plug-in may have registered it."""
+    name, _ = split_model_name_tag(teacher_name(args))
+    optimizer = args.opt.lower().rpartition('_')[2]  # as timm reads lookahead_adam
+    return dict(
+        model=model_entrypoint(name) if is_model(name) else None,
+        dataset=dataset_entry(args.dataset) if registered_name(args.dataset) else None,
+        optimizer=default_registry.get_optimizer_class(optimizer, bind_defaults=False)
+        if optimizer in default_registry.list_optimizers() else None)
 
 
 def _plain(value: Any) -> Any:

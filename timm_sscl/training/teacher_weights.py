@@ -4,13 +4,10 @@ import json
 import logging
 from argparse import Namespace
 from pathlib import Path
-from typing import Any, Callable, Dict, NamedTuple, Optional
+from typing import Callable, NamedTuple, Optional
 
-import torch.nn as nn
 from accelerate.utils import broadcast_object_list
 from timm.task import ClassificationTask
-
-from timm_sscl.distillation.teacher_input import TeacherInput
 
 from .checkpoint import LAST, find_newest, lock_folder, write_text
 from .errors import OptionError
@@ -18,7 +15,7 @@ from .run_checks import LabelCountingEvaluator, warn_long_warmup, warn_teacher_a
 from .session import Session
 from .state import FitResult, Training, start_training
 from .task import criterion_kwargs
-from .teacher import teacher_name
+from .teacher import Teacher
 from .teacher_folder import TEACHER_FILE, find_teacher, is_trained, record_teacher, recorded_file
 from .teacher_key import teacher_settings
 from .teacher_record import TeacherRecord, check_asked_teacher, check_same_teacher
@@ -39,77 +36,73 @@ class TeacherResult(NamedTuple):
 
 def obtain_teacher(
         session: Session,
-        teacher: nn.Module,
-        teacher_input: TeacherInput,
-        num_classes: int,
-        root: Path,
+        teacher: Teacher,
         fit: Callable[[Training], FitResult],
         record: Optional[TeacherRecord] = None,
 ) -> TeacherResult:
     """Give the teacher its weights: from a file, from timm, from this output root, or by training it first."""
-    args, accelerator = session.args, session.accelerator
-    name = teacher_name(args)
+    args, accelerator, model = session.args, session.accelerator, teacher.model
     if args.teacher_checkpoint:
-        load_weights(teacher, args.teacher_checkpoint, '--teacher-checkpoint')
+        load_weights(model, args.teacher_checkpoint, '--teacher-checkpoint')
         source = file = args.teacher_checkpoint
     elif args.teacher_pretrained and not args.teacher_epochs:
-        source, file = f"timm's pretrained weights ({teacher.pretrained_cfg.get('tag') or 'default'})", None
+        source, file = f"timm's pretrained weights ({model.pretrained_cfg.get('tag') or 'default'})", None
     elif record is not None:
-        file = str(recorded_file(args, teacher, num_classes, root, session.launch, record))
-        _logger.info(f'Teacher {name}: goes on with {file}, which this run was taught by.')
-        load_weights(teacher, file, '--resume')
+        file = str(recorded_file(teacher, record))
+        _logger.info(f'Teacher {teacher.name}: goes on with {file}, which this run was taught by.')
+        load_weights(model, file, '--resume')
         source = f'{Path(file).parent}, {record.epochs} epochs' if record.epochs else file
     else:
-        folder, = broadcast_object_list(
-            [find_teacher(args, teacher, num_classes, root, session.launch) if accelerator.is_main_process else None])
+        folder, = broadcast_object_list([find_teacher(teacher) if accelerator.is_main_process else None])
         if broadcast_object_list([is_trained(folder) if accelerator.is_main_process else None])[0]:
-            _logger.info(f'Teacher {name}: found {folder}, trained on the same data with the same settings.')
+            _logger.info(f'Teacher {teacher.name}: found {folder}, trained on the same data with the same settings.')
         else:
-            train_teacher(session, name, teacher, teacher_input, folder, fit)
+            train_teacher(session, teacher, folder, fit)
         file = str(folder / LAST)
-        load_weights(teacher, file, 'teacher')
+        load_weights(model, file, 'teacher')
         source = f'{folder}, {json.loads((folder / TEACHER_FILE).read_text())["epochs"]} epochs'
-    taught_by = record_teacher(args, teacher, file)
-    teacher.to(accelerator.device)
+    taught_by = record_teacher(teacher, file)
+    top1 = _accuracy(session, teacher, source)
+    return TeacherResult(teacher.name, top1, source, taught_by)
+
+
+def _accuracy(session: Session, teacher: Teacher, source: str) -> float:
+    """Top-1 of the teacher on the validation set, in percent; said, with a warning where it is at chance."""
+    accelerator = session.accelerator
+    teacher.model.to(accelerator.device)
     loader = accelerator.prepare(session.make_loaders().eval)
-    dtype = next(teacher.parameters()).dtype
+    dtype = next(teacher.model.parameters()).dtype
     evaluator = LabelCountingEvaluator(accelerator.device)
-    metrics = evaluate(session, teacher, loader, lambda x: teacher_input(x.to(dtype)), evaluator)
-    _logger.info(f'Teacher {name}: {metrics["top1"]:.2f} top-1 on the validation set ({source}).')
+    metrics = evaluate(session, teacher.model, loader, lambda x: teacher.input(x.to(dtype)), evaluator)
+    _logger.info(f'Teacher {teacher.name}: {metrics["top1"]:.2f} top-1 on the validation set ({source}).')
     if accelerator.is_main_process:
         counts = evaluator.label_counts.tolist()
-        warn_teacher_at_chance(name, metrics['top1'], sum(counts), max(counts))
+        warn_teacher_at_chance(teacher.name, metrics['top1'], sum(counts), max(counts))
     accelerator.free_memory()
-    return TeacherResult(name, metrics['top1'], source, taught_by)
+    return metrics['top1']
 
 
-def check_teacher(
-        args: Namespace,
-        teacher: nn.Module,
-        num_classes: int,
-        root: Path,
-        launch: Optional[Dict[str, Any]] = None,
-        record: Optional[TeacherRecord] = None,
-) -> None:
+def check_teacher(teacher: Teacher, record: Optional[TeacherRecord] = None) -> None:
     """Find what is wrong with the teacher before anything is trained; of a resumed run it must be the recorded one."""
+    args, model = teacher.args, teacher.model
     pretrained, file = args.teacher_pretrained and not args.teacher_epochs, args.teacher_checkpoint
     if record is not None:
-        check_asked_teacher(record, teacher_name(args), None if args.teacher_checkpoint else args.teacher_epochs)
+        check_asked_teacher(record, teacher.name, None if args.teacher_checkpoint else args.teacher_epochs)
     if args.teacher_checkpoint:
-        load_weights(teacher, args.teacher_checkpoint, '--teacher-checkpoint')
+        load_weights(model, args.teacher_checkpoint, '--teacher-checkpoint')
     elif pretrained:
-        classes = teacher.pretrained_cfg.get('num_classes')
-        if classes != num_classes:
-            raise OptionError(f'--teacher-pretrained: the pretrained {teacher_name(args)} knows {classes} classes, the '
-                              f'data has {num_classes}; --teacher-epochs N fine-tunes it first.')
+        classes = model.pretrained_cfg.get('num_classes')
+        if classes != teacher.num_classes:
+            raise OptionError(f'--teacher-pretrained: the pretrained {teacher.name} knows {classes} classes, the '
+                              f'data has {teacher.num_classes}; --teacher-epochs N fine-tunes it first.')
     elif record is not None:
-        file = str(recorded_file(args, teacher, num_classes, root, launch or {}, record))
-        load_weights(teacher, file, '--resume')
-    elif args.teacher_epochs == 0 and not is_trained(find_teacher(args, teacher, num_classes, root, launch or {})):
+        file = str(recorded_file(teacher, record))
+        load_weights(model, file, '--resume')
+    elif args.teacher_epochs == 0 and not is_trained(find_teacher(teacher)):
         raise OptionError('--teacher-epochs 0: there are no weights for the teacher, and an untrained one teaches '
                           'nothing; give --teacher-checkpoint FILE or --teacher-pretrained, or let it train.')
     if record is not None:
-        check_same_teacher(record, record_teacher(args, teacher, file))
+        check_same_teacher(record, record_teacher(teacher, file))
 
 
 def warn_warmup(args: Namespace, name: str, epochs: int) -> None:
@@ -124,14 +117,12 @@ def teacher_options(args: Namespace) -> Namespace:
 
 def train_teacher(
         session: Session,
-        name: str,
-        teacher: nn.Module,
-        teacher_input: TeacherInput,
+        teacher: Teacher,
         folder: Path,
         fit: Callable[[Training], FitResult],
 ) -> None:
     """Train a copy of the teacher and keep it; a training that was cut off goes on from its newest whole checkpoint."""
-    args, accelerator = session.args, session.accelerator
+    args, accelerator, name = session.args, session.accelerator, teacher.name
     epochs = args.teacher_epochs or args.epochs
     with lock_folder(folder, accelerator.is_main_process):
         resume, = broadcast_object_list([find_newest(folder) if accelerator.is_main_process else None])
@@ -140,14 +131,14 @@ def train_teacher(
             + (f' (goes on from {resume.name})' if resume else '') + '.')
         if accelerator.is_main_process:
             warn_warmup(args, f'teacher {name}', epochs)
-        model = copy.deepcopy(teacher).requires_grad_(True)
+        model = copy.deepcopy(teacher.model).requires_grad_(True)
         mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
         task = ClassificationTask(
             model, criterion_kwargs=criterion_kwargs(args, mixes), device=accelerator.device, verbose=False)
         task.to(accelerator.device)
         result = fit(start_training(
             session, teacher_options(args), task, folder, 'teacher', resume=str(resume or ''),
-            change_input=teacher_input))
+            change_input=teacher.input))
         if accelerator.is_main_process:
             facts = dict(model=name, epochs=epochs, seed=args.seed, metrics=result.last, file=LAST,
                          options=teacher_settings(args, session.launch))
