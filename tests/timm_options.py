@@ -1,4 +1,7 @@
-"""Options of timm's own train.py with their groups and defaults, as its parser gives them (timm 1.0.31)."""
+"""Options of timm's own train.py with their groups and defaults, as its parser gives them (timm 1.0.31).
+
+`observes` notes which test observes which option.
+"""
 
 TIMM_OPTIONS = {
     'options': {
@@ -67,3 +70,20 @@ TIMM_OPTIONS = {
         '--naflex-patchify-channels-first': False,
     },
 }
+
+ALL = {name: default for options in TIMM_OPTIONS.values() for name, default in options.items()}
+OBSERVED = {}
+
+
+def observes(*options):
+    """The decorated test is the observable of these options of timm's."""
+    def register(test):
+        for option in options:
+            assert option in ALL, f'timm has no {option}'
+            OBSERVED[option] = test.__name__
+        return test
+    return register
+
+
+def dest(option):
+    return option[2:].replace('-', '_')
