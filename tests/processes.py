@@ -1,5 +1,6 @@
 """Several processes on CPU for a test."""
 import datetime
+import multiprocessing
 import os
 from typing import Any, Callable, List
 
@@ -21,8 +22,13 @@ def _start(rank: int, worker: Callable[[int], Any], world_size: int, folder: str
 
 
 def run_processes(worker: Callable[[int], Any], world_size: int, folder: Any) -> List[Any]:
-    """What worker(rank) returns on every process of a gloo group; worker is a function of a module."""
-    mp.spawn(_start, args=(worker, world_size, str(folder)), nprocs=world_size, join=True)
+    """What worker(rank) returns on every process of a gloo group; worker is a function of a module.
+
+    The processes are forked from one that has imported the libraries, which is started once.
+    """
+    multiprocessing.set_forkserver_preload(['torch', 'torchvision', 'timm', 'timm_sscl'])
+    mp.start_processes(
+        _start, args=(worker, world_size, str(folder)), nprocs=world_size, join=True, start_method='forkserver')
     results = [torch.load(os.path.join(folder, f'{rank}.pt'), weights_only=False) for rank in range(world_size)]
     for result in results:
         if isinstance(result, Exception):

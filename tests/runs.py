@@ -1,5 +1,6 @@
 """Runs of train.py, tiny: in a process of their own as a user starts them, or in this one, and what they leave."""
 import csv
+import json
 import os
 import subprocess
 import sys
@@ -29,10 +30,51 @@ def launch(args, cwd, launcher=('-m', 'accelerate.commands.launch'), **env):
     return result.returncode, result.stdout + result.stderr
 
 
+class Server:
+    """A process with everything imported, which forks one training at a time, of one process or of several."""
+
+    def __init__(self):
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / 'tests' / 'fork_server.py')], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+
+    def start(self, args, cwd, processes=1, **job):
+        """Process id of the training, or a list of them for several processes."""
+        Path(cwd).mkdir(parents=True, exist_ok=True)
+        self.log = Path(cwd) / 'log.txt'
+        if processes > 1:  # as torchrun sets them; its agent has the store, on a port that was free
+            self.store = torch.distributed.TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)
+            group = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(self.store.port), WORLD_SIZE=str(processes),
+                         LOCAL_WORLD_SIZE=str(processes), TORCHELASTIC_USE_AGENT_STORE='True',
+                         TORCHELASTIC_RESTART_COUNT='0')
+            job['envs'] = [dict(group, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(processes)]
+        job.update(args=[str(a) for a in args], cwd=str(cwd), log=str(self.log))
+        self.process.stdin.write(json.dumps(job) + '\n')
+        self.process.stdin.flush()
+        pids = json.loads(self.process.stdout.readline())
+        return pids if processes > 1 else pids[0]
+
+    def wait(self):
+        """Exit code, or minus the signal; of several processes the first that is not 0."""
+        codes = [os.waitstatus_to_exitcode(status) for status in json.loads(self.process.stdout.readline())]
+        return next((code for code in codes if code), 0)
+
+    def run(self, args, cwd, **job):
+        self.start(args, cwd, **job)
+        code = self.wait()
+        return code, self.log.read_text()
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
 def run_here(args, cwd, monkeypatch):
+    """Run train.py in this process, on one thread: other workers of the tests have the other cores."""
     monkeypatch.chdir(cwd)
+    args = [str(a) for a in args]
     try:
-        train.main([str(a) for a in args])
+        train.main(args if '--threads' in args else [*args, '--threads', '1'])
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)  # Accelerate's settings are the process's
 

@@ -1,7 +1,5 @@
 """Files that version 0.1.0 wrote load, give the numbers that they gave, and go on."""
 import csv
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
@@ -10,9 +8,9 @@ import timm
 import torch
 from data_0_1_0 import make
 
+from runs import run_here
 from timm_sscl import convert_to_spiking
 
-pytestmark = pytest.mark.slow  # starts processes
 ROOT = Path(__file__).resolve().parent.parent
 EXPECTED = torch.load(make.HERE / 'expected.pth')
 
@@ -66,14 +64,11 @@ def test_pickle(name):
     same_numbers(again, name)
 
 
-def test_unfinished_run_goes_on(tmp_path):
+def test_unfinished_run_goes_on(tmp_path, monkeypatch):
     """Its second epoch as version 0.1.0 trained it."""
     with tarfile.open(make.HERE / 'run.tar.xz') as archive:
         archive.extractall(tmp_path)
-    done = subprocess.run(
-        [sys.executable, str(ROOT / 'train.py'), '--resume', 'out/run'], cwd=tmp_path, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300)
-    assert done.returncode == 0, done.stdout
+    run_here(['--resume', 'out/run'], tmp_path, monkeypatch)
     with open(tmp_path / 'out/run/summary.csv') as file:
         first, second = csv.DictReader(file)
     assert first['epoch'] == '0' and second['epoch'] == '1'

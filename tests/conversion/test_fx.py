@@ -15,6 +15,7 @@ from torchvision.models.feature_extraction import get_graph_node_names
 from timm_sscl import calibrate, convert_ann, convert_to_spiking, share_stem
 
 T, B, K = 2, 3, 5
+SMALLER = dict(vgg11_bn=dict(mlp_ratio=1 / 64), densenet121=dict(growth_rate=8, block_config=(2, 3, 2, 2)))
 
 
 def _images(n=B, size=32):
@@ -23,7 +24,7 @@ def _images(n=B, size=32):
 
 def _create(name, **kwargs):
     torch.manual_seed(0)
-    kwargs.update(dict(img_size=32, depth=2) if 'vit_' in name else {})
+    kwargs.update(dict(img_size=32, depth=2) if 'vit_' in name else SMALLER.get(name, {}))
     model = timm.create_model(f'spiking_{name}', timesteps=T, num_classes=K, **kwargs)
     calibrate(model, _images())
     for module in model.modules():

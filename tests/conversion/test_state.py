@@ -1,5 +1,6 @@
 """Settings and gains are state: every way in which state is loaded, copied or averaged gives the same numbers."""
 import copy
+import functools
 import io
 import logging
 import pickle
@@ -27,6 +28,13 @@ def images(batch=4):
     return 2 * torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
+def cached(create):
+    """Builds once for each argument and hands out copies."""
+    build = functools.lru_cache(maxsize=None)(create)
+    return functools.wraps(create)(lambda *args, **kwargs: copy.deepcopy(build(*args, **kwargs)))
+
+
+@cached
 def ann(seed=0):
     """A network that fires in evaluation mode: its norms' statistics are those of the images."""
     torch.manual_seed(seed)
@@ -46,16 +54,19 @@ def fresh(**settings):
     return convert_to_spiking(ann(seed=1), **settings)
 
 
+@cached
 def plain():
     return convert_to_spiking(ann(), **SETTINGS)
 
 
+@cached
 def calibrated():
     model = plain()
     calibrate(model, images(16))
     return model
 
 
+@cached
 def converted():
     return convert_ann(ann(), images(16), timesteps=6)
 

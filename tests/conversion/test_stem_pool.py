@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from timm_sscl import convert_ann, convert_to_spiking, set_stem_pool, share_stem
 
 K = 5
+NARROW = dict(num_classes=K, channels=(16, 24, 32, 40))
 
 
 def _images(dtype=torch.float32, size=64):
@@ -20,7 +21,7 @@ def _images(dtype=torch.float32, size=64):
 
 def _randomized(name, **kwargs):
     torch.manual_seed(1)
-    model = timm.create_model(name, num_classes=K, **kwargs)
+    model = timm.create_model(name, **NARROW, **kwargs)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(.05 * torch.randn_like(p))
@@ -51,8 +52,8 @@ def test_average_of_the_same_windows(name):
 
 
 def test_spiking_model_takes_timms_weights_and_pools_spikes():
-    ann = timm.create_model('resnet18', num_classes=K)
-    model = timm.create_model('spiking_resnet18', num_classes=K, stem_pool='avg', timesteps=2)
+    ann = timm.create_model('resnet18', **NARROW)
+    model = timm.create_model('spiking_resnet18', **NARROW, stem_pool='avg', timesteps=2)
     model.load_state_dict(ann.state_dict(), strict=True)
     seen = []
     model.maxpool.register_forward_hook(lambda m, args, out: seen.append((args[0], out)))
@@ -62,12 +63,12 @@ def test_spiking_model_takes_timms_weights_and_pools_spikes():
     assert torch.equal(pooled, F.avg_pool2d(spikes, 3, 2, 1))
     report = model.spiking_report()
     assert report.as_dict()['stem_pool'] == 'avg' and 'average pooling' in str(report)
-    plain = timm.create_model('spiking_resnet18', num_classes=K).spiking_report()
+    plain = timm.create_model('spiking_resnet18', **NARROW).spiking_report()
     assert plain.as_dict()['stem_pool'] is None and 'average pooling' not in str(plain)
 
 
 def test_hooks_of_the_pooling_stay():
-    model, calls = timm.create_model('resnet18', num_classes=K), []
+    model, calls = timm.create_model('resnet18', **NARROW), []
     handle = model.maxpool.register_forward_hook(lambda m, args, out: calls.append(m))
     convert_to_spiking(model, stem_pool='avg')(_images())
     handle.remove()
@@ -90,11 +91,11 @@ def test_it_travels_with_the_checkpoint(tmp_path, caplog):
     file = str(tmp_path / 'model.pth')
     with torch.no_grad():
         expected = model(x)
-        restored = timm.create_model('spiking_resnet18', num_classes=K, checkpoint_path=file).eval()
+        restored = timm.create_model('spiking_resnet18', **NARROW, checkpoint_path=file).eval()
         assert torch.equal(restored(x), expected) and restored.settings.stem_pool == 'avg'
         overlay = dict(file=file, num_classes=K)
         pretrained = timm.create_model(
-            'spiking_resnet18', num_classes=K, pretrained=True, pretrained_cfg_overlay=overlay).eval()
+            'spiking_resnet18', **NARROW, pretrained=True, pretrained_cfg_overlay=overlay).eval()
         assert torch.equal(pretrained(x), expected)
         for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             assert torch.equal(copied(x), expected) and copied.settings.stem_pool == 'avg'
@@ -104,14 +105,14 @@ def test_it_travels_with_the_checkpoint(tmp_path, caplog):
         assert torch.equal(restored(x), plain(x)) and type(restored.maxpool) is nn.MaxPool2d
         torch.save(plain.state_dict(), tmp_path / 'plain.pth')
         with caplog.at_level(logging.WARNING, logger='timm_sscl'):
-            asked = timm.create_model('spiking_resnet18', num_classes=K, stem_pool='avg',
+            asked = timm.create_model('spiking_resnet18', **NARROW, stem_pool='avg',
                                       checkpoint_path=str(tmp_path / 'plain.pth')).eval()
         assert 'stem_pool=None' in caplog.text and asked.settings.stem_pool == 'avg'
         assert not torch.equal(asked(x), plain(x))
 
 
 def test_an_ann_that_pools_so_keeps_it():
-    ann = set_stem_pool(timm.create_model('resnet18', num_classes=K), 'avg')
+    ann = set_stem_pool(timm.create_model('resnet18', **NARROW), 'avg')
     twin = copy.deepcopy(ann)
     model = convert_to_spiking(ann)
     assert model.settings.stem_pool == 'avg' and isinstance(model.maxpool, nn.AvgPool2d)
@@ -125,13 +126,13 @@ def test_it_goes_with_a_shared_stem_and_features_only():
         expected = model(x)
         assert share_stem(model) == 'act1'
         torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-6)  # float32, another batch size
-    features = timm.create_model('spiking_resnet18', features_only=True, stem_pool='avg')
-    assert isinstance(features.maxpool, nn.AvgPool2d) and features(x)[1].shape == (2, 64, 16, 16)
+    features = timm.create_model('spiking_resnet18', features_only=True, stem_pool='avg', **NARROW)
+    assert isinstance(features.maxpool, nn.AvgPool2d) and features(x)[1].shape == (2, 16, 16, 16)
 
 
 def test_thresholds_are_those_of_the_ann_that_pools_so():
     model, x = _trained(stem_pool='avg').double(), _images(torch.float64)
-    ann = set_stem_pool(timm.create_model('resnet18', num_classes=K), 'avg').double().eval()
+    ann = set_stem_pool(timm.create_model('resnet18', **NARROW), 'avg').double().eval()
     ann.load_state_dict({k: v for k, v in model.state_dict().items() if 'spiking_' not in k})
     share_stem(model)
     with torch.no_grad():

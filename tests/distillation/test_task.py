@@ -1,18 +1,17 @@
 """SSCLTask: what is trained and on what loss, its checkpoint, and two processes against one."""
 import copy
 import math
-import os
 
 import pytest
 import timm
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from timm.data import Mixup
 from timm.optim import create_optimizer_v2
 from timm.utils import unwrap_model
+from torch.nn.parallel import DistributedDataParallel as DDP
 
+from processes import run_processes
 import timm_sscl  # noqa: F401  registers the spiking_ names
 from timm_sscl import SSCLLoss, SSCLTask
 from timm_sscl.distributed import gather_rows
@@ -472,13 +471,8 @@ def _cat_gradients(*modules):
     return torch.cat([p.grad.flatten() for m in modules for p in m.parameters()])
 
 
-def _worker(rank, folder):
+def _worker(rank):
     """One of two processes: gradients of the contrastive term for every split, by the task and by the loop."""
-    import datetime
-    from torch.nn.parallel import DistributedDataParallel as DDP
-    torch.set_num_threads(1)
-    dist.init_process_group('gloo', init_method=f'file://{folder}/init', rank=rank, world_size=2,
-                            timeout=datetime.timedelta(seconds=20))
     results = {}
     for sizes in DISTRIBUTED_BATCHES:
         x, y = _batch(sum(sizes), dtype=torch.float64)
@@ -503,17 +497,14 @@ def _worker(rank, folder):
         except Exception as error:  # reported in the parent, by the split it belongs to
             entry['error'] = repr(error)
         results[tuple(sizes)] = entry
-        torch.save(results, os.path.join(folder, f'{rank}.pt'))
         if 'error' in entry:
             break  # the processes are out of step
-    os._exit(0)  # a process group out of step would wait for the other at exit
+    return results
 
 
 @pytest.fixture(scope='module')
 def two_processes(tmp_path_factory):
-    folder = str(tmp_path_factory.mktemp('two_processes'))
-    mp.spawn(_worker, args=(folder,), nprocs=2, join=True)
-    return [torch.load(os.path.join(folder, f'{rank}.pt')) for rank in (0, 1)]
+    return run_processes(_worker, 2, tmp_path_factory.mktemp('two_processes'))
 
 
 # float64; the processes' gradients are summed in another order, and features of 8 images are not those of 4 to the

@@ -318,7 +318,7 @@ def test_unknown_data_set_is_an_error_with_those_there_are(name, meant, tmp_path
     assert f"unknown data set '{name}' (--dataset)" in text
     prefixes = 'digits', 'tonic/NAME', 'torch/cifar100', 'hfds/', 'hfids/', 'tfds/', 'wds/'
     assert all(known in text for known in prefixes)
-    assert meant is None or f"did you mean '{meant}'?" in text
+    assert ('did you mean' in text) == (meant is not None) and (meant is None or f"did you mean '{meant}'?" in text)
 
 
 def test_unknown_data_set_ends_the_script(tmp_path, monkeypatch, capsys):

@@ -1,4 +1,7 @@
-"""train.py on two processes on a CPU, as torchrun starts them: who trains on what, who writes, and how it goes on."""
+"""train.py on two processes on a CPU, as torchrun starts them: who trains on what, who writes, and how it goes on.
+
+Where the launcher has no part in it, the two are forked from a process that has imported everything.
+"""
 import json
 import os
 import signal
@@ -54,9 +57,10 @@ def finish(process, cwd):
     return code, (cwd / 'log.txt').read_text()
 
 
-def wait_for(process, cwd, pattern, timeout=120):
+def wait_for_epoch(process, cwd, epoch, timeout=300):
+    """Until a checkpoint within that epoch, or a later one, was written."""
     deadline = time.monotonic() + timeout
-    while not list(cwd.glob(pattern)):
+    while not any(int(file.name.split('-')[1]) >= epoch for file in cwd.glob('out/run/recovery-*.pth.tar')):
         assert process.poll() is None and time.monotonic() < deadline, (cwd / 'log.txt').read_text()
         time.sleep(0.01)
 
@@ -98,12 +102,12 @@ def test_killed_on_two_processes_it_ends_bit_identical(whole, tmp_path):
     (tmp_path / 'spy.py').write_text(SPY)
     args = [*ARGS, '--no-aug', '--loss-file', 'spy.py', '--loss', 'sscl=0.1,spy=1', '--resume', 'auto']
     process = start(tmp_path, args)
-    wait_for(process, tmp_path, 'out/run/recovery-0-1*')
+    wait_for_epoch(process, tmp_path, 0)
     for worker in [*psutil.Process(process.pid).children(recursive=True), process]:  # each has a session of its own
         worker.kill()
     process.wait()
     process = start(tmp_path, args)
-    wait_for(process, tmp_path, 'out/run/recovery-4-1*')  # the killed one had not come so far
+    wait_for_epoch(process, tmp_path, 4)  # the killed one had not come so far
     process.send_signal(signal.SIGTERM)  # torchrun hands it on
     code, log = finish(process, tmp_path)
     assert code != 0 and 'error: stopped by SIGTERM' in log
@@ -124,13 +128,12 @@ def test_accelerate_launch_on_two_processes(tmp_path):
 
 
 @pytest.mark.parametrize('split', ['train', 'validation'])
-def test_unreadable_image_of_one_process_stops_both_with_a_line_each(split, tmp_path):
+def test_unreadable_image_of_one_process_stops_both_with_a_line_each(split, server, tmp_path):
     write_images(tmp_path / 'images', per_class=15)
-    for file in sorted((tmp_path / 'images' / split).rglob('*.png'))[30 if split == 'train' else 40:][:1]:
-        file.write_bytes(file.read_bytes()[:100])
+    file = sorted((tmp_path / 'images' / split).rglob('*.png'))[30 if split == 'train' else 40]
+    file.write_bytes(file.read_bytes()[:100])
     args = [*ARGS, '--epochs', '3', '--distill', 'none', '--max-unreadable', '0', '--neuron-init', 'none']
-    process = start(tmp_path, args)
-    code, log = finish(process, tmp_path)
+    code, log = server.run(args, tmp_path, processes=2)
     assert code != 0
     errors = [line for line in log.splitlines() if line.startswith('error')]
     assert len(errors) == 2, log
@@ -175,17 +178,17 @@ def kills(step):
 '''
 
 
-def errors_of(args, cwd):
+def errors_of(server, args, cwd):
     write_images(cwd / 'images', per_class=15)
-    code, log = finish(start(cwd, [*ARGS, '--epochs', '3', '--neuron-init', 'none', *args]), cwd)
+    code, log = server.run([*ARGS, '--epochs', '3', '--neuron-init', 'none', *args], cwd, processes=2)
     assert code != 0
     assert 'train.py", line' not in log, log  # no traceback but the launcher's own
     return [line for line in log.splitlines() if line.startswith('error')], log
 
 
-def test_full_disk_of_one_process_stops_both(tmp_path):
+def test_full_disk_of_one_process_stops_both(server, tmp_path):
     (tmp_path / 'limit.py').write_text(LIMIT)
-    errors, log = errors_of(['--loss-file', 'limit.py', '--loss', 'limited=1'], tmp_path)
+    errors, log = errors_of(server, ['--loss-file', 'limit.py', '--loss', 'limited=1'], tmp_path)
     assert len(errors) == 2, log
     assert sum('cannot write' in line for line in errors) == sum('another process' in line for line in errors) == 1
     assert 'Newest whole checkpoint: out/run/recovery-0-2.pth.tar' in log
@@ -194,20 +197,20 @@ def test_full_disk_of_one_process_stops_both(tmp_path):
 @pytest.mark.parametrize('processes, words', [
     ('psutil.Process().children()[:1]', ['a worker of the data loader died', 'another process']),
     ('[psutil.Process()]', ['another process'])])
-def test_killed_worker_or_process_stops_the_rest(processes, words, tmp_path):
+def test_killed_worker_or_process_stops_the_rest(processes, words, server, tmp_path):
     (tmp_path / 'kill.py').write_text(KILL.format(processes=processes))
-    errors, log = errors_of(['--loss-file', 'kill.py', '--loss', 'kills=1', '--workers', '1'], tmp_path)
+    errors, log = errors_of(server, ['--loss-file', 'kill.py', '--loss', 'kills=1', '--workers', '1'], tmp_path)
     assert len(errors) == len(words), log
     for word in words:
         assert sum(word in line for line in errors) == 1, log
     assert 'Newest whole checkpoint: out/run/recovery-0-' in log
 
 
-def test_unreadable_image_of_the_calibration_stops_both(tmp_path):
+def test_unreadable_image_of_the_calibration_stops_both(server, tmp_path):
     write_images(tmp_path / 'images', per_class=15)
     for file in (tmp_path / 'images' / 'train').rglob('*.png'):
         file.write_bytes(file.read_bytes()[:100])
-    code, log = finish(start(tmp_path, [*ARGS, '--distill', 'none', '--max-unreadable', '0']), tmp_path)
+    code, log = server.run([*ARGS, '--distill', 'none', '--max-unreadable', '0'], tmp_path, processes=2)
     errors = [line for line in log.splitlines() if line.startswith('error')]
     assert code != 0 and len(errors) == 2 and 'RuntimeError' not in log.split('error')[0], log
     assert all('cannot be read' in line or 'another process' in line for line in errors)

@@ -193,7 +193,8 @@ def place(tmp_path_factory):
 
 def _run(name, place):
     """train.py by this recipe, one batch of four images; what a CPU or a short test cannot do is taken out."""
-    overlay = dict(base=name, epochs=1, batch_size=4, workers=0, threads=1, output='out', experiment=name)
+    overlay = dict(base=name, epochs=1, batch_size=4, workers=0, threads=1, output='out', experiment=name,
+                   model_kwargs=_model(name)[1])
     if name.startswith('imagenet'):
         # no synchronised batch norm and no float16 on a CPU; 224 pixels take ten times as long
         overlay.update(sync_bn=False, amp=False, data_dir='imagenet', input_size=[3, 64, 64])
@@ -220,8 +221,10 @@ def test_every_recipe_takes_a_step(name, place, monkeypatch):
     finally:
         torch.set_num_threads(before)
     run = place / 'out' / name
-    model = timm.create_model(**_model(name), checkpoint_path=str(run / 'last.pth.tar'))
-    recipe = load_recipe(name)
+    recipe, (model_name, model_kwargs) = load_recipe(name), _model(name)
+    model = timm.create_model(
+        model_name, num_classes=recipe['num_classes'], checkpoint_path=str(run / 'last.pth.tar'), **model_kwargs,
+        in_chans=2 if recipe.get('dataset', '').startswith('events/') else 3)
     assert model.timesteps == recipe.get('timesteps', 4) and model.settings.stem_pool == recipe.get('stem_pool')
     row, = (run / 'summary.csv').read_text().splitlines()[1:]
     assert np.isfinite([float(value) for value in row.split(',') if value]).all()
@@ -229,7 +232,7 @@ def test_every_recipe_takes_a_step(name, place, monkeypatch):
 
 
 def _model(name):
+    """The recipe's model, narrower: the widths of the paper's networks are tested with the networks."""
     recipe = load_recipe(name)
-    channels = {'in_chans': 2} if recipe.get('dataset', '').startswith('events/') else {}
-    return dict(
-        **channels, model_name=recipe['model'], num_classes=recipe['num_classes'], **recipe.get('model_kwargs', {}))
+    narrow = dict(channels=[16, 24, 32, 40]) if name.startswith('imagenet') else dict(width=8)
+    return recipe['model'], recipe.get('model_kwargs', narrow)

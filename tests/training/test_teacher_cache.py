@@ -103,6 +103,7 @@ def test_a_run_with_the_cache_is_the_run_without(tmp_path, monkeypatch):
     run_here([*common, '--experiment', 'asked'], tmp_path, monkeypatch)
     run_here([*common, '--experiment', 'cached', '--teacher-cache', '--workers', '1'], tmp_path, monkeypatch)
     asked, cached = (rows_of(tmp_path / 'out' / name) for name in ('asked', 'cached'))
+    assert len(asked) == len(cached) == 2
     for a, b in zip(asked, cached):
         # a teacher's convolution of another batch may round differently in the last bit
         assert float(a['train_loss']) == pytest.approx(float(b['train_loss']), rel=1e-4)

@@ -1,5 +1,6 @@
 """train.py itself, tiny: through accelerate launch and torchrun as a user starts it, and its errors in this process."""
 import json
+import logging
 import pickle
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ import yaml
 from safetensors.torch import save_file
 
 from files import write_images
-from runs import TINY, launch, rows_of, run_here, run_of
+from runs import TINY, fails, launch, rows_of, run_here, run_of
 import timm_sscl  # registers the spiking_ names
 from timm_sscl.training.options import parse_args
 from timm_sscl.training import processes
@@ -24,7 +25,7 @@ from timm_sscl.training.teacher import create_teacher
 def main_run(tmp_path_factory):
     """One tiny run of the main job with a neuron that is not the default; several tests look at it."""
     cwd = tmp_path_factory.mktemp('main')
-    code, log = launch([*TINY, '--tau', '0.5', '--v-threshold', '0.75', '--output', 'out'], cwd)
+    code, log = launch([*TINY, '--tau', '0.5', '--v-threshold', '0.75', '--output', 'out', '--experiment', 'run'], cwd)
     assert code == 0, log
     return cwd, log
 
@@ -34,7 +35,7 @@ def test_main_job_tells_what_it_does_and_leaves_its_files(main_run):
     assert 'bundled handwritten digits' in log and 'epochs=' not in log.split('recipe digits:')[1].split('\n')[0]
     assert 'Teacher test_resnet: no weights for it, so it is trained first, for 2 epochs' in log
     assert 'CPU threads per process' in log and 'ETA' in log and 'img/s' in log
-    run = run_of(cwd / 'out')
+    run = cwd / 'out' / 'run'
     for name in ('last.pth.tar', 'model_best.pth.tar', 'summary.csv', 'args.yaml', 'summary.json'):
         assert (run / name).is_file(), name
     facts = json.loads((run / 'summary.json').read_text())
@@ -45,7 +46,7 @@ def test_main_job_tells_what_it_does_and_leaves_its_files(main_run):
 
 
 def test_summary_has_a_row_per_epoch_with_columns_per_layer(main_run):
-    rows = rows_of(run_of(main_run[0] / 'out'))
+    rows = rows_of(main_run[0] / 'out' / 'run')
     assert [row['epoch'] for row in rows] == ['0', '1']
     for layer in ('layer1', 'layer4', 'pooled'):
         for key in ('cka', 'nce', 'weight'):
@@ -56,13 +57,13 @@ def test_summary_has_a_row_per_epoch_with_columns_per_layer(main_run):
 def test_neurons_are_calibrated_and_the_report_is_printed_and_written(main_run):
     cwd, log = main_run
     assert '12 neuron layers calibrated' in log and 'MACs per image' in log and '% binary' in log
-    conversion = json.loads((run_of(cwd / 'out') / 'summary.json').read_text())['conversion']
+    conversion = json.loads((cwd / 'out' / 'run' / 'summary.json').read_text())['conversion']
     assert len(conversion['activations']) == 12 and conversion['macs']['binary'] > conversion['macs']['analog'] > 0
     assert all(record['now'] == 'LIF' for record in conversion['activations'])
 
 
 def test_checkpoint_gives_the_same_logits_through_create_model(main_run):
-    file = run_of(main_run[0] / 'out') / 'last.pth.tar'
+    file = main_run[0] / 'out' / 'run' / 'last.pth.tar'
     model = timm.create_model('spiking_test_resnet', num_classes=10, checkpoint_path=file).eval()
     assert (model.timesteps, model.settings.tau, model.settings.v_threshold) == (2, 0.5, 0.75)
     # independent of the checkpoint's settings: an ANN converted by hand, with the weights alone
@@ -78,36 +79,36 @@ def test_checkpoint_gives_the_same_logits_through_create_model(main_run):
         assert torch.equal(model(x), by_hand(x))
 
 
-def test_memory_options_change_no_accuracy(main_run):
+def test_memory_options_change_no_accuracy(main_run, monkeypatch, caplog):
     """The same run with spikes kept as bits, the stem run once and gradient checkpointing: the same training loss."""
     cwd, _ = main_run
-    args = [*TINY, '--tau', '0.5', '--v-threshold', '0.75', '--output', 'out', '--epochs', '1', '--teacher-epochs', '2']
-    losses = []
-    for name, options in (('plain', []), ('saving', ['--share-stem', '--pack-spikes', '--grad-checkpointing'])):
-        code, log = launch([*args, '--experiment', name, *options], cwd)
-        assert code == 0, log
-        losses.append(float(rows_of(cwd / 'out' / name)[0]['train_task_loss']))
-    assert 'what comes before conv1.2 runs once per image' in log
+    with caplog.at_level(logging.INFO):
+        run_here([*TINY, '--tau', '0.5', '--v-threshold', '0.75', '--output', 'out', '--epochs', '1',
+                  '--teacher-epochs', '2', '--experiment', 'saving', '--share-stem', '--pack-spikes',
+                  '--grad-checkpointing'], cwd, monkeypatch)
+    assert 'what comes before conv1.2 runs once per image' in caplog.text
+    plain, saving = (float(rows_of(cwd / 'out' / name)[0]['train_task_loss']) for name in ('run', 'saving'))
     # float32 in another order flips a few spikes in four steps; a wrong gradient would show in the first digit
-    assert losses[1] == pytest.approx(losses[0], rel=2e-2)
+    assert saving == pytest.approx(plain, rel=2e-2)
 
 
-def test_second_run_finds_the_teacher_and_resume_goes_on(main_run):
+def test_second_run_finds_the_teacher_and_resume_goes_on(main_run, monkeypatch, capsys, caplog):
     cwd, _ = main_run
     teachers = sorted((cwd / 'out' / 'teachers').iterdir())
-    code, log = launch(
-        [*TINY, '--output', 'out', '--experiment', 'second', '--teacher-epochs', '2', '--distill', 'kd'], cwd)
-    assert code == 0, log
-    assert 'trained on the same data with the same settings' in log and 'teacher epoch' not in log
+    second = [*TINY, '--output', 'out', '--experiment', 'second']
+    with caplog.at_level(logging.INFO):
+        run_here([*second, '--teacher-epochs', '2', '--distill', 'kd'], cwd, monkeypatch)
+    assert 'trained on the same data with the same settings' in caplog.text and 'teacher epoch' not in caplog.text
     assert sorted((cwd / 'out' / 'teachers').iterdir()) == teachers
     run = cwd / 'out' / 'second'
-    code, log = launch(['--resume', str(run), '--epochs', '3', '--teacher-epochs', '2'], cwd)
-    assert code == 0, log
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        run_here(['--resume', run, '--epochs', '3', '--teacher-epochs', '2'], cwd, monkeypatch)
     assert [row['epoch'] for row in rows_of(run)] == ['0', '1', '2']
-    assert 'student epoch 3/3' in log and 'student epoch 1/' not in log
+    assert 'student epoch 3/3' in caplog.text and 'student epoch 1/' not in caplog.text
     # the folder of a run is left alone without --resume
-    code, log = launch([*TINY, '--output', 'out', '--experiment', 'second', '--distill', 'none'], cwd)
-    assert code != 0 and 'holds a run already' in log and len(rows_of(run)) == 3
+    code, line = fails([*second, '--distill', 'none'], cwd, monkeypatch, capsys)
+    assert code == 2 and 'holds a run already' in line and len(rows_of(run)) == 3
 
 
 def test_two_processes_train_on_an_image_folder(tmp_path):
@@ -227,8 +228,10 @@ class _Attack:
         return Path.touch, (Path('unpickled'),)
 
 
-@pytest.fixture
-def files(tmp_path):
+@pytest.fixture(scope='module')
+def files(tmp_path_factory):
+    """A folder with files that are no weights, or another model's; what is refused writes nothing there."""
+    tmp_path = tmp_path_factory.mktemp('files')
     other = timm.create_model('test_vit', num_classes=10)
     torch.save(other.state_dict(), tmp_path / 'other.pth')
     torch.save(timm.create_model('test_resnet', num_classes=7).state_dict(), tmp_path / 'seven.pth')
