@@ -42,9 +42,11 @@ class _Moving(nn.Module):
 def _model(seed=0, timesteps=4):
     """A spiking ResNet with a bit of everything that a forward, or a mode, moves."""
     torch.manual_seed(seed)
-    model = timm.create_model('spiking_test_resnet', num_classes=K, drop_rate=.5, drop_path_rate=.5)
-    model.set_timesteps(timesteps)
-    model._explicit = frozenset()  # T was not asked for
+    kwargs = dict(num_classes=K, drop_rate=.5, drop_path_rate=.5)
+    model = timm.create_model('spiking_test_resnet', **kwargs)
+    source = timm.create_model('spiking_test_resnet', timesteps=timesteps, **kwargs)
+    model.load_state_dict(source.state_dict())  # T comes from a checkpoint and was not asked for
+    assert model.timesteps == timesteps
     model.conv1 = nn.Sequential(model.conv1, _Moving())
     parametrizations.spectral_norm(model.layer2[0].conv1)
     prune.l1_unstructured(model.layer3[0].conv1, 'weight', .5)

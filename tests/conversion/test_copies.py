@@ -1,8 +1,10 @@
 """Copies of a module that holds student, teacher and loss, evaluation of the loss, and another T later on."""
 import copy
+import gc
 import io
 import math
 import pickle
+import weakref
 
 import pytest
 import timm
@@ -154,10 +156,13 @@ def test_copy_of_a_spiking_teachers_loss_keeps_its_timesteps():
 
 def test_copies_of_the_student_record_nothing():
     whole = _Whole()
-    twin = copy.deepcopy(whole.student)
-    recorder = next(iter(twin._forward_pre_hooks.values())).recorder
-    twin.train()(_images())
-    assert not recorder.records and recorder.open is None
+    twin, seen, x = copy.deepcopy(whole.student), [], _images()
+    twin.layer1.register_forward_hook(lambda _m, _a, out: seen.append(weakref.ref(out)))
+    twin.train()(x)
+    gc.collect()
+    assert len(seen) == 1 and seen[0]() is None  # nobody holds what a loss would have taken
+    with pytest.raises(RuntimeError, match='no forward'):
+        whole.sscl(x)
 
 
 def test_copy_of_a_task_with_firing_rates():

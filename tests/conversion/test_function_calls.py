@@ -140,8 +140,7 @@ def test_calls_are_excluded_one_by_one(excluded):
     assert [r.now for r in model.spiking_report()] == ['relu' if i == excluded else 'LIF' for i in range(3)]
     assert torch.equal(model(_images()), reference(_images()))
     other = _converted(_Functions)
-    other._explicit = frozenset()  # as restored from another checkpoint
-    other.load_state_dict(model.state_dict())
+    other.load_state_dict(model.state_dict())  # brings the exclusion, which was not asked for otherwise
     assert torch.equal(model(_images()), other(_images()))
 
 

@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 
+from sscl_reference import outputs_of, tapped
 from timm_sscl import SSCLLoss, SSCLTask, calibrate, convert_to_spiking
 from timm_sscl.data.events import EventDigits
 from timm_sscl.distillation.frames_ann import accept_frames
@@ -100,9 +101,8 @@ def test_the_loss_in_a_loop_compares_with_the_teachers_means(frames):
     student, teacher = create('spiking_test_resnet', timesteps=T), create().eval()
     sscl = SSCLLoss(student, teacher, input_size=(2, 32, 32), dim=8, cka_momentum=1.)
     sscl.eval()
-    student(frames)
-    features = sscl._student_recorder.records[-1]
-    student_features = [sscl._student_recorder._feature(tap, features) for tap in sscl.taps]
+    with outputs_of(*tapped(student)) as student_features:
+        student(frames)
     loss = sscl(frames)
     indices = stage_indices(teacher)
     _, means = teacher_by_hand(teacher, frames, indices)

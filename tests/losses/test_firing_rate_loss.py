@@ -205,7 +205,7 @@ def test_student_on_its_own_is_not_recorded_and_copies_are_detached():
     task(*_batch())
     recorder = task.trainable_module.rate_recorder
     task.student.eval()(_batch(3)[0])
-    assert not recorder._seen
+    assert not recorder.take()
     task.setup_ema()  # deepcopies the trainable module
     averaged = unwrap_model(task.get_trainable_module(ema=True))
     recorder.begin()
