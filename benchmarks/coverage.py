@@ -29,7 +29,7 @@ from timm.models._registry import _model_to_module
 from torch.utils._pytree import tree_leaves, tree_map
 
 import timm_sscl  # registers the spiking_ names
-from timm_sscl import LIF, calibrate
+from timm_sscl import calibrate
 from timm_sscl.conversion.activations import is_activation
 from timm_sscl.conversion.audit import audit
 from timm_sscl.conversion.policy import Policy
@@ -163,7 +163,7 @@ class Subject:
 
 def wake(model: nn.Module, images: torch.Tensor) -> List[Any]:
     """Calibrate a spiking model and give its norms the statistics of the images; returns what drives its layers."""
-    drives = calibrate(model, images)
+    drives = calibrate(model, images).spiking_report().drives
     momenta = {m: m.momentum for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
     for norm in momenta:
         norm.momentum = 1.
@@ -475,7 +475,7 @@ def run_meta(name: str) -> Dict[str, Any]:
         with torch.device('meta'):
             model = timm.create_model(PREFIX + name)
         devices = {p.device.type for p in model.parameters()}
-        neurons = sum(isinstance(m, LIF) for m in model.modules())
+        neurons = len(model.neurons())
         row.update(neurons=neurons, analog=len(model.spiking_report().analog), ok=devices == {'meta'} and neurons > 0)
     except Exception as error:
         row.update(ok=False, detail=f'{type(error).__name__}: {error}'[:200])

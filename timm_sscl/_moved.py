@@ -5,7 +5,7 @@ import importlib.util
 import sys
 import warnings
 from types import ModuleType
-from typing import Any, Optional
+from typing import Any, Callable, Optional
 
 __all__ = ['install']
 
@@ -52,6 +52,10 @@ MOVED = {
 }
 
 
+# package: name -> package that has it now, both below timm_sscl
+MOVED_NAMES = {'report': {'SpikingReport': 'conversion'}}
+
+
 class _Alias(importlib.abc.Loader):
     """Load an old module name as the new module object, so that each class is the same under both names."""
 
@@ -79,9 +83,23 @@ class _Finder(importlib.abc.MetaPathFinder):
         return importlib.util.spec_from_loader(fullname, _Alias(fullname, f'{package}.{MOVED[old]}'))
 
 
+def _old_names(package: str) -> Callable[[str], Any]:
+    """Make a module's __getattr__ that finds the names that moved out of it, with a warning."""
+    def find(name: str) -> Any:
+        if name not in MOVED_NAMES[package]:
+            raise AttributeError(f"module '{__package__}.{package}' has no attribute '{name}'")
+        new = f'{__package__}.{MOVED_NAMES[package][name]}'
+        warnings.warn(f'{__package__}.{package}.{name} is {new}.{name} now; the old name goes with version 0.3.',
+                      DeprecationWarning, stacklevel=2)
+        return getattr(importlib.import_module(new), name)
+    return find
+
+
 def install() -> None:
     """Make the old names importable. A file that has an old name takes precedence over the alias."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.append(_Finder())
     # timm_sscl.calibrate is also a function. Importing the old module of that name later would replace the function.
     sys.modules.setdefault(f'{__package__}.calibrate', importlib.import_module(f'{__package__}.{MOVED["calibrate"]}'))
+    for package in MOVED_NAMES:
+        importlib.import_module(f'{__package__}.{package}').__getattr__ = _old_names(package)

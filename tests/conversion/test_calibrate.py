@@ -53,7 +53,7 @@ def test_gain_is_one_over_the_root_mean_square(v_threshold):
     torch.manual_seed(0)
     model = convert_to_spiking(_Net(), timesteps=T, v_threshold=v_threshold)
     x = _images()
-    drives = calibrate(model, x)
+    drives = calibrate(model, x).spiking_report().drives
     assert [d.name for d in drives] == ['act1', 'act2', 'act3']
     seen = _currents(model.train(), x)
     assert [n for n, _, _ in seen] == ['act1', 'act2', 'act3', 'act3']
@@ -109,7 +109,7 @@ def test_every_layer_fires_and_gets_a_gradient(name):
     model = timm.create_model(f'spiking_{name}', timesteps=T, num_classes=K).train()
     size = 224 if '224' in name or 'levit' in name else 64
     x = torch.randn(4, 3, size, size)
-    drives = calibrate(model, x)
+    drives = calibrate(model, x).spiking_report().drives
     assert {d.name for d in drives} == set(model.neurons()) and all(0 < d.rate < 1 for d in drives)
     got = set()
     for layer, lif in model.neurons().items():
@@ -173,7 +173,7 @@ def test_silent_and_idle_layers_are_named(caplog):
 
     model = convert_to_spiking(Dead())
     with caplog.at_level(logging.WARNING, logger='timm_sscl'):
-        drives = calibrate(model, _images())
+        drives = calibrate(model, _images()).spiking_report().drives
     assert [(d.name, d.rate) for d in drives] == [('act1', 0.)]
     assert ('never fire' in caplog.text and 'act1' in caplog.text
             and 'did not run' in caplog.text and 'idle' in caplog.text)
@@ -203,10 +203,10 @@ def test_weights_that_are_computed(compute):
     for name in ('conv', 'fc', 'head'):
         plain.get_submodule(name).load_state_dict(
             dict(weight=net.get_submodule(name).weight.detach(), bias=net.get_submodule(name).bias))
-    expected = calibrate(convert_to_spiking(plain, timesteps=T), _images())
+    expected = calibrate(convert_to_spiking(plain, timesteps=T), _images()).spiking_report().drives
     model = convert_to_spiking(net, timesteps=T).train()
     before = copy.deepcopy(model.state_dict())
-    assert calibrate(model, _images()) == expected
+    assert calibrate(model, _images()).spiking_report().drives == expected
     after = model.state_dict()
     assert all(torch.equal(after[key], value) for key, value in before.items() if 'spiking_' not in key)
 
@@ -222,7 +222,7 @@ def test_computed_weights_that_are_zero_throughout_become_small(compute, name):
     with torch.no_grad():
         model.get_parameter(name).zero_()
         model.fc.bias.zero_()
-    drives = {d.name: d for d in calibrate(model, _images())}
+    drives = {d.name: d for d in calibrate(model, _images()).spiking_report().drives}
     assert drives['act3'].rate > 0 and drives['act3'].rms > 0 and model.get_parameter(name).any()
 
 
@@ -231,7 +231,8 @@ def test_a_mask_of_zeros_stays(caplog):
     model = convert_to_spiking(_Net(), timesteps=T)
     prune.custom_from_mask(model.fc, 'weight', torch.zeros(8, 8))
     model.fc.bias.data.fill_(-1.)
-    assert calibrate(model, _images())[2].rate == 0 and not model.fc.weight.any() and 'act3' in caplog.text
+    assert calibrate(model, _images()).spiking_report().drives[2].rate == 0
+    assert not model.fc.weight.any() and 'act3' in caplog.text
 
 
 def test_failure_leaves_gains_and_weights():

@@ -206,5 +206,5 @@ def test_calibrate_measures_the_calls_one_by_one():
     model = convert_ann(_create(_OneName), _images(), T)
     for lif in model.neurons().values():
         lif.set_gain()
-    drives = calibrate(model, _images())
+    drives = calibrate(model, _images()).spiking_report().drives
     assert [drive.name for drive in drives] == ['act1.0', 'act1.1', 'act1.2']

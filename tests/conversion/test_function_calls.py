@@ -91,7 +91,7 @@ def test_calls_are_neurons_as_modules_are(cls, root):
     prefix = '' if root else '0.'
     assert [(r.name, r.was, r.now) for r in model.spiking_report()] == [
         (f'{prefix}functional_act.{i}', 'relu', 'LIF') for i in range(3)]
-    drives = [[(d.rms, d.gain, d.rate) for d in calibrate(m, x)] for m in (model, reference)]
+    drives = [[(d.rms, d.gain, d.rate) for d in calibrate(m, x).spiking_report().drives] for m in (model, reference)]
     assert drives[0] == drives[1] and len(set(drives[0])) == 3
     outputs = []
     for net in (model, reference):

@@ -97,7 +97,7 @@ def test_probe_leaves_the_model_as_it_was():
     share_stem(model)
     assert torch.equal(torch.get_rng_state(), rng) and not calls and model.training and model.timesteps == T
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items() if k != 'spiking_settings')
-    assert share_stem(model) == 'conv1.2'  # again: nothing to do
+    assert share_stem(model) is model and model.settings.stem == 'conv1.2'  # again: nothing to do
 
 
 def test_checkpoints_copies_timesteps_and_taking_it_back():

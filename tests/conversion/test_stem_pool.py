@@ -124,7 +124,7 @@ def test_it_goes_with_a_shared_stem_and_features_only():
     model, x = _trained(stem_pool='avg'), _images()
     with torch.no_grad():
         expected = model(x)
-        assert share_stem(model) == 'act1'
+        assert share_stem(model).settings.stem == 'act1'
         torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-6)  # float32, another batch size
     features = timm.create_model('spiking_resnet18', features_only=True, stem_pool='avg', **NARROW)
     assert isinstance(features.maxpool, nn.AvgPool2d) and features(x)[1].shape == (2, 16, 16, 16)

@@ -221,7 +221,7 @@ def test_gains_fold_exactly_and_calibration_says_what_it_undoes(caplog):
     model.eval()
     with torch.no_grad():
         before = model(x, per_step=True)
-        folded = fold_gains(model, x[:1])
+        folded = fold_gains(model, x[:1]).spiking_report().folds
         assert [(f.name, f.into) for f in folded if f.done] == [
             ('act', 'bn.weight, bn.bias'), ('bn2.act', 'bn2.weight, bn2.bias'), ('act3', 'bn3.weight, bn3.bias')]
         torch.testing.assert_close(model(x, per_step=True), before, rtol=1e-9, atol=1e-9)  # products reordered

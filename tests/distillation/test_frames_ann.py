@@ -126,7 +126,8 @@ def test_teachers_frames_are_resized_like_images(frames):
 
 def test_calibration_and_macs_on_event_frames(frames):
     student = create('spiking_test_resnet', timesteps=T)
-    drives, per_step = calibrate(student, frames), 2 * 9 * student.conv1[0].out_channels * 16 * 16
+    drives = calibrate(student, frames).spiking_report().drives
+    per_step = 2 * 9 * student.conv1[0].out_channels * 16 * 16
     assert len(drives) == len(student.neurons()) and all(0 < d.rate < 1 for d in drives)
     report = student.spiking_report()
     binary = report.macs(frames)

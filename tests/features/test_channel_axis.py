@@ -92,7 +92,7 @@ def test_folding_changes_no_output(cls, args, size):
     x = torch.randn(B, *size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     model = convert_ann(_create(cls, *args), x, T)
     before = model(x, per_step=True)
-    folded = {(f.name, f.factor): f for f in fold_gains(model, x)}
+    folded = {(f.name, f.factor): f for f in fold_gains(model, x).spiking_report().folds}
     assert folded['act1', 'gain'].done
     assert torch.allclose(model(x, per_step=True), before, rtol=1e-9, atol=1e-9)  # round-off in float64
     if cls is _Tokens:

@@ -1,4 +1,5 @@
 """How spiking a network is: kinds of inputs, MAC counts against closed forms, and the printed report."""
+import copy
 import json
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import timm_sscl
 from timm_sscl import convert_to_spiking
 from timm_sscl.report import count_macs
 from timm_sscl.report.macs import input_kind
@@ -115,7 +117,7 @@ def test_binary_event_frames_make_the_stem_binary():
     assert model.spiking_report().macs(frames).by_module['stem']['binary'] == T * 27 * 4 * 64
 
 
-def test_report_is_a_list_that_prints_a_summary():
+def test_report_is_a_sequence_that_prints_a_summary():
     model = timm.create_model('spiking_seresnet18', num_classes=5, exclude=['layer4.1.act2'])
     report = model.spiking_report()
     assert len(report) == len(report.neurons) + len(report.analog) and report[0].name == 'act1'
@@ -123,10 +125,44 @@ def test_report_is_a_list_that_prints_a_summary():
     assert report.as_dict()['macs'] is None and json.dumps(report.as_dict())
     text = str(report)
     assert '24 neuron layers (24 ReLU)' in text and '9 activations stay analog' in text
-    assert 'gate' in text and "excluded by 'layer4.1.act2'" in text and '% binary' in text
+    assert 'gate' in text and "excluded by 'layer4.1.act2'" in text and 'MACs' not in text
     assert 'does not apply' in text and 'applies' in str(convert_to_spiking(_Net()).spiking_report())
     assert sum(report.macs()[:3]) == report.macs().total == sum(report.as_dict()['macs'].values())
-    assert json.dumps(report.as_dict()['macs'])
+    assert json.dumps(report.as_dict()['macs']) and '% binary' in str(report)
+
+
+def test_printing_a_report_runs_nothing(monkeypatch):
+    model = timm.create_model('spiking_test_resnet', num_classes=5)
+    report = model.spiking_report()
+    text = str(report)
+    monkeypatch.setattr(type(model), 'forward', lambda *args, **kwargs: 1 / 0)
+    model.set_timesteps(2)
+    model.act1 = None
+    assert str(report) == text and repr(report) == repr(list(report)) and 'T=4' in text
+
+
+def test_public_functions_return_the_model_and_the_report_has_what_they_found():
+    model = timm.create_model('spiking_resnet18', num_classes=5)
+    assert model.spiking_report().drives == [] and model.spiking_report().folds == []
+    x = torch.randn(2, 3, 32, 32)
+    assert timm_sscl.calibrate(model, x) is model and timm_sscl.share_stem(model) is model
+    assert model.set_timesteps(2) is model and model.set_stem(model.settings.stem) is model
+    report = model.spiking_report()
+    assert {d.name for d in report.drives} == model.neurons().keys() and report.stem == 'act1'
+    assert all(model.get_submodule(d.name).gain.item() == pytest.approx(d.gain) for d in report.drives)
+    timm_sscl.fold_gains(model, x)
+    folds = model.spiking_report().folds
+    assert {f.name for f in folds if f.done} and all(
+        (model.get_submodule(f.name).gain is None) == f.done for f in folds if f.factor == 'gain')
+    assert [d.name for d in copy.deepcopy(model).spiking_report().drives] == [d.name for d in report.drives]
+
+
+def test_name_of_0_1_0_warns_and_gives_the_same_class():
+    with pytest.warns(DeprecationWarning, match='timm_sscl.conversion.SpikingReport'):
+        from timm_sscl.report import SpikingReport
+    assert SpikingReport is timm_sscl.conversion.SpikingReport
+    with pytest.raises(AttributeError, match='nothing'):
+        timm_sscl.report.nothing
 
 
 def test_report_without_numbers_on_the_meta_device():

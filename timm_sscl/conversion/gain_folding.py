@@ -89,7 +89,7 @@ class _Trace(TorchFunctionMode):
 
 @all_or_nothing(parameters=True)
 @torch.no_grad()
-def fold_gains(model: SpikingModule, images: torch.Tensor) -> List[Folded]:
+def fold_gains(model: SpikingModule, images: torch.Tensor) -> SpikingModule:
     """Fold gains and scales of neuron layers into the parameters around them, in place, where that changes nothing.
 
     A gain goes into the weight and bias of the norm, convolution or linear map whose output the layer alone takes. A
@@ -101,7 +101,7 @@ def fold_gains(model: SpikingModule, images: torch.Tensor) -> List[Folded]:
         images: A batch that the model takes; one image will do. One forward shows what follows what.
 
     Returns:
-        One Folded per factor that there was.
+        The model itself. `model.spiking_report().folds` has one Folded per factor that there was.
     """
     with untouched(model), _Trace(model) as trace:
         model(images)
@@ -120,7 +120,8 @@ def fold_gains(model: SpikingModule, images: torch.Tensor) -> List[Folded]:
             result.append(Folded(name, factor, ', '.join(into) or f'stays: {why}', bool(into)))
     done = sum(folded.done for folded in result)
     _logger.info(f'{type(model).__name__}: {done} of {len(result)} gains and scales folded into the weights.')
-    return result
+    model._folds = result
+    return model
 
 
 _Fold = Tuple[List[str], str]  # parameters that took the factor, or none and why

@@ -28,7 +28,7 @@ class LayerDrive(NamedTuple):
     rate: float  # spikes per neuron and step after the gain
 
 
-def calibrate(model: nn.Module, images: torch.Tensor) -> List[LayerDrive]:
+def calibrate(model: SpikingModule, images: torch.Tensor) -> SpikingModule:
     """Set the input gain of every neuron layer so that its input is as large as a batch norm's output.
 
         gain = (v_threshold / 0.5) / rms(x)        0.5 is the threshold that goes with a root mean square of 1
@@ -50,7 +50,8 @@ def calibrate(model: nn.Module, images: torch.Tensor) -> List[LayerDrive]:
         images: A batch as the model takes it, (B, C, H, W) or (B, T, C, H, W), of real images.
 
     Returns:
-        One LayerDrive per layer that ran, in the order of their first call.
+        The model itself. `model.spiking_report().drives` has one LayerDrive per layer that ran, in the order of their
+        first calls.
 
     Raises:
         ValueError: The model does not spike, its neurons have output scales (their thresholds come from an ANN), or
@@ -68,7 +69,8 @@ def calibrate(model: nn.Module, images: torch.Tensor) -> List[LayerDrive]:
     idle = [name for name in model.neurons() if name not in drives]
     result = [drive.result(name) for name, drive in drives.items()]
     _warn(model, result, idle)
-    return result
+    model._drives = result
+    return model
 
 
 def _check(model: nn.Module, images: torch.Tensor) -> None:

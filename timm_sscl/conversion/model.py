@@ -12,7 +12,6 @@ import torch.fx
 import torch.nn as nn
 from torch.utils._pytree import tree_map
 
-from .ann_obstacles import ann_obstacles
 from .call_sites import set_calls
 from .decoding import decode
 from .feature_activations import feature_neuron, fires_features, pruning_methods
@@ -22,7 +21,7 @@ from timm_sscl.neurons import SpikingNeuron, neuron_class
 from timm_sscl.neurons.folding import enter_fold, folding_model, leave_fold
 from timm_sscl.untouched import undone_on_error
 from .notrace import functions_as_nodes
-from .report import SpikingReport
+from .report import SpikingReport, make_report
 from .settings import SETTINGS_KEY, SpikingSettings
 from .state import SpikingState
 from .variants.registry import KINDS
@@ -85,6 +84,8 @@ class SpikingModule(SpikingState, Mixin):
     _calls_noise: bool  # whether its own methods call F.dropout or torch.rand
     _repeats_activations: bool  # see feature_activations
     _features_pruned = False
+    _drives: Sequence[Any] = ()  # what calibrate found
+    _folds: Sequence[Any] = ()  # what fold_gains did
 
     @classmethod
     def class_name(cls, base: Type[nn.Module]) -> str:
@@ -99,35 +100,44 @@ class SpikingModule(SpikingState, Mixin):
         """Number of time steps T."""
         return self.settings.timesteps
 
-    def set_timesteps(self, timesteps: int) -> None:
+    def set_timesteps(self, timesteps: int) -> 'SpikingModule':
         """Run the model for another number of time steps from now on.
+
+        Returns:
+            The model itself.
 
         Raises:
             ValueError: timesteps is not a positive whole number.
         """
         self._set_settings(replace(self.settings, timesteps=timesteps))
         self._explicit = self._explicit | {'timesteps'}
+        return self
 
-    def set_progress(self, progress: float) -> None:
+    def set_progress(self, progress: float) -> 'SpikingModule':
         """Say which share of the training is done, from 0 to 1: surrogates such as 'evaf' change with it.
 
         train.py says it at every epoch's start; in a loop of your own, call it there: epoch / epochs. A checkpoint does
         not hold it.
+
+        Returns:
+            The model itself.
 
         Raises:
             ValueError: progress does not lie between 0 and 1.
         """
         for neuron in self.neurons().values():
             neuron.set_progress(progress)
+        return self
 
-    def spiking_report(self) -> List[Any]:
+    def spiking_report(self) -> SpikingReport:
         """What the conversion did with every activation it met.
 
         Returns:
-            A SpikingReport: a list of ConversionRecord (name, was, now, reason), whose `macs(images)` counts the share
-            of MACs with binary, fractional and analog input; print it for a summary.
+            A SpikingReport: a sequence of ConversionRecord (name, was, now, reason), whose `macs(images)` counts the
+            share of MACs with binary, fractional and analog input; print it for a summary. It also holds what
+            `calibrate`, `fold_gains` and the variants found.
         """
-        return SpikingReport(self._records(), self, ann_obstacles(self))
+        return make_report(self, self._records())
 
     def _records(self) -> List[Any]:
         return current_records(self, self._report) + audit_records(self)
@@ -200,9 +210,14 @@ class SpikingModule(SpikingState, Mixin):
             return torch.cat([other] * self.timesteps) if has_batch else other
         return tree_map(repeat, others) if others and self.settings.stem is None else others
 
-    def set_stem(self, name: Optional[str]) -> None:
-        """Let the neuron of this name repeat its current over T (`share_stem` checks first); None repeats the input."""
+    def set_stem(self, name: Optional[str]) -> 'SpikingModule':
+        """Let the neuron of this name repeat its current over T (`share_stem` checks first); None repeats the input.
+
+        Returns:
+            The model itself.
+        """
         self._set_settings(replace(self.settings, stem=name))
+        return self
 
     def _samples(self, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> int:
         """B of arguments that `_fold_arguments` made."""

@@ -1,60 +1,71 @@
-"""What a conversion did to a model, and how spiking the result is."""
+"""Report what a conversion did to a model, and how spiking the result is."""
 from collections import Counter
-from typing import Any, Dict, List, Optional, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Dict, List, Optional
 
 import torch
 import torch.nn as nn
 
-from .batch_axis import PENDING
 from timm_sscl.neurons import SpikingNeuron
 from timm_sscl.probing import probe_sizes
-
 from timm_sscl.report.macs import KINDS, MacShares, count_macs
 
-__all__ = ['SpikingReport']
+from .ann_obstacles import ann_obstacles
+from .batch_axis import PENDING
+
+__all__ = ['SpikingReport', 'make_report']
 
 
-class SpikingReport(list):
-    """The conversion's records, one per activation; printed, a summary of them and of the MACs.
+@dataclass(eq=False, repr=False)
+class SpikingReport(Sequence):
+    """What a conversion did: a sequence of one record per activation. Printing it computes nothing.
 
-    Args:
-        records: ConversionRecords: name, was, now, reason.
+    Attributes:
         model: The spiking model.
-        obstacles: Why its ReLUs cannot be replaced by thresholds (convert_ann); empty where they can.
+        records: ConversionRecords (name, was, now, reason), one per activation.
+        neurons: Records of the activations that are neurons.
+        analog: Records of those that stay real-valued.
+        timesteps: T when the report was made.
+        variants: Records of each variant (they begin with name, was, now), by kind.
+        summaries: What each variant did, in words, by kind.
+        stem: Neuron before which all runs once per image (`share_stem`); None without.
+        drives: LayerDrives of the last `calibrate`; empty without.
+        folds: What the last `fold_gains` did with each factor; empty without.
+        obstacles: Why thresholds cannot stand for its activations (`convert_ann`); empty where they can.
+        audit: What the conversion's audit saw; None where the model's classes are known.
+        mac_shares: MACs by the kind of their input, once `macs` has counted them.
     """
+    model: nn.Module
+    records: List[Any]
+    neurons: List[Any]
+    analog: List[Any]
+    timesteps: int
+    variants: Dict[str, List[Any]]
+    summaries: Dict[str, str]
+    stem: Optional[str]
+    drives: List[Any]
+    folds: List[Any]
+    obstacles: List[str]
+    audit: Optional[str]
+    mac_shares: Optional[MacShares] = None
 
-    def __init__(self, records: Sequence[Any], model: nn.Module, obstacles: Sequence[str]):
-        super().__init__(records)
-        self.model = model
-        self._modules = dict(model.named_modules(remove_duplicate=False))
-        self.obstacles = list(obstacles)
-        self._macs: Optional[MacShares] = None
+    def __getitem__(self, index: Any) -> Any:
+        return self.records[index]
 
-    @property
-    def neurons(self) -> List[Any]:
-        """Records of the activations that are neurons."""
-        return [record for record in self if self._is_neuron(record)]
+    def __len__(self) -> int:
+        return len(self.records)
 
-    @property
-    def analog(self) -> List[Any]:
-        """Records of those that stay real-valued."""
-        return [record for record in self if not self._is_neuron(record)]
-
-    def _is_neuron(self, record: Any) -> bool:
-        return isinstance(self._modules.get(record.name), SpikingNeuron)
+    def __repr__(self) -> str:
+        return repr(self.records)
 
     @property
     def norms(self) -> List[Any]:
         """What became of every norm (name, was, now, alpha), where the conversion was to change them (norm='tdbn')."""
         return self.variants.get('norm', [])
 
-    @property
-    def variants(self) -> Dict[str, List[Any]]:
-        """What the model's variants did, by kind: records that begin with name, was, now."""
-        return {kind: list(variant.records(self.model)) for kind, variant in self.model.settings.variants().items()}
-
     def macs(self, images: Optional[torch.Tensor] = None) -> Optional[MacShares]:
-        """MACs per image over all time steps, by what their input is.
+        """Count the MACs per image over all timesteps, by the kind of their input; once without images.
 
         Args:
             images: Real images for the firing to be real; one image of noise by default.
@@ -63,10 +74,10 @@ class SpikingReport(list):
             MacShares; None on the meta device, or where the model does not run on a guessed image.
         """
         if images is not None:
-            self._macs = count_macs(self.model, images)
-        elif self._macs is None:
-            self._macs = self._guessed()
-        return self._macs
+            self.mac_shares = count_macs(self.model, images)
+        elif self.mac_shares is None:
+            self.mac_shares = self._guessed()
+        return self.mac_shares
 
     def _guessed(self) -> Optional[MacShares]:
         like = next((p for p in self.model.parameters() if p.is_floating_point()), torch.zeros(()))
@@ -81,16 +92,17 @@ class SpikingReport(list):
         return None
 
     def as_dict(self) -> Dict[str, Any]:
-        """For JSON: the records, the stem's pooling and the norms where they were changed, the MAC shares if they were
+        """For JSON: the records, the stem's pooling and what the variants changed, the MAC shares if they were
         counted, and the obstacles to convert_ann."""
-        macs = None if self._macs is None else {kind: getattr(self._macs, kind) for kind in KINDS}
+        macs = None if self.mac_shares is None else {kind: getattr(self.mac_shares, kind) for kind in KINDS}
         return dict(
             activations=[record._asdict() for record in self], stem_pool=self.model.settings.stem_pool,
-            norms=[record._asdict() for record in self.norms], macs=macs,
-            audit=None if self.model._audit is None else self.model._audit.status, convert_ann=self.obstacles)
+            norms=[record._asdict() for record in self.norms],
+            residuals=[record._asdict() for record in self.variants.get('residual', [])], macs=macs,
+            audit=self.audit, convert_ann=self.obstacles)
 
     def __str__(self) -> str:
-        lines = [f'{type(self.model).__name__}, T={self.model.timesteps}: {len(self.neurons)} neuron layers '
+        lines = [f'{type(self.model).__name__}, T={self.timesteps}: {len(self.neurons)} neuron layers '
                  f'({_counted(self.neurons)}), {len(self.analog)} activations stay analog']
         reasons: Dict[str, List[Any]] = {}
         for record in self.analog:
@@ -101,20 +113,33 @@ class SpikingReport(list):
         if pending:
             lines.append(f'  {pending} converted on the meta device, where it is not seen whether axis 0 is the batch '
                          f'(pending)')
-        if self.model._audit is not None:
-            lines.append(f'  audit: {self.model._audit.status}')
-        for kind, variant in self.model.settings.variants().items():
-            summary = variant.summary(self.model)
-            lines += [f'  {kind}: {summary}'] if summary else []
-        macs = self.macs()
-        if macs is not None:
-            shares = ', '.join(f'{100 * macs.share(kind):.1f} % {kind}' for kind in KINDS)
-            lines.append(f'  MACs per image {macs.total:.3g}, by their input: {shares}')
+        lines += [f'  audit: {self.audit}'] if self.audit is not None else []
+        lines += [f'  {kind}: {summary}' for kind, summary in self.summaries.items() if summary]
+        if self.mac_shares is not None:
+            shares = ', '.join(f'{100 * self.mac_shares.share(kind):.1f} % {kind}' for kind in KINDS)
+            lines.append(f'  MACs per image {self.mac_shares.total:.3g}, by their input: {shares}')
         lines.append('  convert_ann (thresholds from a trained ANN): '
                      + ('does not apply, ' + '; '.join(self.obstacles) if self.obstacles else 'applies'))
         return '\n'.join(lines)
 
-    __repr__ = list.__repr__
+
+def make_report(model: nn.Module, records: Sequence[Any]) -> SpikingReport:
+    """Report on a spiking model as it is now.
+
+    Args:
+        model: Spiking model.
+        records: Its ConversionRecords.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    spiking = {record.name for record in records if isinstance(modules.get(record.name), SpikingNeuron)}
+    variants = model.settings.variants()
+    return SpikingReport(
+        model, list(records), [record for record in records if record.name in spiking],
+        [record for record in records if record.name not in spiking], model.timesteps,
+        variants={kind: list(variant.records(model)) for kind, variant in variants.items()},
+        summaries={kind: variant.summary(model) for kind, variant in variants.items()}, stem=model.settings.stem,
+        drives=list(model._drives), folds=list(model._folds), obstacles=ann_obstacles(model),
+        audit=None if model._audit is None else model._audit.status)
 
 
 def _counted(records: Sequence[Any]) -> str:

@@ -76,6 +76,7 @@ def convert_ann(
     thresholds = _thresholds(model, images, per_channel, percentile / 100)
     for lif, threshold in thresholds.items():
         lif.set_gain(1 / threshold, threshold)
+    model._drives = ()
     _logger.info(f'{type(model).__name__}: {len(thresholds)} layers of ReLU are integrate-and-fire neurons, thresholds '
                  f'{"per channel" if per_channel else "per layer"} from {len(images)} images, T={timesteps}.')
     return model

@@ -8,8 +8,7 @@ import torch.nn as nn
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 
-from timm_sscl.conversion import calibrate, convert_ann
-from timm_sscl.conversion import SpikingReport
+from timm_sscl.conversion import SpikingReport, calibrate, convert_ann
 from timm_sscl.conversion.model import SpikingModule
 
 __all__ = ['prepare_neurons']

@@ -45,7 +45,7 @@ class SharedStem(Variant):
         return f'what comes before {self.settings.neuron} runs once per image'
 
 
-def share_stem(model: SpikingModule, input_size: Optional[Sequence[int]] = None) -> str:
+def share_stem(model: SpikingModule, input_size: Optional[Sequence[int]] = None) -> SpikingModule:
     """Run what comes before the first neuron once per image, in place; the neuron repeats its current T times.
 
     For static images the stem computes the same at every time step, and nothing but the first neuron's output may reach
@@ -61,7 +61,7 @@ def share_stem(model: SpikingModule, input_size: Optional[Sequence[int]] = None)
         input_size: Shape of one sample, (C, H, W), for the probe; guessed from the model by default.
 
     Returns:
-        Name of the first neuron.
+        The model itself; `model.settings.stem` is the name of the first neuron.
 
     Raises:
         ValueError: The model does not spike, or the probe fails; the message says where.
@@ -69,7 +69,7 @@ def share_stem(model: SpikingModule, input_size: Optional[Sequence[int]] = None)
     if not isinstance(model, SpikingModule):
         raise ValueError(f'{type(model).__name__} does not spike; convert_to_spiking(model) makes it.')
     if model.settings.stem is not None:
-        return model.settings.stem
+        return model
     with untouched(model):
         model.set_timesteps(2)
         name, why = _probe(model, input_size)
@@ -78,7 +78,7 @@ def share_stem(model: SpikingModule, input_size: Optional[Sequence[int]] = None)
                          f'image: {why}.')
     model.set_stem(name)
     _logger.info(f'{type(model).__name__}: what comes before {name} runs once per image.')
-    return name
+    return model
 
 
 def _probe(model: SpikingModule, input_size: Optional[Sequence[int]]) -> Tuple[Optional[str], Optional[str]]:
