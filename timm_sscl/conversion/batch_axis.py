@@ -1,7 +1,7 @@
-"""Does sample i of the batch move only the rows of sample i, at every activation? Found by running the model.
+"""Check by execution that at every activation sample i of the batch changes only the rows of sample i.
 
-Time is folded into axis 0 of the batch, so that a neuron takes rows for time steps. One sample of a batch is made NaN,
-which shows wherever it arrives, and what that leaves open is decided by other values for the sample.
+Time is folded into axis 0, so a neuron treats rows as timesteps. The probe sets one sample of a batch to NaN and looks
+where the NaN arrives. What this leaves open is decided with other values for the sample.
 """
 from functools import partial
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
@@ -17,32 +17,32 @@ from timm_sscl.probing import Example, ProbeError, as_example, probe, undisturbe
 
 __all__ = ['BatchAxis', 'find_batch_axis', 'PENDING']
 
-PENDING = 'batch axis pending (meta device)'  # in a record's reason
+PENDING = 'batch axis pending (meta device)'  # part of a record's reason
 
 _OUTPUT = 'the output'
-_SAMPLES = 4  # at least; not 1, which broadcasts
-_FRAMES = 5  # axes of event frames, (B, T, C, H, W)
-_CHANGED = 1  # sample that is changed: not the first, not its own mirror image
+_SAMPLES = 4  # minimum batch size; a batch of 1 would broadcast
+_FRAMES = 5  # number of axes of event frames, (B, T, C, H, W)
+_CHANGED = 1  # index of the changed sample; neither the first nor the middle of the batch
 
 
 class BatchAxis(NamedTuple):
-    """What a probe found."""
+    """Result of the probe."""
     unbatched: Set[str]  # activations whose input depends on no sample and does not grow with the batch
-    calls: Dict[str, FunctionCalls]  # what each module that ran called as a function
-    pending: bool  # whether only shapes were looked at, on the meta device
+    calls: Dict[str, FunctionCalls]  # activations that each module called as functions
+    pending: bool  # whether only shapes were compared (meta device)
 
 
 class _WrongAxis(ProbeError):
     """Axis 0 of an activation is not the batch, or samples mix."""
 
 
-class _Seen(NamedTuple):
-    """What a tensor showed: the length of its first axis, and along its first axes which rows were hit."""
+class _RowHits(NamedTuple):
+    """Which rows of a tensor changed: the length of axis 0, and a mask of changed rows for each of the first axes."""
     length: int
     hit: Tuple[torch.Tensor, ...]
 
     def is_own(self, batch: int) -> bool:
-        """Whether rows of axis 0 were hit, and only those of the changed sample."""
+        """Return whether rows of axis 0 changed, and only rows of the changed sample."""
         rows = self.hit[0].nonzero().flatten() if self.hit else torch.zeros(0)
         if self.length % batch or not len(rows):
             return False
@@ -53,7 +53,7 @@ class _Seen(NamedTuple):
         return any(bool(hit.any()) for hit in self.hit)
 
     def where(self, batch: int) -> str:
-        """How the hit rows lie, in words."""
+        """Describe in words which rows changed."""
         for axis, hit in enumerate(self.hit[1:], 1):
             if len(hit) == batch and hit.sum() == 1 and hit[_CHANGED]:
                 return f'the samples are on axis {axis}, not on axis 0'
@@ -64,7 +64,7 @@ class _Seen(NamedTuple):
         return f'sample {_CHANGED} of {batch} moves rows {shown} of {self.length}'
 
 
-_Run = Dict[str, List[torch.Tensor]]  # by activation: its inputs, call by call
+_Run = Dict[str, List[torch.Tensor]]  # activation -> its inputs, one per call
 _Runner = Callable[[Example], Tuple[_Run, Dict[str, FunctionCalls]]]
 
 
@@ -75,19 +75,19 @@ def find_batch_axis(
         input_size: Optional[Sequence[int]] = None,
         example_inputs: Any = None,
 ) -> BatchAxis:
-    """Check that axis 0 is the batch at every activation, those called as functions among them, and at the output.
+    """Check that axis 0 is the batch at every activation, including those called as functions, and at the output.
 
-    A position-bias network works on a table of coordinates: a neuron in it would take rows of the table for time steps.
+    A position-bias network runs on a table of coordinates. A neuron in it would treat rows of the table as timesteps.
 
     Args:
         model: The ANN, before its conversion.
         activations: Activation modules by name.
         callers: Modules that may call activations as functions, by name.
         input_size: Shape of one sample; guessed from the model by default.
-        example_inputs: What the model takes, see `probing.examples`.
+        example_inputs: Input of the model; see `probing.examples`.
 
     Raises:
-        ProbeError: The model does not run on what was guessed or given, or a sample moves rows of another.
+        ProbeError: The model does not run on the guessed or given input, or a sample changes rows of another.
     """
     run = partial(_run, model, activations, callers)
     if any(p.is_meta for p in model.parameters()):
@@ -96,7 +96,7 @@ def find_batch_axis(
         except ProbeError:
             return BatchAxis(set(), {}, True)
     batch = _SAMPLES
-    if example_inputs is not None:  # a multiple of the given: some models split their batch into groups
+    if example_inputs is not None:  # a multiple of the given batch size, since some models split the batch into groups
         given = as_example(example_inputs).batch or 1
         batch = given * -(-_SAMPLES // given)
     found = probe(model, partial(_check, model, run), batch, input_size, example_inputs)
@@ -111,7 +111,7 @@ def _in_training_too(
         input_size: Optional[Sequence[int]],
         example_inputs: Any,
 ) -> Dict[str, FunctionCalls]:
-    """Function calls of both modes; what did not run in either is left to the source."""
+    """Return the function calls of both modes. Modules that ran in neither are left to the source analysis."""
     if not any(called.names for called in calls.values()) and not any(map(called_activations, callers.values())):
         return calls
 
@@ -126,7 +126,7 @@ def _in_training_too(
 
 
 def _by_shapes(run: _Runner, example: Example) -> BatchAxis:
-    """Without values: what does not grow with the batch."""
+    """Find activations whose input does not grow with the batch, by shapes alone."""
     small, calls = run(example)
     large, _ = run(example.with_batch(2 * example.batch))
     unbatched = {name for name, inputs in small.items() if name != _OUTPUT and not _grows(inputs, large.get(name, []))}
@@ -134,10 +134,16 @@ def _by_shapes(run: _Runner, example: Example) -> BatchAxis:
 
 
 def _grows(small: Sequence[torch.Tensor], large: Sequence[torch.Tensor]) -> bool:
+    """Return whether all inputs have twice as many rows with twice the batch."""
     return [2 * x.shape[0] if x.ndim else None for x in small] == [x.shape[0] if x.ndim else 0 for x in large]
 
 
 def _check(model: nn.Module, run: _Runner, example: Example) -> BatchAxis:
+    """Run the model with one sample changed and check which rows change at each activation.
+
+    Raises:
+        _WrongAxis: Rows of other samples change, or the input has five axes.
+    """
     batch = example.batch
     if example.tensors() and example.tensors()[0].ndim == _FRAMES:
         raise _WrongAxis(
@@ -147,17 +153,17 @@ def _check(model: nn.Module, run: _Runner, example: Example) -> BatchAxis:
     own = dict.fromkeys(plain, False)
     poisoned = _try(run, _changed(example, lambda x: torch.full_like(x, torch.nan)))
     if poisoned is not None:
-        seen = {name: [_seen(x.isnan()) for x in inputs] for name, inputs in poisoned.items()}
+        seen = {name: [_row_hits(x.isnan()) for x in inputs] for name, inputs in poisoned.items()}
         own.update((name, all(s.is_own(batch) for s in seen[name])) for name in plain if seen.get(name))
     rest = [name for name in plain if not own[name]]
     if not rest:
         return BatchAxis(set(), calls, False)
-    # a NaN stops at a comparison, and passes where a zero or a constant does not
+    # A comparison stops a NaN, and a NaN passes through a multiplication by 0, so try other values.
     moved, _ = run(_changed(example, _other_values))
     larger, _ = run(example.with_batch(2 * batch))
     unbatched = set()
     for name in rest:
-        hits = [_seen(_differ(x, y)) for x, y in zip(plain[name], moved.get(name, []))]
+        hits = [_row_hits(_differ(x, y)) for x, y in zip(plain[name], moved.get(name, []))]
         wrong = [s for s in hits if s.is_hit() and not s.is_own(batch)]
         if name == _OUTPUT:
             wrong = [s for s in wrong if s.length % batch == 0]
@@ -182,7 +188,9 @@ def _run(
         example: Example,
         training: bool = False,
 ) -> Tuple[_Run, Dict[str, FunctionCalls]]:
-    """Inputs of all activations, and the output, in one forward; and which are functions."""
+    """Return the inputs of all activations and the output in one forward, and which activations were called as
+    functions.
+    """
     seen: _Run = {}
     with undisturbed(model), without_fused_paths():
         model.train(training)
@@ -200,17 +208,17 @@ def _run(
 
 
 def _try(run: _Runner, example: Example) -> Optional[_Run]:
-    """The run, or None where the model refuses a NaN, or has no input that takes one."""
+    """Return the activations' inputs, or None if the model refuses NaN or has no floating point input."""
     if not any(x.is_floating_point() and x.isnan().any() for x in example.tensors()):
         return None
     try:
         return run(example)[0]
-    except Exception:  # whatever a model raises on a NaN
+    except Exception:  # a model may raise anything on NaN
         return None
 
 
 def _changed(example: Example, change: Callable[[torch.Tensor], torch.Tensor]) -> Example:
-    """The example with one sample changed, where it has numbers."""
+    """Return the example with one sample changed in every tensor that has the batch axis and is no mask."""
     def with_change(x: torch.Tensor) -> torch.Tensor:
         is_mask = x.dtype == torch.bool
         if not x.ndim or x.shape[0] != example.batch or is_mask:
@@ -223,7 +231,7 @@ def _changed(example: Example, change: Callable[[torch.Tensor], torch.Tensor]) -
 
 
 def _other_values(x: torch.Tensor) -> torch.Tensor:
-    """Values of the same kind and range as x, not x's."""
+    """Return different values of the same dtype and range as x."""
     if x.is_floating_point():
         noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x)
         return noise * (x.std() if x.numel() > 1 and x.std() > 0 else 1.) + x.mean()
@@ -231,10 +239,10 @@ def _other_values(x: torch.Tensor) -> torch.Tensor:
 
 
 def _differ(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Exactly: the rows of other samples go through the same arithmetic."""
+    """Compare exactly, since rows of other samples go through the same arithmetic."""
     return x != y if x.shape == y.shape else torch.ones_like(x, dtype=torch.bool)
 
 
-def _seen(hit: torch.Tensor) -> _Seen:
+def _row_hits(hit: torch.Tensor) -> _RowHits:
     axes = [hit.movedim(axis, 0).flatten(1).any(1) if hit.ndim > 1 else hit for axis in range(min(hit.ndim, 4))]
-    return _Seen(hit.shape[0] if hit.ndim else 0, tuple(axes))
+    return _RowHits(hit.shape[0] if hit.ndim else 0, tuple(axes))

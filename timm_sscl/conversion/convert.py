@@ -1,4 +1,4 @@
-"""convert_to_spiking: turn a model into a spiking network, in place."""
+"""convert_to_spiking: turn a model into a spiking network in place."""
 import logging
 from collections import Counter
 from dataclasses import replace
@@ -30,7 +30,8 @@ __all__ = ['SOFT_RESET', 'convert_to_spiking']
 
 _logger = logging.getLogger(__name__)
 
-SOFT_RESET = 'soft'  # v_reset=None where None cannot be passed: timm.create_model prunes it, YAML and shells lack it
+# stands for v_reset=None where None cannot be passed: timm.create_model drops it, YAML and shells lack it
+SOFT_RESET = 'soft'
 Neuron = Union[str, Type[SpikingNeuron], partial, None]
 VariantName = Union[str, Type[Variant], partial, None]
 
@@ -38,7 +39,7 @@ _KNOWN_MODELS = 'timm.', 'timm_sscl.models.'
 
 
 def _refuse_unsupported(model: nn.Module) -> None:
-    """Raise before anything is changed, naming the module, where a conversion would be wrong in silence."""
+    """Raise an error that names the module if the conversion would be silently wrong. Nothing has been changed yet."""
     if isinstance(model, SpikingModule):
         raise ValueError(f'{type(model).__name__} is a spiking model already; use set_timesteps to change T.')
     if isinstance(model, torch.jit.ScriptModule):
@@ -70,7 +71,7 @@ def _make_plan(
         input_size: Optional[Sequence[int]],
         example_inputs: Any,
 ) -> Plan:
-    """The plan for a model that is not converted yet, after a probe where the model is not timm's."""
+    """Return the plan for a model that is not converted yet. A model that is not timm's is probed."""
     plan = Plan(model, policy, neuron)
     if input_size is not None or example_inputs is not None or not _is_known(model):
         activations = {name: child for name, (_, _, child) in plan.swaps.items()}
@@ -80,7 +81,7 @@ def _make_plan(
 
 
 def _check_patterns(model: nn.Module, plan: Plan) -> None:
-    """Raise where a pattern of include or exclude matches nothing."""
+    """Raise an error if a pattern of include or exclude matches nothing."""
     for pattern in sorted(plan.policy.unused):
         if pattern not in GROUPS and pattern != HEAD:
             raise ValueError(f"include/exclude: '{pattern}' matches no activation of {_ann_name(model)}; it has "
@@ -89,12 +90,14 @@ def _check_patterns(model: nn.Module, plan: Plan) -> None:
 
 
 def _ann_name(model: nn.Module) -> str:
-    """Name of the class that a model had before its conversion."""
+    """Return the name of the class that a model had before its conversion."""
     return (model.mixed[1] if isinstance(model, SpikingModule) else type(model)).__name__
 
 
 def _is_known(model: nn.Module) -> bool:
-    """Whether a model is one of timm's, of timm's and torch's modules only: what in it has no batch axis has a name."""
+    """Return whether a model is timm's and has only timm's and torch's modules, whose parts without a batch axis are
+    known.
+    """
     packages = {type(module).__module__.partition('.')[0] for module in model.modules()}
     return type(model).__module__.startswith(_KNOWN_MODELS) and packages <= {'timm', 'timm_sscl', 'torch'}
 
@@ -108,16 +111,16 @@ def _explicit_settings(
         variants: Dict[str, Tuple[VariantName, Optional[Mapping[str, Any]]]],
         others: Dict[str, Any],
 ) -> Tuple[SpikingSettings, FrozenSet[str]]:
-    """The settings that were given, and their names; 'soft' becomes v_reset=None.
+    """Return the settings that were given and their names. 'soft' becomes v_reset=None.
 
     Args:
-        neuron: Name, class, or a partial of a class; None where it was not given.
-        neuron_kwargs: Its options.
+        neuron: Name, class, or a partial of a class; None if not given.
+        neuron_kwargs: Options of the neuron.
         surrogate: Name or function.
-        surrogate_kwargs: Its options.
-        options: The neuron's options that are arguments of their own; None where they were not given.
-        variants: Name, class or partial, and options, by kind of variant.
-        others: The other settings, likewise.
+        surrogate_kwargs: Options of the surrogate.
+        options: Options of the neuron that convert_to_spiking has arguments for; None if not given.
+        variants: kind -> (name, class or partial; options).
+        others: All other settings; None if not given.
     """
     options = {**{k: v for k, v in options.items() if v is not None}, **(neuron_kwargs or {})}
     if isinstance(neuron, partial):
@@ -168,75 +171,76 @@ def convert_to_spiking(
         residual: VariantName = None,
         residual_kwargs: Optional[Mapping[str, Any]] = None,
 ) -> nn.Module:
-    """Turn a model into a spiking network, in place: its activations become multi-step neurons, LIF by default.
+    """Turn a model into a spiking network in place: its activations become multi-step neurons, LIF by default.
 
-    Module names, parameters, hooks and methods stay, so the ANN's state_dict loads strictly; neurons and variants with
-    parameters keep theirs then. Time is folded into the batch: inside, every tensor is (T * B, ...), time-major.
-    `model(x)` takes images (B, C, H, W) or event frames (B, T, C, H, W) and returns the mean over T;
-    `model(x, per_step=True)` returns every step, (T, B, ...).
+    Module names, parameters, hooks and methods stay, so the ANN's state_dict loads strictly. Parameters of neurons and
+    variants then keep their values. Time is folded into the batch: inside the model every tensor is (T * B, ...),
+    time-major. `model(x)` takes images (B, C, H, W) or event frames (B, T, C, H, W) and returns the mean over T.
+    `model(x, per_step=True)` returns every timestep, (T, B, ...).
 
-    All activations but gates (sigmoid, softmax) become neurons: modules, those hidden in a norm (EvoNorm, FRN: a group
-    or response norm and a neuron), and those called as functions (`F.relu(x)`). For these the calling module gets a
-    child named 'functional_act': the neuron of its one call, or a ModuleDict with one neuron per call, by its number.
-    What has no batch axis (position biases) stays analog. `model.spiking_report()` lists what became
-    of every activation.
+    All activations except gates (sigmoid, softmax) become neurons: modules, activations inside a norm (EvoNorm, FRN:
+    the module becomes a group or response norm with a neuron), and functions (`F.relu(x)`). A module that calls
+    functions gets a child named 'functional_act': one neuron, or a ModuleDict with one neuron per call, named by the
+    call's number. Activations whose input has no batch axis (position biases) stay analog. `model.spiking_report()`
+    lists what became of every activation.
 
-    `include` and `exclude` choose among them by patterns (shell wildcards) on the name or class of an activation or of
-    a module around it: exclude=['SqueezeExcite', 'layer4'], include=['*.mlp']. The groups 'attention' (activations in
-    attention, kernels of linear attention among them), 'squeeze_excite' and 'head' (those that forward_head runs) may
-    stand for patterns.
+    `include` and `exclude` select activations by patterns (shell wildcards) on the name or class of the activation or
+    of a module around it: exclude=['SqueezeExcite', 'layer4'], include=['*.mlp']. Three groups can be used like
+    patterns: 'attention' (activations in attention, including kernels of linear attention), 'squeeze_excite', and
+    'head' (activations that forward_head runs).
 
-    One forward of the converted model on the example, in evaluation and in training mode, is audited: any other
-    nonlinear operation between layers (torch.clamp, x * sigmoid(x), an activation made in forward) raises, unless it is
-    excluded, its class is named by `register_activation`, or allow_analog is set. timm's own models are known.
+    One forward of the converted model in evaluation and one in training mode are audited. Any other nonlinear operation
+    between layers (torch.clamp, x * sigmoid(x), an activation created in forward) raises, unless it is excluded, its
+    class is registered by `register_activation`, or allow_analog is set. timm's own models are not audited again.
 
-    A setting that is given here wins over the one in a checkpoint loaded later; one that is not is restored from it.
+    A setting that is given here takes precedence over a checkpoint that is loaded later. Other settings are restored
+    from the checkpoint.
 
     Args:
-        model: Any nn.Module that works on a batch; timm models keep all their methods.
-        timesteps: Time steps T, 4 by default.
-        tau: Decay factor of the membrane, 0.25 by default. This and the next four are options of the LIF, and of any
-            other neuron that has an option of this name.
+        model: Any nn.Module that works on a batch. timm models keep all their methods.
+        timesteps: Number of timesteps T, 4 by default.
+        tau: Decay factor of the membrane, 0.25 by default. This and the next four are options of the LIF neuron, and of
+            any other neuron that has options of these names.
         v_threshold: Firing threshold, 0.5 by default.
         v_reset: Potential after a spike, 0. by default; None or 'soft' subtracts the threshold instead.
-        detach_reset: Whether the gradient skips the reset, False by default.
+        detach_reset: Whether the gradient ignores the reset, False by default.
         v_init: Initial potential; v_reset by default (0 for the soft reset).
-        include: Patterns of the activations that become neurons; all but gates by default. A gate becomes one where
+        include: Patterns of the activations that become neurons; all but gates by default. A gate becomes a neuron if
             its class ('Sigmoid') or its full name is included.
         exclude: Patterns of activations that stay analog.
-        input_size: Shape of one sample, (C, H, W), for a forward that shows whether axis 0 is the batch at every
-            activation, and which are called as functions; guessed from the model by default. timm's own models need
-            none.
-        stem_pool: 'avg' pools spikes by the average in the stem of a ResNet, as the paper does, where timm has a max
-            pooling; see set_stem_pool.
-        norm: What the batch norms become: a registered name (`list_variants('norm')`), the class that is registered,
-            or a functools.partial of it. 'tdbn' multiplies their scale by v_threshold, and by 1/sqrt(2) where two
-            branches add (see TdBN). Weights load as before, but mean something else: an ANN's weights under tdBN give
-            currents smaller by that factor.
-        example_inputs: What the model takes, for the same probe: a tensor, a tuple or list of arguments, or a dict of
+        input_size: Shape of one sample, (C, H, W). A forward checks whether axis 0 is the batch at every activation and
+            which activations are called as functions. Guessed from the model by default. timm's own models need none.
+        stem_pool: 'avg' replaces the max pooling in the stem of a timm ResNet by average pooling of spikes, as in the
+            paper; see set_stem_pool.
+        norm: Variant that replaces batch norms: a registered name (`list_variants('norm')`), a registered class, or a
+            functools.partial of one. 'tdbn' multiplies the scale of a batch norm by v_threshold, and by 1/sqrt(2) where
+            two branches add (see TdBN). Weights still load but have another meaning: with an ANN's weights, currents
+            are smaller by that factor.
+        example_inputs: Input of the model for the same forward: a tensor, a tuple or list of arguments, or a dict of
             keyword arguments. Values and batch size do not matter.
-        allow_analog: Whether nonlinear operations that are no known activations may stay analog, False by default; the
-            report lists them as unknown.
-        neuron: What the activations become: a registered name (`list_neurons()`), 'lif' by default, the class that is
-            registered, or a functools.partial of it.
+        allow_analog: Whether unknown nonlinear operations may stay analog, False by default. The report lists them as
+            unknown.
+        neuron: Neuron that replaces activations: a registered name (`list_neurons()`), 'lif' by default, a registered
+            class, or a functools.partial of one.
         neuron_kwargs: Options of the neuron.
-        surrogate: Surrogate gradient: a registered name (`list_surrogates()`), 'rectangle' by default, or the function.
+        surrogate: Surrogate gradient: a registered name (`list_surrogates()`), 'rectangle' by default, or a registered
+            function.
         surrogate_kwargs: Options of the surrogate.
         norm_kwargs: Options of the norm.
-        residual: How the branches of residual blocks join: a name of `list_variants('residual')`, a class or a partial,
-            as norm.
+        residual: Variant that joins the branches of residual blocks: a name of `list_variants('residual')`, a class or
+            a partial, as for norm.
         residual_kwargs: Options of the residual.
 
     Returns:
         The model itself, now of a subclass of its class.
 
     Raises:
-        ValueError: A neuron, a surrogate, a variant or an option of one is unknown; the model runs on no guessed input,
-            or a sample moves rows of others at an activation, so that axis 0 is not the batch there; a setting is out
-            of range, a pattern matches nothing, the model is spiking or compiled already, nothing would be swapped,
-            or a nonlinear operation is no known activation; stem_pool, norm or residual are asked of a model without a
-            max pooling in its stem, batch norms, or such blocks.
-        NotImplementedError: The model holds a part whose activation cannot be swapped; the message names it.
+        ValueError: A neuron, a surrogate, a variant or an option of one is unknown; a setting is out of range; a
+            pattern matches nothing; the model is already spiking or compiled; the model runs on no guessed input; axis
+            0 is not the batch at an activation; no activation would be replaced; a nonlinear operation is unknown;
+            stem_pool, norm or residual is given but the model has no max pooling in its stem, no batch norms or no such
+            blocks.
+        NotImplementedError: The model has a part whose activation cannot be replaced. The message names it.
     """
     v_reset = None if v_reset is _NOT_GIVEN else SOFT_RESET if v_reset is None else v_reset
     options = dict(
@@ -269,7 +273,7 @@ def convert_to_spiking(
 
 
 class _HardSigmoids(Exception):
-    """Neurons of a plan that the audit found to be gates."""
+    """Raised if the audit finds that neurons of a plan are gates."""
 
     def __init__(self, names: FrozenSet[str]):
         super().__init__(names)
@@ -284,7 +288,7 @@ def _carry_out(
         explicit: FrozenSet[str],
         inspect: Optional[Callable[..., Audit]],
 ) -> None:
-    """Make the model spiking, and audit it; whatever is raised leaves it as it was."""
+    """Make the model spiking and audit it. On an error the model is restored."""
     plan.check(model)
     if not any(record.becomes_neuron for record in plan.records):
         _check_patterns(model, plan)
@@ -306,7 +310,7 @@ def _carry_out(
 
 
 def _nothing_spikes(model: nn.Module, records: Sequence[ConversionRecord]) -> str:
-    """Why no activation became a neuron."""
+    """Return the error message for a plan in which no activation becomes a neuron."""
     reasons: Dict[str, List[str]] = {}
     for record in records:
         reasons.setdefault(record.reason, []).append(f'{record.name} ({record.was})')
@@ -317,7 +321,7 @@ def _nothing_spikes(model: nn.Module, records: Sequence[ConversionRecord]) -> st
 
 
 def _mixin(model: nn.Module) -> type:
-    """Which of a converted model's methods fold and decode."""
+    """Return the mixin for a model: SpikingModel if it has timm's forward methods, else SpikingModule."""
     return SpikingModel if hasattr(model, 'forward_features') and hasattr(model, 'forward_head') else SpikingModule
 
 

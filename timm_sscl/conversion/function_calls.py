@@ -1,4 +1,4 @@
-"""Which modules call activations as functions when they run, how often, and on what."""
+"""Find which modules call activations as functions when they run, how often, and on what input."""
 from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
@@ -13,15 +13,15 @@ __all__ = ['FunctionCalls', 'WatchFunctions', 'Caller', 'called_by_source', 'giv
 
 class FunctionCalls(NamedTuple):
     """The activations that one module calls as functions in a forward, in order."""
-    names: Tuple[str, ...]  # that their neurons have; one for all where the number of calls changed between forwards
+    names: Tuple[str, ...]  # names of their neurons; one for all calls if their number varies between forwards
     functions: Tuple[str, ...]
-    is_counted: bool = False  # whether every forward makes these calls and no others
-    head: Optional[int] = None  # how many come before the module's forward_head
-    inputs: Tuple[List[torch.Tensor], ...] = ()  # of a probe, one entry per forward
+    is_counted: bool = False  # whether every forward makes exactly these calls
+    head: Optional[int] = None  # number of calls before the module's forward_head
+    inputs: Tuple[List[torch.Tensor], ...] = ()  # inputs during a probe: per call a list with one entry per forward
 
 
 class _Forward:
-    """What one forward of a module called."""
+    """Function calls during one forward of a module."""
 
     def __init__(self, name: str):
         self.name = name
@@ -31,12 +31,12 @@ class _Forward:
 
 
 class WatchFunctions(TorchFunctionMode):
-    """Watches the activations that modules call as functions while it is active and the model runs.
+    """Function mode that records the activations that modules call as functions while the model runs.
 
-    A call counts for the innermost of these modules whose forward is running.
+    A call is assigned to the innermost watched module whose forward is running.
 
     Args:
-        model: The model; it is to be `undisturbed`, for hooks are left on it.
+        model: The model. Hooks are left on it, so run it `undisturbed`.
         modules: Modules to watch, by name.
     """
 
@@ -74,11 +74,12 @@ class WatchFunctions(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def result(self) -> Dict[str, FunctionCalls]:
-        """The calls of every module that ran, those without a call too."""
+        """Return the calls of every module that ran, including modules without calls."""
         return {name: _merged(name, forwards) for name, forwards in self.ended.items()}
 
 
 def _merged(name: str, forwards: List[_Forward]) -> FunctionCalls:
+    """Combine the forwards of a module: one neuron per call if all forwards made the same calls, else one for all."""
     first = forwards[0]
     if any(forward.functions != first.functions for forward in forwards):
         functions = [function for forward in forwards for function in forward.functions]
@@ -90,12 +91,12 @@ def _merged(name: str, forwards: List[_Forward]) -> FunctionCalls:
 
 
 def _one_for_all(name: str, functions: Sequence[str], inputs: List[torch.Tensor]) -> FunctionCalls:
-    """One neuron for however many calls."""
+    """Return FunctionCalls with one neuron for any number of calls."""
     return FunctionCalls((_neuron_name(name),), (', '.join(sorted(set(functions))),), inputs=(inputs,))
 
 
 def merge_modes(name: str, evaluation: FunctionCalls, training: FunctionCalls) -> FunctionCalls:
-    """What a module calls in either mode; one neuron for all calls where the modes differ."""
+    """Combine a module's calls in evaluation and training mode; one neuron for all calls if the modes differ."""
     if evaluation.functions == training.functions:
         return evaluation
     inputs = [x for seen in evaluation.inputs for x in seen]
@@ -103,7 +104,7 @@ def merge_modes(name: str, evaluation: FunctionCalls, training: FunctionCalls) -
 
 
 def called_by_source(module: nn.Module, name: str) -> FunctionCalls:
-    """What a module's source says of a module that did not run: which activations, but not how often."""
+    """Return the function calls in the source of a module that did not run. Their number is unknown."""
     functions = called_activations(module)
     return _one_for_all(name, functions, []) if functions else FunctionCalls((), ())
 
@@ -117,15 +118,16 @@ class Caller(NamedTuple):
     name: str
     module: nn.Module
     called: FunctionCalls
-    neurons: List[str]  # which of the called names become neurons
+    neurons: List[str]  # those of called.names that become neurons
 
 
 def give_neurons(caller: Caller, make: Callable[[], nn.Module]) -> None:
-    """Add the neurons for a module's functions, in place: one child, or a ModuleDict with one per call, by its number.
+    """Add the neurons for a module's function calls in place: one child, or a ModuleDict with one per call, named by
+    its number.
 
     Args:
-        caller: The module and what it calls.
-        make: Makes a neuron.
+        caller: The module and its calls.
+        make: Function that creates a neuron.
     """
     neurons = {}
     for name, functions in zip(caller.called.names, caller.called.functions):
@@ -138,12 +140,12 @@ def give_neurons(caller: Caller, make: Callable[[], nn.Module]) -> None:
 
 
 def spread_over_calls(model: nn.Module, state_dict: Dict[str, Any], prefix: str, factors: Iterable[str]) -> None:
-    """Give the one gain that a checkpoint of version 0.1.0 has for a module's functions to every call, in place.
+    """Copy the single gain that a checkpoint of version 0.1.0 has for a module's functions to every call, in place.
 
     Args:
         model: Spiking model.
-        state_dict: What it is to load.
-        prefix: Of the model's keys.
+        state_dict: State dict to load.
+        prefix: Prefix of the model's keys.
         factors: Names of a neuron's factors in a state dict.
     """
     for name, module in model.named_modules():

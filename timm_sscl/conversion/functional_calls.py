@@ -1,4 +1,6 @@
-"""Activations, dropout and noise that a module calls as functions: found in its source, replaced inside its forward."""
+"""Find activations, dropout and noise that a module calls as functions in its source, and replace them inside its
+forward.
+"""
 import ast
 import inspect
 import sys
@@ -18,7 +20,7 @@ from .dropout import OverTime, dropout_over_time, rand_over_time
 
 __all__ = ['FunctionsOverTime', 'replace_functions', 'called_activations', 'calls_noise', 'NEURON_NAME']
 
-NEURON_NAME = 'functional_act'  # child that holds the neuron for a module's functional activations
+NEURON_NAME = 'functional_act'  # child with the neuron or neurons for a module's functional activations
 
 ACTIVATION_FUNCTIONS = {
     'relu', 'relu_', 'relu6', 'leaky_relu', 'leaky_relu_', 'prelu', 'rrelu', 'rrelu_', 'elu', 'elu_', 'selu', 'selu_',
@@ -26,7 +28,7 @@ ACTIVATION_FUNCTIONS = {
     'softsign',
 }
 _IN_PLACE_FUNCTIONS = {name for name in ACTIVATION_FUNCTIONS if name.endswith('_')}
-torch.fx.wrap('dropout_over_time')  # one node of a graph
+torch.fx.wrap('dropout_over_time')  # one node of a torch.fx graph each
 torch.fx.wrap('rand_over_time')
 
 _FORWARD_METHODS = {'forward', 'forward_features', 'forward_head', 'forward_intermediates'}
@@ -36,19 +38,20 @@ _NOISE_FUNCTIONS = {*_DROPOUT, 'rand'}
 
 
 def is_activation_function(func: Callable) -> bool:
-    """Whether a function that torch tells its modes about is an activation; an operator of somebody's own is none."""
+    """Return whether a function that a torch mode intercepted is an activation. Custom operators are not."""
     return (getattr(func, '__name__', '') in ACTIVATION_FUNCTIONS
             and not isinstance(func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)))
 
 
 @lru_cache(maxsize=None)
 def _calls(cls: type) -> Dict[str, FrozenSet[str]]:
-    """Per method of a class, the functions it calls other than on self, as far as its source is to be had.
+    """Return, per method of a class, the functions that it calls, except methods and modules of self.
 
-    `self.act(x)` calls a module, which the swap reaches; `F.relu(x)`, `relu(x)` and `x.relu()` it does not reach.
+    Methods whose source is not available are missing. `self.act(x)` calls a module, which the conversion replaces.
+    `F.relu(x)`, `relu(x)` and `x.relu()` are function calls.
     """
     found: Dict[str, FrozenSet[str]] = {}
-    overridden: Set[str] = set()  # methods that do not go on to their parent's
+    overridden: Set[str] = set()  # methods that do not call their parent's version
     parents = {'super', *(base.__name__ for base in cls.__mro__[1:])}
     for base in cls.__mro__:
         if base.__module__.startswith('torch.') or base.__module__ == 'builtins':
@@ -69,14 +72,14 @@ def _calls(cls: type) -> Dict[str, FrozenSet[str]]:
 
 
 def first_argument(tree: ast.Module) -> Optional[str]:
-    """What the one method in a parsed source calls the module, 'self' by custom."""
+    """Return the name of the first argument ('self' by convention) of the method in a parsed source."""
     method = tree.body[0]
     arguments = [*method.args.posonlyargs, *method.args.args] if isinstance(method, ast.FunctionDef) else []
     return arguments[0].arg if arguments else None
 
 
 def _function_name(node: ast.AST, own: Optional[str]) -> Optional[str]:
-    """Name of the function that a node calls; None for other nodes and for methods and modules of `own`, the module."""
+    """Return the name of the function that a node calls; None for other nodes and for calls on `own`, the module."""
     if not isinstance(node, ast.Call):
         return None
     if isinstance(node.func, ast.Name):
@@ -89,7 +92,7 @@ def _function_name(node: ast.AST, own: Optional[str]) -> Optional[str]:
 
 
 def called_activations(module: nn.Module) -> List[str]:
-    """Activations that a module calls as functions or holds as such (`self.activation = F.relu`)."""
+    """Return the activations that a module calls as functions or has as attributes (`self.activation = F.relu`)."""
     called = frozenset().union(*_calls(type(module)).values()) & ACTIVATION_FUNCTIONS
     held = {getattr(value, '__name__', '') for value in vars(module).values()
             if callable(value) and not isinstance(value, nn.Module)}
@@ -97,7 +100,7 @@ def called_activations(module: nn.Module) -> List[str]:
 
 
 def function_module(functions: Sequence[str]) -> Optional[nn.Module]:
-    """The activation that functions of these names compute, as a module; None where they are several or others."""
+    """Return the module that computes these activation functions; None if they differ or are neither relu nor relu6."""
     modules = {'relu': nn.ReLU, 'relu_': nn.ReLU, 'relu6': nn.ReLU6}
     kinds = {modules.get(name) for name in functions}
     kind = kinds.pop() if len(kinds) == 1 else None
@@ -105,25 +108,25 @@ def function_module(functions: Sequence[str]) -> Optional[nn.Module]:
 
 
 def methods_that_fire(cls: Type[nn.Module]) -> Set[str]:
-    """Names of a class's methods that call activations as functions."""
+    """Return the names of a class's methods that call activations as functions."""
     return {name for name, names in _calls(cls).items() if names & ACTIVATION_FUNCTIONS}
 
 
 @lru_cache(maxsize=None)
 def calls_noise(cls: Type[nn.Module]) -> bool:
-    """Whether a class draws dropout masks or random numbers by functions."""
+    """Return whether a class calls dropout or random number functions."""
     return any(names & _NOISE_FUNCTIONS for names in _calls(cls).values())
 
 
 class FunctionsOverTime(TorchFunctionMode):
-    """While active, functional activations are neurons, and functional noise has one mask per sample.
+    """Function mode that replaces functional activations by neurons and draws functional noise once per sample.
 
     Args:
         timesteps: T of the (T * B, ...) tensors.
-        neuron: What replaces functional activations: one for all, or a ModuleDict with one per call, by its number;
-            None leaves them, as it leaves calls that a ModuleDict lacks.
+        neuron: Replaces functional activations: one neuron for all, or a ModuleDict with one per call, named by the
+            call's number. Calls without an entry, and all calls if None, stay as they are.
         first: Number of the first call.
-        last: Number of the call after the last one; None does not count.
+        last: Number after the last call; None does not check it.
     """
 
     def __init__(
@@ -160,6 +163,7 @@ class FunctionsOverTime(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _next(self) -> Any:
+        """Return the neuron of the next call, None if it stays analog."""
         call, self.call = self.call, self.call + 1
         if self.last is not None and call >= self.last:
             self._miscounted('more than')
@@ -168,7 +172,7 @@ class FunctionsOverTime(TorchFunctionMode):
         return self.neuron[str(call)] if str(call) in self.neuron else None
 
     def check_count(self) -> None:
-        """Raise where a forward has ended before its last call."""
+        """Raise an error if fewer calls were made than expected."""
         if self.neuron is not None and self.last is not None and self.call != self.last:
             self._miscounted('fewer than')
 
@@ -179,9 +183,10 @@ class FunctionsOverTime(TorchFunctionMode):
             f'where a forward does not always call the same.')
 
     def _refuse_recomputation(self, function: str) -> None:
-        """Raise in a region that gradient checkpointing computes again in the backward, where this mode is not active.
+        """Raise an error inside a region under gradient checkpointing: its recomputation in the backward runs without
+        this mode.
 
-        A region around all of the module is fine: it enters the mode again.
+        A region around the whole module is allowed, since the recomputation enters the mode again.
         """
         if not self.differentiable or torch.compiler.is_compiling():
             return
@@ -195,14 +200,14 @@ class FunctionsOverTime(TorchFunctionMode):
             frame = frame.f_back
 
     def _fire(self, neuron, name, input, *args, inplace=False, **kwargs):
-        # for the functions whose second argument is inplace: relu, relu6, silu, mish, hardswish
+        # args[:1] is inplace for the functions with inplace as second argument: relu, relu6, silu, mish, hardswish
         inplace = inplace or name in _IN_PLACE_FUNCTIONS or args[:1] == (True,)
-        spikes = neuron(input.clone() if inplace else input)  # which it keeps for its backward
+        spikes = neuron(input.clone() if inplace else input)  # the neuron saves its input for the backward
         return input.copy_(spikes) if inplace else spikes
 
 
 def number_of_calls(module: nn.Module) -> Optional[int]:
-    """How many functional activations every forward of a converted module calls; None where that is not known."""
+    """Return how many functional activations every forward of a converted module calls; None if unknown."""
     called = module.__dict__.get('function_calls')
     return len(called.functions) if called is not None and called.is_counted else None
 
@@ -215,7 +220,7 @@ class _Functions(OverTime, Mixin):
         return methods_inside_only(base)
 
     def forward(self, *args, **kwargs):
-        if self.part_of_model and self.training:  # its neuron sees to evaluation
+        if self.part_of_model and self.training:  # in evaluation mode its neuron checks this
             require_fold(type(self).__name__)
         functions = FunctionsOverTime(self.timesteps, self._modules.get(NEURON_NAME), 0, number_of_calls(self))
         with functions:
@@ -225,8 +230,10 @@ class _Functions(OverTime, Mixin):
 
 
 def methods_inside_only(base: Type[nn.Module]) -> Dict[str, Callable]:
-    """A class's methods that call activations as functions, but for its forward methods: outside of a converted
-    model's call, where no neuron replaces the activations, they raise."""
+    """Return overrides for a class's methods, other than forward methods, that call activations as functions.
+
+    They raise outside a call of the converted model, where no neuron replaces the activations.
+    """
     return {name: _inside_only(getattr(base, name)) for name, names in _calls(base).items()
             if names & ACTIVATION_FUNCTIONS and name not in _FORWARD_METHODS}
 
@@ -249,7 +256,7 @@ def _new_functions(base: Type[nn.Module]) -> nn.Module:
 
 
 def replace_functions(module: nn.Module, timesteps: int) -> None:
-    """Give a submodule the subclass of its own class that replaces functions inside its forward, in place."""
+    """Give a submodule a subclass of its class whose forward replaces functional activations and noise, in place."""
     if not isinstance(module, _Functions):
         mix_in(module, _Functions)
         module.timesteps = timesteps

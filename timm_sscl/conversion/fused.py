@@ -1,4 +1,4 @@
-"""Fused paths of torch's modules that compute a layer without calling its activation module."""
+"""Disable fused paths of torch's modules, which compute a layer without calling its activation module."""
 
 import torch.nn as nn
 
@@ -8,12 +8,12 @@ from .functional_calls import NEURON_NAME
 
 __all__ = ['leave_fused_path', 'return_to_fused_path']
 
-# what nn.TransformerEncoderLayer and nn.TransformerEncoder ask before they take their fused path
+# attributes that nn.TransformerEncoderLayer and nn.TransformerEncoder check before taking the fused path
 _SWITCHES = {'activation_relu_or_gelu': 0, 'use_nested_tensor': False}
 
 
 def leave_fused_path(module: nn.Module) -> None:
-    """Keep a module, in place, from its fused path if neurons in it would be bypassed; others stay as they are."""
+    """Switch off a module's fused path in place if it would bypass neurons. Other modules stay."""
     if not any(isinstance(child, SpikingNeuron) for child in _fused_over(module)):
         return
     for name, off in _SWITCHES.items():
@@ -29,7 +29,7 @@ def return_to_fused_path(module: nn.Module) -> None:
 
 
 def _fused_over(module: nn.Module):
-    """Modules that a fused path of this module would not call."""
+    """Return the modules that the fused path of this module does not call."""
     if hasattr(module, 'activation_relu_or_gelu'):
         return [module._modules.get('activation'), module._modules.get(NEURON_NAME)]
     return module.modules() if hasattr(module, 'use_nested_tensor') else []

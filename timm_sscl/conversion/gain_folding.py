@@ -1,4 +1,4 @@
-"""fold_gains: neurons' input gains and output scales into the weights around them, for inference."""
+"""fold_gains: fold the input gains and output scales of neurons into the weights around them, for inference."""
 import logging
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
@@ -15,7 +15,7 @@ __all__ = ['fold_gains', 'Folded']
 
 _logger = logging.getLogger(__name__)
 
-# position of weight and bias among the arguments; all scale with both
+# function -> positions of weight and bias among its arguments; its output scales with both
 _AFFINE = {'conv1d': (1, 2), 'conv2d': (1, 2), 'conv3d': (1, 2), 'linear': (1, 2), 'batch_norm': (3, 4),
            'layer_norm': (2, 3), 'group_norm': (2, 3)}
 _LINEAR = {'conv1d', 'conv2d', 'conv3d', 'linear'}
@@ -26,34 +26,35 @@ _POOLS = {'max_pool2d', 'avg_pool2d', 'adaptive_avg_pool2d', 'adaptive_max_pool2
 
 
 class Folded(NamedTuple):
-    """What became of one factor of one neuron layer."""
-    name: str  # the neuron layer
+    """Result of folding one factor of one neuron layer."""
+    name: str  # name of the neuron layer
     factor: str  # 'gain' or 'scale'
-    into: str  # parameters that took it, or why it stays
+    into: str  # parameters that took the factor, or the reason why it stays
     done: bool
 
 
 class _Call(NamedTuple):
     func: Callable
-    name: str  # of the function
+    name: str  # name of the function
     args: Tuple[Any, ...]
     kwargs: Dict[str, Any]
     out: Any
 
     def parameter(self, what: str) -> Any:
+        """Return the weight or bias argument of the call."""
         position = _AFFINE[self.name][what == 'bias']
         return self.kwargs.get(what, self.args[position] if len(self.args) > position else None)
 
 
 class _Trace(TorchFunctionMode):
-    """One forward as a graph of tensors: who made each, and who took it."""
+    """Function mode that records one forward as a graph: which call made each tensor and which calls used it."""
 
     def __init__(self, model: SpikingModule):
         super().__init__()
         self.made: Dict[int, _Call] = {}
         self.taken: Dict[int, List[Any]] = {}
         self.neurons: Dict[str, List[Tuple[torch.Tensor, torch.Tensor]]] = {}
-        self.inside = 0  # in a neuron's forward
+        self.inside = 0  # depth of running neuron forwards
         for name, lif in model.neurons().items():
             lif.register_forward_pre_hook(self._enter)
             lif.register_forward_hook(self._leave(name))
@@ -73,7 +74,8 @@ class _Trace(TorchFunctionMode):
         out = func(*args, **kwargs)
         if self.inside or not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(out)):
             return out
-        call = _Call(func, getattr(func, '__name__', ''), args, kwargs, out)  # holds its tensors: ids stay unique
+        # keeps its tensors alive, so that ids stay unique
+        call = _Call(func, getattr(func, '__name__', ''), args, kwargs, out)
         for leaf in tree_leaves((args, kwargs)):
             if isinstance(leaf, torch.Tensor):
                 self.taken.setdefault(id(leaf), []).append(call)
@@ -82,7 +84,9 @@ class _Trace(TorchFunctionMode):
         return out
 
     def unscaled(self, weight: Any) -> Any:
-        """The parameter that a norm's scale is a constant multiple of, as in tdBN; else the scale itself."""
+        """Return the parameter behind a norm's scale if the scale is a constant multiple of it (tdBN), else the scale
+        itself.
+        """
         call = self.made.get(id(weight))
         return call.args[0] if call is not None and call.name == 'mul' and isinstance(call.args[1], float) else weight
 
@@ -90,18 +94,20 @@ class _Trace(TorchFunctionMode):
 @all_or_nothing(parameters=True)
 @torch.no_grad()
 def fold_gains(model: SpikingModule, images: torch.Tensor) -> SpikingModule:
-    """Fold gains and scales of neuron layers into the parameters around them, in place, where that changes nothing.
+    """Fold gains and scales of neuron layers into the parameters around them, in place, where the result is the same.
 
-    A gain goes into the weight and bias of the norm, convolution or linear map whose output the layer alone takes. A
-    scale goes into the weights of the convolutions or linear maps, if these, through pooling or not, are all that takes
-    the spikes; a residual sum keeps it in the neuron. Outputs stay the same to round-off.
+    A gain is folded into weight and bias of the norm, convolution or linear layer before the neuron, if nothing else
+    uses its output. A scale is folded into the weights of the convolutions or linear layers after the neuron, if
+    nothing else uses the spikes; pooling may lie between. A scale before a residual sum stays in the neuron. Outputs
+    are equal up to rounding.
 
     Args:
         model: Spiking model, calibrated or converted from an ANN.
-        images: A batch that the model takes; one image will do. One forward shows what follows what.
+        images: A batch in the model's input format; one image suffices. One forward on it determines the order of
+            layers.
 
     Returns:
-        The model itself. `model.spiking_report().folds` has one Folded per factor that there was.
+        The model itself. `model.spiking_report().folds` has one Folded per factor.
     """
     with untouched(model), _Trace(model) as trace:
         model(images)
@@ -124,10 +130,11 @@ def fold_gains(model: SpikingModule, images: torch.Tensor) -> SpikingModule:
     return model
 
 
-_Fold = Tuple[List[str], str]  # parameters that took the factor, or none and why
+_Fold = Tuple[List[str], str]  # (parameters that took the factor, '') or ([], reason)
 
 
 def _fold_gain(trace: _Trace, parameters: Dict[int, str], call: Tuple[torch.Tensor, torch.Tensor], gain) -> _Fold:
+    """Fold a gain into the layer that computes the neuron's input."""
     x = call[0]
     while True:
         if len(trace.taken[id(x)]) != 1:
@@ -150,6 +157,7 @@ def _fold_gain(trace: _Trace, parameters: Dict[int, str], call: Tuple[torch.Tens
 
 
 def _fold_scale(trace: _Trace, parameters: Dict[int, str], call: Tuple[torch.Tensor, torch.Tensor], scale) -> _Fold:
+    """Fold a scale into the layers that use the neuron's spikes."""
     weights, why = _takers(trace, call[1], _axis(scale, call[1]))
     if why:
         return [], why
@@ -166,7 +174,7 @@ def _fold_scale(trace: _Trace, parameters: Dict[int, str], call: Tuple[torch.Ten
 
 
 def _axis(factor: torch.Tensor, x: torch.Tensor) -> Optional[int]:
-    """The axis of x along which a factor differs; None where it is one number."""
+    """Return the axis of x along which a factor varies; None if it is one number."""
     return next((x.ndim - factor.ndim + i for i, n in enumerate(factor.shape) if n > 1), None)
 
 
@@ -175,12 +183,16 @@ def _takers(
         spikes: torch.Tensor,
         axis: Optional[int],
 ) -> Tuple[List[_Call], Optional[str]]:
-    """The linear maps that take the spikes along their channels, through pooling and reshaping; or what else does.
+    """Return the linear layers that use spikes along their channels, directly or after pooling and reshaping; or a
+    reason.
 
     Args:
         trace: The forward.
-        spikes: A neuron's output.
-        axis: Axis of the spikes along which their scale differs; None where it is one number.
+        spikes: Output of a neuron.
+        axis: Axis of the spikes along which their scale varies; None if it is one number.
+
+    Returns:
+        (calls, None), or ([], reason) if something else uses the spikes.
     """
     found, pending = [], [(spikes, axis)]
     while pending:

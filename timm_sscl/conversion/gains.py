@@ -1,4 +1,4 @@
-"""calibrate: an input gain for every neuron layer, from one forward, so that no layer starts silent."""
+"""calibrate: set an input gain for every neuron layer from one forward, so that no layer starts silent."""
 import logging
 import math
 from contextlib import contextmanager
@@ -17,45 +17,47 @@ __all__ = ['calibrate', 'normalising_by_batch', 'LayerDrive']
 
 _logger = logging.getLogger(__name__)
 
-_MIN_RATE = 0.01  # below this share of inputs over the threshold the mean square says too little about a skewed input
+# if a smaller share of inputs exceeds the threshold, the input is skewed and its mean square is not used
+_MIN_RATE = 0.01
 
 
 class LayerDrive(NamedTuple):
-    """What drives one neuron layer."""
+    """Input current of one neuron layer."""
     name: str
-    rms: float  # root mean square of the input current, before the gain
+    rms: float  # root mean square of the input current before the gain
     gain: float
-    rate: float  # spikes per neuron and step after the gain
+    rate: float  # spikes per neuron and timestep with the gain
 
 
 def calibrate(model: SpikingModule, images: torch.Tensor) -> SpikingModule:
     """Set the input gain of every neuron layer so that its input is as large as a batch norm's output.
 
-        gain = (v_threshold / 0.5) / rms(x)        0.5 is the threshold that goes with a root mean square of 1
+        gain = (v_threshold / 0.5) / rms(x)        threshold 0.5 corresponds to a root mean square of 1
 
-    Where hardly any input would reach the threshold so (a few large negative values make the mean square), the median
-    of the positive inputs does. One forward measures and sets the layers in the order in which they run, each behind
-    the calibrated ones before it. Batch norms normalise by the batch, as in training, and keep their running
-    statistics; dropout and stochastic depth are off. A layer that runs several times gets one gain from all its inputs.
+    If hardly any input would reach the threshold (a few large negative values dominate the mean square), the gain lets
+    the median of the positive inputs reach it. One forward measures and sets the layers in the order in which they run,
+    so that each is measured after the calibrated layers before it. Batch norms normalise by the batch, as in training,
+    and keep their running statistics. Dropout and stochastic depth are off. A layer that runs several times gets one
+    gain from all its inputs.
 
-    Behind a zero no neuron gets a gradient: a norm's scale (or a weight-standardised convolution's gain) that is zero
-    throughout, as in branches that start at zero, becomes 0.1, and weights that are, as of some classifiers, become
-    small noise.
+    A neuron behind a zero gets no gradient. A norm's scale (or the gain of a weight-standardised convolution) that is
+    all zeros, as at the end of zero-initialised branches, is therefore set to 0.1. Weights that are all zeros, as in
+    some classifiers, are set to small noise.
 
-    Gains are no parameters; they are in the state_dict of the spiking model. Layers that fire never or always even so
-    are named in a warning.
+    Gains are not parameters. They are in the state_dict of the spiking model. A warning names layers that still never
+    or always fire.
 
     Args:
         model: Spiking model.
-        images: A batch as the model takes it, (B, C, H, W) or (B, T, C, H, W), of real images.
+        images: A batch of real images in the model's input format, (B, C, H, W) or (B, T, C, H, W).
 
     Returns:
-        The model itself. `model.spiking_report().drives` has one LayerDrive per layer that ran, in the order of their
+        The model itself. `model.spiking_report().drives` has one LayerDrive per layer that ran, in the order of the
         first calls.
 
     Raises:
-        ValueError: The model does not spike, its neurons have output scales (their thresholds come from an ANN), or
-            images holds something that is not finite, or a layer's current does, or no layer runs.
+        ValueError: The model is not spiking, its neurons have output scales (thresholds from an ANN), images or a
+            layer's current has a value that is not finite, or no layer runs.
     """
     _check(model, images)
     if model.settings.norm is not None:
@@ -74,6 +76,7 @@ def calibrate(model: SpikingModule, images: torch.Tensor) -> SpikingModule:
 
 
 def _check(model: nn.Module, images: torch.Tensor) -> None:
+    """Raise ValueError if the model or the images cannot be calibrated."""
     if not isinstance(model, SpikingModule):
         raise ValueError(f'{type(model).__name__} does not spike; convert_to_spiking(model) makes it.')
     if any(lif.scale is not None for lif in model.neurons().values()):
@@ -84,7 +87,9 @@ def _check(model: nn.Module, images: torch.Tensor) -> None:
 
 
 def _measure(model: SpikingModule, images: torch.Tensor) -> Dict[str, '_Drive']:
-    """What drives every neuron layer that runs, in the order of their first calls, each with its gain."""
+    """Run one forward that sets the gains; return the measurements of the layers that ran, in the order of the first
+    calls.
+    """
     drives: Dict[str, _Drive] = {}
     with normalising_by_batch(model):
         for name, lif in model.neurons().items():
@@ -106,7 +111,7 @@ class _Drive:
 
     def __init__(self, lif: SpikingNeuron, ran: Callable[['_Drive'], Any]):
         self.lif = lif
-        self.ran = ran  # told of every call
+        self.ran = ran  # called at every call of the layer
         self.gain: Optional[torch.Tensor] = None
         self.squares: List[float] = []
         self.fired = self.elements = 0
@@ -142,8 +147,10 @@ class _Drive:
 
 @contextmanager
 def normalising_by_batch(model: nn.Module) -> Iterator[None]:
-    """Norms with running statistics in training mode, all else in evaluation mode; afterwards the model, its
-    statistics among it, is as it was."""
+    """Run a model inside in evaluation mode, except norms with running statistics, which run in training mode.
+
+    Afterwards the model and its statistics are restored.
+    """
     with untouched(model):
         for module in model.modules():
             if isinstance(module, _NormBase):
@@ -152,6 +159,7 @@ def normalising_by_batch(model: nn.Module) -> Iterator[None]:
 
 
 def _warn(model: nn.Module, result: List[LayerDrive], idle: List[str]) -> None:
+    """Log layers that never or always fire or did not run, and a summary."""
     kind = type(model).__name__
     for names, what in (
             ([d.name for d in result if d.rate == 0], 'never fire, even after calibration'),

@@ -16,6 +16,7 @@ _STAYS_BINARY = {'max', 'amax', 'any', 'max_pool2d_with_indices', 'max_pool2d', 
 
 
 def _tensors(tree: Any) -> List[torch.Tensor]:
+    """Return all tensors in nested containers."""
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
@@ -284,6 +285,6 @@ class Interpreter(TorchDispatchMode):
 
 
 def _clips_to_positive(args: Tuple[Any, ...]) -> bool:
-    """clamp(x, 0, c), the core of a hard sigmoid."""
+    """Return whether the arguments are those of clamp(x, 0, c), the core of a hard sigmoid."""
     low, high = (*args[1:3], None, None)[:2]
     return low == 0 and isinstance(high, (int, float)) and 0 < high < float('inf')
