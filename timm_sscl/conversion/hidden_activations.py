@@ -1,4 +1,4 @@
-"""Modules of timm that hide their activation, or that split the batch: their spiking form, by a subclass, in place."""
+"""Replace activations inside norms of timm, and let split batch norm split samples, by subclasses set in place."""
 import re
 from typing import Optional, Tuple
 
@@ -18,7 +18,9 @@ _BATCH_EVONORM = re.compile(r'EvoNorm2dB\d')
 
 
 class _EvoNorm(Mixin):
-    """Mixin: group norm, then the neuron. EvoNorm's own activation x * sigmoid(v x) / std has no part to swap."""
+    """Mixin: group norm, then the neuron. It replaces EvoNorm's activation x * sigmoid(v x) / std, which is not a
+    module.
+    """
     act: nn.Module
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -26,14 +28,14 @@ class _EvoNorm(Mixin):
 
 
 class _FilterResponseNorm(Mixin):
-    """Mixin: filter response norm without its threshold (tau is None), then the neuron."""
+    """Mixin: filter response norm without its threshold tau, then the neuron."""
     act: nn.Module
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.act(super().forward(x))
 
 
-# base class -> (mixin, parameters that the hidden activation had)
+# base class -> (mixin, parameters of the replaced activation)
 _ADAPTERS = {
     EvoNorm2dS0: (_EvoNorm, ('v',)),
     EvoNorm2dS1: (_EvoNorm, ()),
@@ -43,18 +45,19 @@ _ADAPTERS = {
 
 
 def _adapter(module: nn.Module) -> Optional[Tuple[type, Tuple[str, ...]]]:
+    """Return the entry of _ADAPTERS for a norm that applies an activation, else None."""
     if not getattr(module, 'apply_act', False) or isinstance(module, (_EvoNorm, _FilterResponseNorm)):
         return None
     return next((adapter for base, adapter in _ADAPTERS.items() if isinstance(module, base)), None)
 
 
 def hidden_activation(module: nn.Module) -> bool:
-    """Whether a module hides an activation that `give_neuron` replaces."""
+    """Return whether a module has an activation that `give_neuron` replaces."""
     return _adapter(module) is not None
 
 
 def why_no_adapter(module: nn.Module) -> Optional[str]:
-    """Why a module's hidden activation cannot be replaced; None where it can, or there is none."""
+    """Return why a module's activation cannot be replaced; None if it can, or if there is none."""
     kind = type(module).__name__
     if _BATCH_EVONORM.search(kind) and getattr(module, 'apply_act', True):
         return 'divides by a variance over the batch and hides its activation in that; use EvoNorm2dS0 or batch norm.'
@@ -65,7 +68,9 @@ _new_adapted = new_mixed  # its name in pickles of version 0.1.0
 
 
 def give_neuron(module: nn.Module, neuron: nn.Module) -> None:
-    """Make `act` the neuron of a norm that hid its activation; the activation's own parameters are dropped."""
+    """Replace the activation inside a norm by a neuron in its attribute `act`; parameters of the activation are
+    dropped.
+    """
     mixin, dropped = _adapter(module)
     mix_in(module, mixin)
     module.__dict__['_kept'] = {
@@ -77,7 +82,7 @@ def give_neuron(module: nn.Module, neuron: nn.Module) -> None:
 
 
 def take_neuron(module: nn.Module) -> None:
-    """Undo give_neuron; other modules stay as they are."""
+    """Undo give_neuron. Other modules stay."""
     if not isinstance(module, (_EvoNorm, _FilterResponseNorm)):
         return
     del module.act
@@ -89,7 +94,7 @@ def take_neuron(module: nn.Module) -> None:
 
 
 class SplitBatchNormOverTime(OverTime, SplitBatchNorm2d):
-    """Split batch norm whose parts are groups of samples, each with all its time steps."""
+    """Split batch norm that splits samples, each with all its timesteps."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if not self.training:
@@ -102,13 +107,13 @@ class SplitBatchNormOverTime(OverTime, SplitBatchNorm2d):
         parts = [nn.BatchNorm2d.forward(self, first.flatten(0, 1))]
         parts += [bn(part.flatten(0, 1)) for bn, part in zip(self.aux_bn, others)]
         x = torch.cat([part.unflatten(0, (self.timesteps, -1)) for part in parts], dim=1).flatten(0, 1)
-        for name in ('drop', 'act'):  # there where a norm with activation was split
+        for name in ('drop', 'act'):  # present only if a norm-act layer was split
             x = self._modules[name](x) if name in self._modules else x
         return x
 
 
 def split_over_samples(module: nn.Module, timesteps: int) -> None:
-    """Let a SplitBatchNorm2d split samples instead of time steps, in place; others stay as they are."""
+    """Let a SplitBatchNorm2d split samples instead of timesteps, in place. Other modules stay."""
     if type(module) is SplitBatchNorm2d:
         module.__class__ = SplitBatchNormOverTime
         module.timesteps = timesteps

@@ -1,7 +1,7 @@
-"""What a converted model does beyond its ANN: fold the input over time, decode what leaves, keep its settings.
+"""Mixins of a converted model: fold the input over time, decode the output, change settings.
 
-A converted model is an instance of a subclass of its own class: `(SpikingModel, Base)` for what has timm's
-forward_features / forward_head, `(SpikingModule, Base)` for anything else. Inside, every tensor is (T * B, ...).
+A converted model is an instance of a subclass of its own class: `(SpikingModel, Base)` if Base has timm's
+forward_features and forward_head, else `(SpikingModule, Base)`. Inside, every tensor is (T * B, ...).
 """
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -33,13 +33,13 @@ __all__ = [
 
 
 def encode_input(x: Any, timesteps: int, stem: Optional[str] = None) -> torch.Tensor:
-    """Direct encoding: images (B, C, H, W) are repeated, event frames (B, T, C, H, W) are folded, to (T * B, ...).
+    """Fold the input to (T * B, ...): images (B, C, H, W) are repeated, event frames (B, T, C, H, W) are folded.
 
-    Images stay (B, C, H, W) where the neuron named stem repeats its current instead.
+    If `stem` names a neuron, images stay (B, C, H, W), and that neuron repeats its current.
 
     Raises:
-        TypeError: x is no tensor.
-        ValueError: The number of event frames is not timesteps, or they meet a stem that runs once.
+        TypeError: x is not a tensor.
+        ValueError: The number of event frames is not timesteps, or event frames meet a stem that runs once.
     """
     if not isinstance(x, torch.Tensor):
         raise TypeError(f'a spiking model takes a tensor of images or event frames, got {type(x).__name__}.')
@@ -53,14 +53,14 @@ def encode_input(x: Any, timesteps: int, stem: Optional[str] = None) -> torch.Te
         return x.transpose(0, 1).flatten(0, 1)
     if stem is not None:
         return x
-    return torch.cat([x] * timesteps)  # cat keeps channels_last, expand and reshape would not
+    return torch.cat([x] * timesteps)  # unlike expand and reshape, cat keeps channels_last
 
 
 def fold_traced_input(x: Any, timesteps: int, stem: Optional[str], args: Sequence[Any], kwargs: Dict[str, Any]) -> Any:
-    """`encode_input` as one node of a torch.fx graph; `neurons.folding` looks for it.
+    """`encode_input` as one node of a torch.fx graph. `neurons.folding` looks for this node.
 
     Raises:
-        TypeError: The graph is called with further arguments, which it was not traced for.
+        TypeError: The graph is called with further arguments, for which it was not traced.
     """
     if args or kwargs:
         raise TypeError(f'a traced spiking model takes images and per_step, and no further arguments; got {len(args)} '
@@ -75,7 +75,7 @@ _new_spiking = new_mixed  # its name in pickles of version 0.1.0
 
 
 def _given(x: Any, args: Tuple[Any, ...]) -> Tuple[Any, ...]:
-    """Positional arguments of a call whose first one may be given by its name instead."""
+    """Return the positional arguments of a call whose first argument x may be given by name."""
     return args if x is None else (x, *args)
 
 
@@ -97,11 +97,11 @@ class SpikingModule(SpikingState, Mixin):
 
     @property
     def timesteps(self) -> int:
-        """Number of time steps T."""
+        """Number of timesteps T."""
         return self.settings.timesteps
 
     def set_timesteps(self, timesteps: int) -> 'SpikingModule':
-        """Run the model for another number of time steps from now on.
+        """Change the number of timesteps.
 
         Returns:
             The model itself.
@@ -114,28 +114,28 @@ class SpikingModule(SpikingState, Mixin):
         return self
 
     def set_progress(self, progress: float) -> 'SpikingModule':
-        """Say which share of the training is done, from 0 to 1: surrogates such as 'evaf' change with it.
+        """Set the fraction of the training that is done, 0 to 1. Surrogates such as 'evaf' depend on it.
 
-        train.py says it at every epoch's start; in a loop of your own, call it there: epoch / epochs. A checkpoint does
-        not hold it.
+        train.py calls this at the start of every epoch; in your own loop, call it with epoch / epochs. It is not part
+        of a checkpoint.
 
         Returns:
             The model itself.
 
         Raises:
-            ValueError: progress does not lie between 0 and 1.
+            ValueError: progress is not between 0 and 1.
         """
         for neuron in self.neurons().values():
             neuron.set_progress(progress)
         return self
 
     def spiking_report(self) -> SpikingReport:
-        """What the conversion did with every activation it met.
+        """Return what the conversion did with every activation.
 
         Returns:
-            A SpikingReport: a sequence of ConversionRecord (name, was, now, reason), whose `macs(images)` counts the
-            share of MACs with binary, fractional and analog input; print it for a summary. It also holds what
-            `calibrate`, `fold_gains` and the variants found.
+            A SpikingReport: a sequence of ConversionRecord (name, was, now, reason). Its `macs(images)` counts the
+            shares of MACs with binary, fractional and analog input. It also holds what `calibrate`, `fold_gains` and
+            the variants found. Print it for a summary.
         """
         return make_report(self, self._records())
 
@@ -143,15 +143,15 @@ class SpikingModule(SpikingState, Mixin):
         return current_records(self, self._report) + audit_records(self)
 
     def forward(self, x: Any = None, *args, per_step: bool = False, **kwargs) -> Any:
-        """Run all time steps.
+        """Run all timesteps.
 
         Args:
             x: Images (B, C, H, W), or event frames (B, T, C, H, W).
-            per_step: Whether to return every step's output, (T, B, ...), instead of their mean, (B, ...).
+            per_step: Whether to return every timestep's output, (T, B, ...), instead of the mean, (B, ...).
         """
         if self._is_folded():
             return super().forward(*_given(x, args), **kwargs)
-        if isinstance(x, torch.fx.Proxy):  # args and kwargs are, too
+        if isinstance(x, torch.fx.Proxy):  # args and kwargs are Proxies, too
             folded = fold_traced_input(x, self.timesteps, self.settings.stem, args, kwargs)
             with functions_as_nodes(type(self), x.tracer):
                 out = self._call_folded('forward', super().forward, folded)
@@ -162,7 +162,7 @@ class SpikingModule(SpikingState, Mixin):
 
     @contextmanager
     def time_folded(self) -> Iterator[None]:
-        """Context in which parts of the model (`model.layer1`) may be called on (T * B, ...) tensors."""
+        """Allow calls of parts of the model (`model.layer1`) on (T * B, ...) tensors inside."""
         before = enter_fold(self)
         try:
             yield
@@ -170,7 +170,7 @@ class SpikingModule(SpikingState, Mixin):
             leave_fold(before)
 
     def _call_folded(self, name: str, method: Callable, *args, **kwargs) -> Any:
-        """Call one of the base class's forward methods on folded arguments."""
+        """Call one of the base class's forward methods on arguments with time folded into the batch."""
         functions = self._functions(name)
         before = enter_fold(self)
         try:
@@ -178,12 +178,12 @@ class SpikingModule(SpikingState, Mixin):
                 out = method(*args, **kwargs)
         finally:
             leave_fold(before)
-        if isinstance(functions, FunctionsOverTime) and name != 'forward_intermediates':  # which may stop early
+        if isinstance(functions, FunctionsOverTime) and name != 'forward_intermediates':  # it may stop early
             functions.check_count()
         return out
 
     def _is_folded(self) -> bool:
-        """Whether the input is (T * B, ...) already: inside a call of this model, or of one that it is part of."""
+        """Return whether the input is (T * B, ...) already: inside a call of this model or of one that contains it."""
         model = folding_model()
         if model is None or (model is not self and all(module is not self for module in model.modules())):
             return False
@@ -193,9 +193,9 @@ class SpikingModule(SpikingState, Mixin):
         return True
 
     def _fold_arguments(self, x: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> Tuple[Tuple, Dict[str, Any]]:
-        """The arguments of a call with time folded into the batch.
+        """Return the arguments of a call with time folded into the batch.
 
-        The first tensor is encoded. Every other that has its batch axis is repeated over time.
+        The first tensor is encoded. Other tensors with the same batch axis are repeated over time.
         """
         if x is None and kwargs:
             name = next((k for k, v in kwargs.items() if isinstance(v, torch.Tensor)), next(iter(kwargs)))
@@ -204,14 +204,14 @@ class SpikingModule(SpikingState, Mixin):
         return (self._repeat_over_time(x), *self._repeat_like(x, args)), self._repeat_like(x, kwargs)
 
     def _repeat_like(self, x: torch.Tensor, others: Any) -> Any:
-        """Further arguments, those with the batch axis of x repeated over time."""
+        """Return further arguments; tensors that have the batch axis of x are repeated over time."""
         def repeat(other: Any) -> Any:
             has_batch = isinstance(other, torch.Tensor) and other.ndim and other.shape[0] == x.shape[0]
             return torch.cat([other] * self.timesteps) if has_batch else other
         return tree_map(repeat, others) if others and self.settings.stem is None else others
 
     def set_stem(self, name: Optional[str]) -> 'SpikingModule':
-        """Let the neuron of this name repeat its current over T (`share_stem` checks first); None repeats the input.
+        """Let the neuron of this name repeat its current over T (`share_stem` checks first); None undoes it.
 
         Returns:
             The model itself.
@@ -220,7 +220,7 @@ class SpikingModule(SpikingState, Mixin):
         return self
 
     def _samples(self, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> int:
-        """B of arguments that `_fold_arguments` made."""
+        """Return B of arguments returned by `_fold_arguments`."""
         rows = (args[0] if args else next(iter(kwargs.values()))).shape[0]
         return rows if self.settings.stem is not None else rows // self.timesteps
 
@@ -228,7 +228,9 @@ class SpikingModule(SpikingState, Mixin):
         return encode_input(x, self.timesteps, self.settings.stem)
 
     def _functions(self, method: str):
-        """Functions that a method of the model calls become neurons and noise with one mask over time."""
+        """Return the context in which functions become neurons, and noise has one mask over time, in a call of this
+        method.
+        """
         neuron = self._modules.get(NEURON_NAME)
         if self._repeats_activations:
             neuron = self._fire_feature if fires_features(self, method) else None
@@ -246,6 +248,7 @@ class SpikingModule(SpikingState, Mixin):
         return feature_neuron(self, x)(x)
 
     def _set_settings(self, settings: SpikingSettings) -> None:
+        """Change the settings and apply them to neurons, dropout, stem and variants."""
         before, variants = self.settings, settings.variants()
         again = any(getattr(settings, name) != getattr(before, name) for name in ('neuron', 'include', 'exclude'))
         others = [kind for kind in KINDS if getattr(settings, kind) != getattr(before, kind)]
@@ -277,11 +280,11 @@ class SpikingModule(SpikingState, Mixin):
                 module.timesteps = settings.timesteps
 
     def neurons(self) -> Dict[str, SpikingNeuron]:
-        """Neuron layers by module name."""
+        """Return the neuron layers by module name."""
         return {name: module for name, module in self.named_modules() if isinstance(module, SpikingNeuron)}
 
     def no_weight_decay(self) -> Set[str]:
-        """Names of parameters that take no weight decay: the model's own, and those of the neurons and variants."""
+        """Return the names of parameters without weight decay: the base model's, and all of neurons and variants."""
         own = getattr(super(), 'no_weight_decay', set)()
         parameters = {name for name, _ in self.named_parameters()}
         added = {name for variant in self.settings.variants().values() for name in variant.own_state(self)}
@@ -297,28 +300,28 @@ class SpikingModule(SpikingState, Mixin):
 
 
 class SpikingModel(SpikingModule):
-    """Mixin for a converted timm model: the outermost of its forward methods folds, and decodes what it returns.
+    """Mixin for a converted timm model: the outermost forward method folds its input and decodes its output.
 
-    `forward_features` and the final output of `forward_intermediates` carry (T * B, ...); `forward`, `forward_head` and
+    `forward_features` and the final features of `forward_intermediates` are (T * B, ...). `forward`, `forward_head` and
     the intermediates return the mean over T, (B, ...), or (T, B, ...) with per_step=True.
     """
 
     def forward_features(self, x: Any = None, *args, **kwargs) -> Any:
-        """Features of all time steps, (T * B, ...)."""
+        """Return the features of all timesteps, (T * B, ...)."""
         if self._is_folded():
             return super().forward_features(*_given(x, args), **kwargs)
         args, kwargs = self._fold_arguments(x, args, kwargs)
         return self._call_folded('forward_features', super().forward_features, *args, **kwargs)
 
     def forward_head(self, x: torch.Tensor, *args, per_step: bool = False, **kwargs) -> Any:
-        """Logits (or pre_logits) from features (T * B, ...): the mean over time, (B, ...), or (T, B, ...) per step."""
+        """Return logits (or pre_logits) from features (T * B, ...): their mean over time (B, ...), or (T, B, ...)."""
         if self._is_folded():
             return super().forward_head(x, *args, **kwargs)
         out = self._call_folded('forward_head', super().forward_head, x, *args, **kwargs)
         return decode(out, self.timesteps, per_step)
 
     def forward_intermediates(self, x: Any = None, *args, per_step: bool = False, **kwargs) -> Any:
-        """timm's forward_intermediates on T steps: the final features stay (T * B, ...), intermediates are decoded."""
+        """Run timm's forward_intermediates: final features stay (T * B, ...), intermediates are decoded."""
         if self._is_folded():
             return super().forward_intermediates(*_given(x, args), **kwargs)
         args, kwargs = self._fold_arguments(x, args, kwargs)
@@ -335,9 +338,10 @@ class SpikingModel(SpikingModule):
         self._convert_new_modules()
 
     def _convert_new_modules(self) -> None:
+        """Convert the modules of a new classifier."""
         known = {record.name for record in self._report}
         self._report += [record for record in swap_modules(self, self.settings) if record.name not in known]
         self._configure()
 
 
-SpikingEncoder = SpikingModel  # its name in pickles of version 0.1.0
+SpikingEncoder = SpikingModel  # name in pickles of version 0.1.0

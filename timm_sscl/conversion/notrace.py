@@ -1,6 +1,6 @@
-"""Functions that timm takes as one node of a torch.fx graph, in the methods of a class that a converted model inherits.
+"""Make timm's notrace functions one node of a torch.fx graph of a converted model.
 
-torch.fx wraps them where it finds the root module's forward, which is timm_sscl's in a converted model.
+torch.fx looks for them in the module of the root's forward, which in a converted model is in timm_sscl.
 """
 import sys
 from contextlib import contextmanager
@@ -14,6 +14,7 @@ __all__ = ['functions_as_nodes']
 
 
 def _as_node(function: Callable, tracer: torch.fx.Tracer) -> Callable:
+    """Wrap a function: a call with a Proxy among its arguments adds a node to the tracer's graph."""
     def call(*args: Any, **kwargs: Any) -> Any:
         if any(isinstance(leaf, torch.fx.Proxy) for leaf in tree_leaves((args, kwargs))):
             return tracer.create_proxy('call_function', function, args, kwargs)
@@ -23,7 +24,7 @@ def _as_node(function: Callable, tracer: torch.fx.Tracer) -> Callable:
 
 @contextmanager
 def functions_as_nodes(cls: type, tracer: torch.fx.Tracer) -> Iterator[None]:
-    """Inside, timm's notrace functions are one node each where the methods of a class and its bases call them."""
+    """Inside, calls of timm's notrace functions in the modules of a class and its bases become one graph node each."""
     functions = set(get_notrace_functions())
     modules = {base.__module__ for base in cls.__mro__ if not base.__module__.startswith(('torch.', 'builtins'))}
     replaced: Dict[str, Dict[str, Callable]] = {}

@@ -1,4 +1,4 @@
-"""What a conversion will do to a model: which modules become neurons, which stay analog, and why."""
+"""Plan a conversion: which activations become neurons, which stay analog, and why."""
 from functools import partial
 from typing import Dict, List, NamedTuple, Optional, Set, Tuple
 
@@ -20,39 +20,41 @@ from .settings import SpikingSettings
 
 __all__ = ['ConversionRecord', 'new_neuron', 'Plan', 'share_over_time']
 
-_POSITION_BIAS = ({'RelPosMlp'}, {'cpb_mlp', 'meta_mlp'})  # class names, attribute names: their input has no batch axis
+# class names, attribute names; the input of these modules has no batch axis
+_POSITION_BIAS = ({'RelPosMlp'}, {'cpb_mlp', 'meta_mlp'})
 
 
 class ConversionRecord(NamedTuple):
-    """One activation that the conversion met."""
+    """One activation and what the conversion did with it."""
     name: str  # module name
-    was: str  # class before
-    now: str  # class after
+    was: str  # class name before
+    now: str  # class name after
     reason: str
 
     @property
     def becomes_neuron(self) -> bool:
-        """Whether the conversion made a neuron of it."""
+        """Whether the conversion replaced it by a neuron."""
         return self.now != self.was
 
 
 def new_neuron(settings: SpikingSettings, training: bool, like: torch.Tensor) -> SpikingNeuron:
-    """A neuron for a converted model; its parameters have the device and dtype of a tensor of the model."""
+    """Create a neuron for a converted model. Its parameters get the device and dtype of the tensor `like`."""
     neuron = settings.new_neuron().train(training)
     neuron.part_of_model = True
     return neuron.to(device=like.device, dtype=like.dtype if like.is_floating_point() else None)
 
 
 def _replacement(module: nn.Module, settings: SpikingSettings, like: torch.Tensor) -> SpikingNeuron:
-    """The neuron that stands where an activation stood, with its hooks."""
+    """Create the neuron that replaces an activation module, with the module's hooks."""
     lif = new_neuron(settings, module.training, like)
-    # the dictionaries themselves: a handle that the user holds can still remove its hook
+    # share the dictionaries themselves, so that the user's handles still remove their hooks
     for hooks in ('_forward_hooks', '_forward_hooks_with_kwargs', '_forward_hooks_always_called', '_forward_pre_hooks',
                   '_forward_pre_hooks_with_kwargs', '_backward_hooks', '_backward_pre_hooks'):
         lif.__dict__[hooks] = module.__dict__[hooks]
     lif._is_full_backward_hook = module._is_full_backward_hook
     lif.forgotten = tuple(module._parameters)
-    lif.__dict__['replaced'] = module  # no submodule: a checkpoint with another policy may want it back
+    # not registered as a submodule; needed if a checkpoint with another policy restores it
+    lif.__dict__['replaced'] = module
     return lif
 
 
@@ -62,14 +64,14 @@ def _is_position_bias(child_name: str, child: nn.Module) -> bool:
 
 
 class Plan:
-    """What a conversion would do to a model, changing nothing.
+    """Plan of a conversion. Creating it does not change the model.
 
     Args:
-        model: Model, converted already in part or not.
+        model: Model, possibly converted in part.
         policy: Which activations become neurons.
-        neuron: Name of the neurons' class, for the records.
-        found: What a probe found; without it the source of each module tells which functions it calls.
-        gates: Names of activations that the audit found to be gates, and why.
+        neuron: Class name of the neurons, for the records.
+        found: Result of a probe. Without it, the source of each module determines which functions it calls.
+        gates: Activations that the audit found to be gates: name -> reason.
     """
 
     def __init__(
@@ -84,22 +86,23 @@ class Plan:
         self.neuron = neuron
         self.found = found or BatchAxis(set(), {}, False)
         self.gates = gates or {}
-        self.swaps: Dict[str, Tuple[nn.Module, str, nn.Module]] = {}  # name -> parent, child's name, activation
-        self.norms: Dict[str, nn.Module] = {}  # name of the neuron -> norm that hides its activation
-        self.visited: Dict[str, nn.Module] = {}  # modules that may call functions, by name
+        self.swaps: Dict[str, Tuple[nn.Module, str, nn.Module]] = {}  # name -> (parent, child name, activation)
+        self.norms: Dict[str, nn.Module] = {}  # name of the neuron -> norm with an activation inside
+        self.visited: Dict[str, nn.Module] = {}  # name -> module that may call functions
         self.callers: List[Caller] = []
-        self.others: List[nn.Module] = []
+        self.passive_modules: List[nn.Module] = []
         self.records: List[ConversionRecord] = []
-        self._seen: Set[int] = set()  # a module registered under several names is reported once
+        self._visited_ids: Set[int] = set()  # a module with several names is recorded once
         self._calls_functions(model, '', [])
         self._visit(model, '', [('', type(model).__name__)])
 
     def _visit(self, parent: nn.Module, prefix: str, around: List[Tuple[str, str]]) -> None:
+        """Plan the children of a module. `around` lists (name, class name) of all modules around them."""
         for child_name, child in parent._modules.items():
             if child is None or isinstance(child, SpikingNeuron):
                 continue
-            name, kind, first = f'{prefix}{child_name}', type(child).__name__, id(child) not in self._seen
-            self._seen.add(id(child))
+            name, kind, first = f'{prefix}{child_name}', type(child).__name__, id(child) not in self._visited_ids
+            self._visited_ids.add(id(child))
             if is_activation(child):
                 if self._decide(name, kind, around, 'activation', first):
                     self.swaps[name] = parent, child_name, child
@@ -115,7 +118,7 @@ class Plan:
                 continue
             if isinstance(child, (nn.RNNBase, nn.RNNCellBase)):
                 self._analog(name, kind, 'recurrent layer, its gates and activations stay analog')
-            self.others.append(child)
+            self.passive_modules.append(child)
             if hidden_activation(child):
                 if self._decide(f'{name}.act', kind, [*around, (name, kind)], 'activation hidden in a norm', True):
                     self.norms[f'{name}.act'] = child
@@ -125,6 +128,7 @@ class Plan:
             self._visit(child, f'{name}.', [*around, (name, kind)])
 
     def _calls_functions(self, module: nn.Module, name: str, around: List[Tuple[str, str]]) -> None:
+        """Plan the activations that a module calls as functions."""
         if NEURON_NAME in module._modules or repeats_activations(module):
             return
         self.visited[name] = module
@@ -144,7 +148,16 @@ class Plan:
             first: bool,
             gate: bool = False,
     ) -> bool:
-        """Whether an activation becomes a neuron; a record is kept of either."""
+        """Return whether an activation becomes a neuron, and add a record.
+
+        Args:
+            name: Name of the activation.
+            kind: Its class name.
+            around: (name, class name) of the modules around it.
+            reason: Reason in the record if it becomes a neuron.
+            first: Whether the activation is met for the first time; only then it is recorded.
+            gate: Whether it is a gate.
+        """
         why = self.policy.why_analog(name, kind, around, gate)
         if why is None and name in self.found.unbatched:
             why = 'its input has no batch axis, stays analog'
@@ -158,10 +171,11 @@ class Plan:
         return why is None
 
     def _analog(self, name: str, kind: str, why: str) -> None:
+        """Record an activation that stays analog."""
         self.records.append(ConversionRecord(name, kind, kind, why))
 
     def check(self, model: nn.Module) -> None:
-        """Raise where a module that stays analog runs inside one whose functions are replaced."""
+        """Raise an error if a module that stays analog runs inside a module whose functions are replaced."""
         modules = dict(model.named_modules(remove_duplicate=False))
         for caller in self.callers:
             prefix = f'{caller.name}.' if caller.name else ''
@@ -175,8 +189,9 @@ class Plan:
                         f'activation a module (self.act = nn.ReLU()).')
 
     def apply(self, model: nn.Module, settings: SpikingSettings) -> None:
+        """Carry out the plan on the model, in place."""
         like = next(model.parameters(), next(model.buffers(), torch.empty(0)))
-        neurons: Dict[int, SpikingNeuron] = {}  # a module registered under several names stays one module
+        neurons: Dict[int, SpikingNeuron] = {}  # a module with several names is replaced by one neuron
         for parent, child_name, child in self.swaps.values():
             if id(child) not in neurons:
                 neurons[id(child)] = _replacement(child, settings, like)
@@ -190,7 +205,7 @@ class Plan:
             give_neurons(caller, partial(new_neuron, settings, caller.module.training, like))
             if caller.module is not model:
                 replace_functions(caller.module, settings.timesteps)
-        for module in self.others:
+        for module in self.passive_modules:
             share_over_time(module, settings.timesteps)
         for module in model.modules():
             leave_fused_path(module)
@@ -199,12 +214,12 @@ class Plan:
 
 
 def share_over_time(module: nn.Module, timesteps: int) -> None:
-    """One dropout mask over time in this module, however it draws it, and whole samples where the batch is split."""
+    """Give a module one dropout mask over time, and let a split batch norm split whole samples, in place."""
     share_mask_over_time(module, timesteps)
     split_over_samples(module, timesteps)
     attn_drop = getattr(module, 'attn_drop', None)
     if getattr(module, 'fused_attn', False) and getattr(attn_drop, 'p', 0):
-        module.fused_attn = False  # the mask inside the fused kernel is out of reach
+        module.fused_attn = False  # the fused kernel would draw its own mask per timestep
     if calls_noise(type(module)):
         replace_functions(module, timesteps)
     if isinstance(module, OverTime):

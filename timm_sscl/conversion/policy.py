@@ -1,4 +1,4 @@
-"""Which activations become neurons: include and exclude patterns over names and classes."""
+"""Decide which activations become neurons, by include and exclude patterns on names and classes."""
 import ast
 import inspect
 import textwrap
@@ -11,7 +11,7 @@ from .functional_calls import first_argument
 
 __all__ = ['GROUPS', 'Policy']
 
-# patterns by a name; 'head' is added per model, as the activations that forward_head runs
+# named groups of patterns; 'head' depends on the model: the activations that forward_head runs
 GROUPS: Dict[str, Tuple[str, ...]] = {
     'attention': ('*Attention*', '*Attn*', 'LiteMLA', '*MSA', 'MHSA*'),
     'squeeze_excite': ('SqueezeExcite*', 'SEModule*', 'EffectiveSEModule*', 'CecaModule*', '*.se', '*.se_module'),
@@ -20,32 +20,32 @@ HEAD = 'head'
 
 
 class Policy:
-    """Decides for one model which activations become neurons.
+    """Decide for one model which activations become neurons.
 
-    A pattern (shell wildcards) is matched with an activation's module name and class, and with the names and classes
-    of the modules around it, so that 'layer4', 'SqueezeExcite' and '*.mlp' name all that is inside. The group names
-    'attention', 'squeeze_excite' and 'head' stand for patterns.
+    A pattern (shell wildcards) is matched against the names and classes of an activation and of all modules around it.
+    So 'layer4', 'SqueezeExcite' and '*.mlp' select everything inside. The group names 'attention', 'squeeze_excite' and
+    'head' can be used like patterns.
 
     Args:
         model: Model to convert.
-        include: Only these become neurons; None is all but gates. A gate becomes one where its class or its own full
-            name is included.
-        exclude: These stay analog, whatever include says.
+        include: Patterns of the activations that become neurons; None is all but gates. A gate becomes one if its class
+            or its full name is included.
+        exclude: Patterns of activations that stay analog; takes precedence over include.
     """
 
     def __init__(self, model: nn.Module, include: Optional[Sequence[str]], exclude: Optional[Sequence[str]]):
         self.head = _head_children(model) if HEAD in {*(include or ()), *(exclude or ())} else set()
         self.include = None if include is None else list(include)
         self.exclude = list(exclude or ())
-        self.unused: Set[str] = {*(include or ()), *self.exclude}  # patterns that have matched nothing yet
+        self.unused: Set[str] = {*(include or ()), *self.exclude}  # patterns without a match so far
 
     def why_analog(self, name: str, kind: str, around: List[Tuple[str, str]], gate: bool) -> Optional[str]:
-        """Why an activation stays analog; None where it becomes a neuron.
+        """Return why an activation stays analog, None if it becomes a neuron.
 
         Args:
             name: Module name of the activation.
             kind: Its class name.
-            around: (name, class name) of the modules that it is in.
+            around: (name, class name) of the modules around it.
             gate: Whether it is a gate.
         """
         places = [(name, kind), *around]
@@ -60,7 +60,7 @@ class Policy:
         return None
 
     def _first(self, patterns: Sequence[str], places: List[Tuple[str, str]]) -> Optional[str]:
-        """The first pattern that matches; all that do are noted."""
+        """Return the first matching pattern, and remove all matching ones from `unused`."""
         matched = [pattern for pattern in patterns if self._matches(pattern, places)]
         self.unused.difference_update(matched)
         return matched[0] if matched else None
@@ -72,12 +72,13 @@ class Policy:
 
 
 def _head_children(model: nn.Module) -> Set[str]:
-    """Top-level modules that forward_head uses and forward_features does not."""
+    """Return the names of top-level modules that forward_head uses and forward_features does not."""
     return _used(model, 'forward_head') - _used(model, 'forward_features')
 
 
 def _used(model: nn.Module, method: str) -> Set[str]:
-    # the model's own method, not that of a conversion's mixin over it
+    """Return the names of top-level modules that a method's source mentions."""
+    # the model's own method, not the one of the conversion's mixin
     function = next((vars(cls)[method] for cls in type(model).__mro__
                      if method in vars(cls) and cls.__module__ != 'timm_sscl.conversion.model'), None)
     if function is None:

@@ -19,22 +19,22 @@ __all__ = ['SpikingReport', 'make_report']
 
 @dataclass(eq=False, repr=False)
 class SpikingReport(Sequence):
-    """What a conversion did: a sequence of one record per activation. Printing it computes nothing.
+    """What a conversion did: a sequence of records, one per activation. Printing it computes nothing.
 
     Attributes:
         model: The spiking model.
         records: ConversionRecords (name, was, now, reason), one per activation.
-        neurons: Records of the activations that are neurons.
-        analog: Records of those that stay real-valued.
+        neurons: Records of activations that are neurons.
+        analog: Records of activations that stay analog.
         timesteps: T when the report was made.
-        variants: Records of each variant (they begin with name, was, now), by kind.
-        summaries: What each variant did, in words, by kind.
-        stem: Neuron before which all runs once per image (`share_stem`); None without.
+        variants: kind -> records of each variant, which start with name, was, now.
+        summaries: kind -> what each variant did, in words.
+        stem: Name of the neuron before which everything runs once per image (`share_stem`), or None.
         drives: LayerDrives of the last `calibrate`; empty without.
-        folds: What the last `fold_gains` did with each factor; empty without.
-        obstacles: Why thresholds cannot stand for its activations (`convert_ann`); empty where they can.
-        audit: What the conversion's audit saw; None where the model's classes are known.
-        mac_shares: MACs by the kind of their input, once `macs` has counted them.
+        folds: Result of the last `fold_gains`, one Folded per factor; empty without.
+        obstacles: What prevents `convert_ann`; empty if it applies.
+        audit: Status of the conversion's audit; None if the model's classes are known.
+        mac_shares: MACs by the kind of their input; None until `macs` has counted them.
     """
     model: nn.Module
     records: List[Any]
@@ -61,17 +61,20 @@ class SpikingReport(Sequence):
 
     @property
     def norms(self) -> List[Any]:
-        """What became of every norm (name, was, now, alpha), where the conversion was to change them (norm='tdbn')."""
+        """Records of all norms (name, was, now, alpha) if the conversion changes norms (norm='tdbn'), else an empty
+        list.
+        """
         return self.variants.get('norm', [])
 
     def macs(self, images: Optional[torch.Tensor] = None) -> Optional[MacShares]:
-        """Count the MACs per image over all timesteps, by the kind of their input; once without images.
+        """Count the MACs per image over all timesteps, by the kind of their input. Without images they are counted
+        once.
 
         Args:
-            images: Real images for the firing to be real; one image of noise by default.
+            images: Real images, for realistic firing rates; one image of noise by default.
 
         Returns:
-            MacShares; None on the meta device, or where the model does not run on a guessed image.
+            MacShares; None on the meta device, or if the model runs on no guessed image.
         """
         if images is not None:
             self.mac_shares = count_macs(self.model, images)
@@ -80,6 +83,7 @@ class SpikingReport(Sequence):
         return self.mac_shares
 
     def _guessed(self) -> Optional[MacShares]:
+        """Count the MACs on one image of noise of a guessed size; None if the model runs on none."""
         like = next((p for p in self.model.parameters() if p.is_floating_point()), torch.zeros(()))
         if like.is_meta:
             return None
@@ -87,13 +91,13 @@ class SpikingReport(Sequence):
         for size in probe_sizes(self.model):
             try:
                 return count_macs(self.model, torch.randn(1, *size, generator=generator).to(like))
-            except Exception:  # whatever an unknown model raises on an input that is not its own
+            except Exception:  # an unknown model may raise anything on an unsuitable input
                 continue
         return None
 
     def as_dict(self) -> Dict[str, Any]:
-        """For JSON: the records, the stem's pooling and what the variants changed, the MAC shares if they were
-        counted, and the obstacles to convert_ann."""
+        """Return the report for JSON: records, stem pooling, variants, MAC shares if counted, obstacles to convert_ann.
+        """
         macs = None if self.mac_shares is None else {kind: getattr(self.mac_shares, kind) for kind in KINDS}
         return dict(
             activations=[record._asdict() for record in self], stem_pool=self.model.settings.stem_pool,
@@ -143,5 +147,6 @@ def make_report(model: nn.Module, records: Sequence[Any]) -> SpikingReport:
 
 
 def _counted(records: Sequence[Any]) -> str:
+    """Count records by the class of the activation, as text."""
     return ', '.join(f'{n} {kind}' for kind, n in Counter(record.was for record in records).most_common())
 

@@ -1,4 +1,4 @@
-"""Scales and weights that are zero throughout, behind which no neuron gets a gradient, become small."""
+"""Set scales and weights that are all zeros to small values, since a neuron behind a zero gets no gradient."""
 import logging
 from typing import Optional
 
@@ -11,22 +11,24 @@ __all__ = ['revive_zeros']
 
 _logger = logging.getLogger(__name__)
 
-_REVIVED = 0.1  # of a usual initialisation: what starts at zero stays weak, but passes a gradient on
+_REVIVED = 0.1  # relative to a usual initialisation: the branch stays weak but receives gradients
 
 
 def _stored(module: nn.Module, *names: str) -> Optional[torch.Tensor]:
-    """The first of a module's own parameters of these names."""
+    """Return the first of a module's own parameters with one of these names, or None."""
     found = (module._parameters.get(name) for name in names)
     return next((p for p in found if p is not None and not nn.parameter.is_lazy(p)), None)
 
 
 def _parametrization(module: nn.Module) -> Optional[nn.Module]:
-    """What computes a module's weight (torch.nn.utils.parametrize), where something does."""
+    """Return the parametrization (torch.nn.utils.parametrize) of a module's weight, or None."""
     return module.parametrizations['weight'] if 'weight' in getattr(module, 'parametrizations', ()) else None
 
 
 def _weight(module: nn.Module) -> Optional[torch.Tensor]:
-    """The parameter that holds a module's weight, or that weight norm, spectral norm or pruning compute it from."""
+    """Return the parameter that holds a module's weight, or from which weight norm, spectral norm or pruning compute
+    it.
+    """
     computed = _parametrization(module)
     if computed is not None:
         return _stored(computed, 'original', 'original1' if isinstance(computed[0], _WeightNorm) else 'original0')
@@ -34,24 +36,25 @@ def _weight(module: nn.Module) -> Optional[torch.Tensor]:
 
 
 def _scale(module: nn.Module) -> Optional[torch.Tensor]:
-    """The parameter that scales what a module computes: a norm's weight, the magnitude of weight norm, a gain."""
+    """Return the parameter that scales a module's output: weight of a norm, magnitude of weight norm, or gain."""
     computed = _parametrization(module)
     if computed is not None and isinstance(computed[0], _WeightNorm):
         return _stored(computed, 'original0')
     kind = type(module).__name__.lower()
-    if 'norm' in kind and 'globalresponse' not in kind:  # GRN adds
+    # GRN adds its input, so a zero scale does not block the gradient
+    if 'norm' in kind and 'globalresponse' not in kind:
         return _weight(module)
     return _stored(module, 'weight_g', 'gain')
 
 
 def revive_zeros(model: nn.Module) -> None:
-    """Make scales that are zero throughout 0.1, and such weights of convolutions and linear maps small noise.
+    """Set scales that are all zeros to 0.1, and weights of convolutions and linear layers that are all zeros to small
+    noise.
 
-    A weight that weight norm, spectral norm or pruning compute is judged and changed by the parameter that they compute
-    it from; a mask of zeros stays.
+    For weight norm, spectral norm and pruning, the underlying parameter is checked and changed. A mask of zeros stays.
     """
     revived = []
-    generator = torch.Generator().manual_seed(0)  # the global generator stays where it is
+    generator = torch.Generator().manual_seed(0)  # leaves the global generator alone
     for name, module in model.named_modules():
         scale, weight = _scale(module), _weight(module)
         if scale is not None and not scale.any():

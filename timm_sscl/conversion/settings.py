@@ -1,4 +1,5 @@
-"""SpikingSettings: what a converted model's numbers depend on besides its weights, and its bytes in a state dict."""
+"""SpikingSettings: everything besides the weights that determines a converted model's output, and its storage as bytes.
+"""
 import json
 import struct
 import zlib
@@ -20,8 +21,8 @@ from .variants.registry import KINDS, create_variant, list_variants
 __all__ = ['SpikingSettings', 'SETTINGS_KEY', 'SETTINGS_SIZE', 'encode', 'decode_bytes', 'decode_tensor', 'option_key',
            'is_option_key']
 
-SETTINGS_KEY = 'spiking_settings'  # the buffer's name, at the root of a converted model
-SETTINGS_SIZE = 4096  # always, so that loaders which compare shapes take it
+SETTINGS_KEY = 'spiking_settings'  # name of the buffer, at the root of a converted model
+SETTINGS_SIZE = 4096  # fixed size in bytes, so that loaders which compare shapes accept it
 Pairs = Tuple[Tuple[str, Any], ...]
 
 _MAGIC = b'spiking\x01'
@@ -32,26 +33,26 @@ _LIF_OPTIONS = tuple(name for name in knob_help(LIF.Settings) if not name.starts
 
 
 def option_key(name: str, of: str = 'neuron') -> str:
-    """Name of an option among all settings: '<of>_kwargs.<name>', for a neuron's that the LIF has its own.
+    """Return the name of an option among all settings: '<of>_kwargs.<name>', or just <name> for options of the LIF.
 
     Args:
         name: Name of the option.
-        of: Whose it is: 'neuron', or a kind of variant.
+        of: What it belongs to: 'neuron', or a kind of variant.
     """
     return name if of == 'neuron' and name in _LIF_OPTIONS else f'{of}_kwargs.{name}'
 
 
 def is_option_key(key: str, of: str = 'neuron') -> bool:
-    """Whether this is the name of an option of the neuron, or of a kind of variant."""
+    """Return whether this is the name of an option of the neuron or of a variant."""
     return (of == 'neuron' and key in _LIF_OPTIONS) or key.startswith(f'{of}_kwargs.')
 
 
 @dataclass(frozen=True)
 class SpikingSettings:
-    """All that a converted model's numbers depend on besides its weights; defaults are the paper's.
+    """Everything besides the weights that determines a converted model's output. Defaults are the paper's.
 
-    tau, v_threshold, v_reset, detach_reset and v_init are the options of a LIF. Another neuron has its options in
-    neuron_kwargs, all of them after construction.
+    tau, v_threshold, v_reset, detach_reset and v_init are the options of the LIF neuron. The options of other neurons
+    are in neuron_kwargs, completed by their defaults.
     """
     timesteps: int = 4
     tau: float = LIF.Settings.tau
@@ -61,14 +62,14 @@ class SpikingSettings:
     v_init: Optional[float] = LIF.Settings.v_init
     include: Optional[Tuple[str, ...]] = None  # which activations became neurons, see Policy
     exclude: Optional[Tuple[str, ...]] = None
-    stem: Optional[str] = None  # neuron before which all runs once per image, see share_stem
+    stem: Optional[str] = None  # name of the neuron before which everything runs once per image, see share_stem
     stem_pool: Optional[str] = None  # 'avg': average pooling in the stem, see set_stem_pool
     norm: Optional[str] = None  # registered name of a norm variant
     calls: Optional[Tuple[str, ...]] = None  # 'name:n': neurons with a copy per call, see set_calls
     allow_analog: bool = False  # whether nonlinear operations that are no known activations stay analog
     neuron: str = 'lif'  # registered name
-    neuron_kwargs: Pairs = ()  # options of the neuron, by name; those of a LIF go to the fields above
-    surrogate: Optional[str] = None  # registered name; None is the neuron's own, and afterwards its name
+    neuron_kwargs: Pairs = ()  # options of the neuron by name; LIF options are moved to the fields above
+    surrogate: Optional[str] = None  # registered name; None is replaced by the neuron's default
     surrogate_kwargs: Pairs = ()
     norm_kwargs: Pairs = ()  # options of the norm variant, all of them after construction
     residual: Optional[str] = None  # registered name of a residual variant
@@ -98,14 +99,14 @@ class SpikingSettings:
             encode(self.stored())
 
     def neuron_options(self) -> Dict[str, Any]:
-        """Settings of the neuron, by name."""
+        """Return the settings of the neuron, by name."""
         lif = {name: getattr(self, name) for name in _LIF_OPTIONS} if self.neuron == 'lif' else {}
         surrogate = {} if self.surrogate is None else dict(surrogate=self.surrogate, surrogate_kwargs=())
         surrogate.update(dict(surrogate_kwargs=self.surrogate_kwargs) if self.surrogate_kwargs else {})
         return {**lif, **dict(self.neuron_kwargs), **surrogate}
 
     def new_neuron(self) -> SpikingNeuron:
-        """A neuron with these settings."""
+        """Create a neuron with these settings."""
         return create_neuron(self.neuron, self.timesteps, **self.neuron_options())
 
     def variants(self) -> Dict[str, Variant]:
@@ -124,11 +125,12 @@ class SpikingSettings:
         return neuron_class(self.neuron).__name__
 
     def threshold(self) -> float:
-        """Firing threshold, as the norms take it."""
+        """Return the firing threshold that norms use; 1 if the neuron has none."""
         return float(self.neuron_options().get('v_threshold', 1.))
 
     def flat(self) -> Dict[str, Any]:
-        """The settings with the options of the neuron and the variants each by a name of its own, see `option_key`."""
+        """Return all settings by name, with the options of neuron and variants as separate entries (see `option_key`).
+        """
         others = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in (*_LIF_OPTIONS, *_KWARGS)}
         options = {option_key(k): v for k, v in self.neuron_options().items()
                    if k not in ('surrogate', 'surrogate_kwargs')}
@@ -138,7 +140,7 @@ class SpikingSettings:
 
     @classmethod
     def from_flat(cls, flat: Dict[str, Any]) -> 'SpikingSettings':
-        """The settings of which this is `flat`."""
+        """Return the settings for a dict that `flat` returned."""
         given: Dict[str, Any] = {'neuron_kwargs': {}}
         for name, value in flat.items():
             of = next((of for of in ('neuron', *WITH_OPTIONS) if is_option_key(name, of)), None)
@@ -149,7 +151,11 @@ class SpikingSettings:
         return cls(**{k: tuple(v.items()) if k in _KWARGS else v for k, v in given.items()})
 
     def stored(self, gains: str = 'none') -> Dict[str, Any]:
-        """What a state dict keeps: the settings, and whether neurons have gains ('none', 'layer' or 'channel')."""
+        """Return the content of the settings in a state dict.
+
+        Args:
+            gains: Which gains the neurons have: 'none', 'layer' or 'channel'.
+        """
         stored = asdict(self)
         if self.neuron != 'lif':
             stored = {name: value for name, value in stored.items() if name not in _LIF_OPTIONS}
@@ -158,11 +164,11 @@ class SpikingSettings:
 
     @classmethod
     def from_stored(cls, stored: Dict[str, Any]) -> 'SpikingSettings':
-        """The settings that a state dict keeps.
+        """Return the settings for a dict that `stored` returned.
 
         Raises:
-            ValueError: There is one that this version does not know, with which the numbers would be others; or the
-                neuron, the surrogate or a variant is not registered.
+            ValueError: A setting is unknown to this version, or the neuron, the surrogate or a variant is not
+                registered.
         """
         known = {f.name for f in fields(cls)}
         unknown = [f'{k}={v!r}' for k, v in stored.items() if k not in known and k != 'gains' and v is not None]
@@ -180,7 +186,7 @@ class SpikingSettings:
 
     @classmethod
     def from_tensor(cls, tensor: torch.Tensor) -> 'SpikingSettings':
-        """The settings in a state dict's tensor, of this version's format or of 0.1.0's."""
+        """Return the settings in a state dict's tensor, in the format of this version or of 0.1.0."""
         return cls.from_stored(decode_tensor(tensor))
 
 
@@ -191,16 +197,16 @@ REGISTERED: Dict[str, Callable[[], List[str]]] = {
 
 
 def _pairs(own: Any) -> Pairs:
-    """The settings of a neuron or variant but the surrogate, which a model has one of."""
+    """Return the settings of a neuron or variant without the surrogate, which the model has as a setting of its own."""
     return tuple((f.name, getattr(own, f.name)) for f in fields(own)
                  if f.name not in ('surrogate', 'surrogate_kwargs'))
 
 
 def encode(stored: Dict[str, Any]) -> bytes:
-    """Bytes of the settings' buffer: a head with a checksum, JSON (compressed where it is long), zeros.
+    """Encode settings as bytes: a head with a checksum, JSON (compressed if long), padding zeros.
 
     Raises:
-        ValueError: include, exclude, calls and the options of neuron and variants are too long for it.
+        ValueError: include, exclude, calls and the options of neuron and variants are too long.
     """
     content = json.dumps(stored).encode()
     room = SETTINGS_SIZE - _HEAD.size
@@ -213,10 +219,10 @@ def encode(stored: Dict[str, Any]) -> bytes:
 
 
 def decode_bytes(data: bytes) -> Optional[Dict[str, Any]]:
-    """The settings in a buffer's bytes; None where none were written (memory after to_empty).
+    """Decode settings; None if nothing was written (memory after to_empty).
 
     Raises:
-        ValueError: The bytes do not match their checksum, as after an average over different settings.
+        ValueError: The checksum does not match, as after averaging different settings.
     """
     magic, length, checksum = _HEAD.unpack(data[:_HEAD.size])
     if magic != _MAGIC:
@@ -229,14 +235,14 @@ def decode_bytes(data: bytes) -> Optional[Dict[str, Any]]:
 
 
 def decode_tensor(tensor: torch.Tensor) -> Dict[str, Any]:
-    """The settings in a tensor that comes in a state dict.
+    """Decode the settings in a tensor of a state dict.
 
     Raises:
-        ValueError: It holds none.
+        ValueError: The tensor holds no settings.
     """
     data = bytes(read_values(tensor.to(torch.uint8)))
     stored = decode_bytes(data) if len(data) >= _HEAD.size else None
-    if stored is None:  # version 0.1.0 wrote the JSON only
+    if stored is None:  # version 0.1.0 wrote only the JSON
         try:
             stored = json.loads(data)
         except ValueError as error:

@@ -1,4 +1,4 @@
-"""Swapping a model's activations for neurons and back, in place, and the records of what became of each."""
+"""Replace a model's activations by neurons and back, in place, and report what became of each."""
 from typing import Dict, Iterator, List, Sequence
 
 import torch
@@ -19,7 +19,7 @@ __all__ = ['swap_modules', 'current_records', 'audit_records', 'unswap_modules']
 
 
 def swap_modules(model: nn.Module, settings: SpikingSettings) -> List[ConversionRecord]:
-    """Swap what is not swapped yet below model, in place, and return a record for each activation met."""
+    """Replace the activations below model that are not replaced yet, in place; return a record for each activation."""
     plan = Plan(model, Policy(model, settings.include, settings.exclude), settings.neuron_class_name)
     plan.check(model)
     plan.apply(model, settings)
@@ -27,31 +27,32 @@ def swap_modules(model: nn.Module, settings: SpikingSettings) -> List[Conversion
 
 
 def current_records(model: nn.Module, converted: Sequence[ConversionRecord]) -> List[ConversionRecord]:
-    """What the activations are now, where modules were exchanged, added or removed after the conversion.
+    """Return what the activations are now, including modules exchanged, added or removed after the conversion.
 
     Args:
         model: Spiking model.
-        converted: The conversion's records.
+        converted: Records of the conversion.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    records, told = [], set()
+    records, recorded = [], set()
     for record in _records_per_call(converted, modules):
         module = modules.get(record.name)
         if not record.becomes_neuron:
-            exists = record.name.rpartition('.')[0] in modules  # what stays analog may be no module (F.gelu)
+            # an activation that stays analog may be a function (F.gelu) instead of a module
+            exists = record.name.rpartition('.')[0] in modules
             records += [record] if exists and not isinstance(module, SpikingNeuron) else []
         elif module is not None:
             now, reason = type(module).__name__, record.reason
             if not isinstance(module, SpikingNeuron):
                 reason = f'replaced by {now} after the conversion'
             records.append(record._replace(now=now, reason=reason))
-        told.add(record.name)
+        recorded.add(record.name)
     records += [ConversionRecord(name, 'nothing', type(module).__name__, 'added after the conversion')
-                for name, module in model.neurons().items() if name not in told]
+                for name, module in model.neurons().items() if name not in recorded]
     settings = model.settings
     plan = Plan(model, Policy(model, settings.include, settings.exclude), settings.neuron_class_name)
     records += [record._replace(now=record.was, reason='added after the conversion, stays analog')
-                for record in plan.records if record.becomes_neuron and record.name not in told]
+                for record in plan.records if record.becomes_neuron and record.name not in recorded]
     return records
 
 
@@ -59,7 +60,7 @@ def _records_per_call(
         converted: Sequence[ConversionRecord],
         modules: Dict[str, nn.Module],
 ) -> Iterator[ConversionRecord]:
-    """The conversion's records, those of neurons with a copy per call once per copy."""
+    """Yield the records; a neuron with one copy per call gets one record per copy."""
     for record in converted:
         module = modules.get(record.name)
         if not isinstance(module, CallSites):
@@ -71,7 +72,9 @@ def _records_per_call(
 
 
 def audit_records(model: nn.Module) -> List[ConversionRecord]:
-    """Nonlinear operations that stay analog besides the activations: gates by functions, and unknown ones."""
+    """Return records for nonlinear operations that stay analog besides activations: functional gates and unknown
+    operations.
+    """
     found = known_records(model) if model._audit is None else model._audit.findings
     modules = dict(model.named_modules(remove_duplicate=False))
     return [ConversionRecord(finding.name, finding.op, finding.op, finding.reason) for finding in found
@@ -79,7 +82,7 @@ def audit_records(model: nn.Module) -> List[ConversionRecord]:
 
 
 def unswap_modules(model: nn.Module) -> None:
-    """Put the activations back that neurons replaced below model."""
+    """Restore the activations that neurons replaced below model, in place."""
     set_calls(model, None)
     like = next(model.parameters(), torch.zeros(()))
     for module in list(model.modules()):

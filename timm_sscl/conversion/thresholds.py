@@ -1,4 +1,4 @@
-"""convert_ann: a trained ReLU network as integrate-and-fire neurons, whose rates approach its activations."""
+"""convert_ann: turn a trained ReLU network into integrate-and-fire neurons whose rates approach its activations."""
 import logging
 from dataclasses import replace
 from typing import Dict, List, Optional, Sequence, Tuple
@@ -31,30 +31,30 @@ def convert_ann(
         per_channel: bool = True,
         percentile: float = 100.,
 ) -> nn.Module:
-    """Turn a trained ReLU network into a spiking one that computes the same, the closer the more time steps, in place.
+    """Convert a trained ReLU network to a spiking network with approximately the same output, in place.
 
-    A ReLU becomes an integrate-and-fire neuron (tau 1, soft reset, initial potential half the threshold) whose
-    threshold is the largest activation, or a percentile, that the ANN shows on the images: gain 1 / threshold on its
-    current, scale threshold on its spikes, so that the mean over T of its output is the activation, rounded to
-    threshold / T and clipped to the threshold. Gains and scales are in the state_dict; `fold_gains` moves them into the
-    weights around where that is exact. A ReLU that runs several times in a forward becomes a neuron per call. Max
-    pooling takes the maximum of spikes at every step, which is an upper bound.
+    A ReLU becomes an integrate-and-fire neuron (tau 1, soft reset, initial potential half the threshold). Its threshold
+    is the largest activation, or a percentile, that the ANN shows on the images. The input gain is 1 / threshold and
+    the output scale is the threshold. The mean output over T is then the activation, rounded to multiples of threshold
+    / T and clipped to the threshold. More timesteps reduce the error. Gains and scales are in the state_dict;
+    `fold_gains` folds them into the surrounding weights where that is exact. A ReLU that runs several times in a
+    forward becomes one neuron per call. Max pooling takes the maximum of the spikes at every timestep, which
+    overestimates the maximum of the rates.
 
     Args:
-        model: ANN in timm's or any form, or a spiking model that has the ANN's weights.
+        model: ANN of timm or any other, or a spiking model with the ANN's weights.
         images: Real images (N, C, H, W), normalised as in the ANN's training.
-        timesteps: Time steps T.
-        per_channel: Whether each channel has a threshold, or a layer. The channels are on axis 1 behind a convolution
-            or batch norm, whether of maps or sequences, and on the last behind a linear map.
-        percentile: Percentile of the activations, above 0 to 100, that the threshold is; 100 is the maximum.
+        timesteps: Number of timesteps T.
+        per_channel: Whether to use one threshold per channel instead of per layer. The channel axis is 1 after a
+            convolution or batch norm, and the last after a linear layer.
+        percentile: Percentile of the activations used as threshold, above 0 to 100; 100 is the maximum.
 
     Returns:
         The model itself, spiking.
 
     Raises:
-        ValueError: The network has parts that this cannot stand for (activations other than ReLU, layer norms,
-            attention, gates), percentile is out of range, or images or activations on them are none or not finite.
-            The model stays what it was.
+        ValueError: The network has unsupported parts (activations other than ReLU, layer norms, attention, gates),
+            percentile is out of range, or images or activations are empty or not finite. The model is left unchanged.
     """
     if not 0 < percentile <= 100:
         raise ValueError(f'percentile={percentile}: must be above 0 and at most 100 (the maximum).')
@@ -63,7 +63,7 @@ def convert_ann(
     if not torch.isfinite(images).all():
         raise ValueError('images: holds values that are not finite.')
     if not isinstance(model, SpikingModule):
-        size = images.shape[2 if images.ndim == 5 else 1:]  # event frames (N, T, C, H, W)
+        size = images.shape[2 if images.ndim == 5 else 1:]  # per sample; event frames are (N, T, C, H, W)
         convert_to_spiking(model, timesteps=timesteps, input_size=size, **INTEGRATE_AND_FIRE)
     obstacles = ann_obstacles(model)
     if obstacles:
@@ -88,12 +88,13 @@ def _thresholds(
         per_channel: bool,
         q: float,
 ) -> Dict[SpikingNeuron, torch.Tensor]:
-    """Threshold of every neuron layer, from the model run as the ANN that it was, at one time step."""
+    """Return the threshold of every neuron layer, from the model run as the original ANN at one timestep."""
     seen: Dict[SpikingNeuron, List[torch.Tensor]] = {}
     axes = ChannelAxes()
 
     def as_ann(lif: SpikingNeuron, args: Tuple[torch.Tensor], spikes: torch.Tensor) -> torch.Tensor:
-        out = lif.replaced.forward(args[0].clone())  # not its hooks, which are the neuron's; it may work in place
+        # not by calling the module: its hooks are the neuron's; clone, since it may be inplace
+        out = lif.replaced.forward(args[0].clone())
         seen.setdefault(lif, []).append(_quantile(out, axes.axis(args[0]) if per_channel else None, q))
         return out
 
@@ -118,11 +119,14 @@ def _thresholds(
 
 
 def _widths(values: Sequence[torch.Tensor]) -> List[str]:
+    """Return the distinct numbers of channels as text, sorted."""
     return sorted({str(value.numel()) for value in values}, key=int)
 
 
 def _quantile(out: torch.Tensor, axis: Optional[int], q: float) -> torch.Tensor:
-    """Quantile of activations: 0-d, or per channel along an axis in a shape that broadcasts against a sample."""
+    """Return a quantile of activations: 0-d, or one per channel along an axis in a shape that broadcasts against a
+    sample.
+    """
     by_channel = axis is not None and axis > 0
     rows = out.movedim(axis, 0).flatten(1) if by_channel else out.reshape(1, -1)
     k = max(1, round(q * rows.shape[1]))
@@ -131,6 +135,6 @@ def _quantile(out: torch.Tensor, axis: Optional[int], q: float) -> torch.Tensor:
 
 
 def _threshold(quantiles: torch.Tensor, q: float) -> torch.Tensor:
-    """One threshold from the chunks' quantiles: their maximum for q = 1, else their mean; a silent channel gets 1."""
+    """Combine the quantiles of all chunks: the maximum for q = 1, else the mean. A silent channel gets 1."""
     threshold = quantiles.amax(0) if q == 1 else quantiles.mean(0)
     return torch.where(threshold > 0, threshold, torch.ones_like(threshold))

@@ -1,4 +1,4 @@
-"""torch.fx: the parts of a spiking model that are one node of a graph, as timm's feature extraction takes them."""
+"""Register the parts of a spiking model that are one node of a torch.fx graph with timm's feature extraction."""
 from timm.layers import register_notrace_function, register_notrace_module
 
 from .hidden_activations import SplitBatchNormOverTime
