@@ -23,10 +23,11 @@ IMAGES = ['--data-dir', 'images', '--model', 'spiking_test_resnet', '-T', '2', '
 TAUGHT = [a for a in IMAGES if a not in ('--distill', 'none')]
 
 
-def launch(args, cwd, launcher=('-m', 'accelerate.commands.launch'), **env):
+def launch(args, cwd):
+    """Exit code and output of train.py under accelerate launch."""
     result = subprocess.run(
-        [sys.executable, *launcher, str(ROOT / 'train.py'), *args], cwd=cwd, capture_output=True, text=True,
-        timeout=600, env={**os.environ, 'PYTHONPATH': str(ROOT), **env})
+        [sys.executable, '-m', 'accelerate.commands.launch', str(ROOT / 'train.py'), *args], cwd=cwd,
+        capture_output=True, text=True, timeout=600, env={**os.environ, 'PYTHONPATH': str(ROOT)})
     return result.returncode, result.stdout + result.stderr
 
 

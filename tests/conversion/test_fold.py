@@ -81,6 +81,7 @@ def test_scales(per_channel):
     assert result['act1', 'gain'].done and result['act2', 'gain'].done
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('family', ['resnet18', 'vgg11_bn', 'test_vit', 'convnext_atto', 'densenet',
                                     'mobilenetv3_small_050'])
 def test_models(family):

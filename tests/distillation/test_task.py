@@ -512,6 +512,7 @@ def two_processes(tmp_path_factory):
 ROUND_OFF = dict(rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('sizes', DISTRIBUTED_BATCHES, ids=str)
 def test_two_processes_equal_one_on_the_whole_batch(two_processes, sizes):
     task = _contrastive_task()
@@ -527,6 +528,7 @@ def test_two_processes_equal_one_on_the_whole_batch(two_processes, sizes):
         torch.testing.assert_close(gradients, expected, **ROUND_OFF)
 
 
+@pytest.mark.slow
 def test_two_processes_of_a_plain_loop_equal_one(two_processes):
     student, sscl = _contrastive_loop()
     x, _ = _batch(9, dtype=torch.float64)
@@ -538,6 +540,7 @@ def test_two_processes_of_a_plain_loop_equal_one(two_processes):
         torch.testing.assert_close(gradients, _cat_gradients(student, sscl), **ROUND_OFF)
 
 
+@pytest.mark.slow
 def test_gathered_rows_come_in_order_and_their_gradients_go_home(two_processes):
     rows = torch.cat([torch.arange(20.).view(5, 4), torch.arange(16.).view(4, 4) + 100])
     for rank, of_rank in enumerate(two_processes):

@@ -95,6 +95,7 @@ def processes(tmp_path_factory):
     return {n: run_processes(_worker, n, tmp_path_factory.mktemp(f'{n}_processes')) for n in SIZES}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('sizes', [sizes for of_world in SIZES.values() for sizes in of_world], ids=str)
 def test_processes_equal_one_on_the_whole_batch(processes, sizes):
     expected = _run(sizes)
@@ -111,6 +112,7 @@ def test_processes_equal_one_on_the_whole_batch(processes, sizes):
         torch.testing.assert_close(mean, expected[f'gradient {step}'], **EXACT)
 
 
+@pytest.mark.slow
 def test_it_is_another_number_than_the_mean_over_processes(processes):
     for world_size, of_ranks in processes.items():
         sizes = SIZES[world_size][1]
@@ -118,6 +120,7 @@ def test_it_is_another_number_than_the_mean_over_processes(processes):
             assert abs(of_ranks[0]['process scope'] - of_ranks[0][sizes]['cka 0'][0]) > 1e-3
 
 
+@pytest.mark.slow
 def test_fewer_than_four_samples_in_all(processes):
     for world_size, of_ranks in processes.items():
         for result in of_ranks:
@@ -127,6 +130,7 @@ def test_fewer_than_four_samples_in_all(processes):
             assert result['tiny uniform'] == result['tiny uniform']  # the loss itself is defined
 
 
+@pytest.mark.slow
 def test_features_travel_one_process_at_a_time(processes):
     for world_size, of_ranks in processes.items():
         sizes = SIZES[world_size][1]

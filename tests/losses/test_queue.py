@@ -243,6 +243,7 @@ def _run(rank=None):
     return results
 
 
+@pytest.mark.slow
 def test_two_processes_hold_one_queue(tmp_path):
     expected = _run()
     for of_rank in run_processes(_run, 2, tmp_path):

@@ -226,6 +226,7 @@ def test_nonfinite_nce_and_cka_are_named_by_layer(images, tmp_path, monkeypatch,
     assert code == 1 and 'step 1' in line and 'nce_layer1' in line and 'sscl_loss' in line and 'student' in line
 
 
+@pytest.mark.slow
 def test_diverging_weights_are_not_written(images, tmp_path, monkeypatch, capsys):
     """The loss of the last step is finite, what the step made of the weights is not."""
     args = [
@@ -285,6 +286,7 @@ def test_rows_of_the_summary_keep_their_columns(images, tmp_path, monkeypatch):
 
 # ---- evaluation alone
 
+@pytest.mark.slow
 def test_eval_only(images, tmp_path, monkeypatch):
     run_here([*IMAGES, '--model-ema', '--model-ema-decay', '0.5'], tmp_path, monkeypatch)
     before = {f: f.read_bytes() for f in (tmp_path / 'out').rglob('*.pth.tar')}
@@ -348,6 +350,7 @@ def test_start_that_failed_can_be_tried_again(images, tmp_path, monkeypatch, cap
     assert len(rows_of(tmp_path / 'out/run')) == 1
 
 
+@pytest.mark.slow
 def test_teacher_that_was_damaged_later_is_trained_again(images, tmp_path, monkeypatch, caplog):
     args = [*TAUGHT, '--epochs', '1', '--teacher-epochs', '2']
     run_here(args, tmp_path, monkeypatch)

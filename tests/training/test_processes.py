@@ -57,22 +57,22 @@ def finish(process, cwd):
     return code, (cwd / 'log.txt').read_text()
 
 
-def wait_for_epoch(process, cwd, epoch, timeout=300):
+def wait_for_epoch(cwd, epoch, runs, timeout=300):
     """Until a checkpoint within that epoch, or a later one, was written."""
     deadline = time.monotonic() + timeout
     while not any(int(file.name.split('-')[1]) >= epoch for file in cwd.glob('out/run/recovery-*.pth.tar')):
-        assert process.poll() is None and time.monotonic() < deadline, (cwd / 'log.txt').read_text()
+        assert runs() and time.monotonic() < deadline, (cwd / 'log.txt').read_text()
         time.sleep(0.01)
 
 
 @pytest.fixture(scope='module')
-def whole(tmp_path_factory):
+def whole(server, tmp_path_factory):
     """A run on two processes that was not stopped, with what each saw."""
     cwd = tmp_path_factory.mktemp('whole')
     write_images(cwd / 'images', per_class=15)
     (cwd / 'spy.py').write_text(SPY)
     args = [*ARGS, '--no-aug', '--loss-file', 'spy.py', '--loss', 'sscl=0.1,spy=1']
-    code, log = finish(start(cwd, args), cwd)
+    code, log = server.run(args, cwd, processes=2)
     assert code == 0, log
     return cwd, log
 
@@ -97,22 +97,22 @@ def test_metrics_count_exactly_the_validation_set(whole):
         assert correct == pytest.approx(round(correct), abs=1e-6)
 
 
-def test_killed_on_two_processes_it_ends_bit_identical(whole, tmp_path):
+def test_killed_on_two_processes_it_ends_bit_identical(server, whole, tmp_path):
     (tmp_path / 'images').symlink_to(whole[0] / 'images')
     (tmp_path / 'spy.py').write_text(SPY)
     args = [*ARGS, '--no-aug', '--loss-file', 'spy.py', '--loss', 'sscl=0.1,spy=1', '--resume', 'auto']
+    pids = server.start(args, tmp_path, processes=2)
+    wait_for_epoch(tmp_path, 0, lambda: all(map(psutil.pid_exists, pids)))
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    assert server.wait() == -signal.SIGKILL
     process = start(tmp_path, args)
-    wait_for_epoch(process, tmp_path, 0)
-    for worker in [*psutil.Process(process.pid).children(recursive=True), process]:  # each has a session of its own
-        worker.kill()
-    process.wait()
-    process = start(tmp_path, args)
-    wait_for_epoch(process, tmp_path, 4)  # the killed one had not come so far
+    wait_for_epoch(tmp_path, 4, lambda: process.poll() is None)  # the killed one had not come so far
     process.send_signal(signal.SIGTERM)  # torchrun hands it on
     code, log = finish(process, tmp_path)
     assert code != 0 and 'error: stopped by SIGTERM' in log
     assert 'torchrun --nproc_per_node 2' in log and '--resume out/run' in log
-    code, log = finish(start(tmp_path, args), tmp_path)
+    code, log = server.run(args, tmp_path, processes=2)
     assert code == 0, log
     same_runs(whole[0] / 'out', tmp_path / 'out')
 

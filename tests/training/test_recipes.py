@@ -50,17 +50,22 @@ def test_every_row_of_tables_1_and_2_has_its_recipe(data, net, timesteps):
     if data == 'imagenet':
         assert (recipe['sscl_temperature'], recipe['epochs'], recipe['stem_pool']) == (0.07, 320, 'avg')
     else:
-        small = load_recipe(f'{name}_small')
-        assert small['model_kwargs'] == {'width': 16} and small['epochs'] < recipe['epochs']
-        changed = {key for key in small if small[key] != recipe.get(key)}
-        assert changed <= {'model_kwargs', 'epochs', 'aa', 'cutout', 'workers'}
+        assert_small(name)
+
+
+def assert_small(name):
+    """A recipe's small form is narrower, shorter and without the slow augmentation, and nothing else."""
+    recipe, small = load_recipe(name), load_recipe(f'{name}_small')
+    assert small['model_kwargs'] == {'width': 16} and small['epochs'] < recipe['epochs']
+    changed = {key for key in small if small[key] != recipe.get(key)}
+    assert changed <= {'model_kwargs', 'epochs', 'aa', 'cutout', 'workers'}
 
 
 @pytest.mark.parametrize('timesteps, mode', list(product([2, 4], ['none', 'kd', 'contrastive'])))
 def test_the_other_modes_of_table_3_differ_in_the_mode_only(timesteps, mode):
     sscl, other = load_recipe(f'cifar100_resnet20_t{timesteps}'), load_recipe(f'cifar100_resnet20_t{timesteps}_{mode}')
     assert {key for key in other if other[key] != sscl.get(key)} == {'distill'} and other['distill'] == mode
-    assert f'cifar100_resnet20_t{timesteps}_{mode}_small' in list_recipes()
+    assert_small(f'cifar100_resnet20_t{timesteps}_{mode}')
 
 
 def test_there_is_no_recipe_without_a_row():
@@ -211,7 +216,19 @@ def _run(name, place):
 
 
 @pytest.mark.parametrize('name', list_recipes())
-def test_every_recipe_takes_a_step(name, place, monkeypatch):
+def test_every_recipe_resolves(name):
+    args, recipe = parse_args(['--config', name, *(['--data-dir', 'images'] if name.startswith('imagenet') else [])])
+    assert recipe == {} and args.model == load_recipe(name)['model']
+
+
+# the other small ones differ from a recipe that is here in the settings of _small.yaml only, as tested above
+STEPS = [name for name in list_recipes() if not name.endswith('_small') or name in (
+    'cifar10_vgg16_t2_small', 'cifar100_resnet20_t2_small', 'cifar10dvs_resnet20_t10_small')]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', STEPS)
+def test_recipe_takes_a_step(name, place, monkeypatch):
     monkeypatch.chdir(place)
     # the files' checksums are the real data's
     monkeypatch.setattr(torchvision_cifar, 'check_integrity', lambda path, md5=None: Path(path).is_file())

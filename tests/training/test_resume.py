@@ -25,14 +25,27 @@ TINY = ['--model', 'spiking_test_resnet', '-T', '2', '--epochs', '3', '--teacher
         '--mixup', '0.2', '--cutmix', '0.5', '--model-ema', '--model-ema-decay', '0.9']
 
 
-@pytest.fixture(scope='module', params=[0, 2], ids=['no workers', 'two workers'])
-def whole(request, server, tmp_path_factory):
+def start_to_end(server, cwd, workers):
     """Options and folder of a run that was never stopped."""
-    args = [*TINY, '--workers', str(request.param), '--resume', 'auto']
-    cwd = tmp_path_factory.mktemp('whole')
+    args = [*TINY, '--workers', str(workers), '--resume', 'auto']
     code, log = server.run(args, cwd)
     assert code == 0, log
     return args, cwd
+
+
+@pytest.fixture(scope='module')
+def without_workers(server, tmp_path_factory):
+    return start_to_end(server, tmp_path_factory.mktemp('without_workers'), 0)
+
+
+@pytest.fixture(scope='module')
+def with_workers(server, tmp_path_factory):
+    return start_to_end(server, tmp_path_factory.mktemp('with_workers'), 2)
+
+
+@pytest.fixture(params=['without_workers', 'with_workers'])
+def whole(request):
+    return request.getfixturevalue(request.param)
 
 
 def running(pid):
@@ -89,9 +102,9 @@ def test_killed_again_and_again_it_ends_bit_identical(server, whole, tmp_path):
 # ---- checkpoints
 
 @pytest.fixture
-def run(server, whole, tmp_path):
+def run(without_workers, tmp_path):
     """A copy of the finished run without workers, which a test may break."""
-    args, cwd = whole
+    args, cwd = without_workers
     shutil.copytree(cwd / 'out', tmp_path / 'out')
     return [*args[:args.index('--resume')]], tmp_path
 

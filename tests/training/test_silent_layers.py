@@ -69,6 +69,7 @@ def _on_process(rank):
         return layers.names()
 
 
+@pytest.mark.slow
 def test_layer_that_fires_on_one_process_is_not_silent(tmp_path):
     assert run_processes(_on_process, 2, tmp_path) == [['b'], ['b']]
 

@@ -96,6 +96,7 @@ def rewrite(state, file):
 
 # ---- the data
 
+@pytest.mark.slow
 def test_teacher_of_other_data_in_the_same_folder_is_not_taken(tmp_path, monkeypatch):
     write_images(tmp_path / 'data', per_class=4)
     args = ['--data-dir', 'data', '--model', 'spiking_test_resnet', '--img-size', '32', '--timesteps', '1',
@@ -118,6 +119,7 @@ def test_teacher_of_other_data_in_the_same_folder_is_not_taken(tmp_path, monkeyp
 LEGACY = 'test_resnet-920dce3902'  # the folder that version 0.1.0 made for TINY
 
 
+@pytest.mark.slow
 def test_teacher_of_0_1_0_is_found_where_it_had_the_same_settings(tmp_path, monkeypatch, caplog):
     args = [*TINY, '--output', 'out', '--teacher-epochs', '2', '--epochs', '1']
     run_here([*args, '--experiment', 'first'], tmp_path, monkeypatch)

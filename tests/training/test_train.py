@@ -1,4 +1,4 @@
-"""train.py itself, tiny: through accelerate launch and torchrun as a user starts it, and its errors in this process."""
+"""train.py itself, tiny: through accelerate launch as a user starts it, and most of it in this process."""
 import json
 import logging
 import pickle
@@ -30,6 +30,7 @@ def main_run(tmp_path_factory):
     return cwd, log
 
 
+@pytest.mark.slow
 def test_main_job_tells_what_it_does_and_leaves_its_files(main_run):
     cwd, log = main_run
     assert 'bundled handwritten digits' in log and 'epochs=' not in log.split('recipe digits:')[1].split('\n')[0]
@@ -45,6 +46,7 @@ def test_main_job_tells_what_it_does_and_leaves_its_files(main_run):
     assert yaml.safe_load((run / 'args.yaml').read_text())['tau'] == 0.5
 
 
+@pytest.mark.slow
 def test_summary_has_a_row_per_epoch_with_columns_per_layer(main_run):
     rows = rows_of(main_run[0] / 'out' / 'run')
     assert [row['epoch'] for row in rows] == ['0', '1']
@@ -54,6 +56,7 @@ def test_summary_has_a_row_per_epoch_with_columns_per_layer(main_run):
     assert {'eval_top1', 'eval_loss', 'lr', 'train_task_loss', 'train_sscl_loss'} <= set(rows[0])
 
 
+@pytest.mark.slow
 def test_neurons_are_calibrated_and_the_report_is_printed_and_written(main_run):
     cwd, log = main_run
     assert '12 neuron layers calibrated' in log and 'MACs per image' in log and '% binary' in log
@@ -62,6 +65,7 @@ def test_neurons_are_calibrated_and_the_report_is_printed_and_written(main_run):
     assert all(record['now'] == 'LIF' for record in conversion['activations'])
 
 
+@pytest.mark.slow
 def test_checkpoint_gives_the_same_logits_through_create_model(main_run):
     file = main_run[0] / 'out' / 'run' / 'last.pth.tar'
     model = timm.create_model('spiking_test_resnet', num_classes=10, checkpoint_path=file).eval()
@@ -79,6 +83,7 @@ def test_checkpoint_gives_the_same_logits_through_create_model(main_run):
         assert torch.equal(model(x), by_hand(x))
 
 
+@pytest.mark.slow
 def test_memory_options_change_no_accuracy(main_run, monkeypatch, caplog):
     """The same run with spikes kept as bits, the stem run once and gradient checkpointing: the same training loss."""
     cwd, _ = main_run
@@ -92,6 +97,7 @@ def test_memory_options_change_no_accuracy(main_run, monkeypatch, caplog):
     assert saving == pytest.approx(plain, rel=2e-2)
 
 
+@pytest.mark.slow
 def test_second_run_finds_the_teacher_and_resume_goes_on(main_run, monkeypatch, capsys, caplog):
     cwd, _ = main_run
     teachers = sorted((cwd / 'out' / 'teachers').iterdir())
@@ -111,12 +117,13 @@ def test_second_run_finds_the_teacher_and_resume_goes_on(main_run, monkeypatch, 
     assert code == 2 and 'holds a run already' in line and len(rows_of(run)) == 3
 
 
-def test_two_processes_train_on_an_image_folder(tmp_path):
+@pytest.mark.slow
+def test_two_processes_train_on_an_image_folder(server, tmp_path):
     data = write_images(tmp_path / 'images', per_class=7)
     args = ['--data-dir', str(data), '--model', 'spiking_test_resnet', '--timesteps', '2', '--epochs', '1',
             '--img-size', '32', '--batch-size', '4', '--workers', '0', '--warmup-epochs', '0', '--output', 'out',
-            '--lr', '0.01']
-    code, log = launch(args, tmp_path, ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2'))
+            '--lr', '0.01', '--threads', '1']
+    code, log = server.run(args, tmp_path, processes=2)
     assert code == 0, log
     run = run_of(tmp_path / 'out')
     facts = json.loads((run / 'summary.json').read_text())
@@ -136,6 +143,7 @@ def test_two_copies_that_do_not_know_of_each_other_are_an_error(monkeypatch):
 
 # ---- in this process
 
+@pytest.mark.slow
 def test_weight_zero_is_exactly_mode_none(tmp_path, monkeypatch):
     common = [*TINY, '--epochs', '1', '--drop', '0.2', '--output', 'out']
     run_here([*common, '--distill', 'none', '--experiment', 'none'], tmp_path, monkeypatch)
@@ -147,6 +155,7 @@ def test_weight_zero_is_exactly_mode_none(tmp_path, monkeypatch):
     assert not all(torch.equal(none[k], kd[k]) for k in none)  # the comparison can fail
 
 
+@pytest.mark.slow
 def test_options_of_a_training_step_work_together(tmp_path, monkeypatch):
     run_here([*TINY, '--epochs', '1', '--output', 'out', '--amp', '--amp-dtype', 'bfloat16', '--grad-accum-steps', '2',
               '--clip-grad', '1', '--model-ema', '--model-ema-decay', '0.5', '--mixup', '0.2', '--cutmix', '0.5',
@@ -182,6 +191,7 @@ def test_teacher_from_a_file_is_used_as_it_is(tmp_path, monkeypatch):
     assert facts['teacher']['source'] == 'teacher.safetensors' and not (tmp_path / 'out' / 'teachers').exists()
 
 
+@pytest.mark.slow
 def test_thresholds_from_an_ann(main_run, tmp_path, monkeypatch, caplog):
     teacher = min((main_run[0] / 'out' / 'teachers').glob('test_resnet-*'))
     run_here([*TINY, '--epochs', '1', '--output', 'out', '--distill', 'none',
@@ -307,6 +317,7 @@ def test_help_names_the_options_in_timms_groups(capsys, monkeypatch, tmp_path):
         assert word in text
 
 
+@pytest.mark.slow
 def test_teacher_from_a_folder(tmp_path, monkeypatch, capsys):
     teacher = timm.create_model('test_resnet', num_classes=10)
     folder = tmp_path / 'hub'

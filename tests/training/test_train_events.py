@@ -44,6 +44,7 @@ EVENTS = ['--dataset', 'events/cifar10dvs', '-T', '3', '--event-size', '32', '--
           '--event-roll', '2']
 
 
+@pytest.mark.slow
 def test_aedat_files_go_in_and_a_trained_spiking_model_comes_out(bars, tmp_path, monkeypatch):
     run_here([*EVENTS, *TINY, '--data-dir', bars, '--epochs', '10', '--experiment', 'bars', '--loss', 'sscl=0.1,kd=1'],
              tmp_path, monkeypatch)
@@ -86,6 +87,7 @@ def test_aedat_files_go_in_and_a_trained_spiking_model_comes_out(bars, tmp_path,
     assert yaml.safe_load((run / 'args.yaml').read_text())['event_split'] == 'last4'
 
 
+@pytest.mark.slow
 def test_another_teacher_for_other_frames(bars, tmp_path, monkeypatch):
     common = [*EVENTS, *TINY, '--data-dir', bars, '--distill', 'kd']
     for name, options in (
