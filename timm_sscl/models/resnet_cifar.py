@@ -1,6 +1,7 @@
-"""The ResNets of the SSCL paper's CIFAR and CIFAR10-DVS experiments, as timm models.
+"""ResNets of the SSCL paper's CIFAR and CIFAR10-DVS experiments as timm models.
 
-ResNet20 is this line of work's (11.2 M parameters), not He's of 0.27 M; ResNet19 is that of tdBN (Zheng et al. 2020).
+ResNet20 has 11.2 M parameters, as in related SNN papers; it is not He's ResNet20 with 0.27 M. ResNet19 is the one of
+tdBN (Zheng et al. 2020).
 """
 from typing import Any, List, Optional, Tuple, Union
 
@@ -14,18 +15,18 @@ from timm.models.resnet import BasicBlock, ResNet
 
 __all__ = ['ResNetCifar', 'ResNetCifarMlp', 'resnet19_cifar', 'resnet19_cifar_fc', 'resnet20_cifar']
 
-_MAX_STAGES = 4  # timm's ResNet names layer1 to layer4
+_MAX_STAGES = 4  # timm's ResNet has layer1 to layer4
 
 
 class ResNetCifar(ResNet):
-    """timm's ResNet with a stem for small images: 3x3 convolutions at full resolution, then average pooling or none.
+    """timm's ResNet with a stem for small images: 3x3 convolutions at full resolution, then optional average pooling.
 
     Args:
-        width: Channels of the stem and the first stage (even), doubled at every further stage.
+        width: Channels of the stem and the first stage (even); doubled in every further stage.
         layers: Blocks per stage, at most four stages.
         in_chans: Input channels.
-        stem_convs: Number of 3x3 convolutions in the stem, each with norm and activation.
-        stem_reduction: Average pooling at the end of the stem; 1 is none.
+        stem_convs: Number of 3x3 convolutions in the stem. Norm and activation follow each.
+        stem_reduction: Average pooling at the end of the stem; 1 for none.
         **kwargs: Further arguments of timm's ResNet.
     """
 
@@ -41,14 +42,16 @@ class ResNetCifar(ResNet):
         if width < 2 or width % 2:
             raise ValueError(f'width={width}: must be an even number of channels.')
         channels = tuple(width * 2 ** i for i in range(len(layers)))
-        # a deep stem of width / 2 makes timm's first stage expect `width` channels
+        # a deep stem of width / 2 gives timm's first stage `width` input channels
         super().__init__(
             BasicBlock, layers, in_chans=in_chans, channels=channels, stem_type='deep', stem_width=width // 2, **kwargs)
-        for i in range(len(layers), _MAX_STAGES):  # timm's forward runs four; empty as after its pruning
+        # timm's forward runs four stages; missing ones are empty, as after its pruning
+        for i in range(len(layers), _MAX_STAGES):
             self.add_module(f'layer{i + 1}', nn.Sequential())
         self._small_stem(width, in_chans, stem_convs, stem_reduction)
 
     def _small_stem(self, width: int, in_chans: int, convs: int, reduction: int) -> None:
+        """Replace timm's stem by 3x3 convolutions and average pooling, and correct feature_info."""
         norm, act, dd = type(self.bn1), type(self.act1), get_device_dtype(self)
         stem: List[nn.Module] = []
         for i in range(convs):
@@ -69,7 +72,7 @@ class ResNetCifar(ResNet):
             indices: Optional[Union[int, List[int]]] = None,
             **kwargs: Any,
     ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
-        """timm's forward_intermediates, whose indices count the stages that there are: the stem, layer1, ..."""
+        """Run timm's forward_intermediates with indices that count the existing stages: the stem, layer1, ..."""
         take_indices, _ = feature_take_indices(len(self.feature_info), indices)
         return super().forward_intermediates(x, take_indices, **kwargs)
 
@@ -79,7 +82,7 @@ class ResNetCifar(ResNet):
             prune_norm: bool = False,
             prune_head: bool = True,
     ) -> List[int]:
-        """timm's pruning; see forward_intermediates for the indices."""
+        """Prune as timm does. Indices are those of forward_intermediates."""
         take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
         if max_index < len(self.feature_info) - 1:
             return super().prune_intermediate_layers(take_indices, prune_norm, prune_head)
@@ -89,15 +92,15 @@ class ResNetCifar(ResNet):
 
 
 class ResNetCifarMlp(ResNetCifar):
-    """ResNetCifar whose head has a hidden layer: global pooling, FC, activation, FC.
+    """ResNetCifar with a hidden layer in its head: global pooling, FC, activation, FC.
 
-    The hidden layer is forward_head's pre_logits; its activation becomes a neuron like any other.
+    forward_head(pre_logits=True) returns the hidden layer. Its activation becomes a neuron in a conversion.
 
     Args:
         hidden_size: Units of the hidden layer.
-        num_classes: Classes.
-        global_pool: Pooling in front of the head.
-        drop_rate: Dropout in front of the classifier.
+        num_classes: Number of classes.
+        global_pool: Pooling before the head.
+        drop_rate: Dropout before the classifier.
         **kwargs: Further arguments of ResNetCifar.
     """
 
@@ -138,14 +141,14 @@ class ResNetCifarMlp(ResNetCifar):
             prune_norm: bool = False,
             prune_head: bool = True,
     ) -> List[int]:
-        """timm's pruning; the hidden layer, sized for the last stage, goes with the head."""
+        """Prune as timm does. The hidden layer, whose size depends on the last stage, is removed with the head."""
         _, max_index = feature_take_indices(len(self.feature_info), indices)
         if prune_head or max_index < len(self.feature_info) - 1:
             self.head.reset(self.num_classes, reset_other=True)
         return super().prune_intermediate_layers(indices, prune_norm, prune_head)
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """Logits, or the hidden layer with pre_logits=True."""
+        """Return logits, or the hidden layer with pre_logits=True."""
         return self.head(x, pre_logits=pre_logits)
 
 
@@ -168,16 +171,17 @@ _RESNET19 = dict(width=128, layers=(3, 3, 2), stem_convs=1, stem_reduction=1, ze
 
 @register_model
 def resnet20_cifar(pretrained: bool = False, **kwargs: Any) -> ResNetCifar:
-    """ResNet20 of the paper's line: three stem convolutions, stages of [2, 2, 2, 2] basic blocks at 64/128/256/512.
+    """ResNet20 of related SNN papers: three stem convolutions, stages of [2, 2, 2, 2] basic blocks with 64/128/256/512
+    channels.
 
-    Shortcuts are average pooling and a 1x1 convolution; the last norm of a block starts at zero.
+    Shortcuts are average pooling and a 1x1 convolution. The scale of the last norm in a block starts at zero.
     """
     return build_model_with_cfg(ResNetCifar, 'resnet20_cifar', pretrained, **{'avg_down': True, **kwargs})
 
 
 @register_model
 def resnet19_cifar(pretrained: bool = False, **kwargs: Any) -> ResNetCifar:
-    """ResNet19: one stem convolution, stages of [3, 3, 2] basic blocks at 128/256/512, strides 1, 2, 2."""
+    """ResNet19: one stem convolution, stages of [3, 3, 2] basic blocks with 128/256/512 channels, strides 1, 2, 2."""
     feature_cfg = dict(out_indices=(0, 1, 2, 3))
     return build_model_with_cfg(
         ResNetCifar, 'resnet19_cifar', pretrained, feature_cfg=feature_cfg, **{**_RESNET19, **kwargs})
@@ -185,7 +189,7 @@ def resnet19_cifar(pretrained: bool = False, **kwargs: Any) -> ResNetCifar:
 
 @register_model
 def resnet19_cifar_fc(pretrained: bool = False, **kwargs: Any) -> ResNetCifarMlp:
-    """ResNet19 with a hidden layer of 256 units in its head, as most public code of the line has it."""
+    """ResNet19 with a hidden layer of 256 units in its head, as in most public code."""
     feature_cfg = dict(out_indices=(0, 1, 2, 3))
     return build_model_with_cfg(
         ResNetCifarMlp, 'resnet19_cifar_fc', pretrained, feature_cfg=feature_cfg, **{**_RESNET19, **kwargs})

@@ -1,4 +1,4 @@
-"""`spiking_<name>` for every timm architecture, in timm's own registry, with its tags and pretrained configs."""
+"""Register `spiking_<name>` for every timm architecture in timm's registry, with its tags and pretrained configs."""
 import os
 import sys
 from collections import deque
@@ -25,7 +25,10 @@ default_cfgs: Dict[str, DefaultCfg] = {}  # read by timm's register_model
 
 
 def _spiking_default_cfg(base: str) -> Optional[DefaultCfg]:
-    """The base architecture's configs, resolved: a raw hub id 'timm/' would complete to a repository of our name."""
+    """Return the base architecture's pretrained configs, resolved.
+
+    An unresolved hub id 'timm/' would be completed with the spiking name, for which no repository exists.
+    """
     default = _model_default_cfgs.get(base)
     if default is None:
         return None
@@ -34,7 +37,8 @@ def _spiking_default_cfg(base: str) -> Optional[DefaultCfg]:
 
 
 def _named_state_dict(cfg: Dict[str, Any]) -> Optional[Dict[str, Any]]:
-    """State dict that a pretrained config names and that may be a spiking one; None for timm's own ANN weights."""
+    """Return the state dict that a pretrained config refers to, which may be spiking; None for timm's own ANN weights.
+    """
     file = cfg.get('file')
     if cfg.get('source') == 'local-dir':
         return load_state_dict_from_path(Path(file))
@@ -51,8 +55,12 @@ def _split_pretrained(
         pretrained_cfg: Any,
         overlay: Optional[Dict[str, Any]],
 ) -> Tuple[Optional[Dict[str, Any]], Optional[Dict[str, Any]]]:
-    """Take what only a spiking model knows out of a checkpoint that is named as pretrained weights: the ANN loads it
-    first."""
+    """Split the spiking state off a checkpoint that is given as pretrained weights, since the ANN loads the checkpoint
+    first.
+
+    Returns:
+        The overlay for the ANN's config, and the spiking state (None if the checkpoint has none).
+    """
     if isinstance(pretrained_cfg, PretrainedCfg):
         pretrained_cfg = vars(pretrained_cfg)
     overlay = overlay or {}
@@ -64,10 +72,9 @@ def _split_pretrained(
 
 
 def _make_ann_state(base: str, kwargs: Dict[str, Any], state_dict: Dict[str, Any], stored: Dict[str, Any]) -> None:
-    """Turn a spiking checkpoint into one that the ANN, which loads it first, takes strictly, in place.
+    """Convert a spiking checkpoint in place to one that the ANN loads strictly.
 
-    Parameters that only the ANN has, those of activations that neurons replaced among them, are added; parameters and
-    buffers that only the spiking model has move to `stored`.
+    Parameters of activations that neurons replaced are added. State that only the spiking model has moves to `stored`.
     """
     kwargs = {k: v for k, v in kwargs.items() if k not in ('features_only', 'out_indices', 'feature_cls')}
     with torch.device('meta'):
@@ -88,6 +95,7 @@ def _make_ann_state(base: str, kwargs: Dict[str, Any], state_dict: Dict[str, Any
 
 
 def _entrypoint(base: str) -> Callable[..., nn.Module]:
+    """Return the timm entrypoint function that creates the spiking version of an architecture."""
     def create(
             pretrained: bool = False,
             pretrained_cfg: Any = None,
@@ -142,7 +150,7 @@ def _entrypoint(base: str) -> Callable[..., nn.Module]:
 
 
 class _Entrypoints(dict):
-    """timm's table of architectures; the spiking twin of one that is registered later is added at the next look-up."""
+    """timm's table of architectures that adds spiking versions of later registered ones at the next look-up."""
     grown = False
 
     def __setitem__(self, name: str, entrypoint: Callable[..., nn.Module]) -> None:
@@ -175,9 +183,9 @@ def _watch_timms_registry() -> None:
 
 
 def register_spiking_models() -> int:
-    """Register `spiking_<name>` for every architecture that timm knows and that has none yet.
+    """Register `spiking_<name>` for every architecture of timm that has none yet.
 
-    Runs at import, and by itself when a name is looked up after models were registered.
+    Runs at import, and automatically when a name is looked up after models were registered.
 
     Returns:
         Number of names added.

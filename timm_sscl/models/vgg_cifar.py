@@ -1,4 +1,4 @@
-"""The VGG16 of the SSCL paper's CIFAR experiments, as a timm model."""
+"""VGG16 of the SSCL paper's CIFAR experiments as a timm model."""
 from typing import Any, List, Optional, Tuple, Union
 
 import torch
@@ -15,13 +15,13 @@ _CONFIGURATION_D = (1, 1, 'M', 2, 2, 'M', 4, 4, 4, 'M', 8, 8, 8, 'M', 8, 8, 8, '
 
 
 class VGGCifar(VGG):
-    """timm's VGG16 with batch norm, average pooling, and one linear classifier behind global average pooling.
+    """timm's VGG16 with batch norm, average pooling, and one linear classifier after global average pooling.
 
     Args:
-        width: Channels of the first convolutions (64 is VGG16).
-        num_classes: Classes.
-        global_pool: Pooling in front of the classifier.
-        drop_rate: Dropout in front of the classifier.
+        width: Channels of the first convolutions; 64 is VGG16.
+        num_classes: Number of classes.
+        global_pool: Pooling before the classifier.
+        drop_rate: Dropout before the classifier.
         **kwargs: Further arguments of timm's VGG.
     """
 
@@ -37,7 +37,7 @@ class VGGCifar(VGG):
         if width < 1:
             raise ValueError(f'width={width}: must be 1 channel or more.')
         configuration = [v if v == 'M' else v * width for v in _CONFIGURATION_D]
-        # timm's two layers of 4096 units are replaced below; a hidden size of 1 makes them small meanwhile
+        # timm's two layers of 4096 units are replaced below; a hidden size of 1 keeps them small until then
         super().__init__(configuration, norm_layer=norm_layer, mlp_ratio=1 / 4096, **kwargs)
         for i, layer in enumerate(self.features):
             if isinstance(layer, nn.MaxPool2d):
@@ -53,11 +53,11 @@ class VGGCifar(VGG):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep the outputs of the stages only for the backward."""
+        """Keep only the outputs of the stages for the backward."""
         self.grad_checkpointing = enable
 
     def _stages(self) -> List[List[nn.Module]]:
-        """Layers up to the end of each stage: its last activation, the last pooling."""
+        """Return the layers of each stage, which ends with its last activation (the last stage with its pooling)."""
         layers = list(self.features)
         ends = [0] + [end + 1 for end in self.feature_ends if end < len(layers)]
         return [layers[begin:end] for begin, end in zip(ends, ends[1:])]
@@ -83,7 +83,7 @@ class VGGCifar(VGG):
             output_fmt: str = 'NCHW',
             intermediates_only: bool = False,
     ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
-        """timm's forward_intermediates, which knows gradient checkpointing."""
+        """Run timm's forward_intermediates with gradient checkpointing."""
         assert output_fmt in ('NCHW',), 'Output shape must be NCHW.'
         take_indices, max_index = feature_take_indices(len(self.feature_ends), indices)
         stages = self._stages()

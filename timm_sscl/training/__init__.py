@@ -1,3 +1,4 @@
-"""What train.py is told with: options, data loaders, checkpoints, the teacher's identity, the end of a run.
+"""Run a training for train.py: options, data loaders, checkpoints, the teacher, the end of a run.
 
-The only room that knows Accelerate."""
+Only this room uses Accelerate.
+"""

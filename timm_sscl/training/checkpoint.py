@@ -1,4 +1,4 @@
-"""Checkpoints that survive a kill: written aside and renamed, checked when read, the newest whole one found again."""
+"""Write checkpoints that survive a kill, verify them when reading, and find the newest undamaged one."""
 import itertools
 import logging
 import os
@@ -21,29 +21,29 @@ _logger = logging.getLogger(__name__)
 
 LAST = 'last.pth.tar'
 LOCK = '.lock'
-_ASIDE = '.part'  # ending of a file that is being written
-# what a run writes before its first checkpoint; folders are trackers'
+_ASIDE = '.part'  # suffix of a file that is being written
+# files that a run writes before its first checkpoint; folders are those of trackers
 _START_FILES = LOCK, 'args.yaml', 'data.json', f'*{_ASIDE}', 'teacher-features.*', 'train-batch-*.jpg', 'timm_sscl'
-RUN_STATE = 'run_state'  # key of what a run needs beyond timm's checkpoint
+RUN_STATE = 'run_state'  # key of a run's state in a timm checkpoint
 
 
 class StorageError(RuntimeError):
-    """Something could not be written; what was there before is whole."""
+    """A file could not be written. Existing files are undamaged."""
 
 
 class Position(NamedTuple):
-    """Where a run goes on."""
+    """The position in the training at which a run continues."""
     epoch: int  # counted from 0
-    step: int  # batches of that epoch that are done
+    step: int  # completed batches of that epoch
 
 
 @contextmanager
 def replacing(file: Path, copy: bool = False) -> Iterator[Path]:
-    """A path beside `file` to write to, which then takes its place at once; a kill leaves the old file or the new one.
+    """Yield a path to write to, and then replace `file` by it atomically. After a kill, the old or the new file exists.
 
     Args:
-        file: What is replaced.
-        copy: Whether the path begins as a copy of the file.
+        file: File to replace.
+        copy: Whether the path starts as a copy of the file.
 
     Raises:
         StorageError: The file could not be written (full disk, no permission, no folder).
@@ -56,7 +56,7 @@ def replacing(file: Path, copy: bool = False) -> Iterator[Path]:
         _flush(aside)
         os.replace(aside, file)
         _flush(file.parent)
-    except (OSError, RuntimeError) as error:  # torch's zip writer raises a RuntimeError for a failed write
+    except (OSError, RuntimeError) as error:  # torch's zip writer raises RuntimeError if a write fails
         try:
             aside.unlink(missing_ok=True)
         except OSError:
@@ -66,7 +66,7 @@ def replacing(file: Path, copy: bool = False) -> Iterator[Path]:
 
 
 def _flush(path: Path) -> None:
-    """Have the file, or the folder's names, on the disk and not in a cache only."""
+    """Write a file, or a folder's list of names, from the cache to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -75,7 +75,7 @@ def _flush(path: Path) -> None:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a small file at once.
+    """Write a small text file atomically.
 
     Raises:
         StorageError: It could not be written.
@@ -86,10 +86,10 @@ def write_text(file: Path, text: str) -> None:
 
 @contextmanager
 def lock_folder(folder: Path, enabled: bool = True) -> Iterator[None]:
-    """Hold a folder: no second process writes it meanwhile. The lock ends with the process, however that ends.
+    """Lock a folder against other processes that write to it. The lock ends with this process, however that ends.
 
     Raises:
-        StorageError: Another process holds it, or it cannot be written.
+        StorageError: Another process holds the lock, or the folder is not writable.
     """
     if not enabled:
         yield
@@ -102,7 +102,7 @@ def lock_folder(folder: Path, enabled: bool = True) -> Iterator[None]:
         raise StorageError(f"cannot write to the folder '{folder}': {error}. Choose another --output.") from error
     with handle:
         try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not held on by a loader's workers
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, loader workers do not inherit the lock
         except OSError as error:
             raise StorageError(f"'{folder}' is being written by another process; wait for it, or choose another "
                                f'--experiment or --output.') from error
@@ -110,17 +110,17 @@ def lock_folder(folder: Path, enabled: bool = True) -> Iterator[None]:
 
 
 class RunSaver(CheckpointSaver):
-    """timm's CheckpointSaver whose files are whole at any moment, and which keeps what a run needs to go on exactly.
+    """timm's CheckpointSaver with atomic writes and the state that a run needs to continue exactly.
 
-    Files are named and ranked as timm's: last, model_best, checkpoint-N for the best epochs, recovery-E-S between them.
-    `last` is written after all that belongs to its epoch, so a run that goes on from it misses nothing.
+    Files are named and ranked as timm's: last, model_best, checkpoint-N for the best epochs, recovery-E-S between
+    epochs. `last` is written after all other files of its epoch, so that a run that continues from it lacks none.
 
     Args:
-        folder: Where the files go.
+        folder: Where to write the files.
         task: timm TrainingTask that is trained.
         optimizer: Its optimizer.
-        args: Options, kept in every file as a dictionary, which torch.load reads with its default weights_only=True.
-        max_history: How many epochs' checkpoints are kept.
+        args: Options, stored in every file as a dictionary that torch.load accepts with weights_only=True.
+        max_history: Number of epochs whose checkpoints are kept.
         decreasing: Whether a lower metric is better.
     """
 
@@ -141,15 +141,15 @@ class RunSaver(CheckpointSaver):
             leftover.unlink()
 
     def save_epoch(self, position: Position, run_state: Dict[str, Any], metric: Optional[float] = None) -> None:
-        """Keep the end of an epoch: checkpoint-N where it is among the best, model_best, and last.
+        """Save the end of an epoch: checkpoint-N if it is among the best, model_best, and last.
 
         Args:
-            position: Where the run goes on: the next epoch, step 0.
-            run_state: What else it needs.
+            position: Where the run continues: the next epoch, step 0.
+            run_state: Further state of the run.
             metric: Value that ranks the epoch.
 
         Raises:
-            StorageError: A file could not be written; the earlier ones are whole.
+            StorageError: A file could not be written. Earlier files are undamaged.
         """
         epoch = position.epoch - 1
         state = self._state(epoch, metric, position, run_state)
@@ -160,7 +160,7 @@ class RunSaver(CheckpointSaver):
         self._remove_recoveries(keep=())
 
     def _keep(self, file: Path, epoch: int, metric: Optional[float]) -> None:
-        """Rank the epoch as timm does, linking before the newest file becomes `last`."""
+        """Rank the epoch as timm does, and link its file before that file becomes `last`."""
         worst = self.checkpoint_files[-1] if self.checkpoint_files else None
         full = len(self.checkpoint_files) >= self.max_history
         if not full or worst[1] is None or (metric is not None and self.cmp(metric, worst[1])):
@@ -173,25 +173,26 @@ class RunSaver(CheckpointSaver):
                 self._duplicate(file, self.folder / f'model_best{self.extension}')
 
     def _duplicate(self, src: Path, dst: Path) -> None:
+        """Make dst a hard link to src, or a copy, atomically."""
         aside = Path(f'{dst}{_ASIDE}')
         aside.unlink(missing_ok=True)
         try:
             os.link(src, aside)
-        except OSError:  # a file system without hard links
+        except OSError:  # the file system has no hard links
             shutil.copyfile(src, aside)
         os.replace(aside, dst)
 
     def save_recovery(self, position: Position, run_state: Dict[str, Any]) -> Path:
-        """Keep a moment inside an epoch; the two newest are held.
+        """Save a checkpoint within an epoch. The two newest are kept.
 
         Returns:
             The file.
 
         Raises:
-            StorageError: It could not be written; the earlier ones are whole.
+            StorageError: It could not be written. Earlier files are undamaged.
         """
         file = self.folder / f'{self.recovery_prefix}-{position.epoch}-{position.step}{self.extension}'
-        # timm's own reader would go on at the epoch after the one named here
+        # timm's own reader continues at the epoch after this number
         state = self._state(position.epoch - 1, None, position, run_state)
         state['saver']['pending'] = (None, None)
         with replacing(file) as aside:
@@ -201,7 +202,7 @@ class RunSaver(CheckpointSaver):
         return file
 
     def drop_recoveries_before(self, position: Position) -> None:
-        """Remove what a kill right after an epoch's checkpoint left over."""
+        """Remove recovery files that a kill right after an epoch's checkpoint left behind."""
         for file in self.folder.glob(f'{self.recovery_prefix}-*{self.extension}'):
             epoch, step = file.name[len(self.recovery_prefix) + 1:-len(self.extension)].split('-')
             if (int(epoch), int(step)) < position:
@@ -233,7 +234,9 @@ class RunSaver(CheckpointSaver):
 
 
 def _plain(value: Any) -> Any:
-    """Options as what torch.load takes for harmless: numbers, texts and containers of them; another as its text."""
+    """Convert options to what torch.load accepts with weights_only=True: numbers, texts, containers; others become
+    their text.
+    """
     if isinstance(value, dict):
         return {_plain(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -242,7 +245,7 @@ def _plain(value: Any) -> Any:
 
 
 def why_damaged(file: Path) -> str:
-    """What is wrong with a checkpoint file, by its checksums; '' for a whole one."""
+    """Return what is wrong with a checkpoint file by its checksums, '' if nothing."""
     try:
         with zipfile.ZipFile(file) as archive:
             broken = archive.testzip()
@@ -252,7 +255,7 @@ def why_damaged(file: Path) -> str:
 
 
 def read_run_state(file: Path) -> Optional[Dict[str, Any]]:
-    """What a checkpoint keeps beyond timm's, 'position' among it; None where no run of this script wrote it.
+    """Return the run's state in a checkpoint, with 'position'; None if no run of this script wrote the file.
 
     Raises:
         Exception: Whatever torch raises on a damaged file.
@@ -263,19 +266,19 @@ def read_run_state(file: Path) -> Optional[Dict[str, Any]]:
 
 
 def find_newest(folder: Path) -> Optional[Path]:
-    """The whole checkpoint of a run that is furthest; damaged ones are named in a warning and left where they are.
+    """Find the undamaged checkpoint of a run with the latest position. Damaged files are logged and left in place.
 
     Args:
         folder: Folder of a run.
 
     Returns:
-        Its path; None where there is none.
+        Its path; None if there is none.
     """
     found: List[Tuple[Position, bool, Path]] = []
     for file in sorted(folder.glob('*.pth.tar')):
         try:
             state = read_run_state(file)
-        except Exception as error:  # torch, pickle and zipfile each raise their own
+        except Exception as error:  # torch, pickle and zipfile raise many types
             _skip(file, str(error))
             continue
         if state is not None:
@@ -289,25 +292,26 @@ def find_newest(folder: Path) -> Optional[Path]:
 
 
 def holds_a_run(folder: Path) -> bool:
-    """Whether a folder holds anything but what a start leaves that failed before its first checkpoint."""
+    """Return whether a folder holds more than the files of a start that failed before its first checkpoint."""
     if not folder.is_dir():
         return folder.exists()
     return any(not any(file.match(pattern) for pattern in _START_FILES) for file in folder.iterdir())
 
 
 def put_aside_later(folder: Path, position: Position, kept: Path) -> None:
-    """Rename what a run left that goes back to an earlier checkpoint: else it would be taken for the newest again.
+    """Rename the files of a run with a later position than the one it continues from; else `find_newest` would find
+    them.
 
     Args:
         folder: Folder of the run.
-        position: Where it goes on.
-        kept: The checkpoint that it goes on from.
+        position: Where the run continues.
+        kept: The checkpoint from which it continues.
     """
     later = []
     for file in sorted(folder.glob('*.pth.tar')):
         try:
             state = read_run_state(file)
-        except Exception:  # damaged; named by find_newest
+        except Exception:  # damaged; find_newest logs it
             continue
         if state is not None and state['position'] > position and file.resolve() != kept.resolve():
             later.append(file)

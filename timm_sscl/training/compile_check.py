@@ -1,4 +1,4 @@
-"""Whether torch.compile has a backend and a mode, before anything is built."""
+"""Check the options of torch.compile before anything is built."""
 import difflib
 from typing import Optional
 
@@ -11,18 +11,18 @@ __all__ = ['check_compile_options']
 
 
 def check_compile_options(backend: str, mode: Optional[str] = None) -> None:
-    """Raise for a backend or a mode that torch.compile does not know.
+    """Check that torch.compile knows a backend and a mode.
 
     Args:
-        backend: --torchcompile.
-        mode: --torchcompile-mode, of the backend 'inductor'.
+        backend: Value of --torchcompile.
+        mode: Value of --torchcompile-mode, for the backend 'inductor'.
 
     Raises:
-        OptionError: With the names there are.
+        OptionError: It does not. The message lists the known names.
     """
     try:
         lookup_backend(backend)
-    except Exception as error:  # InvalidBackend, and whatever importing a backend raises
+    except Exception as error:  # InvalidBackend, or an error while importing the backend
         known = torch.compiler.list_backends()
         close = difflib.get_close_matches(backend, known, n=1)
         raise OptionError(f"--torchcompile {backend}: unknown; there are {', '.join(known)}."

@@ -1,4 +1,4 @@
-"""Training and validation set from the options, checked before anything is trained."""
+"""Create the training and validation sets from the options and check them before training."""
 import logging
 from argparse import Namespace
 from typing import Any, Dict, Optional, Tuple
@@ -24,13 +24,13 @@ __all__ = ['EVENT_SETTINGS', 'create_datasets', 'guard_samples', 'resolve_input'
 
 _logger = logging.getLogger('train')
 
-# what event frames depend on
+# options that event frames depend on
 EVENT_SETTINGS = (
     'timesteps', 'event_frames', 'event_mode', 'event_size', 'event_roll', 'event_split', 'event_axes')
 
 
 def create_datasets(args: Namespace) -> Tuple[Any, Any]:
-    """Training and validation set; with --eval-only the validation set twice."""
+    """Return training and validation set; with --eval-only the validation set twice."""
     options = {name: getattr(args, name) for name in ('dataset', 'data_dir', 'dataset_kwargs')}
     with blame_options(options, passing=(ValueError, FileNotFoundError), place=is_own_dataset(args.dataset)):
         return _create_datasets(args)
@@ -72,7 +72,7 @@ def _event_arguments(args: Namespace) -> Dict[str, Any]:
 
 
 def _set_frame_input(args: Namespace, dataset: Any) -> None:
-    """Event frames, two polarities as they are, are what the models take."""
+    """Set the options of the model's input to those of event frames: two channels, not normalised."""
     size = [2, *_frame_size(dataset)]
     if args.input_size and list(args.input_size) != size:
         raise OptionError(f'--input-size {" ".join(map(str, args.input_size))}: event frames are '
@@ -81,7 +81,7 @@ def _set_frame_input(args: Namespace, dataset: Any) -> None:
 
 
 def _frame_size(dataset: Any) -> Tuple[int, int]:
-    """(height, width) of the frames; those of the first sample, where the data set does not tell."""
+    """Return (height, width) of the frames, from the first sample if the data set does not declare it."""
     if isinstance(dataset, EventDataset):
         return dataset.frame_size
     try:
@@ -96,6 +96,7 @@ def _frame_size(dataset: Any) -> Tuple[int, int]:
 
 
 def _check_together(args: Namespace, train: Any, val: Any) -> None:
+    """Check training and validation set against each other."""
     same_split = args.train_split == args.val_split
     if is_own_dataset(args.dataset):
         if not same_split:
@@ -109,7 +110,9 @@ def _check_together(args: Namespace, train: Any, val: Any) -> None:
 
 
 def guard_samples(args: Namespace, datasets: Tuple[Any, Any], data_config: Dict[str, Any], num_classes: int) -> Tuple:
-    """The data sets with seeded samples and checked labels; streamed ones, which have no numbered samples, as is."""
+    """Wrap the data sets in `Samples` after checking labels. Streams, which have no numbered samples, are returned
+    unchanged.
+    """
     guarded = []
     channels, *size = data_config['input_size']
     check = (FramesCheck((args.timesteps, channels, *size)) if is_event_dataset(args.dataset)
@@ -139,7 +142,8 @@ def _given_channels(args: Namespace) -> Optional[int]:
 
 
 def resolve_input(args: Namespace, student: nn.Module) -> Dict[str, Any]:
-    """timm's data configuration for the channels that the student takes; the model's own mean and std follow them."""
+    """Return timm's data configuration for the student's input channels; the model's mean and std are adapted to them.
+    """
     channels = _given_channels(args)
     for name in ('mean', 'std'):
         values = getattr(args, name)
@@ -154,7 +158,7 @@ def resolve_input(args: Namespace, student: nn.Module) -> Dict[str, Any]:
 
 
 def resolve_num_classes(args: Namespace, dataset: Any) -> int:
-    """--num-classes, or as many as the data set has."""
+    """Return --num-classes, or the number of classes of the data set."""
     classes = classes_of(dataset)
     if args.num_classes is None and classes and len(classes) == 1:
         raise OptionError(f"the data has one class, '{next(iter(classes))}', in which nothing can be told apart; "

@@ -1,4 +1,4 @@
-"""The error of a wrong option, and a way to name the options behind another library's error."""
+"""OptionError, and a context that names the options behind another library's error."""
 import traceback
 from contextlib import contextmanager
 from typing import Any, Iterator, Mapping, Tuple, Type
@@ -7,11 +7,11 @@ __all__ = ['OptionError', 'blame_options', 'option_text']
 
 
 class OptionError(ValueError):
-    """A wrong option; the message says what to do."""
+    """An option is wrong. The message says what to do."""
 
 
 def option_text(name: str, value: Any) -> str:
-    """An option as it stands on the command line: '--lr-noise 0.4 0.9'."""
+    """Return an option as written on the command line: '--lr-noise 0.4 0.9'."""
     flag = '--' + name.replace('_', '-')
     if value is None or value is True:
         return flag
@@ -26,12 +26,12 @@ def blame_options(
         passing: Tuple[Type[Exception], ...] = (OptionError,),
         place: bool = False,
 ) -> Iterator[None]:
-    """Turn any error of the block into an OptionError that names the options which the block reads.
+    """Turn any error of the block into an OptionError that names the options which the block uses.
 
     Args:
         options: Names and values of the options. Those that are None, False or empty are left out.
-        passing: Errors that name their option already.
-        place: Whether to name the line that raised, for code of the user's.
+        passing: Error types that already name their option and are raised unchanged.
+        place: Whether to name the line that raised, for the user's own code.
 
     Raises:
         OptionError: The block raised.

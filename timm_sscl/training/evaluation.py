@@ -1,4 +1,4 @@
-"""--eval-only: accuracy, firing rates, entropy and energy of a checkpoint."""
+"""--eval-only: measure accuracy, firing rates, entropy and energy of a checkpoint."""
 import json
 import logging
 import os
@@ -39,23 +39,23 @@ _logger = logging.getLogger('train')
 
 
 class Evaluation(NamedTuple):
-    """What one number of time steps gives on the validation set."""
-    weights: str  # 'model', or 'ema'
+    """Result for one number of timesteps on the validation set."""
+    weights: str  # 'model' or 'ema'
     timesteps: Optional[int]
     top1: float
     top5: float
     loss: float
-    firing_rate: Optional[float] = None  # spikes per neuron and step, the mean of the layers
-    entropy: Optional[float] = None  # of a spike, bits per neuron and step
-    energy_uj: Optional[float] = None  # of the arithmetic of one image
+    firing_rate: Optional[float] = None  # spikes per neuron and timestep, mean over the layers
+    entropy: Optional[float] = None  # of a spike, bits per neuron and timestep
+    energy_uj: Optional[float] = None  # of the arithmetic for one image
     ann_energy_uj: Optional[float] = None
 
 
-_ENERGY_IMAGES = 32  # firing rates for the energy are those of so many images
+_ENERGY_IMAGES = 32  # number of images whose firing rates determine the energy
 
 
 def evaluate_only(args: Namespace, accelerator: Accelerator, stop: StopRequest) -> None:
-    """--eval-only: accuracy, firing rates, entropy and energy of a checkpoint, at its own T or at others."""
+    """--eval-only: report accuracy, firing rates, entropy and energy of a checkpoint, at its own T or at others."""
     with one_line_errors():
         datasets = create_datasets(args)
         described = describe_data(datasets[1])
@@ -75,7 +75,7 @@ def evaluate_only(args: Namespace, accelerator: Accelerator, stop: StopRequest) 
     own = getattr(student, 'timesteps', None)
     for name, state in weights.items():
         if own is not None:
-            student.set_timesteps(own)  # with which the weights are loaded
+            student.set_timesteps(own)  # T with which the weights are loaded
         with one_line_errors():
             _load_student(student, state, args.resume)
         for timesteps in args.eval_timesteps or [own]:
@@ -88,7 +88,9 @@ def evaluate_only(args: Namespace, accelerator: Accelerator, stop: StopRequest) 
 
 
 def _weights_to_evaluate(args: Namespace) -> Tuple[Path, Dict[str, Optional[Dict[str, torch.Tensor]]]]:
-    """Where the results go, and the weights by name: a checkpoint's and its EMA, or what the model was built with."""
+    """Return the folder for the results, and the weights by name: a checkpoint's model and EMA, or None for the built
+    model.
+    """
     if not args.resume:
         if not (args.initial_checkpoint or args.pretrained or args.pretrained_path):
             raise OptionError(
@@ -109,6 +111,7 @@ def _weights_to_evaluate(args: Namespace) -> Tuple[Path, Dict[str, Optional[Dict
 
 
 def _load_student(student: nn.Module, state: Optional[Dict[str, torch.Tensor]], source: str) -> None:
+    """Load a state dict into the student; None leaves it as built."""
     if state is None:
         return
     try:
@@ -125,6 +128,7 @@ def _evaluate_one(
         weights: str,
         timesteps: Optional[int],
 ) -> Tuple[Evaluation, Dict[str, Dict[str, float]]]:
+    """Return the Evaluation for the student's current T, and the values of every layer."""
     cast = partial(prepare_input, session.args)
     if timesteps is None:
         return Evaluation(weights, None, **evaluate(session, student, loader, cast)), {}
@@ -143,12 +147,13 @@ def _evaluate_one(
 
 
 def _report_evaluation(args: Namespace, folder: Path, results: List[Evaluation], rates: Dict[str, Any]) -> None:
-    """The table on the terminal; a row per result in evaluation.csv; all of it, with the layers, in a new JSON file."""
+    """Print the results as a table, append them to evaluation.csv, and write them with all layers to a new JSON file.
+    """
     columns = [name for name in Evaluation._fields if any(getattr(r, name) is not None for r in results)]
     rows = [[f'{v:.4g}' if isinstance(v, float) else str(v) for v in (getattr(r, c) for c in columns)] for r in results]
     widths = [max(map(len, column)) for column in zip(columns, *rows)]
     lines = ['', *('  '.join(f'{cell:>{w}}' for cell, w in zip(row, widths)) for row in (columns, *rows))]
-    if len(results) == 1:  # of several the JSON file has the layers
+    if len(results) == 1:  # with several results, only the JSON file has the layers
         lines += [f'  {name:<30} {v["firing_rate"]:.3f} spikes '
                   f'({" ".join(f"{r:.3f}" for r in v["firing_rate_per_step"])} step by step), '
                   f'{v["entropy"]:.3f} bits per neuron and step'
@@ -160,7 +165,7 @@ def _report_evaluation(args: Namespace, folder: Path, results: List[Evaluation],
     now = datetime.now()
     file = folder / f'evaluation-{now.strftime("%Y%m%d-%H%M%S-%f")}.json'
     _logger.info('\n'.join([*lines, f'Files: {file}, {folder / "evaluation.csv"}']))
-    with lock_folder(folder / 'evaluation'):  # the run itself may be going on
+    with lock_folder(folder / 'evaluation'):  # the run itself may be writing
         write_text(file, json.dumps(dict(model=args.model, weights=args.resume or args.initial_checkpoint,
                                          results=[r._asdict() for r in results], layers=rates), indent=2) + '\n')
         for result in results:

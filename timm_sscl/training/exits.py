@@ -1,4 +1,4 @@
-"""How the script ends: wrong input, failures of a run and signals are one line each, with the command that resumes."""
+"""End the script with one line for wrong input, failures and signals, and print the command that resumes the run."""
 import os
 import signal
 import sys
@@ -19,24 +19,24 @@ __all__ = ['NonFiniteLoss', 'OtherProcessFailed', 'INPUT_ERRORS', 'DATA_ERRORS',
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss of a step, or a weight, is nan or infinite; nothing of it was kept."""
+    """The loss of a step, or a weight, is nan or infinite. It was not saved."""
 
 
 class OtherProcessFailed(RuntimeError):
-    """Another process found what ends the run, and says it."""
+    """Another process found the reason to stop and reports it."""
 
 
-# these end a run with one line; all others keep their traceback
+# these errors end a run with one line; others keep their traceback
 INPUT_ERRORS = OptionError, FileNotFoundError, FileExistsError, NotImplementedError, ValueError
 DATA_ERRORS = UnreadableSample, WrongLabel, WrongSample, FailedTransform
 RUN_ERRORS = StorageError, NonFiniteLoss, OtherProcessFailed, ProcessDied, *DATA_ERRORS
 
 
 def exit_with_line(error: Exception, code: int) -> None:
-    """End the script with one line that says what to do."""
+    """Print an error as one line and end the script."""
     rank = int(os.environ.get('RANK', 0))
     lines = str(error).strip().split('\n') if isinstance(error, RUN_ERRORS) else [str(error)]
-    # a loader's worker adds its traceback
+    # an error from a loader worker includes its traceback
     text = lines[-1].partition(f'{type(error).__name__}: ')[2] or ' '.join(lines)
     print(f'error{f" (process {rank})" if rank else ""}: {" ".join(text.split())}', file=sys.stderr, flush=True)
     sys.exit(code)
@@ -44,6 +44,7 @@ def exit_with_line(error: Exception, code: int) -> None:
 
 @contextmanager
 def name_dead_processes() -> Iterator[None]:
+    """Convert errors that another process's end causes inside to ProcessDied."""
     try:
         yield
     except (Interrupted, *RUN_ERRORS, OptionError):
@@ -53,13 +54,13 @@ def name_dead_processes() -> Iterator[None]:
         if died is None:
             raise
         if threading.current_thread() is threading.main_thread() and hasattr(signal, 'SIGCHLD'):
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise it again
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise the error again
         raise died from error
 
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Wrong input ends the script with one line that says what to do."""
+    """End the script with one line that says what to do if the input is wrong."""
     try:
         with name_dead_processes():
             yield
@@ -69,11 +70,11 @@ def one_line_errors() -> Iterator[None]:
 
 @contextmanager
 def report_resume_command(script: str, folder: Optional[Path] = None) -> Iterator[None]:
-    """Say in one line what ends a training before its end, and print the command that resumes it.
+    """Print one line and the command that resumes the run if a training inside stops early.
 
     Args:
-        script: File of the script that runs.
-        folder: Folder of the run; without one there is nothing to resume.
+        script: File of the running script.
+        folder: Folder of the run; None if there is nothing to resume.
     """
     try:
         with name_dead_processes():
@@ -88,7 +89,7 @@ def report_resume_command(script: str, folder: Optional[Path] = None) -> Iterato
 
 
 def resume_command(script: str, folder: Path) -> str:
-    """Command that continues the run in this folder, started as this one was."""
+    """Return the command that continues the run in this folder, with the launcher of this run."""
     precision = os.environ.get('ACCELERATE_MIXED_PRECISION', 'no')
     if 'TORCHELASTIC_RUN_ID' in os.environ:
         processes = os.environ.get('LOCAL_WORLD_SIZE', os.environ.get('WORLD_SIZE', '1'))

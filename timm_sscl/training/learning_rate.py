@@ -1,11 +1,11 @@
-"""The learning rate from the options, as timm scales it."""
+"""Compute the learning rate from the options as timm does."""
 from argparse import Namespace
 
 __all__ = ['resolve_lr']
 
 
 def resolve_lr(args: Namespace, num_processes: int) -> float:
-    """--lr, or --lr-base scaled by the global batch as timm does."""
+    """Return --lr, or --lr-base scaled by the global batch size as in timm."""
     if args.lr is not None:
         return args.lr
     ratio = args.batch_size * num_processes * args.grad_accum_steps / args.lr_base_size

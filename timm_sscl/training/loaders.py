@@ -1,4 +1,4 @@
-"""Data loaders that Accelerate can shard."""
+"""Create data loaders that Accelerate can shard."""
 from argparse import Namespace
 from typing import Any, Dict, NamedTuple, Optional, Tuple
 
@@ -15,12 +15,13 @@ __all__ = ['Loaders', 'create_loaders']
 
 
 class Loaders(NamedTuple):
+    """Loaders of the training and validation set, and mixup if asked for."""
     train: Any
     eval: Any
     mixup: Optional[Mixup]
 
 
-# what timm's transforms and loaders may refuse, where it is given
+# options that timm's transforms and loaders may refuse
 _LOADER_OPTIONS = (
     'color_jitter', 'crop_padding', 'cutout', 'crop_pct', 'scale', 'ratio', 'reprob', 'img_size', 'mean', 'std',
     'batch_size', 'workers')
@@ -32,20 +33,20 @@ def create_loaders(
         data_config: Dict[str, Any],
         num_classes: int,
 ) -> Loaders:
-    """Loaders that are not sharded and do not move batches: Accelerate does both."""
+    """Create loaders. Accelerate shards them and moves the batches."""
     make = _create_event_loaders if is_event_dataset(args.dataset) else _create_image_loaders
     with blame_options({name: getattr(args, name) for name in _LOADER_OPTIONS}):
         train, val = make(args, datasets, data_config)
     if hasattr(datasets[0], '__len__') and len(train) == 0:
         raise OptionError(f'--batch-size {args.batch_size} is larger than the training set '
                           f'({len(datasets[0])} images).')
-    for loader in (train, val):  # else the start of an epoch would draw from the generator that dropout draws from
+    for loader in (train, val):  # else the start of an epoch would draw from the global generator, which dropout uses
         loader.generator = torch.Generator().manual_seed(args.seed)
     return Loaders(train, val, _create_mixup(args, num_classes))
 
 
 def _create_image_loaders(args: Namespace, datasets: Tuple[Any, Any], data_config: Dict[str, Any]) -> Tuple[Any, Any]:
-    """timm's loaders, without its prefetcher."""
+    """Create timm's loaders without its prefetcher."""
     common = dict(
         input_size=data_config['input_size'], mean=data_config['mean'], std=data_config['std'], use_prefetcher=False,
         distributed=False, num_workers=args.workers, persistent_workers=args.workers > 0, pin_memory=args.pin_mem,
@@ -53,7 +54,7 @@ def _create_image_loaders(args: Namespace, datasets: Tuple[Any, Any], data_confi
     interpolation = args.train_interpolation
     if args.no_aug or not interpolation:
         interpolation = data_config['interpolation']
-    policy = args.aa == CIFAR_POLICY  # not timm's; color jitter is off beside it, as beside timm's
+    policy = args.aa == CIFAR_POLICY  # timm has no such policy; it replaces color jitter, as timm's policies do
     with blame_options(dict(aa=args.aa)):
         create_transform(data_config['input_size'], is_training=True, auto_augment=None if policy else args.aa)
     train = create_loader(
@@ -82,6 +83,7 @@ def _create_event_loaders(args: Namespace, datasets: Tuple[Any, Any], data_confi
 
 
 def _create_mixup(args: Namespace, num_classes: int) -> Optional[Mixup]:
+    """Create timm's Mixup from the options; None without mixup and cutmix."""
     if not (args.mixup > 0 or args.cutmix > 0. or args.cutmix_minmax is not None):
         return None
     if args.batch_size % 2:

@@ -1,4 +1,5 @@
-"""What train.py's loop calls between its steps: batches, progress, checkpoints, signals, the end of an epoch."""
+"""Functions that train.py's loop calls around its steps: batches, progress, checkpoints, signals, the end of an epoch.
+"""
 import logging
 import math
 import time
@@ -40,28 +41,28 @@ _logger = logging.getLogger('train')
 _TERMS = {'task_loss': 'the cross-entropy (task_loss)'}
 
 
-# ---- an epoch
+# ---- epochs
 
 @dataclass
 class EpochProgress:
     """Progress of an epoch's batches on the terminal."""
     line: ProgressLine
-    steps: int  # of the whole epoch
+    steps: int  # number of steps in the whole epoch
     began: float = field(default_factory=time.time)
-    images: int = 0  # trained on since it began, over all processes
+    images: int = 0  # images trained on since the start, over all processes
     checkpoint_due: bool = False
-    layers: Optional[SilentLayers] = None  # notes those that do not fire
+    layers: Optional[SilentLayers] = None  # records layers that do not fire
 
 
 def epochs_left(training: Training) -> range:
-    """Numbers of the epochs from the one at hand to the last."""
+    """Return the numbers of the epochs from the current to the last."""
     if training.position.epoch >= training.epochs:
         _logger.info(f'{training.name}: all {training.epochs} epochs are done already.')
     return range(training.position.epoch, training.epochs)
 
 
 def begin_epoch(training: Training, epoch: int, layers: Optional[SilentLayers] = None) -> EpochProgress:
-    """Set data, mixup and modes for an epoch, which may be done in part already."""
+    """Set data, mixup, surrogates and modes for an epoch, of which some steps may be done already."""
     done = training.position.step if epoch == training.position.epoch else 0
     if not done:
         training.meters = Meters()
@@ -80,7 +81,9 @@ def begin_epoch(training: Training, epoch: int, layers: Optional[SilentLayers] =
 
 
 def batches_left(training: Training) -> Iterator[Tuple[int, Sequence[torch.Tensor]]]:
-    """(step, batch) from the first that is not done; where one cannot be read, what was done is kept first."""
+    """Yield (step, batch) from the first step that is not done. If a sample cannot be read, the progress is saved
+    first.
+    """
     step, loader, batch = training.position.step, training.train_loader, None
     try:
         for batch in skip_first_batches(loader, step) if step else loader:
@@ -93,18 +96,20 @@ def batches_left(training: Training) -> Iterator[Tuple[int, Sequence[torch.Tenso
         if alone or batch is None:
             raise
         training.read_failure = error
-        yield step, batch  # the other processes are in this step: it tells them before anything reaches the weights
+        yield step, batch  # the other processes are in this step: `agree_on_step` tells them before the weights change
 
 
 def watch_layers(training: Training) -> ContextManager[Optional[SilentLayers]]:
-    """What notes the layers that do not fire; nothing for an ANN, or where hooks would be compiled."""
+    """Return a context that records layers that do not fire; empty for an ANN, or with torch.compile, which ignores new
+    hooks.
+    """
     model = training.eval_model
     spiking = isinstance(model, nn.Module) and hasattr(unwrap_model(model), 'set_timesteps')
     return SilentLayers(unwrap_model(model)) if spiking and not training.args.torchcompile else nullcontext()
 
 
 def _warn_silent_layers(training: Training, layers: Optional[SilentLayers], step: int) -> None:
-    """Name the layers that have not fired since the last log, when they begin not to; called by all processes."""
+    """Warn of layers that have not fired since the last log and did before. All processes must call this."""
     silent = layers.names() if layers is not None else []
     new = [name for name in silent if name not in training.silent_layers]
     if new and training.accelerator.is_main_process:
@@ -120,7 +125,7 @@ def end_step(
         input: torch.Tensor,
         stop: bool,
 ) -> None:
-    """After a step: the progress line, a recovery checkpoint that is due, and the end where a signal asked for it."""
+    """Finish a step: update the progress line, write a due recovery checkpoint, and stop if a signal asked for it."""
     args, accelerator, steps = training.args, training.accelerator, progress.steps
     progress.images += len(input) * accelerator.num_processes
     training.steps_done += 1
@@ -134,7 +139,7 @@ def end_step(
         save_image(input, training.folder / f'train-batch-{step}.jpg', padding=0, normalize=True)
     if args.recovery_interval and (step + 1) % args.recovery_interval == 0:
         progress.checkpoint_due = True
-    if not accelerator.sync_gradients:  # between accumulated steps there are gradients that no file keeps
+    if not accelerator.sync_gradients:  # between accumulated steps there are gradients that no file holds
         return
     training.position = Position(training.position.epoch, step + 1)
     if stop or progress.checkpoint_due:
@@ -145,7 +150,7 @@ def end_step(
 
 
 def _progress_text(training: Training, steps: int, step: int, rate: float) -> str:
-    """Losses so far in this epoch, images per second, and the time left."""
+    """Return the line with the mean losses of this epoch, images per second, and the time left."""
     epoch = training.position.epoch
     per_step = (time.time() - training.started) / training.steps_done
     left = timedelta(seconds=round(per_step * (steps * (training.epochs - epoch) - step)))
@@ -157,7 +162,9 @@ def _progress_text(training: Training, steps: int, step: int, rate: float) -> st
 
 
 def end_of_batches(training: Training) -> Dict[str, float]:
-    """After an epoch's batches: processes share what they could not read and their statistics. The epoch's means."""
+    """Combine unreadable samples and batch norm statistics of all processes after an epoch's batches; return the mean
+    losses.
+    """
     accelerator, dataset, args = training.accelerator, training.dataset, training.args
     if accelerator.num_processes > 1 and isinstance(dataset, Samples):
         dataset.mark_unreadable(sorted(set(gather_object(dataset.unreadable))))
@@ -177,9 +184,10 @@ def finish_epoch(
         metrics: Dict[str, float],
         rates: Dict[str, float],
 ) -> None:
-    """Step the schedule, write the summary's row and the epoch's checkpoint; called by all processes."""
+    """Step the schedule, write the row in summary.csv and the epoch's checkpoint. All processes must call this."""
     name, scheduler = training.args.eval_metric, training.scheduler
-    metric = metrics.get(f'{name}_ema', metrics.get(name))  # the average's ranks, as in timm
+    # metrics of the averaged model rank the epochs if there is one, as in timm
+    metric = metrics.get(f'{name}_ema', metrics.get(name))
     groups = training.optimizer.param_groups
     columns = {
         **{f'train_{k}': v for k, v in train_metrics.items()}, **{f'eval_{k}': v for k, v in metrics.items()},
@@ -198,7 +206,7 @@ def finish_epoch(
 
 
 def save_recovery(training: Training) -> None:
-    """Keep this moment in a checkpoint; called by all processes."""
+    """Save a recovery checkpoint. All processes must call this."""
     check_weights(training)
     state = collect_run_state(training)
     if training.saver is not None:
@@ -208,12 +216,12 @@ def save_recovery(training: Training) -> None:
 # ---- parts of a step
 
 def spike_packing(args: Namespace) -> ContextManager:
-    """--pack-spikes: convolutions keep their input spikes as bits."""
+    """--pack-spikes: return the context in which convolutions save their input spikes as bits."""
     return packed_spikes() if args.pack_spikes else nullcontext()
 
 
 def teacher_outputs(training: Training, input: torch.Tensor, index: Sequence[torch.Tensor]) -> Tuple:
-    """--teacher-cache: what the teacher said of these samples, as a further argument of the task; else none."""
+    """--teacher-cache: return the cached teacher outputs of these samples as an extra argument of the task; else ()."""
     cache, teach = training.teacher_cache, getattr(training.task, 'teach', None)
     if cache is None:
         return ()
@@ -225,18 +233,21 @@ def teacher_outputs(training: Training, input: torch.Tensor, index: Sequence[tor
 
 
 def share_of_update(training: Training, step: int) -> float:
-    """Accelerate divides every loss by --grad-accum-steps; the last update of an epoch may have fewer."""
+    """Return the factor that corrects a loss in the last, smaller update of an epoch.
+
+    Accelerate divides every loss by --grad-accum-steps, but the last update may accumulate fewer steps.
+    """
     accumulated, steps = training.args.grad_accum_steps, len(training.train_loader)
     rest = steps % accumulated
     return accumulated / rest if rest and step >= steps - rest else 1.
 
 
 def agree_on_step(training: Training, step: int, result: Dict[str, torch.Tensor]) -> bool:
-    """Whether any process was told to stop; raises on all of them where one met what ends the run.
+    """Return whether any process was told to stop. Raise on all processes if one has a reason to end the run.
 
     Raises:
-        NonFiniteLoss: The loss is nan or infinite; it has not reached the weights.
-        OtherProcessFailed: Another process says what it met.
+        NonFiniteLoss: The loss is nan or infinite. The weights are unchanged.
+        OtherProcessFailed: Another process reports the reason.
     """
     finite = math.isfinite(result['loss'].item())
     failed, stop = training.session.stop_if_asked(not finite or training.read_failure is not None)
@@ -246,7 +257,7 @@ def agree_on_step(training: Training, step: int, result: Dict[str, torch.Tensor]
         raise training.read_failure
     if finite:
         raise OtherProcessFailed('another process stopped the run; its own message says why.')
-    check_weights(training)  # where the step before has spoilt them, that is what there is to say
+    check_weights(training)  # if the weights are not finite, this error says more
     values = {**{k: v.item() for k, v in scalar_terms(result).items() if k != 'loss'}, **layer_stats(training.task)}
     bad = [f'{_TERMS.get(k, k)} is {v}' for k, v in values.items() if not math.isfinite(v)]
     raise NonFiniteLoss(
@@ -256,7 +267,7 @@ def agree_on_step(training: Training, step: int, result: Dict[str, torch.Tensor]
 
 
 def check_weights(training: Training) -> None:
-    """Raise NonFiniteLoss where a weight is nan or infinite, before it is written."""
+    """Raise NonFiniteLoss if a weight is nan or infinite, before it is saved."""
     for name, value in unwrap_model(training.module).state_dict().items():
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise NonFiniteLoss(
@@ -266,7 +277,7 @@ def check_weights(training: Training) -> None:
 
 
 def clip_gradients(training: Training) -> None:
-    """--clip-grad, once an update's gradients are complete."""
+    """--clip-grad: clip the gradients once an update's gradients are complete."""
     args, accelerator = training.args, training.accelerator
     if args.clip_grad is not None and accelerator.sync_gradients:
         accelerator.unscale_gradients()
@@ -275,7 +286,7 @@ def clip_gradients(training: Training) -> None:
 
 
 def count_update(training: Training) -> None:
-    """After an update of the weights: the averaged model, and a schedule that goes by updates."""
+    """Update the averaged model and a schedule that counts updates, after an update of the weights."""
     training.num_updates += 1
     training.task.update_ema(step=training.num_updates)
     if training.scheduler is not None:

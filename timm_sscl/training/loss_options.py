@@ -1,4 +1,4 @@
-"""Options of the losses: --loss-kwargs NAME.OPTION=VALUE, and flags that stand for some of them."""
+"""Options of the losses: --loss-kwargs NAME.OPTION=VALUE, and flags for some of them."""
 import argparse
 import textwrap
 from dataclasses import dataclass
@@ -12,22 +12,24 @@ from .errors import OptionError, option_text
 __all__ = ['LOSS_FLAGS', 'LossFlag', 'LossTexts', 'add_loss_flags', 'describe_losses', 'resolve_loss_options']
 
 _BUILT_IN = frozenset(list_losses())
-_Key = Tuple[str, str]  # a loss and its option
-_Values = Dict[_Key, Tuple[Any, str]]  # with the value, and how it was written
+_Key = Tuple[str, str]  # (loss, option)
+_Values = Dict[_Key, Tuple[Any, str]]  # (value, text as written)
 
 
 @dataclass(frozen=True)
 class LossFlag:
-    """What a flag of version 0.1.0 stands for: one option of one loss or of several."""
+    """A flag of version 0.1.0, which sets one option of one or several losses."""
     losses: Tuple[str, ...]
     option: str
 
     @property
     def declared(self) -> LossOption:
+        """Declaration of the option."""
         return loss_spec(self.losses[0]).options[self.option]
 
     @property
     def keys(self) -> List[_Key]:
+        """(loss, option) pairs that the flag sets."""
         return [(loss, self.option) for loss in self.losses]
 
 
@@ -50,7 +52,7 @@ LOSS_FLAGS: Dict[str, LossFlag] = {
 
 
 class LossTexts(argparse.Action):
-    """NAME.OPTION=VALUE pairs as texts: the option's type is known once the plug-ins are imported."""
+    """Parse NAME.OPTION=VALUE pairs to texts. The option's type is known only after plug-ins are imported."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         known = getattr(namespace, self.dest)
@@ -66,7 +68,7 @@ class LossTexts(argparse.Action):
 
 
 def add_loss_flags(group: argparse._ArgumentGroup) -> None:
-    """Add --loss-kwargs and the flags; type, default and help of a flag are those of the loss's option."""
+    """Add --loss-kwargs and the flags. Type, default and help of a flag come from the loss's option."""
     group.add_argument('--loss-kwargs', nargs='+', default={}, action=LossTexts, metavar='NAME.OPTION=VALUE',
                        help='options of the losses; they are listed at the end of this help')
     for name, flag in LOSS_FLAGS.items():
@@ -80,7 +82,7 @@ def add_loss_flags(group: argparse._ArgumentGroup) -> None:
 
 
 def describe_losses() -> str:
-    """The registered losses, and their options with defaults and help texts."""
+    """Return a text with all registered losses and their options, defaults and help."""
     lines = ['losses (--loss NAME=WEIGHT,...) and their options (--loss-kwargs NAME.OPTION=VALUE ...):']
     for name in list_losses():
         lines.append(f'  {name}')
@@ -97,17 +99,17 @@ def resolve_loss_options(
         layers: Sequence[Tuple[str, Mapping[str, Any]]],
         losses: Sequence[str],
 ) -> Dict[str, Dict[str, Any]]:
-    """Options of the run's losses, by loss: the command line's over a file's over the defaults.
+    """Return the options of the run's losses. The command line overrides a file, and a file the defaults.
 
-    `args.loss_kwargs` and the flags in `args` are set to what holds after that.
+    Sets `args.loss_kwargs` and the flags in `args` to the resulting values.
 
     Args:
         args: The options.
-        layers: Where options were given, the weakest first: a name for messages, and the options given there.
+        layers: (name for messages, given options) in increasing precedence.
         losses: Names of the run's losses.
 
     Raises:
-        OptionError: A loss or an option does not exist, a value is wrong, or one layer gives an option twice.
+        OptionError: A loss or an option does not exist, a value is wrong, or one layer sets an option twice.
     """
     merged: Dict[_Key, Any] = {}
     for source, options in layers:
@@ -130,12 +132,13 @@ def resolve_loss_options(
 
 
 def _from_flags(options: Mapping[str, Any]) -> _Values:
+    """Return the loss options that flags set."""
     return {key: (options[name], option_text(name, options[name]))
             for name, flag in LOSS_FLAGS.items() if options.get(name) is not None for key in flag.keys}
 
 
 def _from_kwargs(texts: Any, source: str) -> _Values:
-    """--loss-kwargs, or `loss_kwargs` of a file, by the types of the losses' options."""
+    """Parse --loss-kwargs, or `loss_kwargs` of a file, by the types of the losses' options."""
     if not isinstance(texts, Mapping):
         raise OptionError(f"{source}option 'loss_kwargs' is {texts!r}, expected NAME.OPTION: VALUE pairs.")
     values: _Values = {}
@@ -150,7 +153,7 @@ def _from_kwargs(texts: Any, source: str) -> _Values:
 
 
 def _set_what_holds(args: argparse.Namespace, merged: Mapping[_Key, Any]) -> None:
-    """Set the flags that a stronger layer overruled to None, and loss_kwargs to what no flag says."""
+    """Set flags that another layer overrides to None, and loss_kwargs to all options that no flag sets."""
     said = set()
     for name, flag in LOSS_FLAGS.items():
         value = getattr(args, name)
@@ -163,13 +166,13 @@ def _set_what_holds(args: argparse.Namespace, merged: Mapping[_Key, Any]) -> Non
 
 
 def _defaults(name: str) -> Dict[str, Any]:
-    """Defaults of a loss's options, those that a checkpoint can hold."""
+    """Return the defaults of a loss's options, as far as a checkpoint can hold them."""
     return {option.name: option.default for option in loss_spec(name).options.values()
             if isinstance(option.default, (bool, int, float, str, tuple))}
 
 
 def _check_built(name: str, options: Mapping[str, Any]) -> None:
-    """Build a loss, on one channel, so that a wrong option is found before a teacher is trained."""
+    """Build a loss with one channel, so that a wrong option is found before a teacher is trained."""
     spec = loss_spec(name)
     taps = dict(names=['tap'], student_channels=[1], teacher_channels=[1]) if spec.needs_features else {}
     if spec.needs_shapes:

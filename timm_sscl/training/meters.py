@@ -9,18 +9,19 @@ __all__ = ['scalar_terms', 'layer_stats', 'Meters']
 
 
 def scalar_terms(result: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
-    """The losses among a task's results: 0-d tensors by name."""
+    """Return the losses in a task's result: 0-d tensors by name."""
     return {k: v for k, v in result.items() if isinstance(v, torch.Tensor) and v.ndim == 0}
 
 
 class Meters:
-    """Sums of a training epoch's values, kept on the device."""
+    """Weighted sums of a training epoch's values, kept on the device."""
 
     def __init__(self):
         self.sums: Dict[str, Any] = OrderedDict()
         self.counts: Dict[str, float] = {}
 
     def update(self, values: Dict[str, Any], n: int) -> None:
+        """Add values, each weighted by n."""
         for name, value in values.items():
             value = value.detach().float() if isinstance(value, torch.Tensor) else value
             if isinstance(value, float) and math.isnan(value):
@@ -39,6 +40,6 @@ class Meters:
 
 
 def layer_stats(task: Any) -> Dict[str, float]:
-    """What the task's losses say of every layer, by column: 'cka_layer1', ...; empty for a task without."""
+    """Return the per-layer values of the task's losses by column: 'cka_layer1', ...; empty if the task has none."""
     return {f'{key}_{layer}': value
             for layer, values in getattr(task, 'stats', {}).items() for key, value in values.items()}

@@ -1,4 +1,4 @@
-"""--neuron-init: gains or thresholds of the student's neurons from real images."""
+"""--neuron-init: set gains or thresholds of the student's neurons from real images."""
 import logging
 from argparse import Namespace
 from typing import Any, Optional
@@ -15,7 +15,7 @@ __all__ = ['prepare_neurons']
 
 _logger = logging.getLogger('train')
 
-_THRESHOLD_IMAGES = 512  # images that --neuron-init ann measures activations on
+_THRESHOLD_IMAGES = 512  # number of images on which --neuron-init ann measures activations
 
 
 def prepare_neurons(
@@ -25,11 +25,14 @@ def prepare_neurons(
         loader: Any,
         resumed: bool,
 ) -> Optional[SpikingReport]:
-    """--neuron-init: gains or thresholds of a spiking student from real images, and the report of its conversion."""
+    """--neuron-init: set gains or thresholds of a spiking student from real images; return its conversion report.
+
+    Returns None for an ANN. Gains of a resumed or loaded student are kept.
+    """
     if not isinstance(student, SpikingModule):
         return None
     images = _first_images(loader, _THRESHOLD_IMAGES if args.neuron_init == 'ann' else args.batch_size)
-    images = broadcast(images.to(next(student.parameters())))  # all processes set the same
+    images = broadcast(images.to(next(student.parameters())))  # all processes use the same images
     has_gains = any(lif.gain is not None for lif in student.neurons().values())
     if resumed or has_gains:
         _logger.info('Neurons keep the gains of the checkpoint.')
@@ -45,7 +48,7 @@ def prepare_neurons(
 
 
 def _first_images(loader: Any, n: int) -> torch.Tensor:
-    """n training images, or as many as there are; timm's random state is set again before the training."""
+    """Return n training images, or all if there are fewer. The random state is set again before the training."""
     batches, count = [], 0
     for input, *_ in loader:
         batches.append(input)

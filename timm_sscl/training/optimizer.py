@@ -1,4 +1,4 @@
-"""timm's optimizer and schedule from the options, with errors that name them."""
+"""Create timm's optimizer and schedule from the options, with errors that name the options."""
 import difflib
 from argparse import Namespace
 from typing import Any, Tuple
@@ -18,12 +18,13 @@ def create_optimizer_and_schedule(
         module: nn.Module,
         updates_per_epoch: int = 1,
 ) -> Tuple[torch.optim.Optimizer, Any, int]:
-    """Create the optimizer, its schedule (None for `--sched none`) and the number of epochs of the schedule.
+    """Create the optimizer, its schedule (None for `--sched none`), and return them with the number of epochs of the
+    schedule.
 
     Args:
         args: The options, with the resolved learning rate as `lr`.
-        module: What is trained.
-        updates_per_epoch: Optimizer steps in an epoch, for `--sched-on-updates`.
+        module: Module to train.
+        updates_per_epoch: Optimizer steps per epoch, for `--sched-on-updates`.
 
     Raises:
         OptionError: timm has no such optimizer, or it does not take these options.
@@ -40,7 +41,7 @@ def create_optimizer_and_schedule(
 
 def _check_optimizer_name(name: str) -> None:
     known = list_optimizers()
-    plain = name.lower().split('_')[-1]  # lookahead_adamw
+    plain = name.lower().split('_')[-1]  # the part after a prefix such as lookahead_
     if plain not in known and name.lower() not in known:
         close = difflib.get_close_matches(plain, known, n=3)
         raise OptionError(f'--opt {name}: timm has no such optimizer.'

@@ -1,4 +1,4 @@
-"""The parser: timm's options in timm's groups with its defaults, and ours."""
+"""The parser: timm's options in timm's groups with its defaults, and our own."""
 import argparse
 
 from timm_sscl.data.events.aedat import AXES
@@ -13,7 +13,7 @@ __all__ = ['create_parser']
 
 
 def create_parser() -> argparse.ArgumentParser:
-    """Parser of all options, grouped as timm's."""
+    """Create the parser of all options, in timm's groups."""
     parser = OptionParser(
         description='Train a spiking timm model with its real-valued twin as the teacher (SSCL)', allow_abbrev=False,
         formatter_class=HelpFormatter, epilog=describe_losses())
@@ -239,6 +239,6 @@ def _add_misc(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_refused(parser: argparse.ArgumentParser) -> None:
-    """timm's options that are refused, so that the error can say why."""
+    """Add timm's unsupported options, so that an error can say why."""
     for name in UNSUPPORTED:
         parser.add_argument('--' + name.replace('_', '-'), nargs='*', default=None, help=argparse.SUPPRESS)

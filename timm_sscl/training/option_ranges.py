@@ -1,4 +1,4 @@
-"""Values that timm's options take: numbers outside their range and unknown names are errors at the start."""
+"""Check the values of timm's options at the start: ranges of numbers, and names."""
 import argparse
 import difflib
 import math
@@ -48,10 +48,10 @@ _CHOICES: Dict[str, Sequence[str]] = {
 
 
 def check_counts(args: argparse.Namespace) -> None:
-    """Raise for a number of epochs, samples, ... that is too small.
+    """Check that counts (epochs, samples, ...) are large enough.
 
     Raises:
-        OptionError: With the option, its value and its range.
+        OptionError: One is not. The message names the option, its value and its range.
     """
     _check(args, _COUNTS)
 
@@ -59,7 +59,7 @@ def check_counts(args: argparse.Namespace) -> None:
 def _check(args: argparse.Namespace, ranges: _Ranges) -> None:
     for name, (low, high) in ranges.items():
         value = getattr(args, name)
-        if value is not None and not isinstance(value, (int, float)):  # of a YAML file
+        if value is not None and not isinstance(value, (int, float)):  # from a YAML file
             raise OptionError(f'{option_text(name, value)}: must be a number.')
         if value is not None and not low <= value <= high:
             bounds = f'{low} or more' if high == _INF else f'between {low} and {high}'
@@ -67,10 +67,10 @@ def _check(args: argparse.Namespace, ranges: _Ranges) -> None:
 
 
 def check_ranges(args: argparse.Namespace) -> None:
-    """Raise for a number outside the range of its option.
+    """Check that numbers are in the range of their option.
 
     Raises:
-        OptionError: With the option, its value and its range.
+        OptionError: One is not. The message names the option, its value and its range.
     """
     _check(args, _RANGES)
     for name in _POSITIVE:
@@ -88,10 +88,10 @@ def check_ranges(args: argparse.Namespace) -> None:
 
 
 def check_choices(args: argparse.Namespace) -> None:
-    """Raise for a name that an option of timm's does not take.
+    """Check that names are among those that timm's options accept.
 
     Raises:
-        OptionError: With the option, its value and the names there are.
+        OptionError: One is not. The message names the option, its value and the known names.
     """
     for name, choices in _CHOICES.items():
         value = getattr(args, name)

@@ -10,7 +10,7 @@ __all__ = ['HelpFormatter', 'OptionParser', 'home_path', 'KeyValues', 'reset_pot
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the defaults that there are, and leaves a text that has lines as it is."""
+    """Show defaults that are set, and keep the line breaks of a text that has any."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         return (action.help or '') if action.default in (None, {}, '') else super()._get_help_string(action)
@@ -20,19 +20,21 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class OptionParser(argparse.ArgumentParser):
+    """ArgumentParser that raises OptionError instead of ending the process."""
     def error(self, message: str):
         raise OptionError(message)
 
 
 def home_path(text: str) -> str:
-    """Type of options that name a file or folder: ~ is the home folder, as in a shell; $VAR is left alone."""
+    """Type of options that name a file or folder: expand ~ to the home folder. $VAR is not expanded."""
     scheme, colon, path = text.partition(':')
-    if colon and scheme == 'local-dir':  # timm's model names
+    if colon and scheme == 'local-dir':  # prefix of timm's model names
         return scheme + colon + os.path.expanduser(path)
     return os.path.expanduser(text)
 
 
 class KeyValues(ParseKwargs):
+    """timm's parser of KEY=VALUE pairs, with an error for anything else."""
     def __call__(self, parser, namespace, values, option_string=None):
         if not all('=' in value for value in values):
             parser.error(f'{option_string} {" ".join(values)}: takes KEY=VALUE pairs.')
@@ -40,4 +42,5 @@ class KeyValues(ParseKwargs):
 
 
 def reset_potential(text: str):
+    """Type of --v-reset: a number, or 'soft'."""
     return text if text == 'soft' else float(text)

@@ -1,4 +1,4 @@
-"""The command line of train.py: the layers recipe < config < command line, and their checks."""
+"""Parse train.py's command line over a configuration file over a recipe, and check the options."""
 import argparse
 import difflib
 import os
@@ -21,18 +21,19 @@ from .unused_options import check_loss_options
 
 __all__ = ['ARGS_FILE', 'AUTO', 'parse_args']
 
-ARGS_FILE = 'args.yaml'  # in a run's folder
-AUTO = 'auto'  # of --resume
+ARGS_FILE = 'args.yaml'  # file name in a run's folder
+AUTO = 'auto'  # value of --resume
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> Tuple[argparse.Namespace, Dict[str, Any]]:
-    """Parse the command line over the configuration file over, without data, the digits recipe.
+    """Parse the command line. It overrides the configuration file, and that the digits recipe, which applies without
+    data.
 
     Args:
         argv: Arguments; None takes sys.argv's.
 
     Returns:
-        The options, and what the digits recipe filled in (empty with data or a data set named).
+        The options, and those that the digits recipe set (empty if data or a data set is given).
 
     Raises:
         OptionError: An option is unknown, refused or wrong.
@@ -66,7 +67,9 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> Tuple[argparse.Namespace
 
 
 def _resumed_options(resume: str) -> Dict[str, Any]:
-    """Options of the run whose folder, or a file in it, is resumed, so that they need not be given again."""
+    """Return the options of the run that is resumed by its folder or a file in it, so that they need not be given
+    again.
+    """
     folder = Path(resume) if Path(resume).is_dir() else Path(resume).parent
     if not resume or resume == AUTO or not (folder / ARGS_FILE).is_file():
         return {}
@@ -78,7 +81,7 @@ def _resumed_options(resume: str) -> Dict[str, Any]:
 
 
 def _given(parser: argparse.ArgumentParser, argv: Optional[Sequence[str]]) -> set:
-    """Names of the options that stand on the command line."""
+    """Return the names of the options on the command line."""
     missing = object()
     probe = argparse.Namespace(**{action.dest: missing for action in parser._actions if action.dest != 'help'})
     parser.parse_args(argv, namespace=probe)
@@ -86,11 +89,12 @@ def _given(parser: argparse.ArgumentParser, argv: Optional[Sequence[str]]) -> se
 
 
 def _apply(parser: argparse.ArgumentParser, args: argparse.Namespace, options: Dict[str, Any], given: set, source: str):
+    """Set the options of a recipe or file in args, except those given on the command line."""
     known = {action.dest: action for action in parser._actions}
     if options.get('input_size') and 'input_size' not in given and {'img_size', 'in_chans'} & given:
-        channels, size, _ = options['input_size']  # else it would win over what is given
+        channels, size, _ = options['input_size']  # else input_size would override the given options
         options = {'in_chans': channels, 'img_size': size, **{k: v for k, v in options.items() if k != 'input_size'}}
-    if 'model' in given:  # the architecture's own arguments go with it
+    if 'model' in given:  # the architecture's own arguments belong to the other model
         options = {name: value for name, value in options.items() if name not in ('model_kwargs', 'teacher_kwargs')}
     for name, value in options.items():
         if name not in known or name in ('help', 'config', 'data'):
@@ -113,8 +117,9 @@ def _apply(parser: argparse.ArgumentParser, args: argparse.Namespace, options: D
 
 
 def _check(args: argparse.Namespace, given: set) -> None:
+    """Check options and combinations of options."""
     for name, reason in UNSUPPORTED.items():
-        if getattr(args, name) not in (None, False):  # False: from an older run's options
+        if getattr(args, name) not in (None, False):  # an older run's options may hold False
             raise OptionError(f"--{name.replace('_', '-')} is not supported: {reason}.")
         delattr(args, name)
     check_counts(args)
@@ -149,8 +154,9 @@ def _check(args: argparse.Namespace, given: set) -> None:
 
 
 def _check_events(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Check the options for event data."""
     given = [name for name in IMAGE_ONLY if getattr(args, name) != parser.get_default(name)]
-    # what train.py sets itself may come back from a run's arguments
+    # values that train.py sets itself may come from a run's stored options
     given += [name for name, own in (('in_chans', 2), ('mean', [0., 0.]), ('std', [1., 1.]))
               if getattr(args, name) not in (None, own)]
     given += ['input_size'] if args.input_size and args.input_size[0] != 2 else []
@@ -169,7 +175,7 @@ def _check_events(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
 
 
 def _losses(args: argparse.Namespace) -> Dict[str, float]:
-    """Weights of the losses that --distill or --loss ask for."""
+    """Return the weights of the losses that --distill or --loss select."""
     _import_plugins(args)
     preset = args.distill or ('kd' if args.kd_model_name else 'sscl')
     args.distill = None if args.loss else preset
@@ -177,7 +183,7 @@ def _losses(args: argparse.Namespace) -> Dict[str, float]:
     if not args.loss:
         kd_weight = args.kd_weight
         if kd_weight is None and args.task_loss_weight is not None:
-            kd_weight = 1. - args.task_loss_weight  # timm's complementary mode
+            kd_weight = 1. - args.task_loss_weight  # timm's complementary weights
         for name, weight in (('sscl', args.sscl_weight), ('contrastive', args.sscl_weight), ('kd', kd_weight)):
             if name in weights and weight is not None:
                 weights[name] = weight
@@ -188,7 +194,7 @@ def _losses(args: argparse.Namespace) -> Dict[str, float]:
 
 
 def _check_batch_size(args: argparse.Namespace) -> None:
-    """CKA needs four samples."""
+    """Check that the batch is large enough for CKA, which needs four samples."""
     options: Mapping[str, Any] = args.loss_options.get('sscl', {})
     processes = int(os.environ.get('WORLD_SIZE', 1)) if options.get('cka_scope') == 'global' else 1
     if options and args.batch_size * processes < 4 and options['weighting'] != 'uniform':
@@ -211,7 +217,7 @@ def _parse_losses(text: str) -> Dict[str, float]:
 
 
 def _import_plugins(args: argparse.Namespace) -> None:
-    """Import the user's own files; a run that is resumed elsewhere finds them by their full paths."""
+    """Import the user's files, and store their full paths, so that a run can be resumed in another folder."""
     if args.plugin is not None:
         args.plugin = list(dict.fromkeys(os.path.abspath(p) if os.path.isfile(p) else p for p in args.plugin))
     for option, sources in (('plugin', args.plugin or []), ('loss-file', [args.loss_file] if args.loss_file else [])):

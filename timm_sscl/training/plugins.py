@@ -1,4 +1,4 @@
-"""A user's own Python file or module, imported so that what it registers is there."""
+"""Import a user's Python file or module, which registers neurons, losses, data sets and so on."""
 import hashlib
 import importlib
 import importlib.util
@@ -13,7 +13,8 @@ __all__ = ['import_plugin', 'plugin_digests', 'source_digest']
 def import_plugin(source: str) -> ModuleType:
     """Import a Python file by its path, or a module by its name.
 
-    A file's folder joins sys.path, so that the file may import its neighbours, as a script may. A file is run once.
+    The file's folder is added to sys.path, so that the file can import its neighbours, as a script can. A file is
+    executed once.
 
     Args:
         source: Path of a file, or dotted name of a module.
@@ -33,19 +34,19 @@ def import_plugin(source: str) -> ModuleType:
         return importlib.import_module(source)
     except ModuleNotFoundError as error:
         if error.name is None or not f'{source}.'.startswith(f'{error.name}.'):
-            raise  # of what the module imports
+            raise  # a module that the plug-in itself imports
         raise FileNotFoundError(f"'{source}' is no file, and no module of that name is found.") from error
 
 
 def plugin_digests(sources: Iterable[str]) -> Dict[str, str]:
-    """Digest of the file of every plug-in, a file or a module that is imported; of a package, of its `__init__`."""
+    """Return a digest of every plug-in's file; for a package, of its `__init__`."""
     files = {source: source if Path(source).is_file() else getattr(sys.modules.get(source), '__file__', None)
              for source in sources}
     return {source: _digest(Path(file)) for source, file in files.items() if file and Path(file).is_file()}
 
 
 def source_digest(value: Any) -> str:
-    """Digest of the file that defines a class or function; '' for timm's, torch's and this package's own."""
+    """Return a digest of the file that defines a class or function; '' for timm, torch and this package."""
     module = getattr(value, '__module__', None) or ''
     file = getattr(sys.modules.get(module), '__file__', None)
     known = module.split('.')[0] in ('timm', 'timm_sscl', 'torch', 'torchvision')
@@ -60,7 +61,7 @@ def _import_file(path: Path) -> ModuleType:
     name = path.stem
     if getattr(sys.modules.get(name), '__file__', None) == str(path):
         return sys.modules[name]
-    if name in sys.modules or importlib.util.find_spec(name) is not None:  # another module has the name
+    if name in sys.modules or importlib.util.find_spec(name) is not None:  # another module has this name
         name = f'{name}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}'
         if name in sys.modules:
             return sys.modules[name]
@@ -68,7 +69,7 @@ def _import_file(path: Path) -> ModuleType:
         sys.path.append(str(path.parent))
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # timm's register_model looks it up there
+    sys.modules[name] = module  # timm's register_model looks the module up there
     try:
         spec.loader.exec_module(module)
     except BaseException:

@@ -1,4 +1,4 @@
-"""Errors by which a process meets the end of another one: a worker of its data loader, or a process of the same run."""
+"""Recognise errors that are caused by the end of another process: a loader worker, or a process of the same run."""
 import re
 from typing import Optional
 
@@ -13,21 +13,22 @@ _CONNECTION = re.compile(
 
 
 class ProcessDied(RuntimeError):
-    """A process that this one needs has ended."""
+    """A process that this one depends on has ended."""
 
 
 def as_process_failure(error: BaseException, processes: int) -> Optional[ProcessDied]:
-    """The error as one that says which process ended; None where it is another error.
+    """Return a ProcessDied that says which process ended; None if the error has another cause.
 
     Args:
-        error: What a training raised.
-        processes: Number of processes of the run; one alone loses no other.
+        error: Exception raised by a training.
+        processes: Number of processes of the run.
     """
     if not isinstance(error, (RuntimeError, OSError)):
         return None
     text = str(error)
     worker = _WORKER.search(text)
-    if worker and processes > 1 and 'Terminated' in worker.group(1):  # the launcher ends what is left of a run
+    # the launcher terminates the remaining processes of a run
+    if worker and processes > 1 and 'Terminated' in worker.group(1):
         return ProcessDied('the launcher stopped this process (SIGTERM), since another process of the run has ended.')
     if worker:
         how = worker.group(1).replace('is killed by signal: ', 'killed by the signal ')

@@ -1,4 +1,4 @@
-"""The processes of a run: Accelerate, threads, logging."""
+"""Set up the processes of a run: Accelerate, threads, logging."""
 import logging
 import os
 from argparse import Namespace
@@ -18,7 +18,11 @@ _logger = logging.getLogger('train')
 
 
 def create_accelerator(args: Namespace) -> Accelerator:
-    """Accelerator for the devices there are; two copies that do not know of each other are an error."""
+    """Create the Accelerator for the available devices.
+
+    Raises:
+        OptionError: The options do not fit the devices, or the processes were launched without knowing of each other.
+    """
     has_device = torch.cuda.is_available() or (hasattr(torch, 'accelerator') and torch.accelerator.is_available())
     precision = {'float16': 'fp16', 'bfloat16': 'bf16'}[args.amp_dtype] if args.amp else None
     cpu = args.device == 'cpu' or not has_device
@@ -44,13 +48,13 @@ def create_accelerator(args: Namespace) -> Accelerator:
     return accelerator
 
 
-# of Accelerate's; by the variable that accelerate launch sets
+# environment variable set by accelerate launch -> name of the sharding
 _SHARDING = {'ACCELERATE_USE_FSDP': 'FSDP', 'ACCELERATE_USE_DEEPSPEED': 'DeepSpeed',
              'ACCELERATE_USE_MEGATRON_LM': 'Megatron-LM', 'ACCELERATE_USE_PARALLELISM_CONFIG': 'a parallelism config'}
 
 
 def check_launch_plugins() -> None:
-    """Raise where Accelerate would shard the model: a checkpoint of this script holds a whole one."""
+    """Raise OptionError if Accelerate would shard the model, since our checkpoints hold a whole model."""
     for variable, name in _SHARDING.items():
         if os.environ.get(variable, 'false').lower() in ('true', '1', 'yes'):
             raise OptionError(f'Accelerate was launched with {name}, which shards the model; this script keeps a whole '
@@ -58,7 +62,7 @@ def check_launch_plugins() -> None:
 
 
 def _check_tracker(name: Optional[str]) -> None:
-    """Accelerate leaves out a tracker that is not installed, in silence."""
+    """Raise OptionError if a tracker is not installed; Accelerate would silently ignore it."""
     if name is None:
         return
     installed = sorted(str(tracker) for tracker in get_available_trackers())
@@ -68,7 +72,7 @@ def _check_tracker(name: Optional[str]) -> None:
 
 
 def set_threads(args: Namespace, accelerator: Accelerator) -> None:
-    """accelerate launch leaves a CPU run with one thread; give each process its share of the cores."""
+    """Give each CPU process its share of the cores, since accelerate launch sets one thread."""
     if accelerator.device.type != 'cpu' and args.threads is None:
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
@@ -80,7 +84,8 @@ def set_threads(args: Namespace, accelerator: Accelerator) -> None:
 
 
 def setup_logging(accelerator: Accelerator) -> None:
-    """timm's logging on the main process; warnings only on the others."""
+    """Set up timm's logging on the main process, and warnings only on the others."""
     setup_default_logging(logging.INFO if accelerator.is_main_process else logging.WARNING)
-    logging.getLogger('timm.utils.checkpoint_saver').setLevel(logging.WARNING)  # a list of all files, every epoch
-    logging.getLogger('timm.data.dataset').setLevel(logging.ERROR)  # names a sample by number; Samples by its path
+    logging.getLogger('timm.utils.checkpoint_saver').setLevel(logging.WARNING)  # it lists all files every epoch
+    # it names a sample by number; Samples names the path
+    logging.getLogger('timm.data.dataset').setLevel(logging.ERROR)

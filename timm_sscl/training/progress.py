@@ -1,4 +1,4 @@
-"""The line that says how far a training is: redrawn in place on a terminal, logged now and then without one."""
+"""Progress line of a training: redrawn in place on a terminal, else logged from time to time."""
 import logging
 import sys
 import time
@@ -15,8 +15,8 @@ class ProgressLine:
 
     Args:
         enabled: Whether this process shows anything.
-        stream: Where a terminal would be, sys.stderr by default.
-        seconds: A terminal's line is redrawn no more often than this.
+        stream: Stream that may be a terminal, sys.stderr by default.
+        seconds: Minimum time between two redraws on a terminal.
     """
 
     def __init__(self, enabled: bool, stream: Optional[TextIO] = None, seconds: float = 0.5):
@@ -27,12 +27,12 @@ class ProgressLine:
         self._drawn = 0.
 
     def update(self, text: Callable[[], str], due: bool, last: bool = False) -> None:
-        """After a step.
+        """Show the line after a step, if it is due.
 
         Args:
-            text: Makes the line; called only where it is shown.
-            due: Whether a log without a terminal gets a line now.
-            last: Whether the loop ends here, so that the line stays.
+            text: Function that returns the line; called only if it is shown.
+            due: Whether to log a line now if there is no terminal.
+            last: Whether the loop ends here; the line then stays.
         """
         if not self.enabled:
             return
