@@ -1,4 +1,4 @@
-"""Recipes: options by name, shipped with the package or from a YAML file."""
+"""Load recipes: named sets of options, shipped with the package or from a YAML file."""
 from importlib import resources
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
@@ -13,22 +13,25 @@ DIGITS_RECIPE = 'digits'
 
 
 def list_recipes() -> List[str]:
-    """Names of the recipes that --config finds; names with an underscore in front are parts of recipes."""
+    """Return the names of the recipes for --config. Names that start with an underscore are parts of recipes and left
+    out.
+    """
     folder = resources.files('timm_sscl') / 'configs'
     return sorted(f.name[:-len('.yaml')] for f in folder.iterdir() if f.name.endswith('.yaml') and f.name[0] != '_')
 
 
 def load_recipe(name: str, inside: Tuple[str, ...] = ()) -> Dict[str, Any]:
-    """Options of a recipe, by its name or as a YAML file.
+    """Load the options of a recipe by its name or from a YAML file.
 
-    `base: NAME` in it, or a list of names, stands for the options of other recipes; the later ones win, its own most.
+    `base: NAME` in it, or a list of names, includes other recipes. Later ones override earlier ones, and the recipe's
+    own options override all of them.
 
     Args:
         name: Recipe or file.
-        inside: Recipes whose base this is.
+        inside: Recipes that include this one.
 
     Raises:
-        OptionError: There is no such recipe or file, it is no YAML mapping, or is its own base.
+        OptionError: There is no such recipe or file, it is not a YAML mapping, or it includes itself.
     """
     if name in inside:
         raise OptionError(f"--config: recipe '{name}' has itself as a base ({' -> '.join([*inside, name])}).")

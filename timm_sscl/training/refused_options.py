@@ -1,9 +1,9 @@
-"""Options of timm's script that are refused, and those that event data cannot go through."""
+"""Options of timm's script that are refused, and options that do not apply to event data."""
 from typing import Dict
 
 __all__ = ['UNSUPPORTED', 'IMAGE_ONLY']
 
-# timm's options that are refused when given, with the reason; README lists them under "Differences"
+# refused option -> reason; README lists them under "Differences"
 UNSUPPORTED: Dict[str, str] = {
     'kd_student_feature_dim': 'SSCL reads the feature widths off the models; --sscl-dim sets the projections',
     'kd_teacher_feature_dim': 'SSCL reads the feature widths off the models; --sscl-dim sets the projections',
@@ -38,7 +38,7 @@ UNSUPPORTED: Dict[str, str] = {
     'wandb_resume_id': 'Accelerate owns the trackers: --report-to wandb and wandb\'s own environment variables',
 }
 
-# options that say how images are read or changed, or what event frames cannot go through
+# options that control how images are read or changed, or that do not work with event frames
 IMAGE_ONLY = (
     'class_map', 'input_img_mode', 'input_key', 'target_key', 'img_size', 'crop_pct', 'interpolation', 'epoch_repeats',
     'train_crop_mode', 'scale', 'ratio', 'vflip', 'color_jitter', 'color_jitter_prob', 'grayscale_prob',

@@ -1,4 +1,4 @@
-"""Which run to go on with, and from which checkpoint."""
+"""Determine the folder of a run and the checkpoint from which it continues."""
 import logging
 import os
 import pickle
@@ -20,11 +20,15 @@ __all__ = ['SUMMARY_FILE', 'restore', 'find_run', 'newest_file', 'options_as_yam
 
 _logger = logging.getLogger('train')
 
-SUMMARY_FILE = 'summary.json'  # in a run's folder, written at its end
+SUMMARY_FILE = 'summary.json'  # file name in a run's folder; written at the end of the run
 
 
 def restore(task: TrainingTask, file: str, optimizer: Optional[torch.optim.Optimizer] = None) -> Optional[int]:
-    """Load a checkpoint of this task; the epoch to go on with, where the file tells."""
+    """Load a checkpoint of this task. Return the epoch at which to continue, or None if the file does not say.
+
+    Raises:
+        ValueError: The file is not a checkpoint of this model and run.
+    """
     try:
         epoch = resume_task_checkpoint(task, file, optimizer=optimizer)
         if task.has_ema():
@@ -36,10 +40,11 @@ def restore(task: TrainingTask, file: str, optimizer: Optional[torch.optim.Optim
 
 
 def find_run(args: Namespace, root: Path, data_config: Dict[str, Any]) -> Tuple[Path, str]:
-    """Folder of this run, and the checkpoint that it goes on from ('' where it starts).
+    """Return the folder of this run, and the checkpoint from which it continues ('' if it starts).
 
-    --resume FOLDER continues that one; auto the --experiment, or the newest run under --output with these very options,
-    where there is one. A folder that holds a run is left alone otherwise.
+    --resume FOLDER continues the run in this folder. --resume auto continues the run of --experiment, or the newest
+    unfinished run under --output with exactly these options, if there is one. Otherwise a folder that holds a run is
+    not written to.
     """
     size = data_config['input_size'][-1]
     name = args.experiment or '-'.join(
@@ -70,13 +75,15 @@ def find_run(args: Namespace, root: Path, data_config: Dict[str, Any]) -> Tuple[
 
 
 def newest_file(folder: Path) -> str:
-    """Newest whole checkpoint in a folder; one that timm's script wrote where this one wrote none."""
+    """Return the newest undamaged checkpoint in a folder; one written by timm's script if this script wrote none; ''
+    for none.
+    """
     file = find_newest(folder) or folder / LAST
     return str(file) if file.is_file() and not why_damaged(file) else ''
 
 
 def _newest_run(args: Namespace, root: Path) -> Optional[Path]:
-    """Newest run under root that was started with these options and did not end."""
+    """Return the newest unfinished run under root that was started with these options, or None."""
     options = yaml.safe_load(options_as_yaml(args))
     for file in sorted(root.glob(f'*/{ARGS_FILE}'), key=lambda f: f.stat().st_mtime, reverse=True):
         if not (file.parent / SUMMARY_FILE).exists() and _read_options(file) == options:
@@ -92,7 +99,7 @@ def _read_options(file: Path) -> Any:
 
 
 def options_as_yaml(args: Namespace) -> str:
-    """The options as YAML; `--config` and `--resume` read them."""
+    """Return the options as YAML, which `--config` and `--resume` read."""
     skip = ('losses', 'loss_options', 'data_config', 'training_data', 'plugin_digests', 'resume', 'config')
     options = {name: value for name, value in sorted(vars(args).items()) if name not in skip}
     return yaml.safe_dump(options, default_flow_style=False)

@@ -1,4 +1,4 @@
-"""A CSV table that grows by a row at a time and is whole at any moment."""
+"""Append rows to a CSV file that is never partly written."""
 import csv
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping
@@ -9,17 +9,17 @@ __all__ = ['append_row', 'keep_rows']
 
 
 def append_row(file: Path, row: Mapping[str, Any]) -> None:
-    """Append a row; a column that is new is empty in the rows before it.
+    """Append a row. In earlier rows, new columns are empty.
 
     Args:
-        file: CSV file, made where it does not exist.
+        file: CSV file; created if missing.
         row: Column -> value.
     """
     _write(file, [*_read(file), dict(row)])
 
 
 def keep_rows(file: Path, keep: Callable[[Dict[str, str]], bool]) -> None:
-    """Drop the rows for which keep is false; a row cut off by a kill of another program goes as well."""
+    """Remove the rows for which keep(row) is False, and rows that another program's kill cut off."""
     rows = _read(file)
     kept = [row for row in rows if None not in row.values() and None not in row and keep(row)]
     if len(kept) != len(rows):

@@ -1,4 +1,4 @@
-"""Warnings about a training that cannot teach much: it only warms up, or its teacher is at chance."""
+"""Warn of a training that can hardly work: only warm-up epochs, or a teacher at chance."""
 import logging
 import math
 from typing import Optional
@@ -12,14 +12,14 @@ _logger = logging.getLogger('train')
 
 
 def warn_long_warmup(name: str, sched: str, warmup_epochs: int, epochs: int, warmup_prefix: bool = False) -> None:
-    """Warn where a training ends before its warm-up does.
+    """Warn if a training ends before its warm-up.
 
     Args:
-        name: Of the training, for the message.
+        name: Name of the training, for the message.
         sched: --sched; 'none' has no warm-up.
         warmup_epochs: --warmup-epochs.
         epochs: Epochs of the training.
-        warmup_prefix: Whether the warm-up comes in front of these epochs.
+        warmup_prefix: Whether the warm-up precedes these epochs.
     """
     if warmup_epochs and warmup_epochs >= epochs and sched != 'none' and not warmup_prefix:
         _logger.warning(
@@ -28,13 +28,13 @@ def warn_long_warmup(name: str, sched: str, warmup_epochs: int, epochs: int, war
 
 
 def warn_teacher_at_chance(name: str, top1: float, samples: int, most_frequent: int) -> None:
-    """Warn where a teacher is no better on the validation set than always naming its most frequent class.
+    """Warn if a teacher is no better on the validation set than always predicting the most frequent class.
 
     Args:
-        name: Of the teacher.
-        top1: Its top-1 in percent.
+        name: Name of the teacher.
+        top1: Its top-1 accuracy in percent.
         samples: Number of validation samples.
-        most_frequent: Number of them that belong to the most frequent class.
+        most_frequent: Number of samples of the most frequent class.
     """
     chance = most_frequent / samples
     error = math.sqrt(chance * (1 - chance) / samples)
@@ -49,7 +49,7 @@ def warn_teacher_at_chance(name: str, top1: float, samples: int, most_frequent: 
 
 
 class LabelCountingEvaluator(ClassificationEvaluator):
-    """timm's evaluator that counts the samples of every class as well, `label_counts` (K,)."""
+    """timm's evaluator that also counts the samples of every class in `label_counts` (K,)."""
 
     label_counts: Optional[torch.Tensor] = None
 

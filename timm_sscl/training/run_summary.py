@@ -1,4 +1,4 @@
-"""How a run's best epoch is told: whose metric it is, and its number on the terminal and in the files."""
+"""Describe a run's best epoch on the terminal and in summary.json."""
 from typing import Any, Dict, Optional
 
 __all__ = ['best_epoch_facts', 'best_epoch_text', 'last_epoch_text']
@@ -10,12 +10,12 @@ def best_epoch_facts(
         best: Optional[float],
         epoch: Optional[int],
 ) -> Dict[str, Any]:
-    """The best epoch for summary.json.
+    """Return the entries of summary.json on the best epoch.
 
     Args:
         metric: Name of the metric that ranks the epochs.
-        last: Metrics of the last epoch, with `<metric>_ema` where the averaged model ranks them.
-        best: Value of the best epoch; None where there is none.
+        last: Metrics of the last epoch, with `<metric>_ema` if the averaged model's metric ranks them.
+        best: Value of the best epoch; None if there is none.
         epoch: Number of the best epoch, counted from 0 as in summary.csv and the checkpoints' names.
     """
     facts: Dict[str, Any] = {metric: best, 'epoch': epoch, 'epochs_count_from': 0}
@@ -25,7 +25,7 @@ def best_epoch_facts(
 
 
 def best_epoch_text(facts: Dict[str, Any], metric: str) -> str:
-    """The best epoch for the terminal, where epochs count from 1."""
+    """Return the text on the best epoch for the terminal, where epochs count from 1."""
     if facts['epoch'] is None:
         return ''
     model = " of the averaged model (--model-ema)" if facts['weights'] == 'ema' else ''
@@ -34,6 +34,6 @@ def best_epoch_text(facts: Dict[str, Any], metric: str) -> str:
 
 
 def last_epoch_text(last: Dict[str, float]) -> str:
-    """Top-1 after the last epoch, of the model and of the average where there is one."""
+    """Return the text on the top-1 after the last epoch, of the model and of the averaged model if there is one."""
     average = f' ({last["top1_ema"]:.2f} of the averaged model)' if 'top1_ema' in last else ''
     return f'{last["top1"]:.2f} top-1 after the last epoch{average}'

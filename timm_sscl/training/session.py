@@ -1,4 +1,4 @@
-"""What all trainings of a run share."""
+"""Session: objects that the teacher's and the student's training share."""
 import signal
 from argparse import Namespace
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ __all__ = ['Session']
 
 @dataclass
 class Session:
-    """What all trainings of a run share."""
+    """Objects that all trainings of a run share: options, Accelerate, loaders, the request to stop."""
     args: Namespace
     accelerator: Accelerator
     make_loaders: Callable[[], Loaders]
@@ -23,15 +23,16 @@ class Session:
 
     @property
     def launch(self) -> Dict[str, Any]:
-        """What the launcher decides of a training."""
+        """Settings of the launcher that a training depends on."""
         return dict(processes=self.accelerator.num_processes, mixed_precision=self.accelerator.mixed_precision)
 
     def stop_if_asked(self, failed: bool = False) -> Tuple[bool, bool]:
-        """(Did anything go wrong on any process, was any told to stop): all processes get the same answer."""
+        """Return (did any process fail, was any told to stop). All processes get the same answer."""
         flags = failed, self.stop.signal_number is not None
         if self.accelerator.num_processes > 1:
             flags = self.accelerator.reduce(torch.tensor(flags, device=self.accelerator.device).float(), 'sum').tolist()
         return bool(flags[0]), bool(flags[1])
 
     def interrupt(self) -> None:
+        """Raise Interrupted with the signal that this process received, or SIGTERM."""
         raise Interrupted(self.stop.signal_number or signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Neuron layers that do not fire while a model trains."""
+"""Detect neuron layers that do not fire during training."""
 from typing import Dict, List
 
 import torch
@@ -12,12 +12,12 @@ __all__ = ['SilentLayers']
 
 
 class SilentLayers:
-    """Context manager that notes whether every neuron layer fires in the training forwards inside it.
+    """Context manager that records whether every neuron layer fires in the training forwards inside it.
 
-    A step costs one reduction per layer on the device and is not waited for; `names` waits.
+    Each step adds one reduction per layer on the device, without waiting for it. `names` waits for the device.
 
     Args:
-        model: Spiking model, not compiled: hooks are added to its neurons.
+        model: Spiking model, not compiled, since hooks are added to its neurons.
 
     Examples:
         ```python
@@ -52,7 +52,8 @@ class SilentLayers:
         return hook
 
     def names(self) -> List[str]:
-        """Layers that ran since the last call and did not fire once, on any process; called by all processes."""
+        """Return the layers that ran since the last call without a spike on any process. All processes must call this.
+        """
         names, fired = list(self._fired), list(self._fired.values())
         self._fired = {}
         if not names:

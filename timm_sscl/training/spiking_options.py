@@ -1,4 +1,4 @@
-"""Options of the neuron, the teacher and the losses."""
+"""Add the options of the neuron, the teacher and the losses."""
 import argparse
 from typing import Any, Dict
 
@@ -15,6 +15,7 @@ __all__ = ['add_spiking_options', 'add_distillation_options', 'neuron_arguments'
 
 
 def add_spiking_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the neuron and the conversion."""
     group = parser.add_argument_group('Spiking neuron parameters')
     group.add_argument('--timesteps', '-T', type=int, default=None, help='time steps T (4; a checkpoint\'s own)')
     _add_neuron_options(group)
@@ -40,7 +41,7 @@ def add_spiking_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_neuron_options(group: argparse._ArgumentGroup) -> None:
-    """The neuron, its surrogate, and the options of the LIF, with the help texts of its settings."""
+    """Add the options of the neuron, its surrogate, and the LIF, with the help texts of its settings."""
     group.add_argument('--neuron', default=None, metavar='NAME',
                        help='neuron that the activations become (lif); a plug-in may register others')
     group.add_argument('--neuron-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
@@ -69,7 +70,7 @@ def _add_variant_options(group: argparse._ArgumentGroup) -> None:
 
 
 def neuron_arguments(args: argparse.Namespace) -> Dict[str, Any]:
-    """What the options say of neuron and variants, as create_model and convert_to_spiking take it; only what was given.
+    """Return the given options of neuron and variants as arguments of create_model and convert_to_spiking.
 
     Raises:
         OptionError: The neuron, the surrogate or a variant is not registered.
@@ -86,6 +87,7 @@ def neuron_arguments(args: argparse.Namespace) -> Dict[str, Any]:
 
 
 def add_distillation_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the teacher and the losses."""
     group = parser.add_argument_group('Teacher and distillation parameters')
     group.add_argument('--teacher', type=home_path, default=None, metavar='NAME',
                        help='teacher model (the student\'s own ANN)')

@@ -1,4 +1,4 @@
-"""One training: what its steps read and change, how it starts or goes on, and what a checkpoint keeps of it."""
+"""Training: the state of one training. Build it, restore it from a checkpoint, collect what a checkpoint stores."""
 import logging
 import math
 import time
@@ -38,37 +38,37 @@ _logger = logging.getLogger('train')
 
 @dataclass
 class Training:
-    """One training, of a student or of a teacher: what its steps read and change.
+    """State of one training, of a student or of a teacher.
 
     Attributes:
-        name: For the log and the columns of trackers.
+        name: Name for the log and the columns of trackers.
         args: Options; lr is resolved.
-        session: What all trainings of the run share: Accelerate, the signal that asks for an end.
-        folder: Where checkpoints and the summary go.
+        session: Objects that all trainings of the run share: Accelerate, the request to stop.
+        folder: Folder for checkpoints and the summary.
         task: timm TrainingTask.
-        module: What Accelerate prepared of the task: the model and its losses' parameters.
+        module: The task's module as prepared by Accelerate: the model and the parameters of its losses.
         eval_model: Model to validate.
         optimizer: Prepared optimizer.
         scheduler: timm's schedule.
         train_loader: Prepared loader of the training set.
         eval_loader: Prepared loader of the validation set.
         dataset: The training set.
-        mixup: timm's Mixup, where it is asked for.
-        epochs: Number of epochs, with those of the schedule's cool-down.
-        prepare_input: What is done to a batch of images before the model.
+        mixup: timm's Mixup, or None.
+        epochs: Number of epochs, including the cool-down of the schedule.
+        prepare_input: Function applied to a batch of images before the model.
         saver: Writes the checkpoints, on the main process.
-        teacher_cache: What the teacher said of every sample.
+        teacher_cache: Cached outputs of the teacher for every sample.
         teacher_record: The task's teacher, for the checkpoints.
         position: The next batch to train on.
-        num_updates: Updates of the weights so far.
+        num_updates: Number of updates of the weights so far.
         meters: Sums of the epoch so far.
-        random_state: Random state of every process, to go on from exactly.
-        step_rates: Firing rates of the last validation, by layer and time step.
+        random_state: Random state of every process in the checkpoint.
+        step_rates: Firing rates at the last validation, by layer and timestep.
         stuck_layers: Layers that never or always fired at the last validation.
-        silent_layers: Layers that did not fire in training since the log before the last.
-        read_failure: What this process could not read in the step at hand.
-        started: When this process began to train.
-        steps_done: Steps that this process has done.
+        silent_layers: Layers that did not fire in training between the last two logs.
+        read_failure: Error of this process when reading the current batch.
+        started: Time when this process began to train.
+        steps_done: Number of steps that this process has done.
     """
     name: str
     args: Namespace
@@ -101,21 +101,21 @@ class Training:
 
     @property
     def accelerator(self) -> Accelerator:
-        """Accelerate of the run."""
+        """Accelerator of the run."""
         return self.session.accelerator
 
 
 class FitResult(NamedTuple):
-    """What a training ended with."""
+    """Result of a training."""
     last: Dict[str, float]  # metrics of the last epoch
     best: Optional[float]
     best_epoch: Optional[int]
-    firing_rates: Dict[str, float]  # of the last epoch, on the validation set; empty for an ANN
-    step_rates: Dict[str, List[float]]  # the same at every time step
+    firing_rates: Dict[str, float]  # firing rates of the last epoch on the validation set; empty for an ANN
+    step_rates: Dict[str, List[float]]  # firing rates at every timestep
 
 
 def prepare_input(args: Namespace, input: torch.Tensor, change: Optional[Callable] = None) -> torch.Tensor:
-    """Images as the model takes them: in --model-dtype, changed, in --channels-last."""
+    """Convert images to the model's format: --model-dtype, `change`, --channels-last."""
     if args.model_dtype:
         input = input.to(getattr(torch, args.model_dtype))
     input = input if change is None else change(input)
@@ -135,19 +135,19 @@ def start_training(
         teacher_cache: Optional[TeacherCache] = None,
         teacher_record: Optional[TeacherRecord] = None,
 ) -> Training:
-    """Build optimizer, schedule and loaders of a training, and put it where a checkpoint left it.
+    """Build optimizer, schedule and loaders of a training, and restore them from a checkpoint.
 
     Args:
-        session: What all trainings of the run share.
+        session: Objects that all trainings of the run share.
         args: Options of this training.
         task: timm TrainingTask to train.
-        folder: Where checkpoints and the summary go.
-        name: For the log.
-        resume: Checkpoint file to continue from.
-        ema: Whether to keep --model-ema's average.
-        compile_task: Whether to run the task through torch.compile.
-        change_input: What is done to a batch of images first.
-        teacher_cache: What the task's teacher said of every sample.
+        folder: Folder for checkpoints and the summary.
+        name: Name for the log.
+        resume: Checkpoint file from which to continue.
+        ema: Whether to average the weights (--model-ema).
+        compile_task: Whether to compile the task with torch.compile.
+        change_input: Function applied to a batch of images first.
+        teacher_cache: Cached outputs of the task's teacher for every sample.
         teacher_record: The task's teacher, for the checkpoints.
     """
     accelerator = session.accelerator
@@ -184,7 +184,9 @@ def _resume(
         file: str,
         optimizer: torch.optim.Optimizer,
 ) -> Tuple[Position, Dict[str, Any]]:
-    """Load a checkpoint's weights and optimizer; where to go on, and the state to restore once the rest is built."""
+    """Load a checkpoint's weights and optimizer. Return where to continue, and the state to restore after the rest is
+    built.
+    """
     if not file:
         return Position(args.start_epoch or 0, 0), {}
     epoch = restore(task, file, None if args.no_resume_opt else optimizer)
@@ -208,6 +210,7 @@ def _resume(
 
 
 def _warn_changed_plugins(args: Namespace, then: Dict[str, str]) -> None:
+    """Warn of plug-in files that changed since the checkpoint was written."""
     now = args.plugin_digests
     changed = [source for source, digest in then.items() if now.get(source, digest) != digest]
     if changed:
@@ -216,14 +219,14 @@ def _warn_changed_plugins(args: Namespace, then: Dict[str, str]) -> None:
 
 
 def _exactness_settings(args: Namespace, accelerator: Accelerator) -> Dict[str, Any]:
-    """What a run must not change to go on exactly, beside its files and options."""
+    """Return the settings, besides files and options, that must not change for a run to continue exactly."""
     return dict(
         processes=accelerator.num_processes, batch_size=args.batch_size, grad_accum_steps=args.grad_accum_steps,
         seed=args.seed, mixed_precision=accelerator.mixed_precision)
 
 
 def _create_saver(training: Training, optimizer: torch.optim.Optimizer, resume: str) -> Optional[RunSaver]:
-    """The main process's saver; files of a folder that lie behind the place to go on from are put aside."""
+    """Create the main process's saver. Files in the folder with a later position than the run's are renamed."""
     if not training.accelerator.is_main_process:
         return None
     args, folder, position = training.args, training.folder, training.position
@@ -238,7 +241,7 @@ def _create_saver(training: Training, optimizer: torch.optim.Optimizer, resume: 
 
 
 def collect_run_state(training: Training) -> Dict[str, Any]:
-    """What a checkpoint holds beyond timm's; called by all processes."""
+    """Return the state that a checkpoint stores besides timm's. All processes must call this."""
     scheduler, scaler, dataset = training.scheduler, training.accelerator.scaler, training.dataset
     plateau = getattr(scheduler, 'lr_scheduler', None)
     return dict(
@@ -252,7 +255,7 @@ def collect_run_state(training: Training) -> Dict[str, Any]:
 
 
 def restore_run_state(training: Training, state: Dict[str, Any]) -> None:
-    """Take over what a checkpoint holds beyond timm's, but for the random state."""
+    """Restore the state that a checkpoint stores besides timm's, except the random state."""
     scheduler, args, position = training.scheduler, training.args, training.position
     training.num_updates = state.get('num_updates', training.num_updates)
     training.random_state = state.get('random')
@@ -265,7 +268,7 @@ def restore_run_state(training: Training, state: Dict[str, Any]) -> None:
     if state.get('scheduler'):
         scheduler.restore_lr = state['scheduler']['restore_lr']
         scheduler.lr_scheduler.load_state_dict(state['scheduler']['plateau'])
-    elif scheduler is not None and position != (0, 0):  # timm's others are functions of epoch and update
+    elif scheduler is not None and position != (0, 0):  # timm's other schedules are functions of epoch and update
         if args.sched_on_updates:
             scheduler.step_update(training.num_updates)
         elif position.epoch:
@@ -273,6 +276,6 @@ def restore_run_state(training: Training, state: Dict[str, Any]) -> None:
 
 
 def restore_random_state(training: Training) -> None:
-    """Set the random generators as the checkpoint left them, just before the first batch."""
+    """Restore the random generators from the checkpoint. Call this just before the first batch."""
     if training.random_state:
         set_random_state(training.random_state[training.accelerator.process_index])

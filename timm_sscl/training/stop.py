@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a request that a training loop looks at between its steps."""
+"""Turn SIGINT and SIGTERM into a request that a training loop checks between its steps."""
 import ctypes
 import logging
 import os
@@ -14,7 +14,7 @@ _logger = logging.getLogger(__name__)
 
 
 class Interrupted(RuntimeError):
-    """A signal asked the run to stop, and it did at a point from which it can go on.
+    """A signal stopped the run at a point from which it can continue.
 
     Args:
         signal_number: The signal.
@@ -26,7 +26,7 @@ class Interrupted(RuntimeError):
 
 
 class StopRequest:
-    """Context manager that remembers a first SIGINT or SIGTERM; the same again, a second later, stops at once."""
+    """Context manager that stores the first SIGINT or SIGTERM. The same signal again, after a second, stops at once."""
 
     signals = signal.SIGINT, signal.SIGTERM
 
@@ -38,7 +38,8 @@ class StopRequest:
 
     def __enter__(self) -> 'StopRequest':
         _follow_launcher()
-        if threading.current_thread() is threading.main_thread():  # python allows handlers there only
+        # Python allows signal handlers only in the main thread
+        if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._note) for number in self.signals}
         return self
 
@@ -47,7 +48,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: object) -> None:
-        if os.getpid() != self._process:  # a loader's worker that inherited the handler; its parent ends it
+        if os.getpid() != self._process:  # a loader worker that inherited the handler; its parent ends it
             if number == signal.SIGTERM:
                 os._exit(0)
             return
@@ -60,7 +61,7 @@ class StopRequest:
 
 
 def _follow_launcher() -> None:
-    """Have SIGTERM sent here when `accelerate launch` ends, which hands on no signal (Linux only)."""
+    """Request SIGTERM for this process when `accelerate launch` ends, which does not pass signals on (Linux only)."""
     try:
         command = Path(f'/proc/{os.getppid()}/cmdline').read_bytes().split(b'\0')
     except OSError:

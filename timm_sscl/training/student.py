@@ -1,4 +1,4 @@
-"""The student: a timm model from the options, with the weights that were asked for."""
+"""Create the student: a timm model with the requested weights."""
 import difflib
 import logging
 from argparse import Namespace
@@ -27,7 +27,7 @@ _logger = logging.getLogger('train')
 
 
 def check_model_name(name: str, option: str) -> None:
-    """Raise for a name that timm does not know, with the closest ones."""
+    """Raise OptionError for a model name that timm does not know. The message names the closest ones."""
     if ':' in name or timm.is_model(name):
         return
     close = difflib.get_close_matches(name, timm.list_models(), n=3)
@@ -41,7 +41,7 @@ def model_kwargs(
         extra: Dict[str, Any],
         input_size: Optional[Tuple[int, ...]] = None,
 ) -> Dict[str, Any]:
-    """Arguments for timm.create_model that student and teacher share, as timm's script passes them."""
+    """Return the arguments of timm.create_model that student and teacher share, as timm's script passes them."""
     requested = vars(args) if input_size is None else {**vars(args), 'input_size': input_size, 'img_size': None}
     return resolve_model_input_args(
         name, requested, num_classes=num_classes, drop_rate=args.drop, drop_path_rate=args.drop_path,
@@ -49,13 +49,17 @@ def model_kwargs(
 
 
 def create_student(args: Namespace, num_classes: int) -> nn.Module:
-    """The student, spiking where its name says so, with the weights that were asked for."""
+    """Create the student, spiking if its name says so, with the requested weights.
+
+    Raises:
+        OptionError: The options do not fit the model, or it cannot be built with them.
+    """
     check_model_name(args.model, '--model')
     neuron = neuron_arguments(args)
     neuron.update(include=args.neuron_include, exclude=args.neuron_exclude,
                   allow_analog=args.allow_analog)
     if is_event_dataset(args.dataset) and not args.model.startswith(PREFIX):
-        neuron['timesteps'] = None  # the number of frames only
+        neuron['timesteps'] = None  # it only sets the number of event frames
     neuron = {name: value for name, value in neuron.items() if value is not None}
     asked = set(neuron) & {'tau', 'v_threshold', 'v_reset', 'neuron', 'neuron_kwargs'}
     if args.neuron_init == 'ann' and (asked or not (
@@ -77,15 +81,15 @@ def create_student(args: Namespace, num_classes: int) -> nn.Module:
     overlay = {}
     if args.pretrained_path:
         check_file_exists(args.pretrained_path, '--pretrained-path')
-        overlay = dict(pretrained_cfg_overlay=dict(file=args.pretrained_path, num_classes=-1))  # -1: adapt the head
+        overlay = dict(pretrained_cfg_overlay=dict(file=args.pretrained_path, num_classes=-1))  # -1: replace the head
     kwargs = model_kwargs(args, args.model, num_classes, {**args.model_kwargs, **overlay, **neuron})
     try:
         student = timm.create_model(pretrained=args.pretrained or bool(args.pretrained_path), **kwargs)
-    except TypeError as error:  # --drop-block, --bn-momentum, --model-kwargs: not every architecture takes them
+    except TypeError as error:  # not every architecture takes --drop-block, --bn-momentum, --model-kwargs
         raise OptionError(f'--model {args.model} cannot be built with these options: {error}') from error
     except OptionError:
         raise
-    except Exception as error:  # timm, torch, safetensors and the hub's client each raise their own
+    except Exception as error:  # timm, torch, safetensors and the hub's client raise many types
         raise OptionError(_why_not_built(args, error)) from error
     if args.pretrained_path and not args.pretrained_path.lower().endswith(('.npz', '.npy')):
         _check_pretrained(student, args.pretrained_path)
@@ -109,6 +113,7 @@ def create_student(args: Namespace, num_classes: int) -> nn.Module:
 
 
 def _check_pretrained(student: nn.Module, file: str) -> None:
+    """Check which parameters were loaded from the --pretrained-path file; raise if none, warn if some are missing."""
     found, missing = match_with_file(student, file)
     if not found:
         raise OptionError(f"--pretrained-path: '{file}' holds the weights of another model: none of "
@@ -119,7 +124,7 @@ def _check_pretrained(student: nn.Module, file: str) -> None:
 
 
 def _why_not_built(args: Namespace, error: Exception) -> str:
-    """What is wrong with the student's options, or with the weights that it starts from."""
+    """Return what is wrong with the student's options or with its initial weights."""
     reason = ' '.join(str(error).split())[:300] or type(error).__name__
     if args.pretrained_path:
         check_weights_file(args.pretrained_path, '--pretrained-path')
@@ -139,6 +144,7 @@ def _share_stem(student: nn.Module) -> None:
 
 
 def place_model(args: Namespace, model: nn.Module) -> nn.Module:
+    """Adapt a model to event frames, --model-dtype and --channels-last."""
     if is_event_dataset(args.dataset):
         accept_frames(model)
     if args.model_dtype:

@@ -1,4 +1,4 @@
-"""The closing summary of a run."""
+"""Summarise a finished run."""
 import json
 import logging
 from argparse import Namespace
@@ -32,7 +32,7 @@ def summarize(
         report: Optional[SpikingReport],
         seconds: float,
 ) -> None:
-    """Closing summary, on the terminal and as JSON."""
+    """Print the closing summary and write summary.json."""
     timesteps = getattr(student, 'timesteps', None)
     losses = ' + '.join(f'{w:g} {name}' for name, w in args.losses.items()) or 'none'
     best = best_epoch_facts(args.eval_metric, result.last, result.best, result.best_epoch)

@@ -1,4 +1,4 @@
-"""The student's training task: its losses and their options."""
+"""Create the student's training task with its losses and their options."""
 from argparse import Namespace
 from typing import Any, Dict, Optional
 
@@ -17,7 +17,7 @@ LOSS_OPTIONS = (
 
 
 def criterion_kwargs(args: Namespace, loaders_mix: bool) -> Dict[str, Any]:
-    """Options of timm's classification loss."""
+    """Return the options of timm's classification loss."""
     kwargs = dict(loss_type='bce' if args.bce_loss else 'ce', smoothing=args.smoothing, soft_targets=loaders_mix)
     if args.bce_loss:
         kwargs.update(bce_target_thresh=args.bce_target_thresh, bce_sum=args.bce_sum, pos_weight=args.bce_pos_weight)
@@ -25,7 +25,7 @@ def criterion_kwargs(args: Namespace, loaders_mix: bool) -> Dict[str, Any]:
 
 
 def parse_taps(text: Optional[str]) -> Any:
-    """A number of stages, or a list of names."""
+    """Parse --sscl-taps: a number of stages, or a list of names."""
     if text is None:
         return None
     return int(text) if str(text).strip().isdigit() else [name.strip() for name in str(text).split(',')]
@@ -40,7 +40,7 @@ def create_task(
         device: torch.device,
         mixes: bool,
 ) -> SSCLTask:
-    """The student's training task."""
+    """Create the student's training task."""
     return SSCLTask(
         student, teacher, losses=args.losses, loss_options=args.loss_options,
         criterion_kwargs=criterion_kwargs(args, mixes),
@@ -51,4 +51,5 @@ def create_task(
 
 
 def needs_teacher(args: Namespace) -> bool:
+    """Return whether a loss of the run needs a teacher."""
     return any(loss_spec(name).needs_teacher for name in args.losses)

@@ -1,4 +1,4 @@
-"""The teacher's architecture, and how its images differ from the student's."""
+"""Create the teacher's network and the transform from the student's images to its own."""
 import logging
 from argparse import Namespace
 from dataclasses import dataclass, field
@@ -22,15 +22,15 @@ _logger = logging.getLogger('train')
 
 @dataclass
 class Teacher:
-    """The teacher of a run: the network, and what decides which weights it gets.
+    """The teacher of a run: the network and the settings that determine its weights.
 
     Attributes:
         args: Options of the run.
         model: The network.
-        input: What makes its images of the student's.
+        input: Transform from the student's images to the teacher's.
         num_classes: Number of classes of the data.
         root: Folder of all runs and teachers.
-        launch: What the launcher decides of a training: `Session.launch`.
+        launch: Settings of the launcher: `Session.launch`.
     """
     args: Namespace
     model: nn.Module
@@ -46,21 +46,22 @@ class Teacher:
 
 
 def teacher_name(args: Namespace) -> str:
-    """--teacher, or the student's own ANN."""
+    """Return --teacher, by default the student's own ANN."""
     return args.teacher or args.model.removeprefix(PREFIX)
 
 
 def create_teacher(args: Namespace, num_classes: int, data_config: Dict[str, Any]) -> Tuple[nn.Module, TeacherInput]:
-    """The teacher's architecture, pretrained weights only where asked for, and what makes its images of the student's.
+    """Create the teacher's network, with pretrained weights only if asked for, and the transform of the student's
+    images.
 
-    It is built for --teacher-size, or for the student's images; one that cannot be built for these has its own size,
-    and the images are resized.
+    The teacher is built for --teacher-size, by default the size of the student's images. If it cannot be built for that
+    size, it gets its default size, and images are resized.
     """
     name = teacher_name(args)
     check_model_name(name, '--teacher')
     own = name == args.model.removeprefix(PREFIX)
     extra = {**(args.model_kwargs if own else {}), **args.teacher_kwargs}
-    if not own:  # what not every architecture takes is about the student's
+    if not own:  # these options apply to the student, and not every architecture takes them
         args = Namespace(**{**vars(args), 'gp': None, 'drop_block': None, 'bn_momentum': None, 'bn_eps': None})
     channels, *size = data_config['input_size']
     wanted = tuple(args.teacher_size or size)
@@ -71,7 +72,7 @@ def create_teacher(args: Namespace, num_classes: int, data_config: Dict[str, Any
 
     try:
         teacher = create((channels, *wanted))
-    except Exception as error:  # timm's models each raise their own
+    except Exception as error:  # timm's models raise many types
         if args.teacher_size:
             raise OptionError(
                 f'--teacher-size {wanted[0]} {wanted[1]}: {name} cannot be built for it: {error}') from error
@@ -88,14 +89,17 @@ def create_teacher(args: Namespace, num_classes: int, data_config: Dict[str, Any
 
 
 def pools_as_student(args: Namespace) -> bool:
-    """Whether --stem-pool applies to the teacher: the student's own ANN, unless timm's weights, trained with max
-    pooling, are taken as they are."""
+    """Return whether --stem-pool applies to the teacher.
+
+    It does if the teacher is the student's own ANN, unless timm's weights, trained with max pooling, are used
+    unchanged.
+    """
     as_they_are = args.teacher_pretrained and not args.teacher_epochs
     return args.stem_pool is not None and teacher_name(args) == args.model.removeprefix(PREFIX) and not as_they_are
 
 
 def _renormalization(args: Namespace, teacher: nn.Module, data_config: Dict[str, Any]) -> Optional[Tuple]:
-    """(student mean, student std, teacher mean, teacher std) where the teacher's differ."""
+    """Return (student mean, student std, teacher mean, teacher std) if they differ, else None."""
     cfg = teacher.pretrained_cfg if args.teacher_pretrained and not args.teacher_epochs else data_config
     mean, std = args.teacher_mean or cfg['mean'], args.teacher_std or cfg['std']
     channels = data_config['input_size'][0]

@@ -1,4 +1,4 @@
-"""The teacher's logits and features of every training sample, kept in a memory-mapped file after the first epoch."""
+"""Cache the teacher's logits and features of every training sample in a memory-mapped file."""
 import json
 import logging
 import math
@@ -15,20 +15,21 @@ __all__ = ['TeacherCache']
 
 _logger = logging.getLogger(__name__)
 
-Taught = Tuple[Optional[torch.Tensor], Optional[List[torch.Tensor]]]  # logits (B, K), features (T', B, C, ...) per tap
+# logits (B, K); features (T', B, C, ...) per tap
+TeacherOutputs = Tuple[Optional[torch.Tensor], Optional[List[torch.Tensor]]]
 
 
 class TeacherCache:
-    """Asks the teacher for a sample once; right only where a sample's image is the same in every epoch.
+    """Compute the teacher's outputs once per sample. This is valid only if a sample's image is the same in every epoch.
 
-    The file holds as many bytes per sample as the logits and the tapped features take, and is shared by the processes
-    of a machine. It begins empty whenever a run starts or goes on, since another teacher may have written it. A
-    manifest beside it, written last, says what it holds: a file without one, or with another, is not read.
+    The file holds the logits and tapped features of every sample and is shared by the processes of a machine. It is
+    empty whenever a run starts or continues, since another teacher may have written it. A manifest beside it is written
+    last and describes its content. A file without the right manifest is not read.
 
     Args:
-        folder: Where the file goes.
+        folder: Folder of the file.
         num_samples: Number of training samples.
-        create: Whether this process makes the file; the others must come after it.
+        create: Whether this process creates the file. Other processes must open it later.
     """
 
     FILE = 'teacher-features.bin'
@@ -42,21 +43,22 @@ class TeacherCache:
 
     @property
     def is_open(self) -> bool:
-        """Whether the shapes are known and the file is there."""
+        """Whether the file is open."""
         return self._parts is not None
 
-    def open(self, taught: Taught) -> None:
-        """Make or open the file, from one batch that tells the shapes.
+    def open(self, outputs: TeacherOutputs) -> None:
+        """Create or open the file.
 
         Args:
-            taught: What the teacher gives for a batch.
+            outputs: Teacher outputs for one batch, which determine the shapes.
 
         Raises:
-            StorageError: The disk has no room for it, or the file is not whole or holds something else.
+            StorageError: The disk has no room, or the file is damaged or belongs to another run.
         """
-        rows = self._rows(taught)
+        rows = self._rows(outputs)
         sizes = [self.num_samples * math.prod(row.shape[1:]) * row.element_size() for row in rows]
-        padded = [-(-size // 16) * 16 for size in (self.num_samples, *sizes)]  # parts are read as their own dtype
+        # so that each part is aligned for its dtype
+        padded = [-(-size // 16) * 16 for size in (self.num_samples, *sizes)]
         total = sum(padded)
         file = self.folder / self.FILE
         manifest = dict(bytes=total, samples=self.num_samples,
@@ -70,7 +72,7 @@ class TeacherCache:
                        for part, size, row in zip(parts, sizes, rows)]
 
     def _make(self, file: Path, manifest: Dict[str, Any]) -> None:
-        """An empty file of its full size, at once: a disk that fills up later takes nothing from it."""
+        """Create an empty file and allocate its full size, so that the disk cannot run out of space later."""
         for old in (self.folder / self.MANIFEST, file):
             old.unlink(missing_ok=True)
         total, free = manifest['bytes'], shutil.disk_usage(self.folder).free
@@ -83,7 +85,7 @@ class TeacherCache:
         _logger.info(f'Teacher cache: {total / 2 ** 20:.0f} MiB for {self.num_samples} samples in {file}.')
 
     def _check(self, file: Path, manifest: Dict[str, Any]) -> None:
-        """Refuse a file that is not the one of this manifest."""
+        """Raise StorageError if the file does not match this manifest."""
         try:
             found = json.loads((self.folder / self.MANIFEST).read_text())
         except (OSError, ValueError):
@@ -93,25 +95,25 @@ class TeacherCache:
             raise StorageError(f"--teacher-cache: '{file}' ({size} bytes) is not the cache of this run: it should hold "
                                f'{manifest}, and {self.MANIFEST} says {found}.')
 
-    def __call__(self, index: torch.Tensor, teach: Callable[[], Taught]) -> Taught:
-        """What the teacher gives for these samples, from the (open) file where it holds all of them.
+    def __call__(self, index: torch.Tensor, teach: Callable[[], TeacherOutputs]) -> TeacherOutputs:
+        """Return the teacher outputs of these samples, from the open file if it holds all of them.
 
         Args:
-            index: Numbers of the samples (B,).
-            teach: Asks the teacher.
+            index: Indices of the samples (B,).
+            teach: Function that runs the teacher on the batch.
         """
         device, index = index.device, index.cpu()
         if self._known[index].all():
             logits, *features = (part[index].to(device) for part in self._parts)
             return logits, [f.transpose(0, 1) for f in features] or None
-        taught = teach()
-        for part, row in zip(self._parts, self._rows(taught)):
+        outputs = teach()
+        for part, row in zip(self._parts, self._rows(outputs)):
             part[index] = row.cpu()
-        self._known[index] = 1  # after the rows: another process may be reading
-        return taught
+        self._known[index] = 1  # after the rows, since another process may be reading
+        return outputs
 
     @staticmethod
-    def _rows(taught: Taught) -> List[torch.Tensor]:
-        """One tensor (B, ...) each for the logits and the taps."""
-        logits, features = taught
+    def _rows(outputs: TeacherOutputs) -> List[torch.Tensor]:
+        """Return one tensor (B, ...) for the logits and one per tap."""
+        logits, features = outputs
         return [logits.detach(), *(f.detach().transpose(0, 1) for f in features or [])]

@@ -1,4 +1,4 @@
-"""Where trained teachers are kept, found by what they were trained with."""
+"""Store trained teachers in folders that are found by the settings of their training."""
 import json
 import logging
 from argparse import Namespace
@@ -21,11 +21,11 @@ __all__ = ['TEACHER_FILE', 'is_trained', 'recorded_file', 'record_teacher', 'rea
 
 _logger = logging.getLogger('train')
 
-TEACHER_FILE = 'teacher.json'  # in a teacher's folder, written when it is trained to its end
+TEACHER_FILE = 'teacher.json'  # file name in a teacher's folder; written when its training is complete
 
 
 def is_trained(folder: Path) -> bool:
-    """Whether a teacher's folder holds a training to its end, whole."""
+    """Return whether a folder holds a teacher whose training is complete and undamaged."""
     if not (folder / TEACHER_FILE).is_file():
         return False
     reason = why_damaged(folder / LAST)
@@ -35,7 +35,12 @@ def is_trained(folder: Path) -> bool:
 
 
 def recorded_file(teacher: Teacher, record: TeacherRecord) -> Path:
-    """File of the teacher that a resumed run was taught by; where it was moved, that of the same settings."""
+    """Return the weights file of the teacher that a resumed run started with. If it is gone, look for the same
+    settings.
+
+    Raises:
+        OptionError: The file is gone or damaged, and there is no other.
+    """
     file = Path(record.file or '')
     if file.is_file() and not why_damaged(file):
         return file
@@ -47,7 +52,7 @@ def recorded_file(teacher: Teacher, record: TeacherRecord) -> Path:
 
 
 def record_teacher(teacher: Teacher, file: Optional[str]) -> TeacherRecord:
-    """The teacher as a checkpoint records it."""
+    """Return the record of the teacher for checkpoints."""
     facts = Path(file or '').parent / TEACHER_FILE
     epochs = json.loads(facts.read_text())['epochs'] if file and facts.is_file() else None
     dtype = str(next(teacher.model.parameters()).dtype)
@@ -55,7 +60,9 @@ def record_teacher(teacher: Teacher, file: Optional[str]) -> TeacherRecord:
 
 
 def read_teacher_record(file: str, teacher: Teacher) -> Optional[TeacherRecord]:
-    """The teacher that a checkpoint names; of one that version 0.1.0 wrote, what its options led to."""
+    """Return the teacher's record in a checkpoint; for version 0.1.0, the teacher that follows from its options, or
+    None.
+    """
     state = load_checkpoint_metadata(file)
     run_state = state.get('run_state') or {}
     if 'teacher' in run_state:
@@ -73,13 +80,14 @@ def read_teacher_record(file: str, teacher: Teacher) -> Optional[TeacherRecord]:
 
 
 def teacher_folder(teacher: Teacher) -> Path:
-    """Folder of the teacher for its data and settings, named by a digest of them."""
+    """Return the folder of the teacher for its data and settings. Its name contains a digest of them."""
     args = teacher.args
     return teacher_folder_of(teacher, {
         'options': teacher_settings(args, teacher.launch), 'training_data': getattr(args, 'training_data', None)})
 
 
 def teacher_folder_of(teacher: Teacher, settings: Dict[str, Any]) -> Path:
+    """Return the folder of the teacher for these settings."""
     args = teacher.args
     settings = dict(
         settings, model=teacher.name, num_classes=teacher.num_classes,
@@ -93,7 +101,9 @@ def teacher_folder_of(teacher: Teacher, settings: Dict[str, Any]) -> Path:
 
 
 def find_teacher(teacher: Teacher) -> Path:
-    """Folder of the teacher for these settings: a new one's, or one of version 0.1.0, where it had the same."""
+    """Return the folder of the teacher for these settings: one of version 0.1.0 if its settings were the same, else the
+    new one.
+    """
     args = teacher.args
     folder, legacy = teacher_folder(teacher), teacher_folder_of(teacher, legacy_settings(args))
     if (folder / TEACHER_FILE).is_file() or not (legacy / TEACHER_FILE).is_file() or why_damaged(legacy / LAST):
@@ -108,6 +118,6 @@ def find_teacher(teacher: Teacher) -> Path:
 
 
 def stored_options(state: Dict[str, Any]) -> Dict[str, Any]:
-    """The options in a checkpoint; version 0.1.0 kept a Namespace."""
+    """Return the options in a checkpoint. Version 0.1.0 stored a Namespace."""
     options = state.get('args') or {}
     return dict(options if isinstance(options, dict) else vars(options))

@@ -1,4 +1,7 @@
-"""Which settings make two runs share a trained teacher: all options but those that a teacher's training cannot see."""
+"""Determine which settings two runs must have in common to share a trained teacher.
+
+These are all options except those that a teacher's training does not depend on.
+"""
 import hashlib
 import json
 from argparse import Namespace
@@ -17,9 +20,9 @@ from .teacher import teacher_name
 
 __all__ = ['IRRELEVANT', 'teacher_settings', 'settings_digest', 'legacy_settings', 'differing_from_legacy']
 
-# options that a teacher's training does not depend on, or that the key has in another form
+# options that a teacher's training does not depend on, or that the key contains in another form
 IRRELEVANT = frozenset((
-    # the student and its neurons (--stem-pool and --timesteps are added where the teacher has them)
+    # the student and its neurons (--stem-pool and --timesteps are added if they apply to the teacher)
     'model', 'timesteps', 'neuron', 'neuron_kwargs', 'surrogate', 'surrogate_kwargs', 'tau', 'v_threshold', 'v_reset',
     'detach_reset', 'neuron_init', 'ann_percentile', 'norm', 'norm_kwargs', 'residual', 'residual_kwargs',
     'stem_pool', 'share_stem', 'pack_spikes', 'neuron_include', 'neuron_exclude', 'pretrained', 'pretrained_path',
@@ -30,26 +33,26 @@ IRRELEVANT = frozenset((
     'sscl_temperature', 'sscl_dim', 'sscl_critic', 'sscl_weighting', 'sscl_projection', 'sscl_queue', 'sscl_taps',
     'sscl_teacher_taps', 'sscl_cka_floor', 'sscl_cka_momentum', 'sscl_cka_scope', 'kd_weight', 'kd_temperature',
     'kd_step_temperature', 'tet_lambda', 'firing_rate_target', 'task_loss_weight', 'kd_distill_type', 'kd_loss_type',
-    # in the key as the teacher's name, keyword arguments, epochs, classes, data (folder, files, labels) and its
-    # configuration
+    # contained in the key as the teacher's name, keyword arguments, epochs, classes, data (folder, files, labels) and
+    # data configuration
     'teacher', 'kd_model_name', 'teacher_kwargs', 'gp', 'epochs', 'teacher_epochs', 'num_classes', 'data', 'data_dir',
     'img_size', 'in_chans', 'input_size', 'crop_pct', 'mean', 'std', 'interpolation', 'drop_connect',
-    # validation (added where the schedule follows it)
+    # validation (added if the schedule depends on it)
     'val_split', 'val_num_samples', 'validation_batch_size', 'val_interval', 'eval_metric', 'eval_only',
     'eval_timesteps',
-    # where and how fast it runs, and what it writes
+    # where and how fast the run executes, and what it writes
     'device', 'device_modules', 'threads', 'local_rank', 'synchronize_step', 'channels_last', 'workers', 'pin_mem',
     'no_prefetcher', 'output', 'experiment', 'log_interval', 'save_images', 'report_to', 'checkpoint_hist',
     'recovery_interval', 'resume', 'no_resume_opt', 'start_epoch', 'config', 'dataset_download',
     'dataset_trust_remote_code', 'max_unreadable',
-    'plugin',  # in the key as digests of the files that define the teacher, the data set or the optimizer
-    'seed',  # another seed gives another draw of the same teacher; runs of several seeds share one
+    'plugin',  # contained in the key as digests of the files that define the teacher, the data set or the optimizer
+    'seed',  # runs with different seeds share one teacher
 ))
-_VALIDATION = 'val_split', 'val_num_samples', 'val_interval', 'eval_metric'  # count with --sched plateau
-# derived by the script, no options
+_VALIDATION = 'val_split', 'val_num_samples', 'val_interval', 'eval_metric'  # part of the key with --sched plateau
+# derived by the script, not options
 _DERIVED = frozenset(('losses', 'loss_options', 'data_config', 'training_data', 'plugin_digests'))
 
-# the settings that version 0.1.0 counted, whatever their value
+# settings that version 0.1.0 included, whatever their value
 _LEGACY = (
     'dataset', 'train_split', 'train_num_samples', 'class_map', 'input_img_mode', 'input_key', 'target_key',
     'batch_size', 'grad_accum_steps', 'opt', 'opt_eps', 'opt_betas', 'momentum', 'weight_decay', 'clip_grad',
@@ -68,12 +71,12 @@ _LEGACY_WHERE_GIVEN = 'crop_padding', 'cutout'
 
 
 def teacher_settings(args: Namespace, launch: Optional[Mapping[str, Any]] = None) -> Dict[str, Any]:
-    """The options that a teacher depends on, where they differ from their default.
+    """Return the options that a teacher depends on, as far as they differ from their defaults.
 
     Args:
-        args: The options. One that this list does not know counts. Of a plug-in count the files that define the
-            teacher's network, the data set or the optimizer.
-        launch: What the launcher decides: {'processes': 1, 'mixed_precision': 'no'} and these values do not count.
+        args: The options. Unknown options are included. For a plug-in, the files that define the teacher's network, the
+            data set or the optimizer are included.
+        launch: Settings of the launcher; {'processes': 1, 'mixed_precision': 'no'} are defaults.
     """
     parser = create_parser()
     counted = {name: value for name, value in vars(args).items() if name not in IRRELEVANT | _DERIVED}
@@ -92,9 +95,9 @@ def teacher_settings(args: Namespace, launch: Optional[Mapping[str, Any]] = None
 
 
 def _definitions(args: Namespace) -> Dict[str, Any]:
-    """What defines the teacher's network, the data set and the optimizer, where a plug-in may have registered it."""
+    """Return the network, data set and optimizer of the teacher, which a plug-in may have registered."""
     name, _ = split_model_name_tag(teacher_name(args))
-    optimizer = args.opt.lower().rpartition('_')[2]  # as timm reads lookahead_adam
+    optimizer = args.opt.lower().rpartition('_')[2]  # without a prefix such as lookahead_, as timm does
     return dict(
         model=model_entrypoint(name) if is_model(name) else None,
         dataset=dataset_entry(args.dataset) if registered_name(args.dataset) else None,
@@ -103,7 +106,7 @@ def _definitions(args: Namespace) -> Dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Numbers as floats, since a file may say 0 for 0., and tuples as lists."""
+    """Convert numbers to floats, since a file may say 0 for 0., and tuples to lists."""
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     if isinstance(value, Mapping):
@@ -112,7 +115,7 @@ def _plain(value: Any) -> Any:
 
 
 def legacy_settings(args: Namespace) -> Dict[str, Any]:
-    """The settings as version 0.1.0 counted them, which named the folders of its teachers."""
+    """Return the settings as in version 0.1.0, which named its teachers' folders by them."""
     settings = {name: getattr(args, name) for name in _LEGACY}
     settings = {name: float(v) if type(v) is int else v for name, v in settings.items()}
     settings.update({name: getattr(args, name) for name in _LEGACY_WHERE_GIVEN if getattr(args, name) is not None})
@@ -125,13 +128,13 @@ def differing_from_legacy(
         stored: Mapping[str, Any],
         stored_launch: Mapping[str, Any],
 ) -> List[str]:
-    """Names of the settings that version 0.1.0 did not count and in which a teacher of its differs.
+    """Return the settings in which a teacher of version 0.1.0 differs and which that version did not include.
 
     Args:
         args: The options now.
-        launch: What the launcher decides now, as for `teacher_settings`.
+        launch: Settings of the launcher now, as in `teacher_settings`.
         stored: The options in the teacher's checkpoint.
-        stored_launch: What the launcher decided then.
+        stored_launch: Settings of the launcher then.
     """
     parser = create_parser()
     then = Namespace(**{name: stored.get(name, parser.get_default(name)) for name in vars(args)})
@@ -141,5 +144,5 @@ def differing_from_legacy(
 
 
 def settings_digest(settings: Mapping[str, Any]) -> str:
-    """Ten hexadecimal digits of the settings, for the name of a folder."""
+    """Return ten hexadecimal digits of a digest of the settings, for a folder name."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:10]

@@ -1,4 +1,4 @@
-"""The teacher that a run was taught by: a checkpoint names it, and a run goes on with that one."""
+"""TeacherRecord: identifies a run's teacher in checkpoints, so that the run continues with the same teacher."""
 import hashlib
 from typing import NamedTuple, Optional
 
@@ -11,11 +11,11 @@ __all__ = ['TeacherRecord', 'weights_digest', 'check_same_teacher', 'check_asked
 
 
 class TeacherRecord(NamedTuple):
-    """A run's teacher, as its checkpoints keep it."""
+    """A run's teacher, as checkpoints store it."""
     name: str
-    file: Optional[str]  # its weights; None for timm's pretrained ones
-    epochs: Optional[int]  # that it was trained for, where this script trained it
-    digest: str  # of its weights; '' where an earlier version wrote the checkpoint
+    file: Optional[str]  # file of the weights; None for timm's pretrained weights
+    epochs: Optional[int]  # epochs of its training, if this script trained it
+    digest: str  # digest of the weights; '' in checkpoints of version 0.1.0
     dtype: str
 
     def __str__(self) -> str:
@@ -25,7 +25,7 @@ class TeacherRecord(NamedTuple):
 
 
 def weights_digest(model: nn.Module) -> str:
-    """Sixteen hexadecimal digits of a model's state: the same for the same values under the same names."""
+    """Return sixteen hexadecimal digits of a digest of a model's state: names, dtypes, shapes and values."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         value = value.detach().cpu().contiguous()
@@ -35,15 +35,15 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def check_asked_teacher(record: TeacherRecord, name: str, epochs: Optional[int]) -> None:
-    """Raise where the options of a resumed run ask for another teacher than it was taught by.
+    """Check that the options of a resumed run do not ask for another teacher.
 
     Args:
         record: The run's teacher.
-        name: Model name of the teacher that is asked for.
-        epochs: --teacher-epochs; None and 0 ask for none.
+        name: Model name of the requested teacher.
+        epochs: --teacher-epochs; None and 0 request none.
 
     Raises:
-        OptionError: With both.
+        OptionError: They do. The message names both teachers.
     """
     if name != record.name:
         raise OptionError(_other(record, f'--teacher {name}'))
@@ -52,10 +52,10 @@ def check_asked_teacher(record: TeacherRecord, name: str, epochs: Optional[int])
 
 
 def check_same_teacher(record: TeacherRecord, now: TeacherRecord) -> None:
-    """Raise where a teacher's weights are not those that the run was taught by.
+    """Check that the teacher's weights are those with which the run started.
 
     Raises:
-        OptionError: With both.
+        OptionError: They are not. The message names both teachers.
     """
     if record.digest and record.dtype == now.dtype and record.digest != now.digest:
         raise OptionError(_other(record, str(now)))

@@ -1,4 +1,4 @@
-"""The teacher's weights: from a file, from timm, from an earlier run, or trained first."""
+"""Get the teacher's weights: from a file, from timm, from an earlier run, or by training it."""
 import copy
 import json
 import logging
@@ -28,9 +28,10 @@ _logger = logging.getLogger('train')
 
 
 class TeacherResult(NamedTuple):
+    """The teacher of a run and its accuracy on the validation set."""
     name: str
     top1: float
-    source: str  # where its weights come from
+    source: str  # where its weights come from, in words
     record: TeacherRecord
 
 
@@ -40,7 +41,8 @@ def obtain_teacher(
         fit: Callable[[Training], FitResult],
         record: Optional[TeacherRecord] = None,
 ) -> TeacherResult:
-    """Give the teacher its weights: from a file, from timm, from this output root, or by training it first."""
+    """Load the teacher's weights from a file, from timm, or from this output root; if there are none, train it first.
+    """
     args, accelerator, model = session.args, session.accelerator, teacher.model
     if args.teacher_checkpoint:
         load_weights(model, args.teacher_checkpoint, '--teacher-checkpoint')
@@ -67,7 +69,7 @@ def obtain_teacher(
 
 
 def _accuracy(session: Session, teacher: Teacher, source: str) -> float:
-    """Top-1 of the teacher on the validation set, in percent; said, with a warning where it is at chance."""
+    """Return and log the teacher's top-1 on the validation set in percent; warn if it is at chance."""
     accelerator = session.accelerator
     teacher.model.to(accelerator.device)
     loader = accelerator.prepare(session.make_loaders().eval)
@@ -83,7 +85,11 @@ def _accuracy(session: Session, teacher: Teacher, source: str) -> float:
 
 
 def check_teacher(teacher: Teacher, record: Optional[TeacherRecord] = None) -> None:
-    """Find what is wrong with the teacher before anything is trained; of a resumed run it must be the recorded one."""
+    """Check the teacher before any training. For a resumed run it must be the recorded teacher.
+
+    Raises:
+        OptionError: The weights do not fit, do not exist, or are not the recorded ones.
+    """
     args, model = teacher.args, teacher.model
     pretrained, file = args.teacher_pretrained and not args.teacher_epochs, args.teacher_checkpoint
     if record is not None:
@@ -106,11 +112,13 @@ def check_teacher(teacher: Teacher, record: Optional[TeacherRecord] = None) -> N
 
 
 def warn_warmup(args: Namespace, name: str, epochs: int) -> None:
+    """Warn if a training with these options ends before its warm-up."""
     warn_long_warmup(name, args.sched, args.warmup_epochs, epochs, args.warmup_prefix)
 
 
 def teacher_options(args: Namespace) -> Namespace:
-    """Options of the teacher's own training: its epochs, and none of those that say where the student's run starts."""
+    """Return the options of the teacher's training: its number of epochs, without the options that resume the student.
+    """
     return Namespace(**{
         **vars(args), 'epochs': args.teacher_epochs or args.epochs, 'start_epoch': None, 'no_resume_opt': False})
 
@@ -121,7 +129,8 @@ def train_teacher(
         folder: Path,
         fit: Callable[[Training], FitResult],
 ) -> None:
-    """Train a copy of the teacher and keep it; a training that was cut off goes on from its newest whole checkpoint."""
+    """Train a copy of the teacher and store it. An interrupted training continues from its newest undamaged checkpoint.
+    """
     args, accelerator, name = session.args, session.accelerator, teacher.name
     epochs = args.teacher_epochs or args.epochs
     with lock_folder(folder, accelerator.is_main_process):

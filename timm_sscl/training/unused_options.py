@@ -1,4 +1,4 @@
-"""Options of losses that stand on the command line and that no loss of the run reads."""
+"""Find options of losses on the command line that no loss of the run uses."""
 import argparse
 import logging
 from typing import Collection, Dict, Sequence
@@ -16,20 +16,20 @@ _READ_BY: Dict[str, Sequence[str]] = {
     **{name: flag.losses for name, flag in LOSS_FLAGS.items()},
     'sscl_weight': ('sscl', 'contrastive'), 'kd_weight': ('kd',),
 }
-_WEIGHTS = {'sscl_weight': 'sscl', 'kd_weight': 'kd'}  # of --distill; --loss has its own
+_WEIGHTS = {'sscl_weight': 'sscl', 'kd_weight': 'kd'}  # weights for --distill; --loss contains its own
 _TEACHER = 'teacher', 'kd_model_name', 'teacher_checkpoint', 'teacher_pretrained', 'teacher_epochs'
 
 
 def check_loss_options(args: argparse.Namespace, given: Collection[str], losses: Dict[str, float]) -> None:
-    """Refuse weights beside --loss, which has them itself; say which options no loss reads.
+    """Refuse weight options together with --loss, and warn of options that no loss uses.
 
     Args:
         args: The options.
-        given: Names of those on the command line.
+        given: Names of the options on the command line.
         losses: Weights of the losses by name.
 
     Raises:
-        OptionError: --sscl-weight or --kd-weight stand beside --loss.
+        OptionError: --sscl-weight or --kd-weight is given together with --loss.
     """
     for option, name in _WEIGHTS.items():
         if args.loss and option in given:

@@ -1,4 +1,4 @@
-"""Validation: metrics, firing rates, and the layers that are stuck."""
+"""Validate a model: metrics, firing rates, and stuck layers."""
 import logging
 from collections import OrderedDict
 from contextlib import nullcontext
@@ -21,8 +21,8 @@ __all__ = ['evaluate', 'validate', 'validate_when_due']
 _logger = logging.getLogger('train')
 
 
-def _told_to_others(session: Session, loader: Any) -> Iterator[Any]:
-    """The loader's batches; a sample that cannot be read here stops the other processes too."""
+def _batches_or_stop_all(session: Session, loader: Any) -> Iterator[Any]:
+    """Yield the loader's batches. If a sample cannot be read, tell the other processes to stop before raising."""
     try:
         yield from loader
     except DATA_ERRORS:
@@ -38,11 +38,11 @@ def evaluate(
         cast: Callable,
         evaluator: Optional[ClassificationEvaluator] = None,
 ) -> 'OrderedDict[str, float]':
-    """Loss, top-1 and top-5 on a prepared validation loader, every image counted once."""
+    """Return loss, top-1 and top-5 on a prepared validation loader. Every image counts once."""
     model.eval()
     accelerator = session.accelerator
     evaluator = ClassificationEvaluator(accelerator.device) if evaluator is None else evaluator
-    for input, target in _told_to_others(session, loader):
+    for input, target in _batches_or_stop_all(session, loader):
         failed, stop = session.stop_if_asked()
         if failed:
             raise OtherProcessFailed('another process stopped the run; its own message says why.')
@@ -57,10 +57,10 @@ def evaluate(
 
 
 def validate(training: Training, epoch: int) -> Tuple[Dict[str, float], Dict[str, float]]:
-    """Metrics on the validation set, and every neuron layer's firing rate there; called by all processes."""
+    """Return metrics on the validation set and every neuron layer's firing rate. All processes must call this."""
     args, session, loader = training.args, training.session, training.eval_loader
     model, spiking = training.eval_model, hasattr(unwrap_model(training.eval_model), 'set_timesteps')
-    if spiking and args.torchcompile:  # hooks would have it compiled anew at every validation
+    if spiking and args.torchcompile:  # hooks would recompile the model at every validation
         spiking = epoch + 1 >= training.epochs
         model = unwrap_model(model) if spiking else model
     with FiringRates(model) if spiking else nullcontext() as firing:
@@ -77,10 +77,10 @@ def validate(training: Training, epoch: int) -> Tuple[Dict[str, float], Dict[str
 
 
 def validate_when_due(training: Training, epoch: int) -> Tuple[Dict[str, float], Dict[str, float]]:
-    """Validate after the epochs that --val-interval names and after the last; nothing after the others."""
+    """Validate after every --val-interval epochs and after the last; return empty results otherwise."""
     if epoch + 1 < training.epochs and (epoch + 1) % training.args.val_interval:
         return {}, {}
-    save_recovery(training)  # a fault in the validation loses nothing
+    save_recovery(training)  # so that a failing validation loses no training
     metrics, rates = validate(training, epoch)
     shown = '  '.join(f'{k} {v:.4g}' for k, v in metrics.items())
     _logger.info(f'{training.name} epoch {epoch + 1}/{training.epochs} validation: {shown}')
@@ -88,7 +88,7 @@ def validate_when_due(training: Training, epoch: int) -> Tuple[Dict[str, float],
 
 
 def _warn_stuck_layers(training: Training, epoch: int, rates: Dict[str, float]) -> None:
-    """Name the layers that never or always fire, when they begin to."""
+    """Warn of layers that never or always fire and did fire, or not always, before."""
     stuck = {name: 'never' if rate == 0. else 'always' for name, rate in rates.items() if rate in (0., 1.)}
     for name, what in stuck.items() if training.accelerator.is_main_process else ():
         if training.stuck_layers.get(name) != what:

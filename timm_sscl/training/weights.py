@@ -13,11 +13,22 @@ __all__ = ['load_weights']
 
 # ---- models and their weights
 
-_WEIGHT_FILES = 'model.safetensors', 'pytorch_model.bin', LAST  # in a folder, as hubs and this script write them
+# file names in a folder, as hubs and this script write them
+_WEIGHT_FILES = 'model.safetensors', 'pytorch_model.bin', LAST
 
 
 def load_weights(model: nn.Module, file: str, option: str) -> None:
-    """Load a weights file, or the one in a folder, strictly; nothing in it is unpickled."""
+    """Load weights strictly from a file, or from the weights file in a folder, without unpickling code.
+
+    Args:
+        model: Model to load into.
+        file: File or folder.
+        option: Option that named it, for messages.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is damaged, unsafe, or holds the weights of another model.
+    """
     if os.path.isdir(file):
         found = [name for name in _WEIGHT_FILES if os.path.isfile(os.path.join(file, name))]
         if not found:
@@ -29,7 +40,7 @@ def load_weights(model: nn.Module, file: str, option: str) -> None:
         raise ValueError(f"{option}: '{file}' is damaged ({why_damaged(Path(file))}).")
     try:
         load_checkpoint(model, file)
-    except Exception as error:  # torch, pickle and safetensors each raise their own
+    except Exception as error:  # torch, pickle and safetensors raise many types
         check_weights_file(file, option)
         text = ' '.join(str(error).split())
         if 'state_dict' in text:

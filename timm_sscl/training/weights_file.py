@@ -1,4 +1,4 @@
-"""Whether a file holds weights that can be read without running what is in it, and whether a model took them."""
+"""Check that a file holds weights that can be read without executing code, and that a model loaded them."""
 import os
 import zipfile
 from collections import defaultdict
@@ -15,10 +15,10 @@ __all__ = ['check_file_exists', 'check_weights_file', 'match_with_file']
 
 
 def check_file_exists(file: str, option: str) -> None:
-    """Raise where there is no such file.
+    """Check that a file exists.
 
     Raises:
-        FileNotFoundError: With the option that named it.
+        FileNotFoundError: It does not. The message names the option.
     """
     if os.path.isdir(file):
         raise FileNotFoundError(f"{option}: '{file}' is a folder; name the file of weights in it.")
@@ -27,11 +27,11 @@ def check_file_exists(file: str, option: str) -> None:
 
 
 def check_weights_file(file: str, option: str) -> None:
-    """Raise where a file is no weights file, is damaged, or would have to be unpickled.
+    """Check that a file holds undamaged weights that can be read without unpickling code.
 
     Args:
-        file: File of weights as torch.save or safetensors write it.
-        option: The option that named it, for the message.
+        file: File of weights as written by torch.save or safetensors.
+        option: Option that named it, for the message.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -39,12 +39,12 @@ def check_weights_file(file: str, option: str) -> None:
     """
     check_file_exists(file, option)
     if file.lower().endswith(('.npz', '.npy')):
-        return  # of other formats, which the models themselves read
+        return  # formats that models read themselves
     if zipfile.is_zipfile(file) and why_damaged(Path(file)):
         raise ValueError(f"{option}: '{file}' is damaged ({why_damaged(Path(file))}).")
     try:
         weights = load_state_dict(file)
-    except Exception as error:  # torch, pickle and safetensors each raise their own
+    except Exception as error:  # torch, pickle and safetensors raise many types
         raise ValueError(f"{option}: '{file}' is no weights file that can be read safely; save model.state_dict(), not "
                          f"the model ({' '.join(str(error).split())[:200]}).") from error
     if not weights or not all(isinstance(name, str) for name in weights):
@@ -52,15 +52,14 @@ def check_weights_file(file: str, option: str) -> None:
 
 
 def match_with_file(model: nn.Module, file: str) -> Tuple[List[str], List[str]]:
-    """Names of a model's parameters whose values stand in a file of weights, and of those whose values do not.
+    """Return the names of a model's parameters whose values are in a weights file, and of those whose values are not.
 
-    timm loads pretrained weights without complaint where their names do not fit the model, which then keeps its random
-    ones. The values are compared, as some models rename what they load. Constant parameters tell nothing and are left
-    out.
+    timm silently skips pretrained weights whose names do not fit the model, and keeps the random ones. Values are
+    compared, since some models rename what they load. Constant parameters are left out, since they prove nothing.
 
     Args:
         model: Model that was created with the file as its pretrained weights.
-        file: The file, as torch.save or safetensors write it.
+        file: File as written by torch.save or safetensors.
     """
     by_shape = defaultdict(list)
     for tensor in load_state_dict(file).values():
