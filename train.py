@@ -4,8 +4,9 @@
     accelerate launch train.py                                    # bundled digits, no download
     accelerate launch train.py --data-dir DIR --model spiking_resnet34 --teacher resnet34
 
-The story from top to bottom: options, data, student and teacher, the loop and its step, the summary. Shaped like timm's
-train.py and taking its options; Accelerate owns devices, precision and processes. timm_sscl.training has the parts.
+The script reads from top to bottom: options, data, student and teacher, the loop and its step, the summary. It has the
+shape and the options of timm's train.py. Accelerate handles devices, precision and processes. The parts are in
+timm_sscl.training.
 """
 import importlib
 import json
@@ -67,6 +68,7 @@ _logger = logging.getLogger('train')
 
 
 def main(argv: Optional[List[str]] = None) -> None:
+    """Parse the options, build the run, and train or evaluate it."""
     started = time.time()
     with ExitStack() as resources:
         with one_line_errors():
@@ -97,28 +99,29 @@ def main(argv: Optional[List[str]] = None) -> None:
 
 @dataclass
 class Job:
-    """A run that is ready: all that could be found wrong before it has been looked at."""
+    """A run that is built and checked, ready to train."""
     session: Session
     task: SSCLTask
     student: nn.Module
     teacher: Optional[Teacher]
     folder: Path
     resume: str
-    teacher_record: Optional[TeacherRecord]  # that the checkpoint names
+    teacher_record: Optional[TeacherRecord]  # record of the teacher in the checkpoint
     report: Optional[SpikingReport] = None
 
 
 def prepare(args: Namespace, accelerator: Accelerator, stop: StopRequest, resources: ExitStack) -> Job:
-    """Build data, student, teacher and task, and check them together; `resources` keeps the folder locked."""
-    random_seed(args.seed, 0)  # the same initial weights on every process
+    """Build data, student, teacher and task, and check them together. `resources` holds the lock on the run's folder.
+    """
+    random_seed(args.seed, 0)  # every process gets the same initial weights
     datasets = create_datasets(args)
     num_classes = resolve_num_classes(args, datasets[0])
     student = create_student(args, num_classes)
     data_config = args.data_config = resolve_input(args, student)
-    if is_event_dataset(args.dataset):  # a teacher depends on these as well
+    if is_event_dataset(args.dataset):  # a trained teacher depends on these settings, too
         data_config['events'] = {name: getattr(args, name) for name in EVENT_SETTINGS}
     described = {split: describe_data(dataset) for split, dataset in zip(('training', 'validation'), datasets)}
-    args.training_data = settings_digest(described['training'])  # a teacher knows these classes, from these files
+    args.training_data = settings_digest(described['training'])  # part of the key of a trained teacher
     datasets = guard_samples(args, datasets, data_config, num_classes)
     session = Session(
         args, accelerator, partial(create_loaders, args, datasets, data_config, num_classes), stop)
@@ -130,7 +133,7 @@ def prepare(args: Namespace, accelerator: Accelerator, stop: StopRequest, resour
     with blame_options({name: getattr(args, name) for name in LOSS_OPTIONS}, passing=(ValueError,)):
         task = create_task(
             args, student, network, teacher_input, data_config, accelerator.device, loaders.mixup is not None)
-    # one process looks: what it finds may change when it begins to write
+    # one process decides, since the answer may change when it begins to write
     found = [find_run(args, root, data_config) if accelerator.is_main_process else None]
     folder, resume = broadcast_object_list(found)[0]
     record = None
@@ -159,11 +162,11 @@ def prepare(args: Namespace, accelerator: Accelerator, stop: StopRequest, resour
 
 
 def train(job: Job, started: float) -> None:
-    """Train the teacher, where it has no weights yet, then the student."""
+    """Train the teacher if it has no weights yet, then the student."""
     args, accelerator = job.session.args, job.session.accelerator
-    taught_by = None
+    teacher_result = None
     if job.teacher is not None:
-        taught_by = obtain_teacher(job.session, job.teacher, fit, job.teacher_record)
+        teacher_result = obtain_teacher(job.session, job.teacher, fit, job.teacher_record)
     cache = None
     if args.teacher_cache:
         samples = len(job.session.make_loaders().train.dataset)
@@ -171,14 +174,14 @@ def train(job: Job, started: float) -> None:
     training = start_training(
         job.session, args, job.task, job.folder, 'student', resume=job.resume, ema=args.model_ema,
         compile_task=bool(args.torchcompile), teacher_cache=cache,
-        teacher_record=taught_by.record if taught_by else None)
+        teacher_record=teacher_result.record if teacher_result else None)
     result = fit(training)
     if accelerator.is_main_process:
-        summarize(args, job.folder, job.student, taught_by, result, job.report, time.time() - started)
+        summarize(args, job.folder, job.student, teacher_result, result, job.report, time.time() - started)
 
 
 def fit(training: Training) -> FitResult:
-    """Train from where the training stands to its last epoch."""
+    """Train from the current position to the last epoch."""
     restore_random_state(training)
     metrics, rates = {}, {}
     for epoch in epochs_left(training):
@@ -198,9 +201,9 @@ def fit(training: Training) -> FitResult:
 
 
 def train_step(training: Training, step: int, batch: Sequence[torch.Tensor]) -> bool:
-    """Forward, backward and update on one batch. Whether a signal asked any process to stop.
+    """Run forward, backward and update on one batch. Return whether a signal asked any process to stop.
 
-    A loss that is not finite ends the run before it reaches the weights.
+    A loss that is not finite ends the run before the weights change.
     """
     args, accelerator, task = training.args, training.accelerator, training.task
     input, target, *index = batch

@@ -1,5 +1,6 @@
-"""The student learns from its teacher: SSCLLoss for anybody's loop, SSCLTask for timm's seam, what the teacher
-sees."""
+"""Train a student with a teacher: SSCLLoss for any training loop, SSCLTask for timm's TrainingTask, the teacher's
+input.
+"""
 from .frames_ann import accept_frames
 from .sscl import SSCLLoss
 from .presets import PRESETS

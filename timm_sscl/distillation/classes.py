@@ -1,4 +1,4 @@
-"""A loss that compares logits class by class needs a teacher of the student's classes."""
+"""Check that student and teacher have the same classes if a loss compares logits class by class."""
 from typing import Iterable, Optional, Sequence
 
 import torch
@@ -18,14 +18,14 @@ def check_classes(
         input_size: Optional[Sequence[int]] = None,
         teacher_size: Optional[Sequence[int]] = None,
 ) -> None:
-    """Raise where a loss compares logits of models with different numbers of classes.
+    """Check that student and teacher have equal numbers of classes if a loss compares their logits.
 
     Args:
         student: Student.
         teacher: Teacher.
         losses: Registered names.
         input_size: (C, H, W) of the student's images.
-        teacher_size: (C, H, W) of the teacher's.
+        teacher_size: (C, H, W) of the teacher's images.
 
     Raises:
         ValueError: The numbers differ.
@@ -42,7 +42,7 @@ def check_classes(
 
 
 def _num_classes(model: nn.Module, input_size: Optional[Sequence[int]]) -> Optional[int]:
-    """Size of a timm model's last layer, or else of the logits of one image; None where nothing tells."""
+    """Return the size of a timm model's last layer, or of the logits of one image; None if neither is known."""
     model = unwrap_model(model)
     classifier = model.get_classifier() if hasattr(model, 'get_classifier') else None
     if isinstance(classifier, nn.Linear):

@@ -1,4 +1,4 @@
-"""How a network without time sees event frames: frame by frame, its outputs averaged over the frames."""
+"""Let an ANN process event frames one by one and average its outputs over the frames."""
 from typing import Any, Type
 
 import torch
@@ -11,37 +11,37 @@ __all__ = ['fold_frames', 'takes_frames_folded', 'accept_frames']
 
 
 def fold_frames(x: torch.Tensor) -> torch.Tensor:
-    """Event frames (B, T, C, H, W) -> (T * B, C, H, W), time-major."""
+    """Fold event frames (B, T, C, H, W) to (T * B, C, H, W), time-major."""
     return x.transpose(0, 1).flatten(0, 1)
 
 
 def takes_frames_folded(model: nn.Module, x: torch.Tensor) -> bool:
-    """Whether x are event frames and the model is an ANN, which sees each as an image."""
+    """Return whether x are event frames and the model is an ANN, which processes each frame as an image."""
     return x.ndim == 5 and not hasattr(model, 'set_timesteps')
 
 
 class _OnFrames(Mixin):
-    """Mixin that gives an ANN's forward event frames as well as images."""
+    """Mixin that lets an ANN's forward take event frames as well as images."""
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if x.ndim != 5 or isinstance(self, SpikingModule):  # converted since
+        if x.ndim != 5 or isinstance(self, SpikingModule):  # the second: a model that was converted later
             return super().forward(x, *args, **kwargs)
         return decode(super().forward(fold_frames(x), *args, **kwargs), x.shape[1])
 
 
 def _new(base: Type[nn.Module]) -> nn.Module:
-    """What pickles of version 0.1.0 call."""
+    """Create an instance for unpickling. Pickles of version 0.1.0 call this."""
     return new_mixed(_OnFrames, base)
 
 
 def accept_frames(model: nn.Module) -> nn.Module:
-    """Let an ANN take event frames (B, T, C, H, W): each is an image, and the outputs are averaged over T, to (B, K).
+    """Let an ANN take event frames (B, T, C, H, W). Each frame is an image, and outputs are averaged over T, to (B, K).
 
-    The model stays what it is: its parameters keep their names, images go through as before. SSCLTask and SSCLLoss do
-    the same with their teacher by themselves.
+    Parameters keep their names, and images are processed as before. SSCLTask and SSCLLoss treat their teacher this way
+    automatically.
 
     Args:
-        model: ANN; a spiking model takes frames already and is left as it is.
+        model: ANN. A spiking model already takes frames and is not changed.
 
     Returns:
         The model itself, of a subclass of its class.

@@ -1,11 +1,11 @@
-"""Which losses --distill names, and which of a loss file's names there are."""
+"""Presets of losses for --distill, and validation of loss names and weights."""
 from typing import Dict, Mapping, Union
 
 from timm_sscl.losses import loss_spec
 
 __all__ = ['PRESETS', 'resolve_losses']
 
-# the four modes of one code path: cross-entropy plus these
+# losses added to cross-entropy
 PRESETS: Dict[str, Dict[str, float]] = {
     'sscl': {'sscl': 1.},
     'contrastive': {'contrastive': 1.},
@@ -15,7 +15,7 @@ PRESETS: Dict[str, Dict[str, float]] = {
 
 
 def resolve_losses(losses: Union[str, Mapping[str, float]]) -> Dict[str, float]:
-    """Loss names and weights from a preset's name or a mapping; a loss of weight 0 is left out.
+    """Return loss names and weights for a preset's name or a mapping. Losses of weight 0 are left out.
 
     Raises:
         ValueError: A preset or loss does not exist, or a weight is negative.

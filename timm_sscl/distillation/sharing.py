@@ -1,4 +1,4 @@
-"""Student and teacher must have nothing in common: what the teacher freezes would be frozen in the student."""
+"""Check that student and teacher share nothing, since freezing the teacher would freeze it in the student."""
 from typing import Dict, Iterator, List, Tuple
 
 import torch
@@ -9,14 +9,14 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 __all__ = ['check_nothing_shared']
 
-_Span = Tuple[str, int, int, str]  # device, first and last byte there, and the tensor's name
+_Span = Tuple[str, int, int, str]  # device, first and last byte there, name of the tensor
 
 
 def check_nothing_shared(student: nn.Module, teacher: nn.Module) -> None:
-    """Raise where student and teacher have a module, or the memory of a parameter or buffer, in common.
+    """Check that student and teacher share no module and no memory of a parameter or buffer.
 
     Raises:
-        ValueError: They are one model, or share something; it is named.
+        ValueError: They are the same model or share something. The message names it.
     """
     student, teacher = unwrap_model(student), unwrap_model(teacher)
     if student is teacher:
@@ -30,10 +30,10 @@ def check_nothing_shared(student: nn.Module, teacher: nn.Module) -> None:
 
 
 def _shared_modules(student: nn.Module, teacher: nn.Module) -> List[str]:
-    """The outermost modules that both hold."""
+    """Return the outermost modules that are in both models."""
     names = {id(module): name for name, module in student.named_modules(remove_duplicate=False)}
     shared: List[str] = []
-    inside: Tuple[str, ...] = ()  # of what is named already
+    inside: Tuple[str, ...] = ()  # prefixes of modules that are already listed
     for name, module in teacher.named_modules():
         if id(module) in names and not name.startswith(inside):
             whose = f"the module '{names[id(module)] or type(student).__name__}'"
@@ -43,10 +43,11 @@ def _shared_modules(student: nn.Module, teacher: nn.Module) -> List[str]:
 
 
 def _shared_tensors(student: nn.Module, teacher: nn.Module) -> List[str]:
-    """Parameters and buffers of the student that lie in the teacher's memory, as a whole or in part."""
+    """Return the student's parameters and buffers whose memory overlaps with the teacher's."""
     spans = sorted([(*span, False) for span in _spans(student)] + [(*span, True) for span in _spans(teacher)])
     shared: List[str] = []
-    reach: Dict[Tuple[str, bool], Tuple[int, str]] = {}  # of either model so far: the furthest byte, and whose it is
+    # per device and model, the last byte so far and the tensor it belongs to
+    reach: Dict[Tuple[str, bool], Tuple[int, str]] = {}
     for where, first, last, name, of_teacher in spans:
         end, other = reach.get((where, not of_teacher), (-1, ''))
         if first <= end:
@@ -57,6 +58,7 @@ def _shared_tensors(student: nn.Module, teacher: nn.Module) -> List[str]:
 
 
 def _spans(model: nn.Module) -> Iterator[_Span]:
+    """Yield (device, first byte, last byte, name) of every parameter and buffer."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if not _has_memory(tensor):
             yield 'object', id(tensor), id(tensor), name
@@ -67,6 +69,7 @@ def _spans(model: nn.Module) -> Iterator[_Span]:
 
 
 def _has_memory(tensor: torch.Tensor) -> bool:
-    """Whether its elements have an address: not on the meta device, in a sparse layout or inside another tensor."""
+    """Return whether a tensor's elements have an address: not on the meta device, sparse, lazy or a wrapper subclass.
+    """
     return not (is_lazy(tensor) or tensor.is_meta or tensor.layout != torch.strided
                 or is_traceable_wrapper_subclass(tensor))

@@ -1,4 +1,4 @@
-"""SSCLLoss: the loss for anybody's training loop; hooks a student and a teacher and compares what the hooks saw."""
+"""SSCLLoss: the loss for any training loop. It compares features of student and teacher that hooks recorded."""
 import logging
 from contextlib import ExitStack, contextmanager
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
@@ -23,41 +23,42 @@ _logger = logging.getLogger(__name__)
 
 
 class SSCLLoss(nn.Module):
-    """Similarity-sensitive contrastive loss between two models, in two lines of anybody's training loop.
+    """Similarity-sensitive contrastive loss between two models, in two lines of any training loop.
 
-    Builds taps on the last four stages and the pooled feature of both models (timm models), or on the modules that are
-    named (any nn.Module), freezes the teacher, and holds the projections g_S and g_A. In a step, `sscl(x)` runs the
-    teacher on x and compares its features with those that `student(x)` showed.
+    The constructor taps the last four stages and the pooled feature of both models (timm models), or named modules (any
+    nn.Module), freezes the teacher, and creates the projections g_S and g_A. In a training step, `sscl(x)` runs the
+    teacher on x and compares its features with those recorded during `student(x)`.
 
-    The parameters (g_S, g_A) belong in the optimizer. Student and teacher are no submodules: their parameters are not
-    among these, and neither is in the state_dict. `.to(device)` moves the teacher along. Under
-    DistributedDataParallel wrap this module as well as the student; the hooks are on the wrapped models.
+    Add the parameters (g_S, g_A) to the optimizer. Student and teacher are not submodules: their parameters are not
+    among these, and the state_dict contains neither. `.to(device)` also moves the teacher. With
+    DistributedDataParallel, wrap both this module and the student; the hooks are on the wrapped models.
 
-    A copy made together with both models (deepcopy or pickle of a module that holds the three) is attached to the
-    copies. A copy of the loss without them has their projections and no taps. `set_timesteps` on a spiking student
-    reaches its loss.
+    A copy that is made together with both models (deepcopy or pickle of a module that contains all three) is attached
+    to the copied models. A copy of the loss alone has the projections but no taps. `set_timesteps` on a spiking student
+    also applies to its loss.
 
     Args:
         student: Student, spiking or not; not compiled yet.
-        teacher: Teacher; frozen and put in evaluation mode here.
+        teacher: Teacher. It is frozen and set to evaluation mode.
         taps: Names of the student's modules to tap ('pooled' is a timm model's pooled feature); None finds the stages.
-        teacher_taps: Names of the teacher's modules, in the same order; the student's names by default.
+        teacher_taps: Names of the teacher's modules, in the same order; by default the student's names.
         timesteps: T of the student; None reads student.timesteps, else 1.
-        input_size: (C, H, W) of the image that probes the models' feature shapes; None takes the models' own.
-        teacher_size: (H, W) of the teacher's images, which are resized from the student's; None leaves them.
-        renormalize: (student mean, student std, teacher mean, teacher std) where the teacher was trained on images
-            normalised in another way.
+        input_size: (C, H, W) of the image that probes the shapes of features; None takes the models' own.
+        teacher_size: (H, W) of the teacher's images, which are resized from the student's; None does not resize.
+        renormalize: (student mean, student std, teacher mean, teacher std) if the teacher was trained on images with
+            another normalisation.
         **options: dim, temperature, critic, weighting, cka_floor, cka_momentum, cka_scope, projection, queue_size of
             SSCLCriterion.
 
     Raises:
-        ValueError: A tap does not exist, a model is compiled, student and teacher are one or share a module, a
+        ValueError: A tap does not exist, a model is compiled, student and teacher are the same or share a module, a
             parameter or a buffer, or an option is wrong.
 
     Examples:
         ```python
         sscl = SSCLLoss(student, teacher)
         optimizer = torch.optim.SGD([*student.parameters(), *sscl.parameters()], lr=0.1)
+
         loss = F.cross_entropy(student(x), y) + sscl(x)
         ```
     """
@@ -97,23 +98,24 @@ class SSCLLoss(nn.Module):
             **options,
         ).to(device)
         teacher.requires_grad_(False)
-        # not submodules: neither their parameters nor their keys are this loss's
+        # not registered as submodules, so that their parameters and keys are not part of this loss
         self.__dict__['_wrapped_teacher'] = teacher
         self.__dict__['_student_recorder'] = Recorder(inner_student, student_taps)
         self.__dict__['_teacher_recorder'] = Recorder(inner_teacher, teacher_taps, training_only=False)
-        self._teacher_recorder.enabled = False  # but inside this loss: the teacher's other calls are not held
+        # enabled only inside this loss; other calls of the teacher are not recorded
+        self._teacher_recorder.enabled = False
         self.__dict__['_trained'] = _TrainedCheck()
         _logger.info(f'SSCLLoss: {len(student_taps)} pairs of taps: ' + ', '.join(
             f'{s.module} - {a.module}' for s, a in zip(student_taps, teacher_taps)))
 
     @property
     def timesteps(self) -> int:
-        """T of the student's features: the student's own, where it has one."""
+        """T of the student's features: the student's own T if it has one."""
         return self._student_recorder.timesteps if self._timesteps is None else self._timesteps
 
     @property
     def stats(self) -> Dict[str, Dict[str, float]]:
-        """Of the last step, per layer: cka (this batch), cka_running, weight, nce and mi_bound (nats)."""
+        """Statistics of the last step per layer: cka (this batch), cka_running, weight, nce and mi_bound (nats)."""
         return self.criterion.stats
 
     @property
@@ -122,22 +124,21 @@ class SSCLLoss(nn.Module):
         return list(self._student_recorder.taps)
 
     def forward(self, x: torch.Tensor, teacher_input: Optional[torch.Tensor] = None) -> torch.Tensor:
-        """Loss between the features that student(x) showed and the teacher's on the same images.
+        """Return the loss between the features recorded during student(x) and the teacher's on the same images.
 
         Args:
-            x: The tensor that the student was called on in this step, (B, ...), or event frames (B, T, ...), each of
-                which an ANN teacher sees as an image.
-            teacher_input: What the teacher sees, where that is not x, resized and renormalised as asked for.
+            x: The tensor on which the student was called in this step, (B, ...), or event frames (B, T, ...). An ANN
+                teacher processes each frame as an image.
+            teacher_input: The teacher's input if it is not x, resized and renormalised as configured.
 
         Returns:
             0-d tensor, the weighted sum over the layers.
 
         Raises:
-            RuntimeError: The student was not called on x in training mode since the last call (see
-                `record_in_eval`), a tap did not run or ran without gradients, the hooks were removed, or this is a
-                copy made without the models.
-            ValueError: teacher_input holds another number of samples, a feature's batch is neither B nor timesteps * B,
-                or B is too small for CKA weights.
+            RuntimeError: The student was not called on x in training mode since the last call (see `record_in_eval`), a
+                tap did not run or ran without gradients, the hooks were removed, or this is a copy without the models.
+            ValueError: teacher_input has another number of samples, the batch of a feature is neither B nor timesteps *
+                B, or B is too small for CKA weights.
         """
         student_features = self._student_recorder.take(x)
         training = self._student_recorder.took_training
@@ -149,20 +150,19 @@ class SSCLLoss(nn.Module):
             self._trained(self._student_recorder.model, self.criterion)
             self._warn_frozen(student_features)
             return self.from_features(student_features, teacher_features)
-        with _evaluating(self.criterion):  # what an evaluation shows does not move the running CKA
+        with _evaluating(self.criterion):  # an evaluation does not change the running CKA
             return self.from_features(student_features, teacher_features)
 
     def record_in_eval(self, enabled: bool = True) -> ExitStack:
-        """Let `sscl(x)` compare evaluation forwards of the student too, with or without gradients, from here on.
+        """Let `sscl(x)` also compare evaluation forwards of the student, with or without gradients, from now on.
 
-        The running CKA and the queue stay as training left them; before the first training step the weights are those
-        of the batch.
+        The running CKA and the queue do not change. Before the first training step, the weights are those of the batch.
 
         Args:
-            enabled: Whether to.
+            enabled: Whether to record evaluation forwards.
 
         Returns:
-            A context manager that, where it is used as one, sets it back at its end.
+            A context manager that restores the previous setting at its end, if used as one.
 
         Examples:
             ```python
@@ -186,7 +186,7 @@ class SSCLLoss(nn.Module):
             student_features: Sequence[torch.Tensor],
             teacher_features: Sequence[torch.Tensor],
     ) -> torch.Tensor:
-        """The same loss on features already in hand, as the tapped modules return them.
+        """Return the same loss for given features, in the shape in which the tapped modules return them.
 
         Args:
             student_features: Per tap (timesteps * B, ...), time-major, or (B, ...).
@@ -206,17 +206,17 @@ class SSCLLoss(nn.Module):
         return self.criterion([s for s, _ in folded], [a for _, a in folded])
 
     def close(self) -> None:
-        """Remove every hook from both models."""
+        """Remove all hooks from both models."""
         self._student_recorder.close()
         self._teacher_recorder.close()
 
     @property
     def _teacher(self) -> Optional[nn.Module]:
-        """The teacher as it was given; None in a copy made without it."""
+        """The teacher as passed to the constructor; None in a copy made without it."""
         return self._teacher_recorder.model if self._wrapped_teacher is None else self._wrapped_teacher
 
     def _warn_frozen(self, features: Sequence[torch.Tensor]) -> None:
-        """Warn, once, of taps that no trained parameter of the student lies before."""
+        """Warn once of taps before which no parameter of the student is trained."""
         frozen = [tap.name for tap, f in zip(self._student_recorder.taps, features) if not f.requires_grad]
         if frozen and not self.__dict__.get('_frozen_said') and not torch.compiler.is_compiling():
             self.__dict__['_frozen_said'] = True
@@ -224,19 +224,20 @@ class SSCLLoss(nn.Module):
                             f'(requires_grad=False), so the loss trains only the projections there.')
 
     def __getstate__(self) -> Dict[str, Any]:
-        return {**self.__dict__, '_wrapped_teacher': None}  # the models are no part of a copy of the loss
+        return {**self.__dict__, '_wrapped_teacher': None}  # the models are not part of a copy of the loss
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
         state = dict(state)
-        if 'timesteps' in state:  # written by version 0.1.0
+        if 'timesteps' in state:  # a pickle of version 0.1.0
             state['_timesteps'] = state.pop('timesteps')
             state['_wrapped_teacher'] = None
             del state['_teacher']
         super().__setstate__(state)
-        self._student_recorder.enabled = True  # which has a model where that was copied along
+        self._student_recorder.enabled = True  # it has a model if that was copied, too
         guard_on_hooks()
 
     def _run_teacher(self, x: torch.Tensor) -> List[torch.Tensor]:
+        """Run the teacher without gradients and return its features, averaged over event frames for an ANN."""
         self._teacher_recorder.check_attached()
         self._teacher.eval()
         self._teacher_recorder.enabled = True
@@ -245,13 +246,14 @@ class SSCLLoss(nn.Module):
                 if not takes_frames_folded(unwrap_model(self._teacher), x):
                     self._teacher(x)
                     return self._teacher_recorder.take(x)
-                frames = fold_frames(x)  # an ANN's features are the means over the frames
+                frames = fold_frames(x)  # the features of an ANN are means over the frames
                 self._teacher(frames)
                 return [a.unflatten(0, (x.shape[1], -1)).mean(0) for a in self._teacher_recorder.take(frames)]
         finally:
             self._teacher_recorder.enabled = False
 
     def _fold(self, tap: Tap, s: torch.Tensor, teacher_tap: Tap, a: torch.Tensor):
+        """Reshape a pair of features to (T, B, C, ...)."""
         batch = a.shape[0] // self._teacher_recorder.timesteps
         if s.shape[0] not in (batch, self.timesteps * batch):
             raise ValueError(f"feature '{tap.name}' holds {s.shape[0]} rows, the teacher's batch is {batch}: expected "
@@ -269,7 +271,7 @@ class SSCLLoss(nn.Module):
 
 @contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode, set back afterwards."""
+    """Set evaluation mode inside, and restore the modes afterwards."""
     modes = {m: m.training for m in module.modules()}
     module.eval()
     try:
@@ -280,6 +282,7 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def _refuse_compiled(model: nn.Module) -> None:
+    """Raise ValueError if a module of the model is compiled."""
     for name, module in model.named_modules():
         if hasattr(module, '_orig_mod') or module._compiled_call_impl is not None:
             raise ValueError(f"{name or type(model).__name__} is compiled, and torch.compile ignores hooks added after "
@@ -287,7 +290,7 @@ def _refuse_compiled(model: nn.Module) -> None:
 
 
 def _pair_taps(student, teacher, taps, teacher_taps, input_size, teacher_size):
-    """Taps of both models, one to one: by name, or the stages at the same relative depth and the pooled feature."""
+    """Return taps of both models in pairs: by name, or the stages at equal relative depth and the pooled feature."""
     if taps is None and teacher_taps is None:
         found = find_taps(student, input_size=input_size), find_taps(teacher, input_size=teacher_size)
         kept = match_by_depth(*(len(f) - 1 for f in found))  # without the pooled feature
@@ -305,7 +308,7 @@ def _pair_taps(student, teacher, taps, teacher_taps, input_size, teacher_size):
 
 
 class _TrainedCheck:
-    """Warns, once, when the optimizer moves the student but not the projections; looks at the first calls only."""
+    """Warn once if the optimizer changes the student but not the projections. Only the first calls are checked."""
 
     def __init__(self, calls: int = 50):
         self.calls = calls
@@ -316,7 +319,7 @@ class _TrainedCheck:
             return
         self.calls -= 1
         student_parameter = next((p for p in student.parameters() if p.requires_grad), None)
-        # sums, as a fused optimizer does not move the version counters
+        # compare sums, since a fused optimizer does not increase the version counters
         now = [float(p.detach().double().sum()) for p in (student_parameter, criterion.g_student[0].weight)
                if p is not None]
         if self.before is not None and len(now) == 2 and now[0] != self.before[0] and now[1] == self.before[1]:

@@ -1,4 +1,4 @@
-"""Which reader a task uses: a functional one for a timm model's stages, one by hooks for modules by name."""
+"""Readers of features for a task: by methods for a timm model's stages, by hooks for named modules."""
 from typing import List, Optional, Sequence, Tuple, Union
 
 import torch
@@ -14,15 +14,15 @@ __all__ = ['TapReader', 'Reader', 'create_reader']
 
 
 class TapReader:
-    """Reads logits and the features of named modules in one forward, by hooks on this model.
+    """Read logits and the features of named modules in one forward, by hooks on this model.
 
-    Any nn.Module will do. Under torch.compile and gradient checkpointing together a hook inside a checkpointed region
-    fails; `FeatureReader`, which reads stages, does not.
+    It works with any nn.Module. Under torch.compile and gradient checkpointing together, a hook inside a checkpointed
+    region fails; `FeatureReader`, which reads stages, does not.
 
     Args:
-        model: The model that is read; hooks are added to it, before any compilation.
-        names: Names of modules or stages, and 'pooled', as `named_taps` takes them.
-        input_size: (C, H, W) of the probe image that tells the channels.
+        model: Model to read. Hooks are added to it; create the reader before compiling it.
+        names: Names of modules or stages, and 'pooled', as in `named_taps`.
+        input_size: (C, H, W) of the probe image that determines the number of channels.
 
     Raises:
         ValueError: A module does not exist, does not run, or returns no tensor.
@@ -37,19 +37,19 @@ class TapReader:
 
     @property
     def channels(self) -> List[int]:
-        """Channels of every feature."""
+        """Number of channels of every feature."""
         return [shape[1] for shape in self.shapes]
 
     def __call__(self, model: nn.Module, x: torch.Tensor) -> Tuple[torch.Tensor, List[torch.Tensor]]:
-        """One forward.
+        """Run one forward.
 
         Returns:
-            Logits per step (T, B, K) and features, each (T, B, C, ...); T = 1 for a network without time, and for a
-            feature before the time steps begin.
+            Logits of every timestep (T, B, K) and features, each (T, B, C, ...). T = 1 for a network without time, and
+            for a feature before the input is repeated over time.
 
         Raises:
-            RuntimeError: The model is not the one that was hooked, or a tap did not run or ran without gradients.
-            ValueError: The rows of a feature are no samples.
+            RuntimeError: The model is not the hooked one, or a tap did not run or ran without gradients.
+            ValueError: The rows of a feature are not samples.
         """
         if self.recorder.model is not model:
             raise RuntimeError(f'these taps are on another {type(model).__name__} than the one that runs; read it by '
@@ -80,15 +80,15 @@ def create_reader(
         taps: Union[int, str, Sequence[str]],
         input_size: Optional[Sequence[int]] = None,
 ) -> Reader:
-    """Reader of the last stages and the pooled feature, or of names.
+    """Create a reader for the last stages and the pooled feature, or for named taps.
 
     Args:
         model: Model to read.
-        taps: How many of the last stages; or names of stages, of modules, and 'pooled'.
+        taps: Number of stages, counted from the last; or names of stages, of modules, and 'pooled'.
         input_size: (C, H, W) of the probe image.
 
     Raises:
-        ValueError: A name does not exist, or the model has no stages to find.
+        ValueError: A name does not exist, or the model has no stages.
     """
     if isinstance(taps, int):
         return FeatureReader(model, taps, input_size)

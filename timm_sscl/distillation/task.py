@@ -1,4 +1,4 @@
-"""SSCLTask: student, teacher and named losses as one trainable unit for timm's TrainingTask seam."""
+"""SSCLTask: student, teacher and named losses as a timm TrainingTask."""
 import logging
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
@@ -27,7 +27,9 @@ _logger = logging.getLogger(__name__)
 
 
 class SSCLTrainableModule(nn.Module):
-    """All that is trained: the student and the losses' own parameters (projections); one forward, for DDP's sake."""
+    """Everything that is trained: the student and the losses' parameters (projections). It has one forward, as DDP
+    requires.
+    """
 
     def __init__(
             self,
@@ -49,7 +51,7 @@ class SSCLTrainableModule(nn.Module):
             teacher_logits: Optional[torch.Tensor] = None,
             teacher_features: Optional[List[torch.Tensor]] = None,
     ) -> Dict[str, torch.Tensor]:
-        """Student logits (B, K) under 'output', and every loss under its name, unweighted."""
+        """Return student logits (B, K) as 'output', and every loss by its name, not weighted."""
         if self.rate_recorder is not None:
             self.rate_recorder.begin()
         step_logits, features = _read(self.student, self.reader, input)
@@ -59,12 +61,13 @@ class SSCLTrainableModule(nn.Module):
         return {'output': step.logits, **terms}
 
     def no_weight_decay(self):
+        """Return the names of parameters without weight decay."""
         student = self.student
         names = student.no_weight_decay() if hasattr(student, 'no_weight_decay') else set()
         return {f'student.{name}' for name in names}
 
     def group_matcher(self, coarse: bool = False):
-        """Layer groups for layer decay: the student's own, the losses' parameters with its last group."""
+        """Return layer groups for layer decay: the student's own. The losses' parameters belong to its last group."""
         layer_map = group_parameters(self.student, self.student.group_matcher(coarse=coarse), reverse=True)
         last = max(layer_map.values(), default=0)
         return lambda name: layer_map.get(name[len('student.'):], last) if name.startswith('student.') else last
@@ -75,9 +78,9 @@ def _read(
         reader: Optional[Reader],
         input: torch.Tensor,
 ) -> Tuple[torch.Tensor, Optional[List[torch.Tensor]]]:
-    """Logits per step (T, B, K), and the features where there is a reader for them.
+    """Return logits of every timestep (T, B, K), and the features if there is a reader.
 
-    An ANN has T = 1; on event frames its logits and features are the means over the frames.
+    An ANN has T = 1. On event frames its logits and features are means over the frames.
     """
     if takes_frames_folded(model, input):
         logits, features = _read(model, reader, fold_frames(input))
@@ -99,40 +102,40 @@ def _check_logits(model: nn.Module, logits: Any) -> torch.Tensor:
 
 
 def _mean_over_frames(x: torch.Tensor, timesteps: int) -> torch.Tensor:
-    """(1, T * B, ...) -> (1, B, ...)"""
+    """Average over frames: (1, T * B, ...) to (1, B, ...)."""
     return x.squeeze(0).unflatten(0, (timesteps, -1)).mean(0, keepdim=True)
 
 
 class SSCLTask(TrainingTask):
-    """Classification of a student plus named, weighted losses that may compare it with a frozen teacher.
+    """Classification of a student with named, weighted losses that may compare it with a frozen teacher.
 
         loss = task_loss_weight * criterion(output, target) + sum_name weight_name * loss_name
 
-    The student's features are read functionally (forward_intermediates), so that torch.compile and gradient
-    checkpointing work together. A loss of weight 0 is left out: that is exactly the mode without it.
+    The student's features are read by its methods (forward_intermediates), so torch.compile and gradient checkpointing
+    work together. A loss of weight 0 is left out and has no effect.
 
     Args:
         student: timm model to train, spiking or not.
-        teacher: Teacher; frozen and kept in evaluation mode. Needed where a loss compares with it.
+        teacher: Teacher; frozen and kept in evaluation mode. Required if a loss compares with it.
         losses: Preset ('sscl', 'contrastive', 'kd', 'none') or {registered name: weight}.
         loss_options: Options per loss, {'sscl': {'temperature': 0.07}}.
-        criterion: Classification loss; by default made by timm from criterion_kwargs.
-        criterion_kwargs: For timm's create_classification_loss.
+        criterion: Classification loss; by default timm creates it from criterion_kwargs.
+        criterion_kwargs: Arguments of timm's create_classification_loss.
         task_loss_weight: Weight of the classification loss.
-        taps: How many of the last stages to tap, besides the pooled feature; or names as SSCLLoss takes them: of the
-            student's stages (as in its feature_info), 'pooled', and of modules, which are read by hooks.
-        teacher_taps: The same for the teacher, in pairs with the student's; by default what taps says.
+        taps: Number of stages to tap, counted from the last, besides the pooled feature; or names as in SSCLLoss: of
+            the student's stages (as in its feature_info), 'pooled', and of modules, which are read by hooks.
+        teacher_taps: The same for the teacher, in pairs with the student's; by default the value of taps.
         input_size: (C, H, W) of the training images, for the probe of the feature shapes.
-        renormalize: (student mean, student std, teacher mean, teacher std) where the teacher was trained on images
-            normalised in another way.
-        teacher_size: (H, W) of the teacher's images, which are resized from the student's; None leaves them.
+        renormalize: (student mean, student std, teacher mean, teacher std) if the teacher was trained on images with
+            another normalisation.
+        teacher_size: (H, W) of the teacher's images, which are resized from the student's; None does not resize.
         device: Device of the task's tensors.
         dtype: Dtype of the task's tensors.
         verbose: Whether to log what is trained.
 
     Raises:
-        ValueError: A loss does not exist, needs a teacher that is not given, or does not fit the models; they share a
-            module, a parameter or a buffer; or a loss compares logits of different numbers of classes.
+        ValueError: A loss does not exist, needs a teacher that is not given, or does not fit the models; student and
+            teacher share a module, a parameter or a buffer; or a loss compares logits of different numbers of classes.
     """
 
     def __init__(
@@ -193,12 +196,12 @@ class SSCLTask(TrainingTask):
 
     @property
     def student(self) -> nn.Module:
-        """The student, unwrapped."""
+        """The student without wrappers."""
         return unwrap_model(self.trainable_module).student
 
     @property
     def stats(self) -> Dict[str, Dict[str, float]]:
-        """Statistics per layer of the last step, of all losses that keep some."""
+        """Statistics per layer of the last step, from all losses that have some."""
         merged: Dict[str, Dict[str, float]] = {}
         for loss in unwrap_model(self.trainable_module).losses.values():
             for layer, values in getattr(loss, 'stats', {}).items():
@@ -211,18 +214,19 @@ class SSCLTask(TrainingTask):
             target: torch.Tensor,
             taught: Optional[Tuple[Optional[torch.Tensor], Optional[List[torch.Tensor]]]] = None,
     ) -> Dict[str, torch.Tensor]:
-        """One training step's losses.
+        """Return the losses of one training step.
 
         Args:
             input: Images (B, C, H, W) or event frames (B, T, C, H, W).
             target: Labels (B,) or soft targets (B, K).
-            taught: What `teach` gave for these images, where it is known already.
+            taught: Teacher outputs, the result of `teach` for these images, if it is known already.
 
         Returns:
-            'loss' (weighted sum), 'output' (student logits (B, K)), 'task_loss', and '<name>_loss' per loss, as it is.
-            With several processes the terms are means over the process's own samples or, where a loss is registered so,
-            the global batch's; 'loss' weighs the former by the number of samples, so that the mean of its gradients
-            over the processes, as DDP takes it, is the global batch's.
+            'loss' (weighted sum), 'output' (student logits (B, K)), 'task_loss', and '<name>_loss' per loss, not
+            weighted. With several processes, the terms are means over the process's own samples or, for losses
+            registered with global_batch, over the global batch. In 'loss' the former are weighted by the number of
+            samples, so that the mean of gradients over processes, as DDP computes it, is the gradient of the global
+            batch's loss.
         """
         result = self.trainable_module(input, target, *(self.teach(input) if taught is None else taught))
         output = result.pop('output')
@@ -236,33 +240,34 @@ class SSCLTask(TrainingTask):
 
     @staticmethod
     def _batch_share(output: torch.Tensor) -> Union[int, torch.Tensor]:
-        """Factor on means over a process's own samples, which DDP averages by process and not by sample."""
+        """Return the factor for means over a process's own samples, since DDP averages over processes, not samples."""
         return batch_share(output.shape[0], output) if world_size() > 1 else 1
 
     @torch.no_grad()
     def teach(self, input: torch.Tensor) -> Tuple[Optional[torch.Tensor], Optional[List[torch.Tensor]]]:
-        """Teacher logits (B, K) and features; images need one forward, not T, and of event frames it sees all T."""
+        """Return teacher logits (B, K) and features. Images need one forward; event frames need one per frame."""
         if self.teacher is None:
             return None, None
-        self.teacher.eval()  # also where somebody called teacher.train(): its batch norms would move
+        self.teacher.eval()  # needed if the user called teacher.train(): its batch norms would update
         step_logits, features = _read(self.teacher, self.teacher_reader, self.teacher_input(input))
         return step_logits.mean(0), features
 
     def train(self, mode: bool = True) -> 'SSCLTask':
-        """Set the training mode; the teacher stays in evaluation mode."""
+        """Set the training mode. The teacher stays in evaluation mode."""
         super().train(mode)
         if self.teacher is not None:
             self.teacher.eval()
         return self
 
     def prepare_distributed(self, device_ids: Optional[list] = None, **ddp_kwargs) -> 'SSCLTask':
-        """Wrap what is trained in DistributedDataParallel; the teacher stays as it is."""
+        """Wrap the trainable module in DistributedDataParallel. The teacher is not wrapped."""
         from torch.nn.parallel import DistributedDataParallel as DDP
         self.trainable_module = DDP(self.trainable_module, device_ids=device_ids, **ddp_kwargs)
         return self
 
     def compile(self, backend: str = 'inductor', mode: Optional[str] = None, **compile_kwargs) -> nn.Module:
-        """Compile the student (for validation) and the trainable module; before DDP or prepare."""
+        """Compile the student (for validation) and the trainable module. Call this before DDP or Accelerate's prepare.
+        """
         options = dict(backend=backend, mode=mode, **compile_kwargs)
         self.eval_model = torch.compile(self.student, **options)
         self.trainable_module = torch.compile(self.trainable_module, **options)
@@ -279,7 +284,7 @@ class SSCLTask(TrainingTask):
         return (parameters[:-2] if exclude_head else parameters) + list(trainable.losses.parameters())
 
     def get_task_state(self, module: Optional[nn.Module] = None, ema: bool = False) -> Dict[str, Any]:
-        """State of the losses: projections and running CKA."""
+        """Return the state of the losses: projections and running CKA."""
         module = module if module is not None else self.get_trainable_module(ema=ema)
         state = unwrap_model(module).losses.state_dict() if module is not None else {}
         return {'losses': state} if state else {}
@@ -302,12 +307,12 @@ def _teacher_shape(
         input_size: Optional[Sequence[int]],
         teacher_size: Optional[Sequence[int]],
 ) -> Optional[Tuple[int, ...]]:
-    """(C, H, W) of the teacher's images."""
+    """Return (C, H, W) of the teacher's images."""
     return input_size if teacher_size is None or input_size is None else (input_size[0], *teacher_size)
 
 
 def _match(student: Reader, teacher: Reader, cut: bool) -> None:
-    """Pair the taps of both models: the stages by their relative depth, or, by name, one to one."""
+    """Pair the taps of both models: stages by relative depth, names one to one."""
     if cut:
         for reader, kept in zip((student, teacher), match_by_depth(len(student.indices), len(teacher.indices))):
             reader.keep(kept)
@@ -322,6 +327,7 @@ def _create(
         student: Optional[Reader],
         teacher: Optional[Reader],
 ) -> nn.Module:
+    """Build a loss for the taps of both readers."""
     spec = loss_spec(name)
     taps = {}
     if spec.needs_features:

@@ -1,4 +1,4 @@
-"""The student's images as the teacher wants them: its size, its normalisation."""
+"""Transform the student's images to the teacher's: size and normalisation."""
 from typing import Optional, Sequence, Tuple
 
 import torch
@@ -8,14 +8,14 @@ __all__ = ['TeacherInput']
 
 
 class TeacherInput:
-    """Turns a batch of the student's images into the teacher's.
+    """Transform a batch of the student's images to the teacher's.
 
     Args:
-        size: (H, W) that the teacher takes; None is the student's size.
-        renormalize: (student mean, student std, teacher mean, teacher std), each per channel; None leaves the values.
+        size: (H, W) of the teacher's images; None keeps the student's.
+        renormalize: (student mean, student std, teacher mean, teacher std), each per channel; None keeps the values.
 
     Raises:
-        ValueError: size or renormalize is not of that form.
+        ValueError: size or renormalize does not have this form.
     """
 
     def __init__(
@@ -33,9 +33,9 @@ class TeacherInput:
         self.scale_shift = None if renormalize is None else _scale_shift(*renormalize)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) as the student sees them -> (B, C, *size), renormalised; resized bicubically, antialiased.
+        """Return images (B, C, H, W) renormalised and resized to (B, C, *size), bicubic with antialiasing.
 
-        Event frames (B, T, C, H, W) likewise.
+        Event frames (B, T, C, H, W) are transformed alike.
         """
         if x.ndim == 5:
             return self(x.flatten(0, 1)).unflatten(0, x.shape[:2])
@@ -57,6 +57,7 @@ def _scale_shift(
         teacher_mean: Sequence[float],
         teacher_std: Sequence[float],
 ) -> Optional[Tuple[torch.Tensor, torch.Tensor]]:
+    """Return scale and shift that convert one normalisation to the other; None if they are equal."""
     mean, std, teacher_mean, teacher_std = (
         torch.tensor(s, dtype=torch.float64).view(-1, 1, 1) for s in (mean, std, teacher_mean, teacher_std))
     if torch.equal(mean, teacher_mean) and torch.equal(std, teacher_std):

@@ -1,4 +1,4 @@
-"""One loss per file, by name in a registry, with critics and CKA; they know tensors, not models."""
+"""Losses by name, one per file, with critics and CKA. They depend on tensors, not on models."""
 from .cka import cka, hsic
 from .critics import info_nce_loss, mi_lower_bound, nce_loss
 from .firing_rate import FiringRateLoss, firing_rate_loss

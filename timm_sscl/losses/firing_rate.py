@@ -1,4 +1,4 @@
-"""Regulariser on the neurons: every layer's firing rate into a band."""
+"""Regulariser that pushes every layer's firing rate into a band."""
 from typing import Dict, List, Optional, Sequence, Union
 
 import torch
@@ -14,10 +14,11 @@ __all__ = ['FiringRateLoss', 'firing_rate_loss']
 
 
 def firing_rate_loss(rates: torch.Tensor, low: float, high: float) -> torch.Tensor:
-    """Squared distance of firing rates from the band [low, high], 0 inside, the mean over the layers.
+    """Return the squared distance of firing rates from the band [low, high], averaged over the layers; 0 inside the
+    band.
 
     Args:
-        rates: Firing rates in spikes per neuron and step, (L,).
+        rates: Firing rates in spikes per neuron and timestep, (L,).
         low: Lower end; a layer below it is pushed to fire more.
         high: Upper end; a layer above it is pushed to fire less.
 
@@ -25,7 +26,7 @@ def firing_rate_loss(rates: torch.Tensor, low: float, high: float) -> torch.Tens
         0-d tensor.
 
     Raises:
-        ValueError: There are no rates, or low lies above high.
+        ValueError: There are no rates, or low is larger than high.
     """
     if not low <= high:
         raise ValueError(f'low={low} and high={high}: the lower end must come first.')
@@ -36,15 +37,16 @@ def firing_rate_loss(rates: torch.Tensor, low: float, high: float) -> torch.Tens
 
 @register_loss('firing_rate', needs_firing_rates=True, global_batch=True)
 class FiringRateLoss(nn.Module):
-    """`firing_rate_loss` of the student's neuron layers, their rates taken over the global batch.
+    """`firing_rate_loss` of the student's neuron layers, with rates over the global batch.
 
-    The gradient goes through the neurons' surrogate: a layer whose potentials all lie outside its window gets none.
+    The gradient passes through the surrogate. A layer whose potentials are all outside the surrogate's window gets
+    none.
 
     Args:
-        target: The rate to hold, or a band (low, high) in which a layer is left alone; in spikes per neuron and step.
+        target: The firing rate, or a band (low, high) of allowed rates; in spikes per neuron and timestep.
 
     Raises:
-        ValueError: target is no rate, or no band of two.
+        ValueError: target is neither a rate nor a band.
     """
 
     def __init__(self, target: Union[float, Sequence[float]] = (0.05, 0.25)):
@@ -59,7 +61,7 @@ class FiringRateLoss(nn.Module):
 
     @property
     def stats(self) -> Dict[str, Dict[str, float]]:
-        """Of the last call, per neuron layer: firing_rate (the global batch)."""
+        """Firing rate of every neuron layer at the last call, over the global batch."""
         if self._rates is None:
             return {}
         return {name: {'firing_rate': rate} for name, rate in zip(self._names, self._rates.tolist())}

@@ -1,4 +1,4 @@
-"""What a loss is shown of one training step."""
+"""TrainStep: the input of every registered loss."""
 from dataclasses import dataclass, field
 from typing import Dict, List, Optional
 
@@ -13,15 +13,15 @@ class TrainStep:
     """One training step, the single argument of every registered loss.
 
     Attributes:
-        input: Images (B, C, H, W) or event frames (B, T, C, H, W) as the student saw them.
+        input: The student's input: images (B, C, H, W) or event frames (B, T, C, H, W).
         target: Labels (B,) or soft targets (B, K).
-        step_logits: Student logits of every time step, (T, B, K).
+        step_logits: Student logits of every timestep, (T, B, K).
         student: The student, for regularisers on its parameters.
-        teacher_logits: Teacher logits (B, K); None where no loss needs a teacher.
-        student_features: One (T, B, C, ...) tensor per tap; None where no loss needs features.
+        teacher_logits: Teacher logits (B, K); None if no loss needs a teacher.
+        student_features: One (T, B, C, ...) tensor per tap; None if no loss needs features.
         teacher_features: One (T', B, C', ...) tensor per tap, T' = 1 for an ANN.
-        firing_rates: Spikes per neuron and step of every neuron layer of the student, 0-d and differentiable, by module
-            name; None where no loss needs them.
+        firing_rates: Module name -> spikes per neuron and timestep of a neuron layer of the student, 0-d,
+            differentiable; None if no loss needs them.
     """
     input: torch.Tensor
     target: torch.Tensor
@@ -34,5 +34,5 @@ class TrainStep:
 
     @property
     def logits(self) -> torch.Tensor:
-        """Student logits, the mean over time, (B, K)."""
+        """Student logits averaged over time, (B, K)."""
         return self.step_logits.mean(0)

@@ -1,4 +1,4 @@
-"""Hinton's knowledge distillation on the logits: of their mean over time, and at every time step."""
+"""Hinton's knowledge distillation on logits: on their mean over time, or at every timestep."""
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -10,18 +10,18 @@ __all__ = ['KDLoss', 'StepKDLoss', 'kd_loss', 'kd_step_loss']
 
 
 def kd_loss(logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 4.) -> torch.Tensor:
-    """KL(teacher || student) of the softened predictions, times temperature^2 (Hinton 2015).
+    """Return KL(teacher || student) of the softened predictions, times temperature^2 (Hinton 2015).
 
     Args:
         logits: Student logits, (B, K).
         teacher_logits: Teacher logits, (B, K).
-        temperature: Softening of both.
+        temperature: Divides the logits of both.
 
     Returns:
         0-d tensor, the mean over the batch.
 
     Raises:
-        ValueError: The logits are not both (B, K), of the same samples and classes, or temperature is not positive.
+        ValueError: The logits are not both (B, K) with equal sizes, or temperature is not positive.
     """
     if logits.ndim != 2 or logits.shape != teacher_logits.shape:
         raise ValueError(f'student logits {tuple(logits.shape)} and teacher logits {tuple(teacher_logits.shape)} must '
@@ -38,7 +38,7 @@ class KDLoss(nn.Module):
     """`kd_loss` between the student's mean logits and the teacher's.
 
     Args:
-        temperature: Softening of both.
+        temperature: Divides the logits of both.
 
     Raises:
         ValueError: temperature is not positive.
@@ -55,18 +55,19 @@ class KDLoss(nn.Module):
 
 
 def kd_step_loss(step_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 3.) -> torch.Tensor:
-    """Mean over the time steps of KL(teacher || student at that step), times temperature^2 as in `kd_loss`.
+    """Return the mean over the timesteps of KL(teacher || student at that timestep), times temperature^2 as in
+    `kd_loss`.
 
     Args:
-        step_logits: Student logits of every time step, (T, B, K).
-        teacher_logits: Teacher logits, the same for every step, (B, K).
-        temperature: Softening of both.
+        step_logits: Student logits of every timestep, (T, B, K).
+        teacher_logits: Teacher logits, the same for every timestep, (B, K).
+        temperature: Divides the logits of both.
 
     Returns:
-        0-d tensor, the mean over time and batch; never below `kd_loss` of the mean logits, as KL is convex in them.
+        0-d tensor, the mean over time and batch; never below `kd_loss` of the mean logits, since KL is convex in them.
 
     Raises:
-        ValueError: The logits are not of the same samples and classes.
+        ValueError: The logits do not have equal numbers of samples and classes.
     """
     if step_logits.ndim != 3 or step_logits.shape[1:] != teacher_logits.shape:
         raise ValueError(f'student logits {tuple(step_logits.shape)} must be (T, B, K), and (B, K) that of the teacher '
@@ -76,13 +77,13 @@ def kd_step_loss(step_logits: torch.Tensor, teacher_logits: torch.Tensor, temper
 
 @register_loss('kd_step', needs_teacher=True)
 class StepKDLoss(nn.Module):
-    """`kd_step_loss` between the student's logits per step and the teacher's.
+    """`kd_step_loss` between the student's logits at every timestep and the teacher's.
 
-    With per-step cross-entropy these are the first two terms of TWSNN: {'tet': 1., 'kd_step': 0.2} with tet's
-    mse_share=0 and task_loss_weight=0.
+    Together with cross-entropy at every timestep, these are the first two terms of TWSNN: {'tet': 1., 'kd_step': 0.2}
+    with tet's mse_share=0 and task_loss_weight=0.
 
     Args:
-        temperature: Softening of both.
+        temperature: Divides the logits of both.
 
     Raises:
         ValueError: temperature is not positive.

@@ -1,7 +1,7 @@
-"""A loss's options: what its signature takes by keyword, with the help texts of its docstring.
+"""Options of a loss: the keyword arguments of its signature, with help texts from its docstring.
 
-A loss is a class that people also build by hand, so its signature is there in any case. Reading name, type and default
-from it, and the help text from the docstring's Args, declares an option in one place; a dataclass would be a second.
+A loss is a class that users also build directly, so it has a signature anyway. Name, type and default come from the
+signature and the help from the docstring's Args, so that an option is declared once. A dataclass would repeat it.
 """
 import ast
 import difflib
@@ -30,13 +30,13 @@ REQUIRED = inspect.Parameter.empty
 
 @dataclass(frozen=True)
 class LossOption:
-    """An option of a loss, as its signature declares it.
+    """An option of a loss, as declared in its signature.
 
     Attributes:
         name: Keyword.
-        default: Default value; REQUIRED where there is none.
-        type: Type annotation; that of the default where there is none.
-        help: Text of the docstring's Args.
+        default: Default value; REQUIRED if there is none.
+        type: Type annotation; the default's type if there is none.
+        help: Text from the docstring's Args.
     """
     name: str
     default: Any
@@ -45,18 +45,18 @@ class LossOption:
 
     @property
     def choices(self) -> Tuple[Any, ...]:
-        """The values that a Literal allows; empty for other types."""
+        """Values that a Literal type allows; empty for other types."""
         return get_args(self.type) if get_origin(self.type) is Literal else ()
 
     def parse(self, value: Any, owner: str) -> Any:
-        """A value of the command line or a YAML file, by the option's type.
+        """Convert a value from the command line or a YAML file to the option's type.
 
         Args:
-            value: Text, or what YAML made of it. A sequence is written with commas: '0.05,0.25'.
-            owner: What the option is of, for the message.
+            value: Text, or a YAML value. Items of a sequence are separated by commas: '0.05,0.25'.
+            owner: Name of the loss, for the message.
 
         Raises:
-            ValueError: The value is not of the type.
+            ValueError: The value does not have the type.
         """
         try:
             return _parse(self.type, value)
@@ -65,18 +65,18 @@ class LossOption:
 
 
 def underlying(loss: Callable) -> Callable:
-    """The class or function of a partial."""
+    """Return the class or function of a partial."""
     return underlying(loss.func) if isinstance(loss, partial) else loss
 
 
 def read_options(loss: Callable, taps: bool) -> Dict[str, LossOption]:
-    """Options of a loss: a class's keyword arguments, or a function's behind its TrainStep.
+    """Return the options of a loss: a class's keyword arguments, or a function's arguments after the TrainStep.
 
-    `**kwargs` of a constructor stands for the options of the base class. What a partial binds is no option.
+    `**kwargs` of a constructor stands for the options of the base class. Arguments bound by a partial are not options.
 
     Args:
         loss: Class, function or partial of one.
-        taps: Whether the loss is given the taps' names and channels, which are then no options.
+        taps: Whether the loss receives the names and channels of the taps, which are then not options.
     """
     target = underlying(loss)
     hidden = {*loss.keywords} if isinstance(loss, partial) else set()
@@ -84,7 +84,8 @@ def read_options(loss: Callable, taps: bool) -> Dict[str, LossOption]:
     options: Dict[str, LossOption] = {}
     for function, owner in _signatures(target):
         hints, texts = _hints(function), _argument_texts(owner)
-        for parameter in list(inspect.signature(function).parameters.values())[1:]:  # behind self or the TrainStep
+        # the first is self or the TrainStep
+        for parameter in list(inspect.signature(function).parameters.values())[1:]:
             if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL, parameter.POSITIONAL_ONLY):
                 continue
             name, default = parameter.name, parameter.default
@@ -95,16 +96,16 @@ def read_options(loss: Callable, taps: bool) -> Dict[str, LossOption]:
 
 
 def takes_any_option(loss: Callable) -> bool:
-    """Whether `**kwargs` of a loss go to no signature that names them."""
+    """Return whether a loss accepts keyword arguments that no signature names."""
     return all(any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
                for function, _ in _signatures(underlying(loss)))
 
 
 def check_option(owner: str, known: Mapping[str, LossOption], name: str) -> None:
-    """Raise where an option does not exist.
+    """Raise an error if an option does not exist.
 
     Raises:
-        ValueError: With the options that there are.
+        ValueError: It does not. The message lists the options.
     """
     if not known:
         raise ValueError(f"{owner} takes no options, got '{name}'.")
@@ -115,7 +116,7 @@ def check_option(owner: str, known: Mapping[str, LossOption], name: str) -> None
 
 
 def _signatures(target: Callable) -> Iterator[Tuple[Callable, Any]]:
-    """What declares the options, the most specific first, and whose docstring explains them."""
+    """Yield (function that declares options, object whose docstring documents them), the most specific first."""
     if not isinstance(target, type):
         yield target, target
         return
@@ -127,14 +128,15 @@ def _signatures(target: Callable) -> Iterator[Tuple[Callable, Any]]:
 
 
 def _hints(function: Callable) -> Dict[str, Any]:
+    """Return the type hints of a function; empty if an annotation cannot be evaluated."""
     try:
         return get_type_hints(function)
-    except (NameError, TypeError, AttributeError):  # an annotation as text that names what is not at hand
+    except (NameError, TypeError, AttributeError):  # an annotation as text with a name that is not defined here
         return {}
 
 
 def _argument_texts(documented: Any) -> Dict[str, str]:
-    """{argument: text} of the Args section of a Google docstring."""
+    """Return {argument: text} of the Args section of a Google docstring."""
     texts: Dict[str, str] = {}
     inside, name = False, ''
     for line in (inspect.getdoc(documented) or '').splitlines():
@@ -153,7 +155,7 @@ def _argument_texts(documented: Any) -> Dict[str, str]:
 
 
 def _parse(kind: Any, value: Any) -> Any:
-    """The value as this type, or ValueError."""
+    """Convert a value to a type, or raise ValueError."""
     origin, arguments = get_origin(kind), get_args(kind)
     if kind is Any:
         return _literal(value)
@@ -170,7 +172,7 @@ def _parse(kind: Any, value: Any) -> Any:
 
 
 def _literal(value: Any) -> Any:
-    """What Python reads a text as, or the text."""
+    """Return a text as a Python literal if it is one, else the text."""
     try:
         return ast.literal_eval(value) if isinstance(value, str) else value
     except (ValueError, SyntaxError):
@@ -178,6 +180,7 @@ def _literal(value: Any) -> Any:
 
 
 def _parse_union(kinds: AbstractSequence, value: Any) -> Any:
+    """Convert a value to the first type that fits, text last."""
     several = isinstance(value, (list, tuple)) or (isinstance(value, str) and ',' in value)
     for kind in sorted(kinds, key=lambda kind: (kind is str, _is_sequence(kind) != several, kind is float)):
         try:
@@ -222,7 +225,7 @@ def _known(word: str, words: Mapping[str, Any]) -> str:
 
 
 def _described(kind: Any) -> str:
-    """A type in words: 'a number', 'one of a, b'."""
+    """Describe a type in words: 'a number', 'one of a, b'."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is Literal:
         return f'one of {", ".join(map(str, arguments))}'

@@ -1,4 +1,4 @@
-"""Temporal efficient training: cross-entropy at every time step."""
+"""Temporal efficient training: cross-entropy at every timestep."""
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -16,20 +16,21 @@ def tet_loss(
         smoothing: float = 0.,
         level: float = 1.,
 ) -> torch.Tensor:
-    """Loss of temporal efficient training (TET, Deng 2022): every step classifies by itself.
+    """Return the loss of temporal efficient training (TET, Deng 2022), in which every timestep is classified
+    separately.
 
         loss = (1 - l) * mean_t CE(o_t, y) + l * mean (o - level)^2
 
     Args:
-        step_logits: Logits of every time step o, (T, B, K).
-        target: Labels (B,) or soft targets (B, K), as mixup gives them.
-        mse_share: l, the share of the term that keeps the outputs of all steps near one level; 0 is the mean of the
-            steps' cross-entropies. TET has 0.05 for CIFAR and 0.001 for CIFAR10-DVS.
-        smoothing: Label smoothing of labels; soft targets are taken as they are.
-        level: What the outputs are held near, TET's firing threshold.
+        step_logits: Logits of every timestep o, (T, B, K).
+        target: Labels (B,) or soft targets (B, K), e.g. from mixup.
+        mse_share: l, the share of the term that keeps all outputs near one level; 0 gives the mean cross-entropy of the
+            timesteps. TET uses 0.05 for CIFAR and 0.001 for CIFAR10-DVS.
+        smoothing: Label smoothing of labels; soft targets are not smoothed.
+        level: Level of the outputs, TET's firing threshold.
 
     Returns:
-        0-d tensor, float32 at least, the mean over the batch.
+        0-d tensor, at least float32, the mean over the batch.
 
     Raises:
         ValueError: step_logits is not (T, B, K), or target is neither (B,) nor (B, K).
@@ -49,14 +50,14 @@ def tet_loss(
 
 @register_loss('tet')
 class TETLoss(nn.Module):
-    """`tet_loss` of the student's logits per step; it classifies, so that --task-loss-weight 0 goes with it.
+    """`tet_loss` of the student's logits at every timestep. It classifies by itself; use it with --task-loss-weight 0.
 
     Args:
         mse_share: Share of the term on the outputs' level, in [0, 1].
         smoothing: Label smoothing of labels, in [0, 1).
 
     Raises:
-        ValueError: An option is out of its range.
+        ValueError: An option is out of range.
     """
 
     def __init__(self, mse_share: float = 0.05, smoothing: float = 0.):
