@@ -316,8 +316,12 @@ def _nothing_spikes(model: nn.Module, records: Sequence[ConversionRecord]) -> st
         reasons.setdefault(record.reason, []).append(f'{record.name} ({record.was})')
     found = '; '.join(f'{", ".join(names[:3])}{", ..." if names[3:] else ""}: {reason}'
                       for reason, names in reasons.items())
-    return f'{type(model).__name__}: nothing would spike, ' + (
-        f'all activations stay analog: {found}.' if found else 'no activation found to swap.')
+    if found:
+        return f'{type(model).__name__}: nothing would spike, all activations stay analog: {found}.'
+    own = sorted({type(m).__name__ for m in model.modules()
+                  if not any(m.children()) and type(m).__module__.split('.')[0] not in ('torch', 'timm')})
+    hint = f' Its own classes are {", ".join(own[:5])}; register_activation names one that is an activation.'
+    return f'{type(model).__name__}: nothing would spike, no activation found to swap.{hint if own else ""}'
 
 
 def _mixin(model: nn.Module) -> type:
