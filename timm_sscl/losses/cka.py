@@ -14,17 +14,17 @@ CKA_SCOPES = ('process', 'global')
 
 
 def gram_matrix(x: torch.Tensor) -> torch.Tensor:
-    """Gram matrix of features flattened per sample and centred over the batch, summed over the time steps.
+    """Return the Gram matrix of features flattened per sample and centred over the batch, summed over the timesteps.
 
-    Summing over T equals flattening time into the features, without the copy that would need. Centring does not change
-    the unbiased HSIC, and float32 would lose two digits without it on non-negative features. A feature that is the same
-    for all samples gives exact zeros.
+    Summing over T equals flattening time into the features, without the copy that this needs. Centring does not change
+    the unbiased HSIC; without it, float32 would lose two digits on non-negative features. A feature that is equal for
+    all samples gives exact zeros.
 
     Args:
         x: Features, shape (T, n, ...); T = 1 for a network without time.
 
     Returns:
-        Symmetric matrix, shape (n, n), float32 at least, autocast or not.
+        Symmetric matrix, shape (n, n), at least float32, also under autocast.
     """
     with torch.autocast(x.device.type, enabled=False):
         x = _centred(x)
@@ -32,38 +32,39 @@ def gram_matrix(x: torch.Tensor) -> torch.Tensor:
 
 
 def _as_float(x: torch.Tensor, name: str) -> torch.Tensor:
-    """The tensor as float32 at least: spikes may be bool or uint8."""
+    """Convert a tensor to at least float32, since spikes may be bool or uint8."""
     if x.is_complex():
         raise ValueError(f'{name} is complex; HSIC and CKA take real features.')
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _flat(x: torch.Tensor) -> torch.Tensor:
-    """(T, n, ...) as (T, n, p), float32 at least."""
+    """Reshape (T, n, ...) to (T, n, p), at least float32."""
     return _as_float(x.flatten(2) if x.ndim > 2 else x.unsqueeze(2), 'a feature')
 
 
 def _centred(x: torch.Tensor) -> torch.Tensor:
-    """(T, n, ...) as (T, n, p) less its mean over the samples, a tensor of its own."""
+    """Reshape (T, n, ...) to (T, n, p) and subtract the mean over the samples. Returns a new tensor."""
     x = _flat(x)
-    x = x - x[:, :1]  # exact zeros for a constant feature, which the mean alone does not promise
-    return x.sub_(x.mean(1, keepdim=True))  # on the difference just made: no second copy
+    x = x - x[:, :1]  # gives exact zeros for a constant feature, which subtracting the mean does not
+    return x.sub_(x.mean(1, keepdim=True))  # in place, to avoid a second copy
 
 
 def _largest(x: torch.Tensor) -> torch.Tensor:
-    """Largest absolute value, 0-d, without a gradient."""
+    """Return the largest absolute value, 0-d, without a gradient."""
     return torch.linalg.vector_norm(x.detach(), math.inf) if x.numel() else x.new_zeros(())
 
 
 def _exponent(largest: torch.Tensor) -> torch.Tensor:
-    """Whole e, as a float, with 2^e near `largest`; 0 for 0."""
+    """Return a whole number e, as a float, with 2^e near `largest`; 0 for 0."""
     return torch.where(largest > 0, largest.log2().floor(), torch.zeros_like(largest))
 
 
 def _scaled_gram(x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-    """(K, e): `gram_matrix` of the features over 2^e, whose largest value is then near 1.
+    """Return (K, e): `gram_matrix` of the features divided by 2^e, whose largest value is then near 1.
 
-    The fourth power of a feature's scale, which HSIC(K, K) holds, would leave float32. A power of two rounds nothing.
+    HSIC(K, K) contains the fourth power of a feature's scale, which would exceed the range of float32. Dividing by a
+    power of two does not round.
     """
     with torch.autocast(x.device.type, enabled=False):
         x = _centred(x)
@@ -73,26 +74,28 @@ def _scaled_gram(x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
 
 
 def _unscaled(terms: torch.Tensor, exponent_x: torch.Tensor, exponent_y: torch.Tensor) -> torch.Tensor:
-    """HSIC terms of features over 2^e as those of the features; float64, which holds them, where the device has it."""
+    """Convert HSIC terms of features divided by 2^e to those of the features; float64, for its range, if the device has
+    it.
+    """
     dtype = torch.float32 if terms.device.type == 'mps' else torch.float64
     x, y = exponent_x.to(dtype), exponent_y.to(dtype)
     return terms.to(dtype) * torch.stack([2 * x + 2 * y, 4 * x, 4 * y]).exp2()
 
 
 def hsic(K: torch.Tensor, L: torch.Tensor, unbiased: bool = True) -> torch.Tensor:
-    """Hilbert-Schmidt independence criterion of two Gram matrices, in float32 at least.
+    """Return the Hilbert-Schmidt independence criterion of two Gram matrices, in at least float32.
 
     Args:
         K: Gram matrix, shape (n, n), of any real dtype.
         L: Gram matrix, shape (n, n).
-        unbiased: The unbiased estimator HSIC_1 (Eq. 9, Song 2012), which may be negative and needs n >= 4; otherwise
-            tr(K H L H) / (n - 1)^2 (Gretton 2005), which needs n >= 2.
+        unbiased: Whether to use the unbiased estimator HSIC_1 (Eq. 9, Song 2012), which may be negative and needs n >=
+            4; otherwise tr(K H L H) / (n - 1)^2 (Gretton 2005), which needs n >= 2.
 
     Returns:
         0-d tensor.
 
     Raises:
-        ValueError: K and L are not square matrices of one size, one is complex, or the batch is too small.
+        ValueError: K and L are not square matrices of equal size, one is complex, or the batch is too small.
     """
     K, L = _as_float(K, 'K'), _as_float(L, 'L')
     if K.ndim != 2 or K.shape[0] != K.shape[1] or K.shape != L.shape:
@@ -108,44 +111,46 @@ def hsic(K: torch.Tensor, L: torch.Tensor, unbiased: bool = True) -> torch.Tenso
     K = K - torch.diag(K.diagonal())
     L = L - torch.diag(L.diagonal())
     rows_k, rows_l = K.sum(1), L.sum(1)
-    cross = (K.sum(0) * rows_l).sum()  # no matmul: autocast would round it
+    cross = (K.sum(0) * rows_l).sum()  # not a matmul, which autocast would round
     return _unbiased_hsic((K * L.mT).sum(), rows_k.sum(), rows_l.sum(), cross, n)
 
 
 def _unbiased_hsic(trace, total_k, total_l, cross, n: int) -> torch.Tensor:
-    """Eq. 9 from its sums over matrices without their diagonals: tr(K L), 1'K 1, 1'L 1 and 1'K L 1."""
+    """Evaluate Eq. 9 from sums over matrices without their diagonals: tr(K L), 1'K 1, 1'L 1 and 1'K L 1."""
     return (trace + total_k * total_l / ((n - 1) * (n - 2)) - 2 / (n - 2) * cross) / (n * (n - 3))
 
 
 def hsic_terms(K: torch.Tensor, L: torch.Tensor, unbiased: bool = True) -> torch.Tensor:
-    """The three terms of a CKA, HSIC(K, L), HSIC(K, K) and HSIC(L, L), as one tensor of shape (3,).
+    """Return the three terms of a CKA, HSIC(K, L), HSIC(K, K) and HSIC(L, L), as one tensor of shape (3,).
 
-    A self term that is no more than round-off of its Gram matrix is 0: a silent tap, or one where a single sample is
-    active, leaves exactly 0 in exact arithmetic.
+    A self term that is within the rounding error of its Gram matrix is set to 0. In exact arithmetic it is 0 for a
+    silent tap, or if a single sample is active.
     """
     self_terms = [_above_noise(hsic(M, M, unbiased), M.abs().max()) for M in (K, L)]
     return torch.stack([hsic(K, L, unbiased), *self_terms])
 
 
 def _above_noise(term: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
-    # entries carry an error of some eps * max|K|; p random features leave max|K|^2 / p, which is far above
+    """Return a self term, or 0 if it is within the rounding error of a Gram matrix with this largest entry."""
+    # the error of an entry is some eps * max|K|; p random features give max|K|^2 / p, which is far larger
     noise = 64 * torch.finfo(largest.dtype).eps * largest
     return torch.where(term > noise * noise, term, torch.zeros_like(term))
 
 
 def global_hsic_terms(x: torch.Tensor, y: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
-    """`hsic_terms`, unbiased, of the samples of all processes together, the same on every process.
+    """Return the unbiased `hsic_terms` of the samples of all processes together, equal on every process.
 
-    Every process has its rows of the Gram matrices, block by block, as the others' features come by one process at a
-    time; only sums over the rows are exchanged besides. Neither all features nor a whole Gram matrix are ever held.
+    Every process computes its rows of the Gram matrices block by block, while the features of one other process at a
+    time are sent to it. Otherwise only sums over rows are exchanged. No process holds all features or a whole Gram
+    matrix.
 
     Args:
         x: This process's features, shape (T, n, ...).
-        y: Likewise, shape (T', n, ...).
+        y: This process's features of the other network, shape (T', n, ...).
         counts: n of every process, by rank; their sum N must be at least 4.
 
     Returns:
-        Tensor of shape (3,), float64 where the device has it.
+        Tensor of shape (3,), float64 if the device has it.
     """
     with torch.autocast(x.device.type, enabled=False):
         x, y = _globally_centred(_flat(x), counts), _globally_centred(_flat(y), counts)
@@ -176,8 +181,10 @@ def global_hsic_terms(x: torch.Tensor, y: torch.Tensor, counts: Sequence[int]) -
 
 
 def _globally_centred(x: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
-    """(T, n, p) less the mean over the samples of all processes, by way of one sample as in `gram_matrix`."""
-    first = x[:, :1].clone(memory_format=torch.contiguous_format)  # written to: not a view of the features
+    """Subtract the mean over the samples of all processes from (T, n, p), after subtracting one sample as in
+    `_centred`.
+    """
+    first = x[:, :1].clone(memory_format=torch.contiguous_format)  # a copy, since broadcast writes to it
     dist.broadcast(first, 0)
     x = x - first
     mean = x.sum(1, keepdim=True)
@@ -186,26 +193,28 @@ def _globally_centred(x: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
 
 
 def _ratio(terms: torch.Tensor) -> torch.Tensor:
-    # the square roots apart: the product of two small HSICs would underflow in float32
+    """Return CKA from its three terms; nan if a self term is not positive."""
+    # take the square roots separately: the product of two small HSICs would underflow in float32
     scale = terms[1].clamp(min=0).sqrt() * terms[2].clamp(min=0).sqrt()
     return torch.where(scale > 0, terms[0] / scale, torch.full_like(scale, torch.nan))
 
 
 def cka(x: torch.Tensor, y: torch.Tensor, unbiased: bool = True) -> torch.Tensor:
-    """Centred kernel alignment of two sets of features with a linear kernel, Eq. 8 with the root of its source.
+    """Return the centred kernel alignment of two sets of features with a linear kernel.
 
         CKA = HSIC(K, L) / sqrt(HSIC(K, K) * HSIC(L, L)),   K = x x^T, L = y y^T
 
-    The scale of x and of y does not matter, nor does it to the gradient beyond its own factor.
+    This is Eq. 8 of the paper with the square root of its source. Scaling x or y changes neither the value nor, apart
+    from the factor itself, the gradient.
 
     Args:
-        x: Features of n samples, shape (n, ...), flattened per sample; of any real dtype, spikes as bool or uint8 too.
-        y: Features of the same n samples, shape (n, ...); the sizes behind n may differ from x's.
+        x: Features of n samples, shape (n, ...), flattened per sample; any real dtype, including spikes as bool or
+            uint8.
+        y: Features of the same n samples, shape (n, ...); further sizes may differ from x's.
         unbiased: Whether to use the unbiased HSIC (n >= 4, the value may be negative) or the biased one.
 
     Returns:
-        0-d tensor, float32 at least: the plain ratio, 1 for x against itself, nan where a side's own HSIC is 0 (all
-        samples alike).
+        0-d tensor, at least float32; 1 for x with itself, nan if a side's own HSIC is 0 (all samples equal).
 
     Raises:
         ValueError: The batches differ, a side is complex, or n is too small.
@@ -217,7 +226,7 @@ def cka(x: torch.Tensor, y: torch.Tensor, unbiased: bool = True) -> torch.Tensor
 
 
 def _mean_over_processes(terms: torch.Tensor) -> torch.Tensor:
-    """Mean of the terms over the processes that have some (not nan); every process takes part."""
+    """Return the mean of the terms over the processes whose terms are not nan. Every process must call this."""
     if world_size() == 1:
         return terms
     known = ~torch.isnan(terms).any()
@@ -227,24 +236,25 @@ def _mean_over_processes(terms: torch.Tensor) -> torch.Tensor:
 
 
 def _batch_terms(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """The three HSIC terms of one process's batch."""
+    """Return the three HSIC terms of one process's batch."""
     (K, exponent_k), (L, exponent_l) = _scaled_gram(student), _scaled_gram(teacher)
     return _unscaled(hsic_terms(K, L), exponent_k, exponent_l)
 
 
 class RunningCKA(nn.Module):
-    """CKA across mini-batches (Nguyen 2020): exponential means of the three HSIC terms, divided after averaging.
+    """CKA across mini-batches (Nguyen 2020): the ratio of exponential moving averages of the three HSIC terms.
 
-    The means are bias-corrected, buffers (so in the checkpoint), and move in training mode only. Where a process group
-    is running, each term is averaged over the processes' own batches first, or taken of the global batch, exactly. A
-    batch whose terms do not fit the buffers (float32: features of 1e9, or of 1e-9) has a CKA but is not taken in.
+    The averages are bias-corrected buffers (so in the checkpoint) and are updated in training mode only. With several
+    processes, each term is first averaged over the processes' own batches, or is that of the global batch. A batch
+    whose terms exceed the range of the buffers (float32: features of 1e9 or 1e-9) has a CKA but does not update the
+    averages.
 
     Args:
-        momentum: Share of the newest batch in the means, in (0, 1]; 1 uses this batch only.
-        scope: 'process', or 'global', where every process's features travel to all others.
+        momentum: Share of the newest batch in the averages, in (0, 1]; 1 uses only this batch.
+        scope: 'process', or 'global', for which every process's features are sent to all others.
 
     Raises:
-        ValueError: An argument is out of its range.
+        ValueError: An argument is out of range.
     """
 
     def __init__(self, momentum: float = 0.1, scope: str = 'process'):
@@ -260,12 +270,12 @@ class RunningCKA(nn.Module):
 
     @property
     def terms(self) -> torch.Tensor:
-        """Bias-corrected means of HSIC(K, L), HSIC(K, K), HSIC(L, L), shape (3,); nan before the first batch."""
+        """Bias-corrected averages of HSIC(K, L), HSIC(K, K), HSIC(L, L), shape (3,); nan before the first batch."""
         return self.mean_terms / self.mean_weight
 
     @property
     def value(self) -> torch.Tensor:
-        """Running CKA, the ratio of the means; nan before the first batch or where a side never varied."""
+        """Running CKA, the ratio of the averages; nan before the first batch or if a side never varied."""
         return _ratio(self.terms)
 
     @torch.no_grad()
@@ -275,24 +285,24 @@ class RunningCKA(nn.Module):
             teacher: torch.Tensor,
             counts: Optional[Sequence[int]] = None,
     ) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Take in one batch.
+        """Add one batch.
 
         Args:
             student: Student features, shape (T, n, ...).
             teacher: Teacher features, shape (T', n, ...).
-            counts: n of every process, where it is known (`batch_counts`).
+            counts: n of every process, if known (`batch_counts`).
 
         Returns:
-            CKA of this batch and running CKA (in evaluation mode the running value as training left it), 0-d each.
+            CKA of this batch and running CKA, 0-d each. In evaluation mode the running CKA does not change.
 
         Raises:
-            ValueError: Fewer than 4 samples. One of several processes may have fewer, and leaves it to the others; a
-                global batch of fewer gives nan and is not taken in.
+            ValueError: There are fewer than 4 samples. With several processes, one with fewer does not contribute; a
+                global batch with fewer gives nan and does not update the averages.
         """
         terms = self._terms_of(student, teacher, counts)
         if self.training:
             newest = terms.to(self.mean_terms.dtype)
-            # no branch on it: it would break a compiled graph
+            # a branch on this value would break a compiled graph
             known = newest.isfinite().all() & ((newest > 0) == (terms > 0))[1:].all()
             share = self.momentum * known.to(self.mean_terms.dtype)
             self.mean_terms.lerp_(newest.nan_to_num(posinf=0., neginf=0.), share)
@@ -300,14 +310,14 @@ class RunningCKA(nn.Module):
         return _ratio(terms).to(torch.promote_types(student.dtype, torch.float32)), self.value
 
     def _terms_of(self, student: torch.Tensor, teacher: torch.Tensor, counts: Optional[Sequence[int]]) -> torch.Tensor:
-        """The three terms of this batch, the same on every process."""
+        """Return the three terms of this batch, equal on every process."""
         if world_size() == 1:
             return _batch_terms(student, teacher)
         nothing = _unscaled(torch.full((3,), torch.nan, device=student.device), *torch.zeros(2, device=student.device))
         if self.scope == 'global':
             counts = batch_counts(student.shape[1], student.device) if counts is None else counts
             return global_hsic_terms(student, teacher, counts) if sum(counts) >= 4 else nothing
-        # too small for the unbiased HSIC, but others' batch may not be
+        # this batch is too small for the unbiased HSIC, but the others' may not be
         small = student.shape[1] < 4
         return _mean_over_processes(nothing if small else _batch_terms(student, teacher))
 

@@ -14,9 +14,9 @@ def _scores(
         temperature: float,
         queue: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
-    """s_i . a_j / temperature of the L2-normalised rows, float32 at least; a zero row stays zero.
+    """Return s_i . a_j / temperature of the L2-normalised rows, at least float32. A zero row stays zero.
 
-    Shape (N, N), or (N, N + Q) with a queue's rows behind a's.
+    The shape is (N, N), or (N, N + Q) with the rows of a queue appended to a.
     """
     if s.ndim != 2 or s.shape != a.shape or s.shape[0] < 1:
         raise ValueError(f's {tuple(s.shape)} and a {tuple(a.shape)} must both be (N, d), row i of one image.')
@@ -31,7 +31,8 @@ def _scores(
 
 
 def _unit_rows(x: torch.Tensor) -> torch.Tensor:
-    # in units of the row's largest value: its square may leave float32, the row's direction has none of it
+    """Normalise rows to unit length; zero rows stay zero and get no gradient."""
+    # divide by the row's largest value first, since its square may exceed the range of float32
     largest = torch.linalg.vector_norm(x.detach(), math.inf, dim=1, keepdim=True)
     x = x / torch.where(largest > 0, largest, torch.ones_like(largest))
     norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
@@ -40,6 +41,7 @@ def _unit_rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def _need_negatives(n: int, what: str) -> None:
+    """Raise ValueError for a batch of one sample, which has no negatives."""
     if n < 2:
         raise ValueError(f'the {what} critic needs a batch of at least 2 samples (1 negative), got {n}.')
 
@@ -49,12 +51,12 @@ def _log(x: Union[float, torch.Tensor]) -> Union[float, torch.Tensor]:
 
 
 def _log_mean(scores: torch.Tensor, of: torch.Tensor, count: Union[int, torch.Tensor]) -> torch.Tensor:
-    """log of the mean of e^score over the `count` pairs that `of` marks, without a gradient."""
+    """Return the log of the mean of e^score over the `count` pairs where `of` is True, without a gradient."""
     return scores.detach().masked_fill(~of, -math.inf).flatten().logsumexp(0) - _log(count)
 
 
 def _counted(scores: torch.Tensor, queue_mask: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
-    """Which columns of the scores count, (N + Q,); None where all do."""
+    """Return which columns of the scores count, (N + Q,); None if all do."""
     if queue_mask is None:
         return None
     n = scores.shape[0]
@@ -73,49 +75,48 @@ def nce_loss(
         queue: Optional[torch.Tensor] = None,
         queue_mask: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
-    """Noise-contrastive loss -L_NCE between student and teacher features, Eq. 17 with the critic of Eq. 19.
+    """Return the noise-contrastive loss -L_NCE between student and teacher features, Eq. 17 with the critic of Eq. 19.
 
         loss = -(1/N) sum_i [ log h_ii + sum_{j != i} log(1 - h_ij) ],   h = sigmoid(logit)
 
-        literal     logit = s.a/t - log(N / num_pairs)                    Eq. 19 to the letter
+        literal     logit = s.a/t - log(N / num_pairs)                    Eq. 19 as printed
         normalised  logit = s.a/t - log K - log m,   K = N - 1            the critic's source, CRD (Tian 2019)
 
-    with m the mean of e^{s.a/t} over all negatives, taken without a gradient; the data set's size cancels in it. A
-    queue of Q further teacher rows gives every row Q more negatives: the sum runs over them too, K = N - 1 + Q, and N
-    in Eq. 19 becomes N + Q.
+    m is the mean of e^{s.a/t} over all negatives, without a gradient; the data set's size cancels in it. A queue of Q
+    teacher rows adds Q negatives to every row: the sum includes them, K = N - 1 + Q, and N in Eq. 19 becomes N + Q.
 
     Args:
-        s: Projected student features, shape (N, d); rows are L2-normalised here.
-        a: Projected teacher features, shape (N, d), row i of the same image as s's row i.
+        s: Projected student features, shape (N, d). Rows are L2-normalised here.
+        a: Projected teacher features, shape (N, d). Row i is of the same image as row i of s.
         temperature: t.
         num_pairs: M of Eq. 19, "the total number of possible pairs"; N * (N + Q) by default. Literal critic only.
-        normalize: The normalised critic, or the literal one.
+        normalize: Whether to use the normalised critic instead of the literal one.
         queue: Further negatives, projected teacher features of other images, shape (Q, d).
-        queue_mask: Which of the queue's rows count, boolean, shape (Q,); all by default.
+        queue_mask: Which rows of the queue count, boolean, shape (Q,); all by default.
 
     Returns:
         0-d tensor, to be minimised.
 
     Raises:
-        ValueError: The shapes differ, temperature or num_pairs is not positive, num_pairs is given to the normalised
+        ValueError: The shapes differ, temperature or num_pairs is not positive, num_pairs is given with the normalised
             critic, or the normalised critic has no negatives (N = 1).
     """
     scores = _scores(s, a, temperature, queue)
     n, columns = scores.shape
     positive = torch.eye(n, columns, dtype=torch.bool, device=scores.device)
     counted = _counted(scores, queue_mask)
-    rivals = columns if counted is None else counted.sum().to(scores.dtype)  # of a row: its positive and negatives
+    num_candidates = columns if counted is None else counted.sum().to(scores.dtype)  # per row: its positive and its negatives
     if normalize:
         if num_pairs is not None:
             raise ValueError(f'num_pairs={num_pairs}: the normalised critic has no M; use normalize=False with it.')
         _need_negatives(n, 'normalised')
         negative = ~positive if counted is None else ~positive & counted
-        logits = scores - _log(rivals - 1) - _log_mean(scores, negative, n * (rivals - 1))
+        logits = scores - _log(num_candidates - 1) - _log_mean(scores, negative, n * (num_candidates - 1))
     else:
-        num_pairs = n * rivals if num_pairs is None else num_pairs
+        num_pairs = n * num_candidates if num_pairs is None else num_pairs
         if not num_pairs > 0:
             raise ValueError(f'num_pairs={num_pairs}: must be positive.')
-        logits = scores - _log(rivals / num_pairs)
+        logits = scores - _log(num_candidates / num_pairs)
     terms = F.logsigmoid(torch.where(positive, logits, -logits))
     terms = terms if counted is None else terms.masked_fill(~counted, 0.)
     return -terms.sum() / n
@@ -128,16 +129,16 @@ def info_nce_loss(
         queue: Optional[torch.Tensor] = None,
         queue_mask: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
-    """InfoNCE: softmax cross-entropy over the row, the mean of both directions (student to teacher and back).
+    """Return InfoNCE: softmax cross-entropy over each row, averaged over both directions (student to teacher and back).
 
-    A queue's teacher rows are negatives of the student's; the way back has the batch's student rows only.
+    The rows of a queue are negatives for the student's rows. The direction from teacher to student has only the batch.
 
     Args:
-        s: Projected student features, shape (N, d); rows are L2-normalised here.
+        s: Projected student features, shape (N, d). Rows are L2-normalised here.
         a: Projected teacher features, shape (N, d).
         temperature: Temperature of the softmax.
         queue: Further negatives, projected teacher features of other images, shape (Q, d).
-        queue_mask: Which of the queue's rows count, boolean, shape (Q,); all by default.
+        queue_mask: Which rows of the queue count, boolean, shape (Q,); all by default.
 
     Returns:
         0-d tensor, to be minimised.
@@ -159,15 +160,15 @@ def mi_lower_bound(
         num_samples: Union[float, torch.Tensor],
         info_nce: bool = False,
 ) -> torch.Tensor:
-    """Lower bound on the mutual information I(S; A) that a contrastive loss gives, Eq. 16, in nats.
+    """Return the lower bound on the mutual information I(S; A) that a contrastive loss implies, Eq. 16, in nats.
 
     Args:
         loss: Value of `nce_loss` (bound log K - loss) or, with info_nce, of `info_nce_loss` (bound log(K + 1) - loss).
-        num_samples: Batch N of the loss, with a queue N + Q; K is one less.
-        info_nce: Which of the two losses it is.
+        num_samples: Batch size N of the loss, with a queue N + Q; K = num_samples - 1.
+        info_nce: Whether the loss is `info_nce_loss`.
 
     Returns:
-        0-d tensor; an estimate where the critic's mean comes from the same batch.
+        0-d tensor; only an estimate if the critic's mean is taken from the same batch.
     """
     k = num_samples if info_nce else num_samples - 1
     return _log(k.clamp(min=1) if isinstance(k, torch.Tensor) else max(k, 1)) - loss

@@ -1,4 +1,4 @@
-"""Losses by name: one file and one decorator add a loss or a regulariser of your own."""
+"""Register losses by name with a decorator, and build them."""
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Callable, Dict, List, Mapping, Type, Union
@@ -19,17 +19,17 @@ Loss = Union[Type[nn.Module], Callable[..., Any]]
 
 @dataclass(frozen=True)
 class LossSpec:
-    """What is known of a registered loss: see `register_loss`, whose arguments these are.
+    """Properties of a registered loss; see the arguments of `register_loss`.
 
     Attributes:
         needs_teacher: It needs a teacher: logits, features or both.
-        needs_features: It reads the features of student and teacher.
-        needs_shapes: It is given the shapes of the features when it is built.
-        needs_firing_rates: It reads the firing rates of the student's neuron layers.
+        needs_features: It uses the features of student and teacher.
+        needs_shapes: Its constructor receives the shapes of the features.
+        needs_firing_rates: It uses the firing rates of the student's neuron layers.
         global_batch: Every process returns the loss of the global batch.
         compares_classes: It compares the teacher's logits with the student's class by class.
         options: Its options by name.
-        any_option: It takes keyword arguments that its signature does not name.
+        any_option: It accepts keyword arguments that its signature does not name.
     """
     needs_teacher: bool = False
     needs_features: bool = False
@@ -41,10 +41,10 @@ class LossSpec:
     any_option: bool = False
 
     def option(self, name: str, owner: str) -> LossOption:
-        """One option.
+        """Return one option.
 
         Raises:
-            ValueError: There is none of this name; the message lists those that there are.
+            ValueError: There is none of this name. The message lists the options.
         """
         if not self.any_option:
             check_option(owner, self.options, name)
@@ -56,7 +56,7 @@ _specs: Dict[str, LossSpec] = {}
 
 
 class _FunctionLoss(nn.Module):
-    """A plain function of a TrainStep as a module."""
+    """Module that calls a plain function of a TrainStep."""
 
     def __init__(self, fn: Callable[..., torch.Tensor], options: Mapping[str, Any]):
         super().__init__()
@@ -76,29 +76,30 @@ def register_loss(
         global_batch: bool = False,
         other_classes: bool = False,
 ) -> Callable[[Loss], Loss]:
-    """Decorator that registers a loss under a name, for SSCLTask and `train.py --loss NAME=WEIGHT`.
+    """Decorator that registers a loss by name, for SSCLTask and `train.py --loss NAME=WEIGHT`.
 
-    What is decorated is called with a TrainStep and returns a 0-d tensor to minimise: a function, or an nn.Module
-    class. Keyword arguments of the function or of the class's constructor are the loss's options. `create_loss` and
-    `train.py --loss-kwargs NAME.OPTION=VALUE` take them. Their annotations say how a text is read, and the docstring's
-    Args explain them. A class that needs features is also given `names`, `student_channels` and `teacher_channels`,
-    one entry per tap. A module may offer `stats`, a dict of dicts of floats per layer, which become columns of the
-    training summary. What is decorated stays as it is, and may be registered under several names.
+    Decorate a function or an nn.Module class. It is called with a TrainStep and returns a 0-d tensor to minimise.
+    Keyword arguments of the function or of the constructor are the options of the loss, which `create_loss` and
+    `train.py --loss-kwargs NAME.OPTION=VALUE` accept. Type annotations determine how a text is parsed, and the
+    docstring's Args are the help texts. A class that needs features also receives `names`, `student_channels` and
+    `teacher_channels`, one entry per tap. A module may have `stats`, a dict of dicts of floats per layer, which become
+    columns of the training summary. The decorated object is returned unchanged and may be registered under several
+    names.
 
     Args:
         name: Name of the loss.
-        needs_teacher: Whether it reads the teacher's logits.
-        needs_features: Whether it reads the features of student and teacher.
-        needs_shapes: Whether a class that needs features is given `student_shapes` and `teacher_shapes` as well, the
-            (T, C, ...) of every tap's feature on an image of the task's input_size.
-        needs_firing_rates: Whether it reads the firing rates of the student's neuron layers.
-        global_batch: Whether several processes all return the loss of the global batch (see `gather_rows`). Otherwise
-            it is taken as a mean over the process's own samples, and weighted by their number.
-        other_classes: Whether the teacher's logits may be of other classes than the student's; without it SSCLTask
-            raises where a loss that needs the teacher's logits would compare different numbers of classes.
+        needs_teacher: Whether it uses the teacher's logits.
+        needs_features: Whether it uses the features of student and teacher.
+        needs_shapes: Whether a class that needs features also receives `student_shapes` and `teacher_shapes`, the
+            (T, C, ...) of every tap's feature for an image of the task's input_size.
+        needs_firing_rates: Whether it uses the firing rates of the student's neuron layers.
+        global_batch: Whether all of several processes return the loss of the global batch (see `gather_rows`).
+            Otherwise the loss is a mean over the process's own samples and is weighted by their number.
+        other_classes: Whether the teacher's logits may have other classes than the student's. Otherwise SSCLTask raises
+            if the loss uses the teacher's logits and the numbers of classes differ.
 
     Raises:
-        ValueError: The name is taken by another loss. The same one defined again replaces the old one, with a warning.
+        ValueError: The name is taken by another loss. The same loss defined again replaces the old one with a warning.
 
     Examples:
         ```python
@@ -136,7 +137,7 @@ def unregister_loss(name: str) -> None:
 
 
 def loss_spec(name: str) -> LossSpec:
-    """What a registered loss needs and which options it has.
+    """Return the needs and options of a registered loss.
 
     Raises:
         ValueError: The name is not registered.
@@ -146,19 +147,20 @@ def loss_spec(name: str) -> LossSpec:
 
 
 def loss_needs(name: str) -> Dict[str, bool]:
-    """What a registered loss needs: teacher, features, shapes (of features), firing_rates; `loss_spec` says more."""
+    """Return what a registered loss needs: teacher, features, shapes (of features), firing_rates. See also `loss_spec`.
+    """
     spec = loss_spec(name)
     return dict(teacher=spec.needs_teacher, features=spec.needs_features, shapes=spec.needs_shapes,
                 firing_rates=spec.needs_firing_rates)
 
 
 def loss_is_global(name: str) -> bool:
-    """Whether a registered loss is that of the global batch on every process, see `register_loss`."""
+    """Return whether a registered loss returns the loss of the global batch on every process; see `register_loss`."""
     return loss_spec(name).global_batch
 
 
 def loss_compares_classes(name: str) -> bool:
-    """Whether a registered loss compares the teacher's logits with the student's class by class."""
+    """Return whether a registered loss compares the teacher's logits with the student's class by class."""
     return loss_spec(name).compares_classes
 
 
@@ -167,14 +169,14 @@ def create_loss(name: str, **options: Any) -> nn.Module:
 
     Args:
         name: Registered name, see list_losses().
-        **options: Its options, see `loss_spec(name).options`. A loss that needs features also takes the taps' `names`,
-            `student_channels` and `teacher_channels`.
+        **options: Options of the loss, see `loss_spec(name).options`. A loss that needs features also takes `names`,
+            `student_channels` and `teacher_channels` of the taps.
 
     Returns:
         Module that maps a TrainStep to a 0-d tensor.
 
     Raises:
-        ValueError: The name is not registered, or an option does not exist or does not fit.
+        ValueError: The name is not registered, or an option does not exist or is not valid.
     """
     loss, spec = _losses.get(name), loss_spec(name)
     taps = TAP_ARGUMENTS if spec.needs_features else ()
@@ -190,5 +192,5 @@ def create_loss(name: str, **options: Any) -> nn.Module:
 
 
 def list_losses() -> List[str]:
-    """Names of all registered losses, sorted."""
+    """Return the names of all registered losses, sorted."""
     return _losses.names()
