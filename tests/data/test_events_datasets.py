@@ -266,3 +266,18 @@ def test_any_data_set_of_tonics_interface():
         TonicDataset(audio)
     with pytest.raises(ValueError, match='no list of labels'):
         TonicDataset(Recordings([None, 1, 1]))
+
+
+def test_a_data_set_that_tonic_does_not_split_is_split_by_name(tmp_path, monkeypatch):
+    tonic = pytest.importorskip('tonic', reason='reads through tonic')
+
+    class Undivided(Recordings):
+        def __init__(self, save_to):
+            super().__init__((0, 1, 0, 1, 1, 0, 0))
+
+    monkeypatch.setattr(tonic.datasets, 'Undivided', Undivided, raising=False)
+    train, val = (create_dataset('tonic/Undivided', str(tmp_path), split, event_split='last1')
+                  for split in ('train', 'validation'))
+    # of classes 0 (samples 0, 2, 5, 6) and 1 (samples 1, 3, 4) the last one each
+    assert (train.indices.tolist(), val.indices.tolist()) == ([0, 1, 2, 3, 5], [4, 6])
+    assert train.targets == [0, 1, 0, 1, 0] and val.targets == [1, 0]

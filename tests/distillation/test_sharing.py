@@ -137,3 +137,13 @@ def test_shallow_copy_of_the_student():
 def test_task_without_a_teacher_does_not_look():
     student = _Net()
     SSCLTask(student, student, 'none', verbose=False)
+
+
+@pytest.mark.parametrize('number, more', [(1, ''), (3, ''), (4, ' and 1 more'), (6, ' and 3 more')])
+def test_three_are_named_and_the_others_counted(number, more):
+    student, teacher = (nn.ModuleDict({f'm{i}': nn.Linear(2, 2) for i in range(6)}) for _ in range(2))
+    student.extra, teacher.extra = nn.Identity(), nn.Identity()
+    for i in range(number):
+        teacher[f'm{i}'] = student[f'm{i}']
+    with pytest.raises(ValueError, match=f"the module 'm{min(number, 3) - 1}'{more}: the loss"):
+        SSCLTask(student, teacher, 'kd', verbose=False)

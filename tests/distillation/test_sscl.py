@@ -266,13 +266,13 @@ def test_plain_training_loop():
 
 def test_student_compiled_after_the_loss_was_built():
     """Hooks are part of the graph where they were there first, also when a twin without hooks was compiled before."""
-    student, teacher = resnets()
+    student, teacher = resnets(layers=(1, 1, 1, 1))
     x = images_of()
-    torch.compile(copy.deepcopy(student), fullgraph=True, backend='aot_eager')(x)
+    torch.compile(copy.deepcopy(student), fullgraph=True, backend='eager')(x)
     sscl = attach(student, teacher)
     student(x)
     expected = sscl(x)
-    compiled = torch.compile(student, backend='aot_eager')
+    compiled = torch.compile(student, backend='eager')
     for _ in range(2):
         compiled(x)
         torch.testing.assert_close(sscl(x), expected, rtol=1e-12, atol=0)

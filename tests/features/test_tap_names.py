@@ -136,7 +136,7 @@ def test_module_taps_in_training(how):
     plain = copy.deepcopy(task)
     plain.student.set_grad_checkpointing(False)
     if how == 'compiled':
-        task.compile(backend='aot_eager')
+        task.compile(backend='eager')  # dynamo's part, where hooks could break
     if how == 'averaged':
         task.setup_ema(decay=0.5)
     for step in range(2):
