@@ -243,5 +243,5 @@ def test_models_without_batch_norms_are_refused_by_name(name):
 
 
 def test_an_unknown_norm_is_refused():
-    with pytest.raises(ValueError, match="norm='bntt'.*'tdbn'"):
-        timm.create_model('spiking_resnet18', norm='bntt')
+    with pytest.raises(ValueError, match="norm='tbdn'.*'tdbn'"):
+        timm.create_model('spiking_resnet18', norm='tbdn')

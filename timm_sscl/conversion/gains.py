@@ -60,11 +60,13 @@ def calibrate(model: SpikingModule, images: torch.Tensor) -> SpikingModule:
             layer's current has a value that is not finite, or no layer runs.
     """
     _check(model, images)
-    if model.settings.norm is not None:
-        _logger.warning(f"{type(model).__name__}: the gains make up for the scale that norm='{model.settings.norm}' "
-                        f'gives the currents, so that training starts as with plain batch norms.')
+    variants = model.settings.variants().values()
+    for variant in variants:
+        if variant.scales_currents:
+            _logger.warning(f'{type(model).__name__}: the gains make up for the scale that {variant} gives the '
+                            f'currents, so that training starts as with plain batch norms.')
     with undone_on_error(model, parameters=True):
-        revive_zeros(model)
+        revive_zeros(model, {name for variant in variants for name in variant.zeros_stay(model)})
         drives = _measure(model, images)
         for name, lif in model.neurons().items():
             lif.set_gain(drives[name].gain if name in drives else None, lif.scale)

@@ -252,9 +252,9 @@ class SpikingModule(SpikingState, Mixin):
         before, variants = self.settings, settings.variants()
         again = any(getattr(settings, name) != getattr(before, name) for name in ('neuron', 'include', 'exclude'))
         others = [kind for kind in KINDS if getattr(settings, kind) != getattr(before, kind)]
-        for kind in others:
-            if kind in variants:
-                variants[kind].check(self, settings)
+        if replace(settings, timesteps=before.timesteps) != before:
+            for variant in variants.values():
+                variant.check(self, settings)
         with undone_on_error(self) if again or others else nullcontext():
             self.settings = settings
             for kind, variant in reversed(before.variants().items()):

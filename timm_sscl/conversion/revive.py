@@ -1,6 +1,6 @@
 """Set scales and weights that are all zeros to small values, since a neuron behind a zero gets no gradient."""
 import logging
-from typing import Optional
+from typing import Collection, Optional
 
 import torch
 import torch.nn as nn
@@ -47,17 +47,21 @@ def _scale(module: nn.Module) -> Optional[torch.Tensor]:
     return _stored(module, 'weight_g', 'gain')
 
 
-def revive_zeros(model: nn.Module) -> None:
+def revive_zeros(model: nn.Module, stay: Collection[str] = ()) -> None:
     """Set scales that are all zeros to 0.1, and weights of convolutions and linear layers that are all zeros to small
     noise.
 
     For weight norm, spectral norm and pruning, the underlying parameter is checked and changed. A mask of zeros stays.
+
+    Args:
+        model: The model.
+        stay: Names of modules whose scale may be zero.
     """
     revived = []
     generator = torch.Generator().manual_seed(0)  # leaves the global generator alone
     for name, module in model.named_modules():
         scale, weight = _scale(module), _weight(module)
-        if scale is not None and not scale.any():
+        if scale is not None and not scale.any() and name not in stay:
             nn.init.constant_(scale, _REVIVED)
             revived.append(name)
         if isinstance(module, (nn.Linear, _ConvNd)) and weight is not None and not weight.any():

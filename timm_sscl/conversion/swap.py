@@ -44,11 +44,15 @@ def current_records(model: nn.Module, converted: Sequence[ConversionRecord]) -> 
         elif module is not None:
             now, reason = type(module).__name__, record.reason
             if not isinstance(module, SpikingNeuron):
-                reason = f'replaced by {now} after the conversion'
+                by = module.__dict__.get('added_by')
+                reason = f'replaced by {now} ' + ('after the conversion' if by is None else f'by {by}')
             records.append(record._replace(now=now, reason=reason))
         recorded.add(record.name)
-    records += [ConversionRecord(name, 'nothing', type(module).__name__, 'added after the conversion')
-                for name, module in model.neurons().items() if name not in recorded]
+    for name, module in model.neurons().items():
+        if name not in recorded:
+            by = module.__dict__.get('added_by')
+            reason = 'added after the conversion' if by is None else f'added by {by}'
+            records.append(ConversionRecord(name, 'nothing', type(module).__name__, reason))
     settings = model.settings
     plan = Plan(model, Policy(model, settings.include, settings.exclude), settings.neuron_class_name)
     records += [record._replace(now=record.was, reason='added after the conversion, stays analog')

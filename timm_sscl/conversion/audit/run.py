@@ -4,12 +4,14 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Se
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
 from timm_sscl.neurons import SpikingNeuron
 from timm_sscl.conversion.dropout import OverTime
 from timm_sscl.conversion.functional_calls import calls_noise
+from timm_sscl.conversion.variants.batch_norms import BatchNormOverTime
 from timm_sscl.probing import Example
 
 from .interpreter import Interpreter
@@ -76,6 +78,8 @@ def _pass(model: nn.Module, example: Example) -> Run:
     for name, module in model.named_modules():
         if isinstance(module, SpikingNeuron):
             module.__dict__['forward'] = fire(module, name)
+        elif isinstance(module, BatchNormOverTime):  # a norm, however it computes that
+            module.__dict__['normalise'] = _known_norm
     try:
         with places.watched(), torch.no_grad(), detours, interpreter:
             for x in example.tensors():
@@ -85,7 +89,15 @@ def _pass(model: nn.Module, example: Example) -> Run:
         for module in model.modules():
             if isinstance(module, SpikingNeuron):
                 module.__dict__.pop('forward', None)
+            elif isinstance(module, BatchNormOverTime):
+                module.__dict__.pop('normalise', None)
     return Run(interpreter.events, fired, hard, depends, detours.noise)
+
+
+def _known_norm(x: torch.Tensor) -> torch.Tensor:
+    """Run one operation that the interpreter knows as a norm."""
+    statistics = (torch.full((x.shape[1],), value, device=x.device, dtype=x.dtype) for value in (0., 1.))
+    return F.batch_norm(x, *statistics)
 
 
 def _is_clip(lif: SpikingNeuron) -> bool:

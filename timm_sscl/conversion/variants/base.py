@@ -73,6 +73,7 @@ class Variant:
         kind: What it is a variant of: 'norm', 'residual', ...; set by `create_variant`.
         name: Its registered name; set by `create_variant`.
         changes_state: Whether a model's state dict has other keys or shapes with it.
+        scales_currents: Whether it scales the neurons' currents at the start of training, which `calibrate` undoes.
 
     Args:
         settings: Fields of `Settings`, by name.
@@ -84,6 +85,7 @@ class Variant:
     kind = 'variant'
     name = ''
     changes_state = False
+    scales_currents = False
 
     def __init__(self, **settings: Any):
         self.settings = build(self.Settings, settings, f"variant '{type(self).__name__}'")

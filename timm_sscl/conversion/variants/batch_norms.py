@@ -43,6 +43,11 @@ class BatchNormOverTime(Mixin):
         """What the norm computes: (T * B, C, ...) in, the same shape out."""
         return self.batch_norm(x, self.weight, self.bias)
 
+    def steps_used(self) -> List[int]:
+        """For each timestep the number of the parameters that it uses: the last ones serve all further steps."""
+        steps = len(getattr(self, self.own_state[0] if self.own_state else 'weight'))
+        return [min(t, steps - 1) for t in range(self.timesteps)]
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self._check_input_dim(x)
         x = self.normalise(x)

@@ -50,7 +50,8 @@ def _where_branches_add(model: nn.Module) -> Set[nn.Module]:
     found: Set[nn.Module] = set()
     for block in model.modules():
         last = block._modules.get('bn3') or block._modules.get('bn2')
-        if last is not None and 'bn1' in block._modules and hasattr(block, 'downsample'):
+        if (last is not None and 'bn1' in block._modules and hasattr(block, 'downsample')
+                and not getattr(block, 'joins_spikes', False)):
             found.update([last, *(block.downsample.modules() if block.downsample is not None else ())])
     return found
 
@@ -60,10 +61,12 @@ class TdBN(BatchNormVariant):
     """All batch norms with a scale are tdBN for the neurons' threshold.
 
     alpha is 1/sqrt(2) where two branches add, in blocks like timm's BasicBlock and Bottleneck: for the last norm of
-    the residual branch (bn2 or bn3) and for the shortcut's (downsample). It is 1 for all other norms.
+    the residual branch (bn2 or bn3) and for the shortcut's (downsample). It is 1 for all other norms, and for these too
+    where the branches' spikes are added (residual='sew').
     """
     mixin = TdBatchNorm
     label = 'tdBN'
+    scales_currents = True
 
     def apply(self, model: nn.Module, settings: Any) -> None:
         self._added = _where_branches_add(model)
