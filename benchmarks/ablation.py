@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
-"""The paper's ablation (Table 3): baseline, distillation, contrastive and SSCL on one data set, net and teacher.
+"""Run the paper's ablation (Table 3): baseline, distillation, contrastive and SSCL with one data set, network and
+teacher.
 
-    python benchmarks/ablation.py --data-dir CIFAR100 --output DIR --phase select    # defaults, on held-out images
+    python benchmarks/ablation.py --data-dir CIFAR100 --output DIR --phase select    # settings, on held-out images
     python benchmarks/ablation.py --data-dir CIFAR100 --output DIR --phase primary   # the comparison
     python benchmarks/ablation.py --output DIR --phase diagnose                      # gradients of the terms
     python benchmarks/ablation.py --report                                           # figure and results page
 
-Every run is a train.py of its own in a folder of its own. Started again, the script skips what is done and resumes what
-was cut off; two of them on one --output share the work. CIFAR100 is a folder of images: train/CLASS, validation/CLASS.
+Every run is a separate train.py in its own folder. When started again, the script skips finished runs and resumes
+interrupted ones. Two instances with the same --output share the work. CIFAR100 is a folder of images: train/CLASS,
+validation/CLASS.
 """
 import argparse
 import math
@@ -27,17 +29,17 @@ from ablation_runs import Run, Runner, is_done
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / 'benchmarks' / 'results'
 
-HELD_OUT = 0.1  # of the training set, for the selection of defaults
+HELD_OUT = 0.1  # fraction of the training set used to select the settings
 SPLIT_SEED = 0
 
 
 class Scale(NamedTuple):
     """A size at which the ablation can be run."""
     description: str
-    classes: Optional[int]  # evenly spaced ones; None takes all
-    images_per_class: Optional[int]  # for training
+    classes: Optional[int]  # number of classes, evenly spaced; None takes all
+    images_per_class: Optional[int]  # training images per class; None takes all
     width: int
-    recipe: Dict[str, Any]  # of students and teacher
+    recipe: Dict[str, Any]  # options of students and teacher
     student: Dict[str, Any]
     teacher: Dict[str, Any]
 
@@ -57,16 +59,16 @@ SCALES = {
         dict(epochs=400), dict(epochs=400)),
 }
 
-# settings of the loss that the selection starts from
+# settings of the loss at which the selection starts
 BASE = dict(critic='infonce', weight=0.1, temperature=0.1, cka_floor=0.1, cka_momentum=0.1, projection='pooled',
             weighting='cka')
 
-# what the selection on held-out images chose; the comparison is run with these
+# settings that the selection on held-out images chose, used in the comparison
 CHOSEN = dict(BASE, temperature=0.2)
 
-KD_STEP_WEIGHT = 0.2  # TWSNN's
+KD_STEP_WEIGHT = 0.2  # the value of TWSNN
 
-# what is tried from the base, one coordinate at a time; critic and weight together
+# values tried from the base, one coordinate at a time; critic and weight vary together
 COORDINATES: Dict[str, List[Dict[str, Any]]] = OrderedDict(
     critic=[dict(critic=c, weight=w) for c in ('normalized', 'infonce', 'literal') for w in (0.03, 0.1, 0.3, 1.)],
     temperature=[dict(temperature=t) for t in (0.07, 0.1, 0.2, 0.5)],
@@ -74,21 +76,21 @@ COORDINATES: Dict[str, List[Dict[str, Any]]] = OrderedDict(
     cka_momentum=[dict(cka_momentum=m) for m in (0.1, 1.)],
     projection=[dict(projection=p) for p in ('pooled', 'flattened')],
     weighting=[dict(weighting=w) for w in ('cka', 'cka_mean1', 'uniform_matched', 'uniform')],
-    kd=[dict(kd_weight=w) for w in (0.1, 0.3, 1.)],  # distillation alone, no setting of sscl
+    kd=[dict(kd_weight=w) for w in (0.1, 0.3, 1.)],  # distillation alone, independent of sscl's settings
 )
 
 
 
 
-# ---- what is run
+# ---- runs
 
 def sscl_options(**settings: Any) -> Dict[str, Any]:
-    """Options of train.py for settings of the contrastive loss."""
+    """Return train.py's options for settings of the contrastive loss."""
     return {f'sscl_{name}': value for name, value in settings.items()}
 
 
 def setting_name(settings: Mapping[str, Any]) -> str:
-    """'infonce-w0.1-t0.1-f0.1-m0.1-pooled-cka' for a whole set of settings."""
+    """Return a name for a complete set of settings: 'infonce-w0.1-t0.1-f0.1-m0.1-pooled-cka'."""
     return '{critic}-w{weight:g}-t{temperature:g}-f{cka_floor:g}-m{cka_momentum:g}-{projection}-{weighting}'.format(
         **settings)
 
@@ -99,7 +101,9 @@ def select_runs(
         seeds: Sequence[int],
         timesteps: Sequence[int],
 ) -> List[Run]:
-    """sscl with every value of these coordinates, the others as in base, after the base and cross-entropy alone."""
+    """Return the runs of the selection: cross-entropy alone, the base, and each value of these coordinates with others
+    as in base.
+    """
     options = OrderedDict()
     options['none'] = dict(distill='none')
     for changes in [{}, *(c for name in coordinates for c in COORDINATES[name])]:
@@ -112,7 +116,7 @@ def select_runs(
 
 
 def primary_variants(chosen: Mapping[str, Any]) -> Dict[str, Dict[str, Any]]:
-    """Modes of Table 3 and what stands beside them, at the chosen settings."""
+    """Return the options of the modes of Table 3 and of further modes, at the chosen settings."""
     sscl = dict(distill='sscl', **sscl_options(**chosen))
     contrastive = {name: value for name, value in sscl.items() if name != 'sscl_weighting'}
     return OrderedDict(
@@ -129,7 +133,7 @@ def primary_runs(
         seeds: Sequence[int],
         timesteps: Sequence[int],
 ) -> List[Run]:
-    """Modes by seeds by T, seed after seed, so that what is done at any time is paired."""
+    """Return the runs of the comparison, ordered by seed, so that finished runs are always paired."""
     variants = primary_variants(chosen)
     unknown = [mode for mode in modes if mode not in variants]
     if unknown:
@@ -138,7 +142,9 @@ def primary_runs(
 
 
 def teacher_run(phase: str, scale: Scale) -> Run:
-    """The ANN that all runs of a phase share; one for both phases where they train on the same images."""
+    """Return the run of the ANN that all runs of a phase share. Both phases share it if they use the same training
+    images.
+    """
     return Run('select' if scale.images_per_class is not None else phase, 'teacher', 0, 0, dict(distill='none'))
 
 
@@ -150,7 +156,7 @@ def command(
         threads: Optional[int],
         teacher: Optional[Path],
 ) -> List[str]:
-    """Arguments of train.py for a run from its start."""
+    """Return the arguments of train.py that start a run."""
     is_teacher = run.timesteps == 0
     options = {**scale.recipe, **(scale.teacher if is_teacher else scale.student), **run.options}
     options.update(
@@ -170,7 +176,7 @@ def command(
 # ---- data
 
 def class_names(folder: Path, count: Optional[int]) -> List[str]:
-    """Evenly spaced ones of the sorted class names."""
+    """Return `count` evenly spaced names of the sorted class names; None returns all."""
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
     if count is None or count >= len(names):
         return names
@@ -178,10 +184,11 @@ def class_names(folder: Path, count: Optional[int]) -> List[str]:
 
 
 def split_class(files: Sequence[str], held_out: bool, count: Optional[int], seed: int) -> Tuple[List[str], List[str]]:
-    """(training files, held-out files) of one class.
+    """Return (training files, held-out files) of one class.
 
-    With held_out a tenth is held out. Where fewer images than that leaves are trained on (count), it is left alone
-    without held_out too: the training images, and so the teacher, are the same in both phases.
+    With held_out, a tenth of the files is held out. If `count` limits the training images so that the other files
+    suffice, the tenth is not used without held_out either. The training images, and so the teacher, are then the same
+    in both phases.
     """
     order = np.random.RandomState(seed).permutation(len(files))
     shuffled = [sorted(files)[i] for i in order]
@@ -192,7 +199,7 @@ def split_class(files: Sequence[str], held_out: bool, count: Optional[int], seed
 
 
 def link_data(data_dir: Path, folder: Path, scale: Scale, phase: str) -> Path:
-    """Image folder of symbolic links for a phase: the selection validates on held-out training images."""
+    """Create an image folder of symbolic links for a phase. The selection validates on held-out training images."""
     target = folder / phase
     for name in class_names(data_dir / 'train', scale.classes):
         files = [f.name for f in (data_dir / 'train' / name).iterdir()]
@@ -217,13 +224,13 @@ def _link(source: Path, target: Path, names: Sequence[str]) -> None:
 # ---- the script
 
 def code_revision() -> str:
-    """git's name of the code that runs."""
+    """Return git's name of the current code."""
     result = subprocess.run(['git', 'describe', '--always', '--dirty'], cwd=ROOT, capture_output=True, text=True)
     return result.stdout.strip() if result.returncode == 0 else 'unknown'
 
 
 def parse_setting(text: str) -> Tuple[str, Any]:
-    """'weight=0.3' as a setting of the loss."""
+    """Parse a setting of the loss such as 'weight=0.3'."""
     name, _, value = text.partition('=')
     try:
         return name, float(value)
@@ -266,6 +273,7 @@ def create_parser() -> argparse.ArgumentParser:
 
 
 def run_phase(args: argparse.Namespace, phase: str, base: Mapping[str, Any], deadline: Optional[float]) -> None:
+    """Run the teacher and all runs of a phase."""
     scale = SCALES[args.scale]
     data = link_data(args.data_dir, args.output / 'data', scale, phase)
     runner = Runner(args.output, args.workers_parallel, deadline, args.revision or code_revision(),
@@ -290,7 +298,7 @@ def run_phase(args: argparse.Namespace, phase: str, base: Mapping[str, Any], dea
 
 
 def main() -> None:
-    """Train what the options ask for, or report."""
+    """Train what the options ask for, or write the report."""
     parser = create_parser()
     args = parser.parse_args()
     if args.report:
@@ -319,7 +327,7 @@ def facts(scale: str) -> Facts:
 
 
 def show_results(runs: Sequence[Mapping[str, Any]], layers: Sequence[Mapping[str, Any]]) -> None:
-    """The tables of all runs that are done, on the terminal; --report writes them."""
+    """Print the tables of all finished runs. --report writes them."""
     for timesteps in sorted({run['timesteps'] for run in runs if run['phase'] == 'primary' and run['timesteps']}):
         print('\n'.join(['', f'T = {timesteps}', *comparison_lines(runs, timesteps)]))
     if any(run['phase'] == 'select' for run in runs):

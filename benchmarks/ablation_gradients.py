@@ -1,4 +1,4 @@
-"""Why a mode of the ablation does what it does: gradients of its terms, side by side, in finished runs."""
+"""Compare the gradients of the loss terms in finished runs of the ablation, to explain the modes' results."""
 import sys
 from collections import Counter, OrderedDict
 from pathlib import Path
@@ -26,20 +26,20 @@ _DIAGNOSIS_BATCHES = 4
 
 
 def stage_of(parameter: str) -> str:
-    """'stem', 'layer1', ..., 'fc' for a parameter of the student."""
+    """Return the stage of a student's parameter: 'stem', 'layer1', ..., 'fc'."""
     first = parameter.split('.')[0]
     return 'stem' if first in ('conv1', 'bn1', 'act1') else first
 
 
 def term_gradients(task: Any, batches: Sequence[Tuple[Any, Any]]) -> List[Dict[str, Any]]:
-    """Gradient of what is added to cross-entropy (weighted, as trained) beside cross-entropy's own, by stage.
+    """Compare the gradient of the added losses (weighted, as trained) with that of cross-entropy, by stage.
 
     Args:
         task: An SSCLTask in training mode.
         batches: (images, labels).
 
     Returns:
-        Per stage the two norms, their ratio and cosine, the means over the batches.
+        Per stage the two norms, their ratio and the cosine, averaged over the batches.
     """
     names, parameters = zip(*((n, p) for n, p in task.student.named_parameters() if p.requires_grad))
     sums: Dict[str, Counter] = OrderedDict()
@@ -63,8 +63,8 @@ def term_gradients(task: Any, batches: Sequence[Tuple[Any, Any]]) -> List[Dict[s
 
 
 def diagnose(folder: Path, at_start: bool) -> List[Dict[str, Any]]:
-    """term_gradients of a finished run, with its last weights or, rebuilt, with those that it started from."""
-    sys.path.insert(0, str(ROOT))  # train.py is a script beside this folder
+    """Return term_gradients of a finished run with its last weights or, rebuilt, with its initial weights."""
+    sys.path.insert(0, str(ROOT))  # train.py is a script in the parent folder
     from timm_sscl.training.options import parse_args
     args, _ = parse_args(['--config', str(folder / 'args.yaml')])
     accelerator = create_accelerator(args)
@@ -88,7 +88,7 @@ def diagnose(folder: Path, at_start: bool) -> List[Dict[str, Any]]:
 
 
 def diagnose_all(output: Path, modes: Sequence[str], results: Path) -> None:
-    """Gradients of the first seed of every mode that adds something to cross-entropy, at its start and its end."""
+    """Write the gradients of the first seed of every mode with added losses, at its start and its end."""
     rows, seen = [], set()
     for run, _, folder in finished_runs(output):
         if run.phase != 'primary' or run.variant not in modes or run.variant in ('none', 'teacher') or (

@@ -1,4 +1,4 @@
-"""Results of the ablation: CSVs from finished runs, paired intervals, tables, the figure and the results page."""
+"""Results of the ablation: CSV files of finished runs, paired intervals, tables, the figure and the results page."""
 import csv
 import json
 import math
@@ -19,11 +19,11 @@ import matplotlib.pyplot as plt
 
 RUNS_CSV, LAYERS_CSV, GRADIENTS_CSV = 'ablation_runs.csv', 'ablation_layers.csv', 'ablation_gradients.csv'
 FIGURE = 'ablation.png'
-NOTES = 'ablation_notes.md'  # what the numbers do not say by themselves, written by hand; the page takes it in
+NOTES = 'ablation_notes.md'  # remarks on the numbers, written by hand and included in the page
 BEGIN, END = '<!-- results: written by benchmarks/ablation.py -->', '<!-- end of results -->'
 PAGE = PAGES / 'results.md'
 
-# Table 3 of the paper: CIFAR-100, ResNet20, top-1 % by T
+# Table 3 of the paper: CIFAR-100, ResNet20, top-1 in percent by T
 PAPER = {
     'none': {2: 68.27, 4: 71.45}, 'kd': {2: 68.74, 4: 71.72}, 'contrastive': {2: 69.25, 4: 72.16},
     'sscl': {2: 69.81, 4: 72.86},
@@ -31,7 +31,7 @@ PAPER = {
 
 
 class Facts(NamedTuple):
-    """What the report tells about the scale of the runs; None for all."""
+    """Scale of the runs as stated in the report; None for all."""
     classes: Optional[int]
     images_per_class: Optional[int]
     width: int
@@ -44,7 +44,7 @@ _LAYER_KEYS = ('cka', 'cka_running', 'weight', 'nce', 'mi_bound')
 
 
 def collect(output: Path, scale: str) -> Tuple[List[Dict[str, Any]], List[Dict[str, Any]]]:
-    """(a row per run, a row per run, epoch and layer) of all finished runs."""
+    """Return (one row per run, one row per run, epoch and layer) of all finished runs."""
     runs, layers = [], []
     for run, revision, folder in finished_runs(output):
         summary = json.loads((folder / 'summary.json').read_text())
@@ -64,7 +64,7 @@ def run_row(
         epochs: Sequence[Mapping[str, Any]],
         revision: str,
 ) -> Dict[str, Any]:
-    """One line of the results: what was run, and what came out after the last epoch (and at the best, labelled)."""
+    """Return one row of results: the run, its metrics after the last epoch, and those of the best epoch, labelled."""
     rates = list(summary['firing_rates'].values())
     return dict(
         scale=scale, phase=run.phase, variant=run.variant, seed=run.seed, timesteps=run.timesteps, **run.options,
@@ -80,7 +80,7 @@ def _number(text: Optional[str]) -> Optional[float]:
 
 
 def layer_rows(run: Run, epochs: Sequence[Mapping[str, Any]]) -> List[Dict[str, Any]]:
-    """CKA, NCE, weight and MI bound per epoch and layer, as means over the epoch's training steps."""
+    """Return CKA, NCE, weight and MI bound per epoch and layer, averaged over the epoch's training steps."""
     prefix = 'train_mi_bound_'
     rows = []
     for epoch in epochs:
@@ -97,7 +97,7 @@ def _short(text: Optional[str]) -> Optional[str]:
 
 
 def write_results(results: Path, runs: Sequence[Mapping[str, Any]], layers: Sequence[Mapping[str, Any]]) -> None:
-    """The two CSVs of what `collect` found."""
+    """Write the two CSV files for the result of `collect`."""
     outcome = ('epochs', 'top1_last', 'top1_best', 'best_epoch', 'train_loss', 'train_task_loss', 'val_loss',
                'teacher_top1', 'firing_rate', 'seconds', 'revision')
     write_csv(results / RUNS_CSV, runs, outcome)
@@ -105,7 +105,7 @@ def write_results(results: Path, runs: Sequence[Mapping[str, Any]], layers: Sequ
 
 
 def write_csv(file: Path, rows: Sequence[Mapping[str, Any]], last: Sequence[str] = ()) -> None:
-    """All keys of all rows as columns; these ones last."""
+    """Write rows with all their keys as columns; the columns `last` come last."""
     columns = list(dict.fromkeys(key for row in rows for key in row if key not in last))
     file.parent.mkdir(parents=True, exist_ok=True)
     with open(file, 'w', newline='') as out:
@@ -129,14 +129,14 @@ class Paired(NamedTuple):
 
 
 def paired_interval(a: Mapping[int, float], b: Mapping[int, float]) -> Optional[Paired]:
-    """a - b over the seeds that both have: mean and 95 % interval by the t distribution.
+    """Return mean and 95 % interval (t distribution) of a - b over the seeds that both have.
 
     Args:
         a: Value by seed.
         b: Value by seed.
 
     Returns:
-        None where no seed is common.
+        None if there is no common seed.
     """
     differences = np.array([a[seed] - b[seed] for seed in a if seed in b])
     n = len(differences)
@@ -149,7 +149,7 @@ def paired_interval(a: Mapping[int, float], b: Mapping[int, float]) -> Optional[
 
 
 def by_seed(rows: Sequence[Mapping[str, Any]], phase: str, variant: str, timesteps: int) -> Dict[int, float]:
-    """Top-1 after the last epoch of a variant's runs."""
+    """Return the top-1 after the last epoch of a variant's runs, by seed."""
     return {int(row['seed']): float(row['top1_last']) for row in rows
             if (row['phase'], row['variant'], int(row['timesteps'])) == (phase, variant, timesteps)}
 
@@ -164,7 +164,7 @@ _SHORT = dict(none='baseline', kd='distillation', contrastive='contrastive', ssc
 
 
 def comparison(rows: Sequence[Mapping[str, Any]], timesteps: int) -> List[Dict[str, Any]]:
-    """A row per mode of the primary comparison: accuracy, paired difference to the baseline, the paper's."""
+    """Return a row per mode of the comparison: accuracy, paired difference to the baseline, the paper's values."""
     base = by_seed(rows, 'primary', 'none', timesteps)
     table = []
     for mode, label in LABELS.items():
@@ -193,7 +193,7 @@ def _signed(value: Optional[float]) -> str:
 
 
 def comparison_lines(rows: Sequence[Mapping[str, Any]], timesteps: int) -> List[str]:
-    """The comparison as a Markdown table."""
+    """Return the comparison as a Markdown table."""
     lines = ['| mode | seeds | top-1, last epoch | best epoch | minus baseline (95 %) | paper | minus its baseline |',
              '|---|---|---|---|---|---|---|']
     for r in comparison(rows, timesteps):
@@ -205,7 +205,8 @@ def comparison_lines(rows: Sequence[Mapping[str, Any]], timesteps: int) -> List[
 
 
 def verdict(rows: Sequence[Mapping[str, Any]], timesteps: int) -> str:
-    """Whether the paper's order came out over the common seeds, and what SSCL's interval says."""
+    """Return sentences on whether the modes are ordered as in the paper over the common seeds, and on SSCL's interval.
+    """
     table = {r['mode']: r for r in comparison(rows, timesteps)}
     order = [mode for mode in PAPER if mode in table]
     sentences = []
@@ -229,7 +230,7 @@ def _order(modes: Sequence[str]) -> str:
 
 
 def pair_lines(rows: Sequence[Mapping[str, Any]], timesteps: int) -> List[str]:
-    """SSCL against what shares its total weight, and against distillation, paired."""
+    """Return paired differences between SSCL and other modes, in words."""
     sscl = by_seed(rows, 'primary', 'sscl', timesteps)
     parts = []
     for mode in ('kd', 'contrastive', 'contrastive_matched', 'sscl_kd_step'):
@@ -246,7 +247,7 @@ _SETTINGS = ('critic', 'weight', 'temperature', 'cka_floor', 'cka_momentum', 'pr
 
 
 def selection_lines(rows: Sequence[Mapping[str, Any]]) -> List[str]:
-    """Every configuration that was tried on the held-out images, with the difference to cross-entropy."""
+    """Return all configurations tried on the held-out images as a table, with the difference to cross-entropy."""
     rows = [r for r in rows if r['phase'] == 'select' and r['variant'] != 'teacher']
     base = by_seed(rows, 'select', 'none', 2)
     lines = ['| ' + ' | '.join(name.replace('_', ' ') for name in _SETTINGS) + ' | top-1, by seed | difference |',
@@ -268,7 +269,7 @@ def selection_lines(rows: Sequence[Mapping[str, Any]]) -> List[str]:
 
 
 def gradient_lines(rows: Sequence[Mapping[str, Any]]) -> List[str]:
-    """Norm of the contrastive terms' gradient over cross-entropy's, by checkpoint and stage."""
+    """Return the ratio of gradient norms of the added terms and cross-entropy, by checkpoint and stage, as a table."""
     stages = list(dict.fromkeys(r['stage'] for r in rows))
     lines = ['| checkpoint | ' + ' | '.join(stages) + ' |', '|---' * (len(stages) + 1) + '|']
     for run in dict.fromkeys(r['run'] for r in rows):
@@ -287,7 +288,7 @@ def page_lines(
         facts: Facts,
         notes: str = '',
 ) -> List[str]:
-    """The results page's section."""
+    """Return the section of the results page."""
     primary = [r for r in rows if r['phase'] == 'primary']
     teachers = {r['phase']: float(r['teacher_top1']) for r in rows if r['teacher_top1']}
     what = 'all' if facts.classes is None else f'{facts.classes} of 100'
@@ -325,7 +326,9 @@ def page_lines(
 
 
 def cka_lines(layers: Sequence[Mapping[str, Any]]) -> List[str]:
-    """CKA, weight and MI bound of the comparison's sscl runs at T=2, after the first and the last epoch."""
+    """Return CKA, weight and MI bound of the comparison's sscl runs at T=2 after the first and the last epoch, as a
+    table.
+    """
     rows = [r for r in layers if (r['phase'], r['variant'], str(r['timesteps'])) == ('primary', 'sscl', '2')]
     if not rows:
         return []
@@ -344,7 +347,7 @@ def cka_lines(layers: Sequence[Mapping[str, Any]]) -> List[str]:
 
 
 def settings_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Settings of the loss in the comparison's sscl runs."""
+    """Return the settings of the loss in the comparison's sscl runs."""
     row = next((r for r in rows if r['variant'] == 'sscl'), None)
     if row is None:
         return 'none yet'
@@ -356,7 +359,9 @@ COLORS = dict(none='#7f7f7f', kd='#1f77b4', contrastive='#ff7f0e', contrastive_m
 
 
 def draw(rows: Sequence[Mapping[str, Any]], layers: Sequence[Mapping[str, Any]], file: Path) -> None:
-    """Accuracy by mode with error bars, the paper's beside it; CKA and NCE per layer over the epochs of sscl at T=2."""
+    """Draw accuracy by mode with error bars beside the paper's, and CKA and NCE per layer over the epochs of sscl at
+    T=2.
+    """
     figure, axes = plt.subplots(1, 3, figsize=(14, 4.4), gridspec_kw=dict(width_ratios=(1.9, 1, 1)))
     _draw_accuracy(axes[0], rows)
     for axis, key, label in ((axes[1], 'cka_running', 'CKA, student and teacher'),
@@ -375,7 +380,7 @@ _MARKS = {2: 'o', 4: 's'}
 
 
 def _draw_accuracy(axis: Any, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Difference to the baseline per mode and T: every seed, mean and interval; the paper's as open marks."""
+    """Draw the difference to the baseline per mode and T: every seed, mean and interval; the paper's as open marks."""
     tables = {t: {r['mode']: r for r in comparison(rows, t)} for t in _MARKS}
     modes = [mode for mode in LABELS if mode != 'none' and any(mode in table for table in tables.values())]
     for t, offset in ((2, -.15), (4, .15)):
@@ -404,7 +409,7 @@ def _draw_accuracy(axis: Any, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _tick(mode: str, tables: Mapping[int, Mapping[str, Any]]) -> str:
-    """Name of a mode, and its accuracies below."""
+    """Return the name of a mode with its accuracies below."""
     name = {'kd': 'distillation', 'contrastive': 'contrastive,\nuniform', 'sscl': 'SSCL',
             'contrastive_matched': "uniform at\nSSCL's total", 'sscl_kd_step': 'SSCL +\nKL per step'}[mode]
     return name + ('' if '\n' in name else '\n') + '\n' + _accuracies(mode, tables)
@@ -415,7 +420,7 @@ def _accuracies(mode: str, tables: Mapping[int, Mapping[str, Any]]) -> str:
 
 
 def _draw_layers(axis: Any, layers: Sequence[Mapping[str, Any]], key: str) -> None:
-    """One line per layer: the mean over the seeds of the primary sscl runs."""
+    """Draw one line per layer: the mean over the seeds of the comparison's sscl runs."""
     chosen = [r for r in layers if (r['phase'], r['variant'], r['timesteps']) == ('primary', 'sscl', '2') and r[key]]
     for layer in dict.fromkeys(r['layer'] for r in chosen):
         epochs = sorted({int(r['epoch']) for r in chosen})
@@ -425,10 +430,10 @@ def _draw_layers(axis: Any, layers: Sequence[Mapping[str, Any]], key: str) -> No
 
 
 def report(results: Path, page: Path, facts: Facts) -> None:
-    """Figure, tables and the page's section from the CSVs.
+    """Write the figure, the tables and the page's section from the CSV files.
 
     Raises:
-        SystemExit: There are none.
+        SystemExit: There are no CSV files.
     """
     rows, layers = read_csv(results / RUNS_CSV), read_csv(results / LAYERS_CSV)
     if not rows:

@@ -1,4 +1,4 @@
-"""Trainings of the ablation: what one is, and how they are run, skipped, resumed and shared between processes."""
+"""Trainings of the ablation: run, skip, resume and share them between processes."""
 import fcntl
 import json
 import math
@@ -16,12 +16,12 @@ __all__ = ['Run', 'Runner', 'finished_runs', 'is_done']
 
 
 class Run(NamedTuple):
-    """One training: what sets it apart from the others of its phase."""
+    """One training, identified within its phase by the fields below."""
     phase: str
     variant: str
     seed: int
-    timesteps: int  # 0: the teacher
-    options: Dict[str, Any]  # of train.py, by name
+    timesteps: int  # 0 for the teacher
+    options: Dict[str, Any]  # options of train.py, by name
 
     @property
     def name(self) -> str:
@@ -33,24 +33,24 @@ def is_done(folder: Path) -> bool:
 
 
 def start_arguments(folder: Path, arguments: Sequence[str]) -> List[str]:
-    """What train.py is started with: the run's arguments, or --resume where it left a checkpoint."""
+    """Return the arguments of train.py: the run's, or --resume if there is a checkpoint."""
     if (folder / 'last.pth.tar').is_file() and (folder / 'args.yaml').is_file():
         return ['--resume', str(folder)]
     if folder.exists():
-        shutil.rmtree(folder)  # cut off before its first checkpoint
+        shutil.rmtree(folder)  # interrupted before its first checkpoint
     return list(arguments)
 
 
 class Runner:
-    """Runs trainings, some at a time, each in a process of its own that holds the run's lock file.
+    """Run trainings, several at a time, each in a process that holds the run's lock file.
 
     Args:
         output: Root of all runs.
-        parallel: How many run at a time.
-        deadline: time.time() by which the last one is to be done; None for no limit.
-        revision: Code revision to note.
+        parallel: Number of simultaneous runs.
+        deadline: time.time() by which the last run must be done; None for no limit.
+        revision: Code revision to record.
         train: Command that starts a training.
-        max_load: Start nothing while the machine's load (1 minute) is not below this.
+        max_load: Start runs only while the machine's load (1 minute) is below this.
     """
 
     def __init__(
@@ -65,13 +65,13 @@ class Runner:
         self.output, self.parallel, self.deadline, self.revision = output, parallel, deadline, revision
         self.max_load = max_load
         self.train = list(train)
-        self.seconds: List[Tuple[int, float]] = []  # timesteps and seconds of what this process ran
+        self.seconds: List[Tuple[int, float]] = []  # (timesteps, seconds) of the runs of this process
 
     def folder(self, run: Run) -> Path:
         return self.output / 'runs' / run.name
 
     def estimate(self, run: Run) -> Optional[float]:
-        """Seconds that a run takes, from the finished ones, in proportion to T; None before the first."""
+        """Estimate the duration of a run in seconds from finished runs, proportional to T; None if there are none."""
         known = self.seconds or [
             (run.timesteps, json.loads((folder / 'summary.json').read_text())['seconds'])
             for run, _, folder in finished_runs(self.output)]
@@ -81,7 +81,7 @@ class Runner:
         return float(np.mean([s / t for t, s in known])) * run.timesteps
 
     def show_plan(self, runs: Sequence[Run]) -> None:
-        """All runs, and when they will be done."""
+        """Print all runs with their state, and the estimated time left."""
         left = [run for run in runs if not is_done(self.folder(run))]
         print(f'{len(runs)} runs, {len(runs) - len(left)} of them done; {self.parallel} at a time:')
         for run in runs:
@@ -103,10 +103,10 @@ class Runner:
 
         Args:
             runs: The runs.
-            arguments: Of train.py, by the name of the run.
+            arguments: Arguments of train.py, by the name of the run.
 
         Raises:
-            SystemExit: A training failed; its log is named.
+            SystemExit: A training failed. The message names its log.
         """
         waiting = [run for run in runs if not is_done(self.folder(run))]
         active: List[Tuple[Run, subprocess.Popen, float]] = []
@@ -137,13 +137,13 @@ class Runner:
         except BlockingIOError:
             print(f'{run.name}: another process runs it.', flush=True)
             return None
-        if is_done(folder):  # by another process, meanwhile
+        if is_done(folder):  # another process has finished it meanwhile
             return None
         words = start_arguments(folder, arguments[run.name])
         facts = {**run._asdict(), 'revision': self.revision}
         (folder.parent / f'{folder.name}.json').write_text(json.dumps(facts, indent=1) + '\n')
         with open(folder.parent / f'{folder.name}.log', 'a') as log:
-            # the child inherits the lock: it holds as long as the training lives, whatever becomes of this process
+            # the child inherits the lock, which therefore holds while the training runs, even if this process ends
             process = subprocess.Popen([*self.train, *words], stdout=log, stderr=log, pass_fds=[lock.fileno()])
         lock.close()
         print(f'{datetime.now():%H:%M:%S} {run.name}: started{" again" if words[0] == "--resume" else ""}, '
@@ -161,7 +161,7 @@ class Runner:
 
 
 def finished_runs(output: Path) -> Iterator[Tuple[Run, str, Path]]:
-    """(run, code revision, folder) of all that is done."""
+    """Yield (run, code revision, folder) of all finished runs."""
     for file in sorted((output / 'runs').glob('*.json')):
         folder = file.with_suffix('')
         if is_done(folder):

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Write the table of what the audit says of timm's classes, for the version of timm that is installed.
+"""Write the table of the audit's results for timm's classes, for the installed version of timm.
 
     python benchmarks/audit_table.py             # one small model of every family, and the hard cases
-    python benchmarks/audit_table.py --all       # then every architecture that has a class which the table lacks
-    python benchmarks/audit_table.py --continue  # go on with the table as it is: only what it lacks
+    python benchmarks/audit_table.py --all       # also every architecture with a class that is not in the table yet
+    python benchmarks/audit_table.py --continue  # keep the existing table and add what it lacks
 
-Models run on the CPU, two images of the smallest size that they take. The table is written after every model. A model
-with an operation that nothing explains is named, and what was found in it does not go into the table. Models with
-classes that the table lacks are audited when they are converted.
+Models run on the CPU with two images of the smallest size that they accept. The table is written after every model. A
+model with an unexplained operation is reported, and its findings are left out. Models with classes that are not in
+the table are audited at conversion.
 """
 import argparse
 import json
@@ -27,17 +27,17 @@ from timm_sscl.conversion.policy import Policy
 from timm_sscl.models.spiking import PREFIX
 
 WRAPPERS = 'FeatureListNet', 'FeatureDictNet', 'FeatureHookNet', 'FeatureGetterNet'  # they call the model's own modules
-MAX_PARAMETERS = 300e6  # a larger architecture is left out: its family's smaller ones have its classes
+MAX_PARAMETERS = 300e6  # larger architectures are skipped, since smaller ones of their family have the same classes
 
 Table = Dict[str, Dict[str, Dict[str, str]]]  # module -> class -> operation that stays analog -> reason
 
 
 class Unexplained(ValueError):
-    """An architecture that the audit does not fully explain."""
+    """The audit does not fully explain an architecture."""
 
 
 def classes_of(name: str) -> Set[str]:
-    """Names of the classes of an architecture, before its conversion."""
+    """Return the names of the classes in an architecture before its conversion."""
     with torch.device('meta'):
         model = Subject(name).create()
     if sum(p.numel() for p in model.parameters()) > MAX_PARAMETERS:
@@ -46,12 +46,12 @@ def classes_of(name: str) -> Set[str]:
 
 
 def findings_of(model: nn.Module) -> List[Finding]:
-    """What an audit of a spiking model finds.
+    """Return the findings of an audit of a spiking model.
 
     Raises:
-        Unexplained: It finds an unknown operation, or cannot run.
+        Unexplained: The audit finds an unknown operation or cannot run.
     """
-    # the conversion has audited a model whose classes the installed table lacks
+    # the conversion has already audited a model with classes that the installed table lacks
     seen = model._audit or audit(model, model._report, Policy(model, None, None))
     if seen.unknown or seen.status.startswith('pending') or 'training mode was not seen' in seen.status:
         raise Unexplained('; '.join([*(finding.reason for finding in seen.unknown), seen.status]))
@@ -59,7 +59,7 @@ def findings_of(model: nn.Module) -> List[Finding]:
 
 
 def audit_model(name: str) -> Dict[str, Dict[str, str]]:
-    """Class -> operation -> reason, for all classes of one architecture."""
+    """Return class -> operation -> reason for all classes of one architecture."""
     model = Subject(name).create(PREFIX, timesteps=2, allow_analog=True)
     modules = dict(model.named_modules())
     found: Dict[str, Dict[str, str]] = {cls: {} for cls in classes_of(name)}
@@ -70,14 +70,14 @@ def audit_model(name: str) -> Dict[str, Dict[str, str]]:
 
 
 def add(table: Table, found: Dict[str, Dict[str, str]]) -> None:
-    """Add what an audit found to the table."""
+    """Add the findings of an audit to the table."""
     for name, ops in found.items():
         module, _, cls = name.rpartition('.')
         table.setdefault(module, {}).setdefault(cls, {}).update(ops)
 
 
 def write(file: Path, table: Table) -> None:
-    """Write the table whole, or not at all."""
+    """Write the table atomically."""
     part = file.with_suffix('.part')
     ordered = {m: {c: dict(sorted(ops.items())) for c, ops in sorted(t.items())} for m, t in sorted(table.items())}
     part.write_text(json.dumps(ordered, indent=1) + '\n')
@@ -85,13 +85,13 @@ def write(file: Path, table: Table) -> None:
 
 
 def run(names: List[str], table: Table, file: Path, again: bool) -> Dict[str, str]:
-    """Audit architectures into the table; returns those that it could not explain, with the reason.
+    """Audit architectures and add them to the table. Return those that the audit does not explain, with the reason.
 
     Args:
         names: Architectures.
         table: The table, changed in place.
-        file: Where it is written, after every model.
-        again: Whether to audit models too all of whose classes the table has.
+        file: File of the table, written after every model.
+        again: Whether to audit models whose classes are all in the table, too.
     """
     failed, began = {}, time.time()
     for n, name in enumerate(names, 1):
@@ -100,7 +100,7 @@ def run(names: List[str], table: Table, file: Path, again: bool) -> Dict[str, st
             if not again and all(c.rpartition('.')[2] in table.get(c.rpartition('.')[0], ()) for c in classes):
                 continue
             add(table, audit_model(name))
-        except Exception as error:  # one architecture that cannot run does not cost the others
+        except Exception as error:  # one failing architecture does not stop the others
             failed[name] = f'{type(error).__name__}: {" ".join(str(error).split())[:300]}'
         write(file, table)
         print(f'{n:>5}/{len(names)}  {time.time() - began:5.0f} s  {name}  {failed.get(name, "")}', flush=True)

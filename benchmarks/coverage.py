@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Does every timm architecture become a healthy spiking network? A table per family, and totals.
+"""Check for every timm architecture whether it becomes a working spiking network. Prints a table per family, and
+totals.
 
     python benchmarks/coverage.py                       # all architectures on the meta device, then 98 families on CPU
     python benchmarks/coverage.py --skip-meta --families resnet,swin_transformer
     python benchmarks/coverage.py --skip-meta --checks audited,injected --continue
 
-families.csv is written after every model. --continue goes on where a run with the same checks was stopped.
-
-Each check is run on the spiking model, and on the ANN where timm itself may fail it: 'upstream' marks those.
+families.csv is written after every model. --continue continues an interrupted run with the same checks.
+Each check runs on the spiking model, and on the ANN if timm itself may fail it: 'upstream' marks such results.
 """
 import argparse
 import copy
@@ -42,7 +42,7 @@ from timm_sscl.features.stages import stage_indices
 
 T, B, CLASSES = 2, 2, 10
 
-# the smallest architecture of every family, and kwargs that shrink those that are large even so, structure kept
+# the smallest architecture of every family; SHRUNK has arguments that shrink those that are still large
 REPRESENTATIVES: Dict[str, str] = {
     'beit': 'beit_base_patch16_224', 'byoanet': 'halonet_h1', 'byobnet': 'test_byobnet', 'cait': 'cait_xxs24_224',
     'coat': 'coat_tiny', 'convit': 'convit_tiny', 'convmixer': 'convmixer_768_32', 'convnext': 'test_convnext',
@@ -76,7 +76,7 @@ REPRESENTATIVES: Dict[str, str] = {
     'vovnet': 'ese_vovnet19b_slim_dw', 'xception': 'legacy_xception', 'xception_aligned': 'xception41p',
     'xcit': 'xcit_nano_12_p8_224',
 }
-HARD_CASES = (  # more of a family where its smallest does not show it
+HARD_CASES = (  # further architectures for what the smallest of a family does not cover
     'mobilevitv2_050', 'test_efficientnet_evos', 'resnetv2_50d_evos', 'resnetv2_50d_frn', 'deepseek_vit_412m_enc',
     'gemma4_vit_167m_enc', 'mobilenetv5_300m_enc', 'qwen3_vit_88m_enc', 'caformer_s18', 'seresnet18',
     'coatnet_rmlp_nano_rw_224', 'beitv2_base_patch16_224', 'vit_relpos_small_patch16_224',
@@ -113,13 +113,13 @@ SHRUNK: Dict[str, Dict[str, Any]] = {
 
 
 class Result(NamedTuple):
-    """Outcome of one check: 'yes', 'upstream' (timm's own model fails it too) or 'no'."""
+    """Outcome of one check: 'yes', 'upstream' (timm's own model fails it, too) or 'no'."""
     outcome: str
     detail: str = ''
 
 
 class Subject:
-    """One architecture: the ANN, its spiking twin with the same weights, and an input both take."""
+    """One architecture: the ANN, the spiking model with the same weights, and an input that both accept."""
 
     def __init__(self, name: str):
         self.name = name
@@ -136,7 +136,7 @@ class Subject:
 
     @cached_property
     def images(self) -> torch.Tensor:
-        """Noise of the smallest size that the ANN takes."""
+        """Noise of the smallest size that the ANN accepts."""
         generator = torch.Generator().manual_seed(0)
         for size in probe_sizes(self.ann):
             images = torch.randn(B, *size, generator=generator)
@@ -150,19 +150,19 @@ class Subject:
 
     @cached_property
     def spiking(self) -> nn.Module:
-        """The twin, calibrated, its running statistics those of the images."""
+        """The spiking model, calibrated, with running statistics of the images."""
         model = self.create(PREFIX, timesteps=T)
         model.load_state_dict(self.ann.state_dict(), strict=True)
         self.drives = wake(model, self.images)
         return model
 
     def batch(self, size: int) -> torch.Tensor:
-        """So many images of noise."""
+        """Return `size` images of noise."""
         return torch.randn(size, *self.images.shape[1:], generator=torch.Generator().manual_seed(2))
 
 
 def wake(model: nn.Module, images: torch.Tensor) -> List[Any]:
-    """Calibrate a spiking model and give its norms the statistics of the images; returns what drives its layers."""
+    """Calibrate a spiking model and set its norms' statistics to those of the images; return the LayerDrives."""
     drives = calibrate(model, images).spiking_report().drives
     momenta = {m: m.momentum for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
     for norm in momenta:
@@ -179,7 +179,7 @@ def name_has_no_head(name: str) -> bool:
 
 
 def logits(out: Any) -> torch.Tensor:
-    """Some models return a tuple in training (distilled heads), encoders a feature map."""
+    """Return one tensor. Some models return a tuple in training (distilled heads), encoders a feature map."""
     out = sum(out) if isinstance(out, (tuple, list)) and len({o.shape for o in out}) == 1 else out
     return torch.cat([o.flatten(1) for o in out], 1) if isinstance(out, (tuple, list)) else out
 
@@ -240,12 +240,13 @@ def binary(s: Subject) -> Result:
 
 
 def apart(model: nn.Module, run: Callable[[nn.Module, torch.Tensor], Any], images: torch.Tensor) -> Result:
-    """Whether a batch equals its samples (float64, evaluation mode): a batch of 2 T, cut to 1, T and an odd number.
+    """Check that a batch gives the same as its samples (float64, evaluation mode), for batches of 1, T and an odd
+    number.
 
     Args:
         model: Spiking model.
         run: Entry point, (model, images) -> tensors (B, ...).
-        images: 2 T of them.
+        images: 2 T images.
     """
     model, images = copy.deepcopy(model).double().eval(), images.double()
     whole = tree_leaves(run(model, images))
@@ -258,12 +259,12 @@ def apart(model: nn.Module, run: Callable[[nn.Module, torch.Tensor], Any], image
             worst = max(worst, (w[:size] - part).abs().max().item() / (scale or 1.))
     if not any(spread):
         return Result('no', 'the same for every image')
-    # sums in another order; a flipped spike or a wrong step shows at 1e-3 of what tells two images apart
+    # sums in another order; a flipped spike or a wrong timestep shows at 1e-3 of the difference between two images
     return Result('yes' if worst < 1e-8 else 'no', f'{worst:.1e}')
 
 
 def by_sample(features: Any) -> Any:
-    """(T * B, ...) tensors as (B, T, ...)."""
+    """Reshape (T * B, ...) tensors to (B, T, ...)."""
     return tree_map(lambda x: x.unflatten(0, (T, -1)).transpose(0, 1), features)
 
 
@@ -274,7 +275,7 @@ def apart_forward(s: Subject) -> Result:
 
 @torch.no_grad()
 def apart_features(s: Subject) -> Result:
-    """forward_features, and forward_head of it."""
+    """Check forward_features, and forward_head of its output."""
     def run(model: nn.Module, x: torch.Tensor) -> Any:
         features = model.forward_features(x)
         return by_sample(features), [] if name_has_no_head(s.name) else model.forward_head(features)
@@ -290,7 +291,7 @@ def apart_intermediates(s: Subject) -> Result:
 
 
 def live(s: Subject) -> Result:
-    """Every neuron layer fires and gets a gradient, in training mode."""
+    """Check that every neuron layer fires and gets a gradient in training mode."""
     model, got = s.spiking, set()
     handles = [lif.register_full_backward_hook(lambda m, gi, go, n=n: got.add(n) if gi[0].any() else None)
                for n, lif in model.neurons().items()]
@@ -310,7 +311,7 @@ def live(s: Subject) -> Result:
 
 @torch.no_grad()
 def zero_inputs(ann: nn.Module, images: torch.Tensor) -> set:
-    """Modules of the ANN whose input is zero throughout."""
+    """Return the modules of the ANN whose input is all zeros."""
     zero = set()
     handles = [m.register_forward_pre_hook(lambda m, a, n=n: zero.add(n) if a and isinstance(a[0], torch.Tensor)
                                            and not a[0].any() else None) for n, m in ann.named_modules()]
@@ -321,18 +322,18 @@ def zero_inputs(ann: nn.Module, images: torch.Tensor) -> set:
 
 
 def taps(s: Subject) -> Result:
-    """Hooks see what forward_intermediates(per_step=True) returns, with checkpointing off and on."""
+    """Check that hooks record what forward_intermediates(per_step=True) returns, without and with checkpointing."""
     if name_has_no_head(s.name):
         return Result('upstream', 'no pooled feature: an encoder without a head')
     model = copy.deepcopy(s.spiking)
     found = find_taps(model, input_size=s.images.shape[1:])
     model.train()
-    for module in model.modules():  # no running statistics to differ, no dropout
+    for module in model.modules():  # so that running statistics and dropout do not differ
         if isinstance(module, nn.modules.batchnorm._BatchNorm) or 'Drop' in type(module).__name__:
             module.eval()
     if hasattr(model, 'drop_rate'):
         model.drop_rate = 0.
-    # with gradient as below: fused attention has other kernels without, and round-off flips spikes
+    # with gradients as below: fused attention uses other kernels without, and rounding flips spikes
     final, stages = model.forward_intermediates(s.images, indices=stage_indices(model), per_step=True)
     expected = [*stages, model.forward_head(final, pre_logits=True, per_step=True)]
     for checkpointing in (False, True):
@@ -361,7 +362,7 @@ def set_checkpointing(model: nn.Module) -> bool:
 def features_only(s: Subject) -> Result:
     try:
         expected = s.create(features_only=True).eval()(s.images)
-    except Exception as error:  # whatever timm raises where a family has no such form
+    except Exception as error:  # timm raises many types if a family has no such form
         return Result('upstream', f'{type(error).__name__}: {error}'[:80])
     maps = s.create(PREFIX, timesteps=T, features_only=True).eval()(s.images)
     same = [m.shape for m in maps] == [m.shape for m in expected]
@@ -384,13 +385,13 @@ def checkpointing(s: Subject) -> Result:
     set_checkpointing(checkpointed)
     first, second = grads(s.spiking, s.images), grads(checkpointed, s.images)
     scale = max(g.abs().max().item() for g in first.values())
-    # the same float32 arithmetic; only sums of gradients may come in another order
+    # the same float32 arithmetic; only sums of gradients may have another order
     different = [n for n in first if n not in second or (first[n] - second[n]).abs().max() > 1e-5 * scale]
     return Result('no', ', '.join(different[:3])) if different else Result('yes')
 
 
 def audited(s: Subject) -> Result:
-    """One forward shows no nonlinearity that the report does not explain, and the table of timm's classes says so."""
+    """Check that one forward shows no unexplained nonlinearity, and that the table of timm's classes agrees."""
     found = audit(s.spiking, s.spiking._report, Policy(s.spiking, None, None))
     listed = {record.name for record in s.spiking.spiking_report()}
     missing = [finding.name for finding in found.findings if finding.name not in listed]
@@ -407,7 +408,7 @@ INJECTED: Dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def injected(s: Subject) -> Result:
-    """An activation by hand that is put behind a random layer is refused, with the name of the layer."""
+    """Check that a hand-written activation after a random layer is refused, with the name of the layer."""
     model, missed = s.create(), []
     analog = [record.name for record in s.spiking.spiking_report() if record.now == record.was]
     layers = [name for name in layers_that_see(model, s.images)
@@ -431,7 +432,9 @@ def injected(s: Subject) -> Result:
 
 @torch.no_grad()
 def layers_that_see(model: nn.Module, images: torch.Tensor) -> List[str]:
-    """Layers with weights whose output is a tensor that depends on the images (a table of position biases does not)."""
+    """Return the layers with weights whose output is a tensor that depends on the images (a position bias table does
+    not).
+    """
     model = copy.deepcopy(model).eval()
     outputs: Dict[str, List[torch.Tensor]] = {}
     for name, module in model.named_modules():
@@ -451,17 +454,17 @@ CHECKS: Dict[str, Callable[[Subject], Result]] = {
                   apart_features, apart_intermediates, apart_features_only, audited, injected)}
 
 
-# ---- running them
+# ---- running the checks
 
 def run_family(task: Tuple[str, str], checks: Sequence[str] = tuple(CHECKS)) -> Dict[str, Any]:
-    """Checks on one architecture, all by default."""
+    """Run checks on one architecture, all by default."""
     torch.set_num_threads(1)
     family, name = task
     subject, row, began = Subject(name), dict(family=family, model=name), time.time()
     for check in checks:
         try:
             row[check], row[f'{check}_detail'] = CHECKS[check](subject)
-        except Exception as error:  # a check that cannot run is a check that fails
+        except Exception as error:  # a check that cannot run counts as failed
             row[check], row[f'{check}_detail'] = 'no', f'{type(error).__name__}: {error}'[:200]
     row['seconds'] = round(time.time() - began, 1)
     gc.collect()
@@ -469,7 +472,7 @@ def run_family(task: Tuple[str, str], checks: Sequence[str] = tuple(CHECKS)) -> 
 
 
 def run_meta(name: str) -> Dict[str, Any]:
-    """Build and convert one architecture without memory."""
+    """Build and convert one architecture on the meta device."""
     row = dict(family=_model_to_module[name], model=name)
     try:
         with torch.device('meta'):
@@ -483,7 +486,7 @@ def run_meta(name: str) -> Dict[str, Any]:
 
 
 def run_all(function: Callable, tasks: List[Any], jobs: int, what: str, keep: Callable) -> List[Dict[str, Any]]:
-    """Map with progress; keep(rows) after each, so that a long run that is stopped leaves what it found."""
+    """Map with progress, and call keep(rows) after each result, so that an interrupted run keeps its results."""
     rows, began = [], time.time()
     with multiprocessing.get_context('fork').Pool(jobs, maxtasksperchild=32) as pool:
         for row in pool.imap_unordered(function, tasks, chunksize=1):
@@ -510,7 +513,7 @@ def print_table(rows: List[Dict[str, Any]], checks: Sequence[str]) -> None:
 
 
 def totals(rows: List[Dict[str, Any]], checks: Sequence[str]) -> Dict[str, str]:
-    """Per check, 'yes + upstream of all' families; a family counts by all its models."""
+    """Return 'yes + upstream of all' families per check. A family counts if all its models pass."""
     families = sorted({row['family'] for row in rows})
     result = {}
     for check in checks:
@@ -530,7 +533,7 @@ def write_csv(file: Path, rows: List[Dict[str, Any]]) -> None:
 
 
 def read_csv(file: Path, checks: Sequence[str]) -> List[Dict[str, Any]]:
-    """Rows of a run that was stopped, those that have all the checks."""
+    """Return the rows of an interrupted run that have all the checks."""
     if not file.is_file():
         return []
     with file.open(newline='') as stream:

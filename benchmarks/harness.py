@@ -1,4 +1,5 @@
-"""What the speed benchmarks share: interleaved timing, peak memory in fresh processes, tables, JSON, the machine."""
+"""Common parts of the speed benchmarks: interleaved timing, peak memory in fresh processes, tables, JSON, the machine.
+"""
 import argparse
 import ctypes
 import gc
@@ -21,9 +22,9 @@ from timm_sscl.neurons import lif_backend
 RESULTS = Path(__file__).resolve().parent / 'results'
 PACKAGES = 'torch', 'timm', 'spikingjelly', 'snntorch'
 
-# without this, glibc keeps freed blocks below 32 MiB, and what a process holds says more about holes than about tensors
+# glibc otherwise keeps freed blocks below 32 MiB, and a process's memory then depends more on holes than on tensors
 EXACT_MALLOC = {'MALLOC_MMAP_THRESHOLD_': '65536'}
-# without this, it returns every block above 32 MiB at once, and a kernel's time is that of its output's page faults
+# glibc otherwise returns blocks above 32 MiB at once, and a kernel's time then includes page faults of its output
 STEADY_MALLOC = {'MALLOC_MMAP_MAX_': '0', 'MALLOC_TRIM_THRESHOLD_': str(2 ** 36)}
 
 
@@ -45,12 +46,12 @@ def create_parser(doc: str, rounds: int) -> argparse.ArgumentParser:
     parser.add_argument('--rounds', type=int, default=rounds, help=f'times every variant runs (default: {rounds})')
     parser.add_argument('--threads', type=int, default=os.cpu_count(), help='CPU threads (default: all cores)')
     parser.add_argument('--output', type=Path, default=RESULTS, help='folder for JSON and figures')
-    parser.add_argument('--worker', help=argparse.SUPPRESS)  # one variant's memory, in a process of its own
+    parser.add_argument('--worker', help=argparse.SUPPRESS)  # one variant's memory, measured in its own process
     return parser
 
 
 def keep_freed_memory() -> None:
-    """Start this process again with glibc keeping what is freed: it reads these settings at its start."""
+    """Restart this process with glibc settings that keep freed memory; glibc reads them only at its start."""
     if any(os.environ.get(name) != value for name, value in STEADY_MALLOC.items()):
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **STEADY_MALLOC})
 
@@ -60,7 +61,7 @@ def has(package: str) -> bool:
 
 
 def interleave(variants: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 2) -> Dict[str, Timing]:
-    """Run every variant in turn, round after round: what disturbs the machine disturbs all alike."""
+    """Run all variants in turn, round by round, so that disturbances of the machine affect all alike."""
     for name, run in variants.items():
         began = time.time()
         for _ in range(warmup):
@@ -83,14 +84,14 @@ def interleave(variants: Mapping[str, Callable[[], Any]], rounds: int, warmup: i
 # ---- memory
 
 def _resident(field: str) -> float:
-    """MiB of this process from /proc: VmRSS, or VmHWM, its highest since it was reset."""
+    """Return MiB of this process from /proc: VmRSS, or VmHWM, the maximum since its last reset."""
     with open('/proc/self/status') as status:
         return next(int(line.split()[1]) / 1024 for line in status if line.startswith(field))
 
 
 def measure_peak(step: Callable[..., Any]) -> float:
-    """MiB that step() adds at its peak to what the process holds before, after a step(2) on two samples."""
-    with lif_backend('compiled'):  # small tensors too: the compiler's memory is not the step's
+    """Return the MiB that step() adds at its peak to the process, after a step(2) on two samples."""
+    with lif_backend('compiled'):  # compile for the small tensors, too, so that the compiler's memory is not counted
         step(2)
     gc.collect()
     ctypes.CDLL('libc.so.6').malloc_trim(0)
@@ -102,7 +103,7 @@ def measure_peak(step: Callable[..., Any]) -> float:
 
 
 def peak_in_fresh_process(script: str, variant: str, *options: str, exact: bool = True) -> Optional[float]:
-    """MiB that `script --worker variant` prints last, in its own process; None where it cannot run."""
+    """Return the MiB that `script --worker variant` prints last, in its own process; None if it fails."""
     command = [sys.executable, script, '--worker', variant, *options]
     env = {**os.environ, **(EXACT_MALLOC if exact else {})}
     result = subprocess.run(command, capture_output=True, text=True, env=env)
@@ -112,7 +113,7 @@ def peak_in_fresh_process(script: str, variant: str, *options: str, exact: bool 
     return float(result.stdout.strip().splitlines()[-1])
 
 
-# ---- what comes out
+# ---- output
 
 def machine() -> Dict[str, Any]:
     with open('/proc/meminfo') as info:
@@ -129,7 +130,7 @@ def machine() -> Dict[str, Any]:
 
 
 def show(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """A table on the terminal."""
+    """Print a table."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     text = [[_cell(row.get(column)) for column in columns] for row in rows]
     widths = [max(len(c), *(len(line[i]) for line in text)) for i, c in enumerate(columns)]
@@ -144,10 +145,10 @@ def _cell(value: Any) -> str:
 
 
 def save(output: Path, name: str, tables: Mapping[str, Sequence[Mapping[str, Any]]], **facts: Any) -> None:
-    """All tables of a benchmark as JSON, with the machine; runs before stay in the file, the newest first."""
+    """Write all tables of a benchmark and the machine to JSON. The previous run stays in the file, after the newest."""
     output.mkdir(parents=True, exist_ok=True)
     file = output / f'{name}.json'
     runs = json.loads(file.read_text()) if file.is_file() else []
     newest = dict(machine=machine(), threads=torch.get_num_threads(), **facts, tables=tables)
-    file.write_text(json.dumps([newest, *runs][:2], indent=1) + '\n')  # two runs show how far they agree
+    file.write_text(json.dumps([newest, *runs][:2], indent=1) + '\n')  # two runs show how well they agree
     print(f'\nfile: {file}')

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""What SSCL adds to a training step: teacher, projections and critic, CKA, each beside the step without them.
+"""Measure what SSCL adds to a training step: teacher, projections and critic, CKA, each compared with the step without.
 
     python benchmarks/loss.py
 
-A spiking ResNet-18 with its ANN as the teacher, T = 4, batch 128 of 64 x 64 by default.
+By default a spiking ResNet-18 with its ANN as the teacher, T = 4, batch 128 of 64 x 64.
 """
 from typing import Any, Dict, List
 

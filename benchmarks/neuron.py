@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""What a neuron costs: forward and backward of a LIF layer beside a ReLU's on the same tensor, and beside peers'.
+"""Measure the cost of a neuron: forward and backward of a LIF layer compared with a ReLU and with other packages.
 
     python benchmarks/neuron.py
 
-T = 4 steps of a batch of 32 maps of 64 x 32 x 32, in contiguous and channels_last layout, float32 and bfloat16.
-Memory that is freed stays with the process, as in a training whose tensors are of the same sizes at every step.
+T = 4 timesteps of a batch of 32 maps of 64 x 32 x 32, in contiguous and channels_last layout, float32 and bfloat16.
+Freed memory stays with the process, as in a training in which tensors have the same sizes in every step.
 """
 from typing import Any, Callable, Dict, Optional
 
@@ -20,7 +20,7 @@ REFERENCE = 'ReLU'
 
 
 class _Window(torch.autograd.Function):
-    """Step with the closed rectangular window, for the recursion in plain torch."""
+    """Step function with the closed rectangular window as surrogate, for the recursion in plain torch."""
 
     @staticmethod
     def forward(ctx, u):
@@ -34,7 +34,7 @@ class _Window(torch.autograd.Function):
 
 
 def plain(x: torch.Tensor) -> torch.Tensor:
-    """The recursion as one would write it."""
+    """Run the recursion written in plain torch."""
     v, spikes = 0., []
     for x_t in x.unflatten(0, (T, -1)):
         u = .25 * v + x_t
@@ -94,7 +94,7 @@ VARIANTS: Dict[str, Optional[Callable]] = {
 
 
 def step(neuron: Callable, x: torch.Tensor, grad: torch.Tensor) -> None:
-    with lif_backend(getattr(neuron, 'backend', 'auto')):  # of the backward too
+    with lif_backend(getattr(neuron, 'backend', 'auto')):  # also applies to the backward
         torch.autograd.grad(neuron(x), x, grad)
 
 

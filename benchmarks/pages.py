@@ -1,18 +1,18 @@
-"""Sections of the manual that benchmarks write: what stands between two markers of a page."""
+"""Write sections of the manual between two markers of a page."""
 from pathlib import Path
 from typing import Sequence
 
 PAGES = Path(__file__).resolve().parent.parent / 'docs' / 'pages'
-FIGURES = '../../benchmarks/results'  # from a page; docs/hooks.py copies the figures into the built manual
+FIGURES = '../../benchmarks/results'  # relative to a page; docs/hooks.py copies the figures into the built manual
 
 
 def write_section(page: Path, begin: str, end: str, lines: Sequence[str]) -> None:
-    """Replace what stands between two markers of a page.
+    """Replace the lines between two markers of a page.
 
     Args:
         page: Markdown file.
         begin: First marker, a line of its own.
-        end: Last marker, likewise.
+        end: Last marker, a line of its own.
         lines: New lines between them.
 
     Raises:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write the performance page's tables from the JSON that the speed benchmarks left.
+r"""Write the performance page's tables from the JSON files of the speed benchmarks.
 
     python benchmarks/neuron.py && python benchmarks/train_step.py && python benchmarks/loss.py && \
         python benchmarks/scaling.py && python benchmarks/performance.py
@@ -22,7 +22,7 @@ def runs(name: str) -> List[Dict[str, Any]]:
 
 
 def markdown(rows: Sequence[Mapping[str, Any]], columns: Sequence[Tuple[str, str, str]]) -> List[str]:
-    """columns: key, heading, format."""
+    """Return rows as a Markdown table. Columns are (key, heading, format)."""
     lines = ['| ' + ' | '.join(heading for _, heading, _ in columns) + ' |', '|---' * len(columns) + '|']
     for row in rows:
         cells = ['-' if row.get(key) is None else format(row[key], spec) for key, _, spec in columns]
@@ -31,7 +31,7 @@ def markdown(rows: Sequence[Mapping[str, Any]], columns: Sequence[Tuple[str, str
 
 
 def both(name: str, table: str, key: str, value: str) -> Dict[str, List[float]]:
-    """Values of both runs, by row."""
+    """Return the values of both runs by row."""
     values: Dict[str, List[float]] = {}
     for run in runs(name):
         for row in run['tables'][table]:
@@ -41,7 +41,7 @@ def both(name: str, table: str, key: str, value: str) -> Dict[str, List[float]]:
 
 
 def agreement(name: str, table: str, key: str, value: str) -> str:
-    """How far two runs' ratios are apart, at most and in the median."""
+    """Return a sentence on the difference between two runs' ratios, in the median and at most."""
     pairs = [v for v in both(name, table, key, value).values() if len(v) == 2]
     if not pairs:
         return ''

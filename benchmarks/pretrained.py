@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
-"""A trained ReLU network as integrate-and-fire neurons: accuracy over T, by how the thresholds were chosen.
+"""Measure the accuracy of a trained ReLU network converted to integrate-and-fire neurons, over T and kinds of
+thresholds.
 
     accelerate launch train.py --model resnet20_cifar --distill none ... --experiment ann
     python benchmarks/pretrained.py output/train/ann
 
-Thresholds come from training images; accuracy is on validation images, the ANN's on the same. Besides, the training
-neuron (tau 0.25, hard reset) with calibrated gains and the same weights, which is an initialisation and no conversion.
+Thresholds come from training images. Accuracies of the spiking network and the ANN are on validation images. The
+training neuron (tau 0.25, hard reset) with calibrated gains and the same weights is measured, too; it is an
+initialisation, not a conversion.
 """
 import argparse
 import csv
@@ -45,7 +47,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def create_ann(run: Path) -> Tuple[nn.Module, Dict[str, Any]]:
-    """The run's network with its last weights, and its options."""
+    """Return the run's network with its last weights, and its options."""
     options = yaml.safe_load((run / 'args.yaml').read_text())
     facts = json.loads((run / 'summary.json').read_text())
     if facts['timesteps']:

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""How a training step grows with T, batch and resolution: time and peak memory of a spiking ResNet-18 and of its ANN.
+"""Measure how a training step grows with T, batch and resolution: time and peak memory of a spiking ResNet-18 and its
+ANN.
 
     python benchmarks/scaling.py
 
-Prints the slope over T beside what the ANN pays per further image, and draws both.
+Prints the slope over T beside the ANN's cost per additional image, and draws both.
 """
 from typing import Any, Dict, List, Sequence
 
@@ -30,13 +31,13 @@ def step_of(case: Dict[str, Any]):
 
 
 def slope(x: Sequence[float], y: Sequence[float]) -> float:
-    """Least squares."""
+    """Return the least squares slope."""
     mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
     return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y)) / sum((a - mean_x) ** 2 for a in x)
 
 
 def linearity(x: Sequence[float], y: Sequence[float]) -> float:
-    """Largest deviation from the fitted line, as a share of the largest value."""
+    """Return the largest deviation from the fitted line, relative to the largest value."""
     k = slope(x, y)
     offset = sum(y) / len(y) - k * sum(x) / len(x)
     return max(abs(b - offset - k * a) for a, b in zip(x, y)) / max(y)
@@ -68,7 +69,7 @@ def draw(rows: List[Dict[str, Any]], file: str) -> None:
                 axis.set_xlabel(label)
     axes[0][0].legend()
     for row in axes:
-        row[0].set_ylim(bottom=0)  # when all is drawn: the rows share it
+        row[0].set_ylim(bottom=0)  # after drawing, since the rows share the axis
     figure.suptitle('ResNet-18 training step, channels_last')
     figure.savefig(file, dpi=110)
     print(f'figure: {file}')

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""How close students came to their teacher, per layer: NCE, MI bound and CKA on validation images, by one evaluator.
+r"""Measure the similarity of students to their teacher per layer: NCE, MI bound and CKA on validation images.
 
     python benchmarks/similarity.py --data-dir DIR --teacher resnet20_cifar --teacher-checkpoint T.pth.tar \
         --model spiking_resnet20_cifar --model-kwargs width=16 RUN [RUN ...]
 
-A student's own projections flatter the mode that trained them, and mode `none` has none. So one evaluator, a pair of
-projections per layer, is trained on the frozen features of the teacher and of ALL students together (training images,
-every student the same share), then frozen and applied to each student's validation features. The critic is that of
-training; its value depends on the batch, which is the same for all.
+A student's own projections favour the mode that trained them, and mode `none` has none. Therefore one evaluator, a pair
+of projections per layer, is trained on the frozen features of the teacher and of ALL students together (training
+images, the same number for every student). It is then frozen and applied to each student's validation features. The
+critic is that of the training. Its value depends on the batch size, which is equal for all.
 """
 import argparse
 import csv
@@ -57,7 +57,7 @@ def make_loader(args: argparse.Namespace, split: str, config: Dict):
 
 @torch.no_grad()
 def collect(models: Dict[str, torch.nn.Module], readers: Dict[str, FeatureReader], loader, with_cka: bool):
-    """Pooled features per model, and per student the HSIC terms against the teacher, averaged over batches."""
+    """Return pooled features per model, and per student the HSIC terms with the teacher, averaged over batches."""
     pooled: Dict[str, Features] = {name: [] for name in models}
     terms: Dict[str, List[torch.Tensor]] = {name: [] for name in models}
     for i, (x, _) in enumerate(loader):
@@ -74,7 +74,7 @@ def collect(models: Dict[str, torch.nn.Module], readers: Dict[str, FeatureReader
 
 def fit_evaluator(args: argparse.Namespace, reader: FeatureReader, teacher: FeatureReader, pooled: Dict[str, Features],
                   students: List[str]) -> SSCLCriterion:
-    """One pair of projections per layer, trained on the frozen features of all students alike."""
+    """Train one pair of projections per layer on the frozen features of all students."""
     torch.manual_seed(args.seed)
     evaluator = SSCLCriterion(reader.names, reader.channels, teacher.channels, temperature=args.temperature,
                               critic=args.critic, weighting='uniform')
@@ -99,7 +99,7 @@ def fit_evaluator(args: argparse.Namespace, reader: FeatureReader, teacher: Feat
 
 
 def measure(evaluator: SSCLCriterion, student: Features, teacher: Features) -> Dict[str, Tuple[float, float]]:
-    """NCE and MI bound per layer, the mean over the full batches."""
+    """Return NCE and MI bound per layer, averaged over the full batches."""
     size = len(teacher[0][0])
     sums = {name: [0., 0.] for name in evaluator.names}
     batches = [(s, a) for s, a in zip(student, teacher) if len(a[0]) == size]

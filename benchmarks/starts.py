@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Finished runs of train.py that differ in how the student started, side by side: top-1 after every epoch.
+"""Compare finished runs of train.py that differ in the student's initialisation: top-1 after every epoch.
 
     python benchmarks/starts.py RUN [RUN ...]
 
-The first run is what the others are compared with: 'reached' is the epoch after which a run was at least as good as the
-first at its end.
+Other runs are compared with the first: 'reached' is the epoch after which a run was at least as good as the first run
+at its end.
 """
 import argparse
 import csv

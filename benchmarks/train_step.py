@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""What a training step costs: time and peak memory of a spiking ResNet-18 beside its ANN on as many images.
+"""Measure the cost of a training step: time and peak memory of a spiking ResNet-18 and of its ANN on as many images.
 
     python benchmarks/train_step.py
 
-T = 4, 8 images of 112 x 112 for time (16 for memory); the ANN sees T times as many. A step is forward, cross-entropy,
-backward and SGD. Memory is that of tensors (glibc's holes kept out), and as the process has it.
+T = 4, 8 images of 112 x 112 for time (16 for memory); the ANN gets T times as many. A step is forward, cross-entropy,
+backward and SGD. Memory is given for tensors (without glibc's holes) and for the process.
 """
 from contextlib import nullcontext
 from typing import Any, Callable, Dict, NamedTuple
@@ -92,7 +92,7 @@ def create(variant: Variant, timesteps: int) -> nn.Module:
 
 
 def create_step(variant: Variant, batch: int, size: int = SIZE, timesteps: int = T) -> Callable[[int], None]:
-    """step(batch): one training step on so many samples; an ANN sees timesteps times as many."""
+    """Return step(batch): one training step on `batch` samples. An ANN gets timesteps times as many."""
     model = create(variant, timesteps)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=.9)
     rows = batch if variant.spiking else batch * timesteps

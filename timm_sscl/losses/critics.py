@@ -105,7 +105,7 @@ def nce_loss(
     n, columns = scores.shape
     positive = torch.eye(n, columns, dtype=torch.bool, device=scores.device)
     counted = _counted(scores, queue_mask)
-    num_candidates = columns if counted is None else counted.sum().to(scores.dtype)  # per row: its positive and its negatives
+    num_candidates = columns if counted is None else counted.sum().to(scores.dtype)  # per row
     if normalize:
         if num_pairs is not None:
             raise ValueError(f'num_pairs={num_pairs}: the normalised critic has no M; use normalize=False with it.')
