@@ -14,6 +14,7 @@ from timm_sscl.untouched import all_or_nothing
 
 from .audit import Audit, audit, is_known, message
 from .batch_axis import find_batch_axis
+from .channels import give_channels
 from .dropout import why_no_shared_mask
 from .feature_activations import repeats_activations
 from .functional_calls import calls_noise
@@ -258,14 +259,14 @@ def convert_to_spiking(
         variant.check(model, settings)
     policy = Policy(model, settings.include, settings.exclude)
     neuron_class = settings.neuron_class_name
-    plan = _make_plan(model, policy, neuron_class, input_size, example_inputs)
-    inspect = None if is_known(model) else partial(
-        audit, policy=policy, input_size=input_size, example_inputs=example_inputs)
+    given = dict(input_size=input_size, example_inputs=example_inputs)
+    plan = _make_plan(model, policy, neuron_class, **given)
+    inspect = None if is_known(model) else partial(audit, policy=policy, **given)
     try:
-        _carry_out(model, plan, settings, explicit, inspect)
+        _carry_out(model, plan, settings, explicit, given, inspect)
     except _HardSigmoids as found:
         plan = Plan(model, policy, neuron_class, plan.found, found.reasons)
-        _carry_out(model, plan, settings, explicit, inspect)
+        _carry_out(model, plan, settings, explicit, given, inspect)
     swapped = Counter(record.was for record in plan.records if record.becomes_neuron)
     _logger.info(f'{type(model).__name__}: {sum(swapped.values())} activations became {neuron_class} '
                  f'({", ".join(f"{n} {kind}" for kind, n in swapped.most_common())}), {settings}')
@@ -286,6 +287,7 @@ def _carry_out(
         plan: Plan,
         settings: SpikingSettings,
         explicit: FrozenSet[str],
+        given: Dict[str, Any],
         inspect: Optional[Callable[..., Audit]],
 ) -> None:
     """Make the model spiking and audit it. On an error the model is restored."""
@@ -301,6 +303,7 @@ def _carry_out(
     model._explicit = explicit
     model._report = plan.records
     model._configure()
+    give_channels(model, **given)
     model._audit = None if inspect is None else inspect(model, plan.records)
     if model._audit is not None and model._audit.hard_sigmoids:
         raise _HardSigmoids(model._audit.hard_sigmoids)

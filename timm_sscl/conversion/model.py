@@ -13,6 +13,7 @@ import torch.nn as nn
 from torch.utils._pytree import tree_map
 
 from .call_sites import set_calls
+from .channels import give_channels
 from .decoding import decode
 from .feature_activations import feature_neuron, fires_features, pruning_methods
 from .functional_calls import NEURON_NAME, FunctionsOverTime, methods_inside_only, number_of_calls
@@ -251,6 +252,9 @@ class SpikingModule(SpikingState, Mixin):
         """Change the settings and apply them to neurons, dropout, stem and variants."""
         before, variants = self.settings, settings.variants()
         again = any(getattr(settings, name) != getattr(before, name) for name in ('neuron', 'include', 'exclude'))
+        again = again or settings.built_from() != before.built_from()
+        for neuron in () if again else self.neurons().values():
+            neuron.check_steps(settings.timesteps)
         others = [kind for kind in KINDS if getattr(settings, kind) != getattr(before, kind)]
         if replace(settings, timesteps=before.timesteps) != before:
             for variant in variants.values():
@@ -266,6 +270,7 @@ class SpikingModule(SpikingState, Mixin):
             if settings.calls is not None or before.calls is not None:
                 set_calls(self, settings.calls)
             self._configure()
+            give_channels(self)
 
     def _configure(self) -> None:
         """Give variants, neurons and noise the settings; modules that came since the conversion among them."""
@@ -342,6 +347,7 @@ class SpikingModel(SpikingModule):
         known = {record.name for record in self._report}
         self._report += [record for record in swap_modules(self, self.settings) if record.name not in known]
         self._configure()
+        give_channels(self)
 
 
 SpikingEncoder = SpikingModel  # name in pickles of version 0.1.0

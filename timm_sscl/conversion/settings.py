@@ -120,6 +120,11 @@ class SpikingSettings:
                 found[kind] = create_variant(kind, name, **options)
         return found
 
+    def built_from(self) -> Pairs:
+        """Settings that the neurons' parameters are made from: where they change, so do the neurons."""
+        options = self.neuron_options()
+        return tuple((name, options[name]) for name in neuron_class(self.neuron).built_from)
+
     @property
     def neuron_class_name(self) -> str:
         return neuron_class(self.neuron).__name__

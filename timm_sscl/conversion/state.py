@@ -108,8 +108,9 @@ class SpikingState:
         structure = ['include', 'exclude', 'calls', 'neuron']  # which neurons there are, and which parameters
         for variants in (settings.variants(), self._spiking_settings.variants()):
             structure += [kind for kind, variant in variants.items() if variant.changes_state]
-        for name in structure:
-            theirs, own = getattr(settings, name), getattr(self._spiking_settings, name)
+        pairs = [(name, getattr(settings, name), getattr(self._spiking_settings, name)) for name in structure]
+        pairs.append(('neuron_kwargs', settings.built_from(), self._spiking_settings.built_from()))
+        for name, theirs, own in pairs:
             if theirs != own:
                 raise RuntimeError(f'{type(self).__name__}: its state was replaced by that of a model with {name}='
                                    f'{theirs}, its own is {name}={own}. Convert it alike first or use load_state_dict.')
@@ -151,6 +152,8 @@ class SpikingState:
         return state
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
+        if prefix + SETTINGS_KEY not in state_dict:
+            self._forget(state_dict, prefix)
         self._take_settings(state_dict, prefix)
         self._forget(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -164,6 +167,7 @@ class SpikingState:
                 if f'{name}.{key}' in state_dict:
                     own, value = lif._buffers[key], state_dict[f'{name}.{key}'].detach()
                     setattr(lif, factor, value.to(value.device if own is None else own.device, copy=True))
+            lif.adopt_steps(state_dict, f'{name}.')
         own = self.state_dict(keep_vars=True)
         with torch.no_grad():
             for key, value in state_dict.items():
@@ -182,7 +186,7 @@ class SpikingState:
                 raise RuntimeError(f'{type(self).__name__}: {error}') from error
             held = [v for k, v in state_dict.items() if k.startswith(prefix) and k.endswith(tuple(FACTORS.values()))]
             self._check_channels(stored, [*held, *self._neuron_factors()])
-            self._restore_settings(settings)
+            self._restore_with_steps(settings, state_dict, prefix)
         device = next((v.device for k, v in state_dict.items() if k.startswith(prefix)), torch.device('cpu'))
         gains = stored.get('gains')
         data = encode(self._spiking_settings.stored(gains or self._kind_of_gains()))
@@ -221,6 +225,19 @@ class SpikingState:
                 if value is not None:
                     state_dict.update((f'{name}.{key}', value) for name in aliases)
 
+    def _restore_with_steps(self, stored: SpikingSettings, state_dict: Dict[str, torch.Tensor], prefix: str) -> None:
+        """Restore settings, after the neurons have parameters for as many time steps as those that will be loaded."""
+        neurons = self.neurons()
+        before = [(p, p.data) for neuron in neurons.values() for p in map(neuron._parameters.get, neuron.per_step)]
+        try:
+            for name, neuron in neurons.items():
+                neuron.adopt_steps(state_dict, f'{prefix}{name}.')
+            self._restore_settings(stored)
+        except Exception:
+            for parameter, data in before:
+                parameter.data = data
+            raise
+
     def _restore_settings(self, stored: SpikingSettings) -> None:
         """Take over a checkpoint's settings; what was asked for explicitly stays, and what differs is logged."""
         own, theirs = self._spiking_settings.flat(), stored.flat()
@@ -248,7 +265,10 @@ class SpikingState:
         """Drop an ANN's parameters of activations that are neurons now (StarReLU's scale and bias, EvoNorm's v)."""
         dropped = 0
         for name, module in self.named_modules():
-            for parameter in getattr(module, 'forgotten', ()):
+            forgotten = getattr(module, 'forgotten', ())
+            if forgotten and prefix + SETTINGS_KEY in state_dict:
+                forgotten = [parameter for parameter in forgotten if parameter not in module.state_dict()]
+            for parameter in forgotten:
                 dropped += state_dict.pop(f'{prefix}{name}.{parameter}', None) is not None
         if dropped:
             _logger.info(f'{type(self).__name__}: {dropped} parameters of activations that are neurons now were not '

@@ -84,8 +84,12 @@ class ChannelAxes(TorchFunctionMode):
 
     def axis(self, x: torch.Tensor) -> int:
         """Return the channel axis of a tensor; `default_axis` if the mode did not see where it comes from."""
-        known = self._axes.get(x)
+        known = self.known_axis(x)
         return known if known is not None else default_axis(x.ndim)
+
+    def known_axis(self, x: torch.Tensor) -> Optional[int]:
+        """Axis of the channels of a tensor that was seen; None of others."""
+        return self._axes.get(x)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}

@@ -1,16 +1,16 @@
 """SpikingNeuron: what all neurons share. A neuron is one file: its settings, its parameters and its step."""
-from dataclasses import dataclass, fields
-from typing import Any, Dict, Mapping, Tuple, Union
+from dataclasses import fields
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 
-from timm_sscl.knobs import build, knob
+from timm_sscl.knobs import build
 
 from .factors import Factors
 from .folding import require_fold
 from .kernels.recursion import membrane_dtype
 from .kernels.scan import scan
-from .surrogate import Surrogate, follows_progress, resolve_surrogate, spike
+from .settings import NeuronSettings, hashable
 
 __all__ = ['NeuronSettings', 'SpikingNeuron', 'OUTPUTS', 'check_timesteps', 'hashable']
 
@@ -26,66 +26,13 @@ def check_timesteps(timesteps: Any) -> None:
         raise ValueError(f'timesteps={timesteps!r}: must be a whole number of time steps, 1 or more.')
 
 
-def hashable(value: Any) -> Any:
-    """A setting's value, lists as tuples and dictionaries as sorted pairs: settings are keys of compiled code."""
-    if isinstance(value, Mapping):
-        return tuple(sorted((k, hashable(v)) for k, v in value.items()))
-    return tuple(map(hashable, value)) if isinstance(value, (list, tuple)) else value
-
-
-@dataclass(frozen=True)
-class NeuronSettings:
-    """Base of a neuron's settings: plain values, declared by `knob(default, help)`, that its step reads.
-
-    A subclass may check its values in `check`.
-
-    Raises:
-        ValueError: The surrogate is unknown, or a value is out of its range.
-    """
-    surrogate: Union[str, Surrogate] = knob('rectangle', 'surrogate gradient of the spike, by name', kw_only=True)
-    surrogate_kwargs: Tuple[Tuple[str, Any], ...] = knob((), 'options of the surrogate', kw_only=True)
-
-    def __post_init__(self):
-        for field in fields(self):
-            object.__setattr__(self, field.name, hashable(getattr(self, field.name)))
-        self._resolve()
-        self.check()
-
-    def _resolve(self) -> None:
-        """Look the surrogate up once, outside of compiled code."""
-        object.__setattr__(self, '_surrogate', resolve_surrogate(self.surrogate, self.surrogate_kwargs))
-
-    def __getstate__(self) -> Dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in fields(self)}
-
-    def __setstate__(self, state: Dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._resolve()
-
-    @property
-    def surrogate_function(self) -> Surrogate:
-        """The surrogate with its options bound."""
-        return self._surrogate
-
-    @property
-    def follows_progress(self) -> bool:
-        """Whether the surrogate changes during training."""
-        return follows_progress(self._surrogate)
-
-    def check(self) -> None:
-        """Raise ValueError, naming the setting, where a value makes no neuron."""
-
-    def spike(self, u: torch.Tensor, v_threshold: Any) -> torch.Tensor:
-        """1 where u >= v_threshold, else 0; the gradient is the surrogate's."""
-        return spike(u, v_threshold, self._surrogate)
-
-
 class SpikingNeuron(Factors):
     """Base of all neurons: (T * B, ...) in, the same shape out, time-major.
 
         out = scale * neuron(gain * x)
 
-    A subclass has a `Settings` dataclass, may have parameters, and writes `start`, `constants` and `step`:
+    A subclass has a `Settings` dataclass and writes `step`, and where it needs them `build` (its parameters),
+    `constants` (what the step reads of them) and `start` (the state):
 
         ```python
         @register_neuron('my_plif')
@@ -94,9 +41,8 @@ class SpikingNeuron(Factors):
             class Settings(NeuronSettings):
                 tau: float = knob(0.5, 'decay factor at the start of training')
 
-            def __init__(self, timesteps, **settings):
-                super().__init__(timesteps, **settings)
-                self.w = nn.Parameter(torch.logit(torch.tensor(self.settings.tau)))
+            def build(self, shape):
+                self.w = nn.Parameter(torch.full(shape, self.settings.tau).logit())
 
             def constants(self):
                 return (self.w.sigmoid(),)
@@ -114,32 +60,67 @@ class SpikingNeuron(Factors):
 
     A call holds no state: every call starts from `start`. A neuron that `encodes` takes a current (B, ...) that is the
     same at every step, and returns (T * B, ...). A neuron that is `part_of_model`, as a conversion makes it, runs only
-    inside a call of its model. Gain and scale are not trained, see `Factors`.
+    inside a call of its model. Gain and scale are not trained, see `Factors`. A parameter named `amplitude` multiplies
+    the output, so that one level of it has that size.
 
     Attributes:
         Settings: Dataclass of the neuron's settings.
-        output: What the output is: 'binary' (0 and 1), 'ternary' (-1, 0, 1), 'integer' (0 to `top`) or 'analog'.
+        output: What the output is: 'binary' (0 and 1), 'ternary' (-1, 0, 1), 'integer' (0 to `top`) or 'analog'; the
+            first three times the amplitude and the scale.
         top: Highest level of the output.
+        needs_channels: Whether there are parameters per channel.
+        per_step: Names of parameters whose first axis is the time step.
+        built_from: Names of settings that the parameters are made from; they do not change afterwards.
+        channels: Shape of parameters per channel.
 
     Args:
         timesteps: Number of time steps T that the first axis of the input holds.
+        channels: For a neuron that needs them: shape that broadcasts against a sample, (C, 1, 1) for maps (C, H, W),
+            (C,) for tokens (L, C). A conversion finds it.
         settings: Fields of `Settings`, by name.
 
     Raises:
-        ValueError: timesteps is no positive whole number, or a setting is unknown or out of its range.
+        ValueError: timesteps is no positive whole number, channels no shape, or a setting is unknown or out of range.
     """
     Settings = NeuronSettings
     output = 'binary'
     top = 1
+    needs_channels = False
+    per_step: Tuple[str, ...] = ()
+    built_from: Tuple[str, ...] = ()
+    channels: Optional[Tuple[int, ...]] = None
     part_of_model = False
 
-    def __init__(self, timesteps: int, **settings: Any):
+    def __init__(self, timesteps: int, channels: Optional[Tuple[int, ...]] = None, **settings: Any):
         super().__init__()
         check_timesteps(timesteps)
         self.timesteps = timesteps
         self.settings = build(self.Settings, settings, f"neuron '{type(self).__name__}'")
         self.encodes = False
         self._keep_progress()
+        if not self.needs_channels:
+            self.build(())
+        elif channels is not None:
+            self.set_channels(channels)
+
+    def set_channels(self, channels: Tuple[int, ...]) -> None:
+        """Create the parameters of a neuron that has some per channel.
+
+        Raises:
+            ValueError: channels is no shape such as (C, 1, 1) or (C,).
+        """
+        if not isinstance(channels, tuple) or not channels or any(n != 1 for n in channels[1:]):
+            raise ValueError(f'channels={channels!r}: must be a shape that broadcasts against a sample, (64, 1, 1) for '
+                             f'maps (C, H, W) and (64,) for tokens (L, C).')
+        self.channels = channels
+        self.build(channels)
+
+    def build(self, shape: Tuple[int, ...]) -> None:
+        """Create the parameters; called once, with the settings there.
+
+        Args:
+            shape: Of one parameter: () for a layer, or the channels' where the neuron needs them.
+        """
 
     def start(self, x: torch.Tensor) -> State:
         """State before the first step, for a current x of one step, (B, ...), before the gain, at least float32."""
@@ -169,16 +150,54 @@ class SpikingNeuron(Factors):
         """Current that a neuron at rest needs to fire; calibration scales currents by it."""
         return float(getattr(self.settings, 'v_threshold', 1.))
 
+    def over_time(self, parameter: torch.Tensor) -> torch.Tensor:
+        """A parameter with one value per time step, for the steps that run: its first T, or with the last repeated."""
+        missing = self.timesteps - len(parameter)
+        if missing <= 0:
+            return parameter[:self.timesteps]
+        return torch.cat([parameter, parameter[-1:].expand(missing, *parameter.shape[1:])])
+
+    def unit(self) -> Optional[torch.Tensor]:
+        """Size of one level of the output, amplitude times scale; None is 1."""
+        amplitude, scale = self._parameters.get('amplitude'), self.scale
+        return scale if amplitude is None else amplitude if scale is None else amplitude * scale
+
+    def levels(self, out: torch.Tensor) -> torch.Tensor:
+        """An output in whole levels: 0 and 1, -1 to 1, or 0 to `top`; an analog output as it is."""
+        unit = self.unit()
+        if self.output == 'analog' or unit is None:
+            return out
+        if self.output == 'binary':
+            return (out != 0).to(out.dtype)
+        return torch.where(unit == 0, 0., torch.round(out / unit)).to(out.dtype)
+
+    def activity(self, out: torch.Tensor) -> torch.Tensor:
+        """How much of the top level each output has, 0 to 1, whatever the sign; of an analog one, if it is not 0."""
+        if self.output == 'analog':
+            return (out != 0).to(out.dtype)
+        levels = self.levels(out)
+        levels = levels.abs() if self.output == 'ternary' else levels
+        return levels if self.top == 1 else levels / self.top
+
+    def check_steps(self, timesteps: int) -> None:
+        """Raise ValueError where the neuron does not run so many time steps."""
+        check_timesteps(timesteps)
+
     def configure(self, timesteps: int, **settings: Any) -> None:
         """Change the number of time steps and settings; those that are not given stay.
 
         Raises:
             ValueError: As of the constructor; nothing is changed then.
         """
-        check_timesteps(timesteps)
+        self.check_steps(timesteps)
         if settings:
             own = {field.name: getattr(self.settings, field.name) for field in fields(self.settings)}
-            self.settings = build(self.Settings, {**own, **settings}, f"neuron '{type(self).__name__}'")
+            changed = build(self.Settings, {**own, **settings}, f"neuron '{type(self).__name__}'")
+            for name in self.built_from:
+                if getattr(changed, name) != own[name]:
+                    raise ValueError(f'{name}={getattr(changed, name)!r}: the parameters of {type(self).__name__} were '
+                                     f'made with {name}={own[name]!r}; make a new neuron.')
+            self.settings = changed
             self._keep_progress()
         self.timesteps = timesteps
 
@@ -200,8 +219,13 @@ class SpikingNeuron(Factors):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.part_of_model:
             require_fold('a spiking neuron', self.timesteps)
-        out, scale = self.run(self._unfold(x), x).flatten(0, 1), self.scale
-        return out if scale is None else out * scale.to(x.dtype)
+        if self.needs_channels and self.channels is None:
+            raise RuntimeError(f'{type(self).__name__} has parameters per channel, whose number it was not told: '
+                               f'channels=(C, 1, 1), or set_channels.')
+        out = self.run(self._unfold(x), x).flatten(0, 1)
+        for factor in (self._parameters.get('amplitude'), self.scale):
+            out = out if factor is None else out * factor.to(x.dtype)
+        return out
 
     def run(self, x: torch.Tensor, folded: torch.Tensor) -> torch.Tensor:
         """Output before the scale.
@@ -217,6 +241,21 @@ class SpikingNeuron(Factors):
         state = self.start(x[0].to(membrane_dtype(x.dtype)))
         return scan(type(self).step, x, self.gain, state, self.constants(), settings, settings.surrogate_function,
                     self._buffers.get('progress'))
+
+    def adopt_steps(self, state_dict: Dict[str, torch.Tensor], prefix: str) -> None:
+        """Give parameters per time step the number of steps that those of a state dict have."""
+        for name in self.per_step:
+            own, value = self._parameters[name], state_dict.get(f'{prefix}{name}')
+            if value is not None and value.ndim == own.ndim and value.shape != own.shape:
+                own.data = own.new_zeros(self.shape_of(name, len(value)))
+
+    def shape_of(self, name: str, timesteps: int) -> Tuple[int, ...]:
+        """Shape of a parameter per time step, for so many steps."""
+        return timesteps, *self._parameters[name].shape[1:]
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        self.adopt_steps(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _unfold(self, x: torch.Tensor) -> torch.Tensor:
         """(T * B, ...) as (T, B, ...), or (B, ...) repeated over time."""

@@ -7,7 +7,7 @@ from torch.autograd.function import once_differentiable
 
 from timm_sscl.knobs import knob
 
-from .base import NeuronSettings, SpikingNeuron
+from .base import SpikingNeuron
 from .kernels.backend import run
 from .kernels.batch_norm_recompute import NormSource
 from .kernels.memory_layout import Flat
@@ -15,6 +15,7 @@ from .kernels.packing import active_packing
 from .kernels.recursion import (
     Neuron, backward_from_bits, backward_from_input, backward_from_norm, fire, reset, traced)
 from .registry import register_neuron
+from .settings import NeuronSettings, check_decay, check_reset
 from .surrogate import rectangle_window
 
 __all__ = ['lif', 'LIF', 'check_neuron']
@@ -22,13 +23,8 @@ __all__ = ['lif', 'LIF', 'check_neuron']
 
 def check_neuron(tau: float, v_threshold: float, v_reset: Optional[float], v_init: Optional[float] = None) -> None:
     """Raise ValueError, naming the argument, where the neuron's settings make no neuron."""
-    if not 0 <= tau <= 1:
-        raise ValueError(f'tau={tau}: the decay factor must lie in [0, 1] (0.25 is the paper\'s, 1 does not leak).')
-    if not v_threshold > 0:
-        raise ValueError(f'v_threshold={v_threshold}: the firing threshold must be positive.')
-    if v_reset is not None and not v_reset < v_threshold:
-        raise ValueError(
-            f'v_reset={v_reset}: the reset potential must lie below v_threshold={v_threshold}; None is the soft reset.')
+    check_decay(tau)
+    check_reset(v_threshold, v_reset)
     if v_init is not None and not v_init < v_threshold:
         raise ValueError(f'v_init={v_init}: the initial potential must lie below v_threshold={v_threshold}.')
 

@@ -9,7 +9,7 @@ from timm_sscl.neurons.surrogate import spike
 from .backend import run
 from .recursion import membrane_dtype
 
-__all__ = ['scan']
+__all__ = ['scan', 'settings_at']
 
 State = Tuple[torch.Tensor, ...]
 Step = Callable[[torch.Tensor, State, State, int, Any], Tuple[torch.Tensor, State]]
@@ -58,6 +58,11 @@ class _SettingsNow:
         return spike(u, v_threshold, self.surrogate_function)
 
 
+def settings_at(settings: Any, progress: Optional[torch.Tensor], dtype: torch.dtype) -> Any:
+    """Settings whose `spike` takes the surrogate of this progress, of a dtype; None where it does not change."""
+    return settings if progress is None else _SettingsNow(settings, progress.to(dtype))
+
+
 def _scan(
         x: torch.Tensor,
         gain: Optional[torch.Tensor],
@@ -72,7 +77,7 @@ def _scan(
     dtype, outputs = membrane_dtype(x.dtype), []
     constants = tuple(c.to(dtype) for c in constants)
     state = tuple(s.to(dtype) for s in state)
-    settings = settings if progress is None else _SettingsNow(settings, progress.to(dtype))
+    settings = settings_at(settings, progress, dtype)
     for t in range(timesteps):
         x_t = x[t].to(dtype)
         output, state = step(x_t if gain is None else x_t * gain.to(dtype), state, constants, t, settings)

@@ -1,0 +1,73 @@
+"""Neurons with parameters per channel are told how many channels their layer has, and where: seen in one forward."""
+from typing import Any, Dict, Optional, Sequence, Set, Tuple
+
+import torch
+import torch.nn as nn
+
+from timm_sscl.features.channel_axis import ChannelAxes
+from timm_sscl.neurons import SpikingNeuron
+from timm_sscl.probing import Example, ProbeError, probe
+
+__all__ = ['give_channels']
+
+_Shape = Tuple[int, ...]
+
+
+def give_channels(
+        model: nn.Module,
+        input_size: Optional[Sequence[int]] = None,
+        example_inputs: Any = None,
+) -> None:
+    """Create the parameters of a spiking model's neurons that have some per channel and were not told their number.
+
+    Args:
+        model: Spiking model.
+        input_size: Shape of one sample; guessed from the model by default.
+        example_inputs: What the model takes, see `probing.examples`.
+
+    Raises:
+        ValueError: A layer did not run, runs on different numbers of channels, or the axis of its channels is not known.
+    """
+    waiting = {name: neuron for name, neuron in model.neurons().items()
+               if neuron.needs_channels and neuron.channels is None}
+    if not waiting:
+        return
+    kind = type(next(iter(waiting.values()))).__name__
+    try:
+        seen = probe(model, lambda example: _run(model, waiting, example), 2, input_size, example_inputs)
+    except ProbeError as error:
+        raise ProbeError(f'{kind} has parameters per channel, and {type(model).__name__} was run to see how many there '
+                         f'are: {error}') from error
+    for name, neuron in waiting.items():
+        shapes = seen.get(name, set())
+        if len(shapes) != 1 or None in shapes:
+            raise ValueError(f'{kind} has parameters per channel, but {name} {_why(shapes)}. exclude={name!r} leaves it '
+                             f'analog; some neurons have parameters per layer (neuron_kwargs), others none.')
+        neuron.set_channels(next(iter(shapes)))
+        like = next(p for p in model.parameters() if p.is_floating_point())
+        neuron.to(device=like.device, dtype=like.dtype)
+
+
+def _why(shapes: Set[Optional[_Shape]]) -> str:
+    if not shapes:
+        return 'did not run in a forward'
+    if None in shapes:
+        return 'has an input of which the axis of the channels is not known'
+    widths = sorted(shape[0] for shape in shapes)
+    return f'runs on inputs of {" and ".join(map(str, widths))} channels'
+
+
+def _run(model: nn.Module, neurons: Dict[str, SpikingNeuron], example: Example) -> Dict[str, Set[Optional[_Shape]]]:
+    """Shape of parameters per channel for every call of every neuron; the neurons pass on what they are given."""
+    seen: Dict[str, Set[Optional[_Shape]]] = {}
+    axes = ChannelAxes()
+    for name, neuron in neurons.items():
+        def note(x: torch.Tensor, name: str = name) -> torch.Tensor:
+            axis = axes.known_axis(x)
+            shape = None if axis is None else (x.shape[axis], *(1,) * (x.ndim - 1 - axis))
+            seen.setdefault(name, set()).add(shape)
+            return x
+        neuron.forward = note
+    with axes:
+        example(model)
+    return seen

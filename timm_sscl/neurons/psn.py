@@ -1,0 +1,151 @@
+"""PSN: parallel spiking neurons, which weigh all time steps instead of a recursion; masked and sliding ones too."""
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Tuple
+
+import torch
+import torch.nn as nn
+
+from timm_sscl.knobs import knob
+
+from .base import SpikingNeuron
+from .kernels.recursion import membrane_dtype
+from .kernels.scan import settings_at
+from .registry import register_neuron
+from .settings import NeuronSettings
+
+__all__ = ['PSN', 'MaskedPSN', 'SlidingPSN']
+
+
+class _Parallel(SpikingNeuron):
+    """Base of neurons without a reset: S = (W X + B >= 0), W of T x T.
+
+    It takes T multiplications per neuron and step; `estimate_energy` counts them.
+    """
+
+    @dataclass(frozen=True)
+    class Settings(NeuronSettings):
+        """Settings of a parallel spiking neuron."""
+        surrogate: str = knob('atan', 'surrogate gradient of the spike, by name', kw_only=True)
+
+    def matrix(self) -> torch.Tensor:
+        """W of the steps that run, (T, T), and not of more."""
+        raise NotImplementedError
+
+    def offset(self) -> torch.Tensor:
+        """B, which broadcasts against (T, 1)."""
+        raise NotImplementedError
+
+    def run(self, x: torch.Tensor, folded: torch.Tensor) -> torch.Tensor:
+        dtype, gain = membrane_dtype(x.dtype), self.gain
+        current = x.to(dtype) if gain is None else x.to(dtype) * gain.to(dtype)
+        h = self.matrix().to(dtype) @ current.flatten(1) + self.offset().to(dtype)
+        spikes = settings_at(self.settings, self._buffers.get('progress'), dtype).spike(h, 0.)
+        return spikes.view(x.shape).to(x.dtype)
+
+
+def _uniform(timesteps: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(timesteps, timesteps).uniform_(-1, 1) / math.sqrt(timesteps))
+
+
+@register_neuron('psn')
+class PSN(_Parallel):
+    """Parallel spiking neuron (Fang et al. 2023): S = Theta(W X + B) over T, W and B learnt for the layer.
+
+    It sees later steps as well. It runs fewer steps than it was made for with the first rows and columns of W, which is
+    another function of them, and no more than those.
+    """
+    per_step = 'step_weight', 'step_bias'
+
+    def build(self, shape: Tuple[int, ...]) -> None:
+        self.step_weight = _uniform(self.timesteps)
+        self.step_bias = nn.Parameter(torch.full((self.timesteps, 1), -1.))
+
+    def shape_of(self, name: str, timesteps: int) -> Tuple[int, ...]:
+        return timesteps, timesteps if name == 'step_weight' else 1
+
+    def check_steps(self, timesteps: int) -> None:
+        super().check_steps(timesteps)
+        trained = len(self.step_weight)
+        if timesteps > trained:
+            raise ValueError(f'timesteps={timesteps}: {type(self).__name__} has weights for {trained} time steps and '
+                             f'runs no more; convert the model with timesteps={timesteps}.')
+
+    def configure(self, timesteps: int, **settings) -> None:
+        super().configure(timesteps, **settings)
+        if timesteps < len(self.step_weight) and not self.is_causal:
+            warnings.warn(f'{type(self).__name__} was made for {len(self.step_weight)} time steps, each of which sees '
+                          f'all; with timesteps={timesteps} it is another neuron.', stacklevel=2)
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether no step sees a later one, so that fewer steps give the same output at those."""
+        return False
+
+    def matrix(self) -> torch.Tensor:
+        self.check_steps(self.timesteps)
+        return self.step_weight[:self.timesteps, :self.timesteps]
+
+    def offset(self) -> torch.Tensor:
+        return self.over_time(self.step_bias)
+
+
+@register_neuron('masked_psn')
+class MaskedPSN(PSN):
+    """Masked parallel spiking neuron: a step sees itself and the k - 1 before, W masked by a band.
+
+        W (m M + (1 - m) J), M the band, J all ones; m rises from 0 to 1 in the authors' training, by hand
+    """
+
+    @dataclass(frozen=True)
+    class Settings(_Parallel.Settings):
+        """Settings of a masked PSN."""
+        k: int = knob(2, 'number of steps that a step sees, itself included')
+        mask: float = knob(1., 'm, from 0 (no mask) to 1')
+
+        def check(self) -> None:
+            _check_k(self.k)
+            if not 0 <= self.mask <= 1:
+                raise ValueError(f'mask={self.mask}: must lie in [0, 1].')
+
+    @property
+    def is_causal(self) -> bool:
+        return self.settings.mask == 1
+
+    def matrix(self) -> torch.Tensor:
+        weight, m = super().matrix(), self.settings.mask
+        band = torch.ones_like(weight).tril().triu(1 - self.settings.k)
+        return weight * (m * band + (1 - m))
+
+
+@register_neuron('sliding_psn')
+class SlidingPSN(_Parallel):
+    """Sliding parallel spiking neuron: a causal filter of k steps, the same at every step, and a bias for the layer."""
+    built_from = ('k',)
+
+    @dataclass(frozen=True)
+    class Settings(_Parallel.Settings):
+        """Settings of a sliding PSN."""
+        k: int = knob(2, 'number of steps that a step sees, itself included')
+
+        def check(self) -> None:
+            _check_k(self.k)
+
+    def build(self, shape: Tuple[int, ...]) -> None:
+        self.filter = nn.Parameter(.5 ** torch.arange(self.settings.k - 1, -1, -1.))  # the step itself is the last
+        self.filter_bias = nn.Parameter(torch.tensor(-1.))
+
+    def matrix(self) -> torch.Tensor:
+        k, steps = self.settings.k, torch.arange(self.timesteps, device=self.filter.device)
+        place = k - 1 - (steps[:, None] - steps)  # of step j in the filter for step i
+        inside = (place >= 0) & (place < k)
+        return self.filter[place.clamp(0, k - 1)] * inside
+
+    def offset(self) -> torch.Tensor:
+        return self.filter_bias
+
+
+def _check_k(k: int) -> None:
+    if not (isinstance(k, int) and k >= 1):
+        raise ValueError(f'k={k!r}: must be a whole number of time steps, 1 or more.')
