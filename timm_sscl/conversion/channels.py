@@ -26,7 +26,7 @@ def give_channels(
         example_inputs: What the model takes, see `probing.examples`.
 
     Raises:
-        ValueError: A layer did not run, runs on different numbers of channels, or the axis of its channels is not known.
+        ValueError: A layer did not run, runs on different numbers of channels, or the axis of its channels is unknown.
     """
     waiting = {name: neuron for name, neuron in model.neurons().items()
                if neuron.needs_channels and neuron.channels is None}
@@ -41,8 +41,8 @@ def give_channels(
     for name, neuron in waiting.items():
         shapes = seen.get(name, set())
         if len(shapes) != 1 or None in shapes:
-            raise ValueError(f'{kind} has parameters per channel, but {name} {_why(shapes)}. exclude={name!r} leaves it '
-                             f'analog; some neurons have parameters per layer (neuron_kwargs), others none.')
+            raise ValueError(f'{kind} has parameters per channel, but {name} {_why(shapes)}. exclude={name!r} leaves '
+                             f'it analog; other neurons have parameters per layer, or none.')
         neuron.set_channels(next(iter(shapes)))
         like = next(p for p in model.parameters() if p.is_floating_point())
         neuron.to(device=like.device, dtype=like.dtype)
