@@ -253,8 +253,8 @@ def test_names(plif):
     assert 'my_plif' not in list_neurons()
     with pytest.raises(ValueError, match="unknown neuron 'my_plif'"):
         _model()
-    with pytest.raises(ValueError, match="unknown neuron 'lfi'.*Did you mean 'lif'"):
-        _model(neuron='lfi')
+    with pytest.raises(ValueError, match="unknown neuron 'liff'.*Did you mean 'lif'"):
+        _model(neuron='liff')
     with pytest.raises(ValueError, match="unknown surrogate 'triangel'.*Did you mean 'triangle'"):
         _model(neuron=None, neuron_kwargs=None, surrogate='triangel')
     with pytest.raises(ValueError, match="neuron 'lif' has no option 'tua'.*Did you mean 'tau'"):

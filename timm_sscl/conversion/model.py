@@ -118,13 +118,7 @@ class SpikingModule(SpikingState, Mixin):
         """Set the fraction of the training that is done, 0 to 1. Surrogates such as 'evaf' depend on it.
 
         train.py calls this at the start of every epoch; in your own loop, call it with epoch / epochs. It is not part
-        of a checkpoint.
-
-        Returns:
-            The model itself.
-
-        Raises:
-            ValueError: progress is not between 0 and 1.
+        of a checkpoint. Returns the model. Raises ValueError if progress is not between 0 and 1.
         """
         for neuron in self.neurons().values():
             neuron.set_progress(progress)
