@@ -232,7 +232,7 @@ def test_model_trains_and_its_checkpoint_restores_all(name):
     assert neurons and {type(neuron) for neuron in neurons.values()} == {neuron_class(name)}
     keys = {f'{n}.{key}' for n, neuron in neurons.items() for key, _ in neuron.named_parameters()}
     assert keys <= model.no_weight_decay() and keys <= dict(model.named_parameters()).keys()
-    drives = calibrate(model, x)
+    drives = calibrate(model, x).spiking_report().drives
     assert any(drive.rate > 0 for drive in drives) and all(0 <= drive.rate <= 1 for drive in drives)
     model.train()
     before = {key: value.detach().clone() for key, value in model.named_parameters()}
