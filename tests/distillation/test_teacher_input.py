@@ -1,4 +1,5 @@
 """The teacher's images: resized and renormalised from the student's, in SSCLLoss and SSCLTask; stages by depth."""
+import copy
 import logging
 
 import pytest
@@ -96,3 +97,50 @@ def test_teacher_sees_what_was_asked_for():
     model(x)
     sscl(x, teacher_input=other)
     assert seen[1] is other
+
+
+# ---- a transform of one's own
+
+def _halved(x):
+    """Images of half the size, of other values."""
+    return 2 * F.avg_pool2d(x, 2) + 1
+
+
+def _networks():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return (timm.create_model('spiking_test_resnet', num_classes=5, timesteps=2).train(),
+                timm.create_model('test_resnet', num_classes=5))
+
+
+def test_transform_of_ones_own():
+    given = TeacherInput(transform=_halved)
+    x = torch.randn(4, 3, 32, 32)
+    assert torch.equal(given(x), _halved(x)) and given.shape((3, 32, 32)) == (3, 16, 16) and given.shape(None) is None
+    frames = torch.randn(2, 5, 2, 8, 8)
+    assert torch.equal(given(frames)[1, 3], _halved(frames[1])[3])
+    with pytest.raises(ValueError, match=r'teacher_transform does the whole; teacher_size=\(8, 8\)'):
+        TeacherInput((8, 8), transform=_halved)
+    for wrong in (lambda x: x[:1], lambda x: x.flatten(1), lambda x: None):
+        with pytest.raises(ValueError, match='teacher_transform made'):
+            TeacherInput(transform=wrong)(x)
+    with pytest.raises(ValueError, match='renormalize'):
+        SSCLLoss(*_networks(), renormalize=([0.], [1.], [0.], [1.]), teacher_transform=_halved)
+
+
+def test_transform_in_loss_and_task():
+    x = torch.randn(6, 3, 32, 32)
+    student, teacher = _networks()
+    sscl = SSCLLoss(student, teacher, input_size=(3, 32, 32), teacher_transform=_halved)
+    student(x)
+    value = sscl(x).item()
+    plain = SSCLLoss(student, copy.deepcopy(teacher), input_size=(3, 32, 32))
+    plain.criterion.load_state_dict(sscl.criterion.state_dict())
+    plain.criterion.running_cka.load_state_dict(
+        {key: torch.zeros_like(v) for key, v in plain.criterion.running_cka.state_dict().items()})
+    student(x)
+    assert plain(x, teacher_input=_halved(x)).item() == value
+    student(x)
+    assert plain(x).item() != value
+    task = SSCLTask(student, copy.deepcopy(teacher), 'kd', teacher_transform=_halved, verbose=False)
+    assert torch.equal(task.teach(x)[0], teacher.eval()(_halved(x)))

@@ -92,6 +92,14 @@ def test_errors(argv, words):
         _options(*argv)
 
 
+def test_weightings():
+    args = _options('--loss-kwargs', 'sscl.weighting=fixed', 'sscl.layer_weights=1,2,3,2,1')
+    assert args.loss_options['sscl']['layer_weights'] == (1., 2., 3., 2., 1.)
+    assert _options('--sscl-weighting', 'shuffled').loss_options['sscl']['weighting'] == 'shuffled'
+    with pytest.raises(OptionError, match="layer_weights=None: go with weighting='fixed'"):
+        _options('--sscl-weighting', 'fixed')
+
+
 def test_option_of_a_loss_that_does_not_run_is_said(caplog):
     args = _options('--loss-kwargs', 'kd.temperature=2', 'sscl.temperature=0.1')
     assert '--loss-kwargs kd.temperature: no loss of this run reads it' in caplog.text

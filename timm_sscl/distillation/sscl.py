@@ -1,25 +1,31 @@
 """SSCLLoss: the loss for any training loop. It compares features of student and teacher that hooks recorded."""
 import logging
 from contextlib import ExitStack, contextmanager
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
-
 from timm.utils import unwrap_model
 
-from .frames_ann import fold_frames, takes_frames_folded
-from timm_sscl.losses.sscl import SSCLCriterion
-from .sharing import check_nothing_shared
-from timm_sscl.features.recorder import Recorder, guard_on_hooks
-from timm_sscl.features.tap import Tap, fold_feature
 from timm_sscl.features.finding import find_taps, named_taps, tap_shapes
+from timm_sscl.features.recorder import Recorder, guard_on_hooks
 from timm_sscl.features.stages import match_by_depth
-from .teacher_input import TeacherInput
+from timm_sscl.features.tap import Tap, fold_feature
+from timm_sscl.losses.pair_critics import Critic
+from timm_sscl.losses.projections import Projection
+from timm_sscl.losses.sscl import SSCLCriterion
+from timm_sscl.losses.sscl_parts import create_projection
+from timm_sscl.losses.weightings import Weighting
+
+from .frames_ann import fold_frames, takes_frames_folded
+from .sharing import check_nothing_shared
+from .teacher_input import TeacherInput, Transform
+from .trained_check import TrainedCheck
 
 __all__ = ['SSCLLoss']
 
 _logger = logging.getLogger(__name__)
+_TrainedCheck = TrainedCheck  # the name in pickles of version 0.1.0
 
 
 class SSCLLoss(nn.Module):
@@ -47,8 +53,20 @@ class SSCLLoss(nn.Module):
         teacher_size: (H, W) of the teacher's images, which are resized from the student's; None does not resize.
         renormalize: (student mean, student std, teacher mean, teacher std) if the teacher was trained on images with
             another normalisation.
-        **options: dim, temperature, critic, weighting, cka_floor, cka_momentum, cka_scope, projection, queue_size of
-            SSCLCriterion.
+        teacher_transform: Function that turns a batch of the student's images into the teacher's, instead of
+            teacher_size and renormalize.
+        dim: Common dimension of the projections g_S and g_A.
+        temperature: Temperature of the critic.
+        critic: 'infonce', 'normalized' (the paper's, as its source has it), 'literal' (Eq. 19 to the letter); or a
+            `Critic`.
+        weighting: 'cka' for 1 / CKA, 'uniform', 'cka_mean1', 'uniform_matched', 'reverse', 'fixed', 'shuffled',
+            'uncertainty'; or a `Weighting`.
+        cka_floor: CKA is not taken below this.
+        cka_momentum: Share of the newest batch in the running CKA; 1 uses this batch only.
+        projection: 'pooled' over space and time, or 'flattened', which fixes T and the image size; or a `Projection`.
+        cka_scope: With several processes: CKA's terms averaged over every 'process', or of the 'global' batch.
+        queue_size: Number of past teacher rows that are further negatives.
+        layer_weights: Weights of the layers with weighting='fixed', one per tap.
 
     Raises:
         ValueError: A tap does not exist, a model is compiled, student and teacher are the same or share a module, a
@@ -73,7 +91,18 @@ class SSCLLoss(nn.Module):
             input_size: Optional[Sequence[int]] = None,
             teacher_size: Optional[Sequence[int]] = None,
             renormalize: Optional[Tuple[Sequence[float], ...]] = None,
-            **options: Any,
+            teacher_transform: Optional[Transform] = None,
+            *,
+            dim: int = 128,
+            temperature: float = 0.2,
+            critic: Union[str, Critic] = 'infonce',
+            weighting: Union[str, Weighting] = 'cka',
+            cka_floor: float = 0.1,
+            cka_momentum: float = 0.1,
+            projection: Union[str, Projection] = 'pooled',
+            cka_scope: str = 'process',
+            queue_size: int = 0,
+            layer_weights: Optional[Sequence[float]] = None,
     ):
         super().__init__()
         _refuse_compiled(student)
@@ -84,18 +113,21 @@ class SSCLLoss(nn.Module):
             raise ValueError(f'timesteps={timesteps}: must be at least 1.')
         follows = timesteps is None or timesteps == getattr(inner_student, 'timesteps', None)
         self._timesteps = None if follows else timesteps
-        self.teacher_input = TeacherInput(teacher_size, renormalize)
-        shape = input_size if teacher_size is None or input_size is None else (input_size[0], *teacher_size)
+        self.teacher_input = TeacherInput(teacher_size, renormalize, teacher_transform)
+        shape = self.teacher_input.shape(input_size)
         student_taps, teacher_taps = _pair_taps(inner_student, inner_teacher, taps, teacher_taps, input_size, shape)
-        if options.get('projection') == 'flattened':
-            options = dict(options, student_shapes=tap_shapes(inner_student, student_taps, input_size),
-                           teacher_shapes=tap_shapes(inner_teacher, teacher_taps, shape))
+        shapes = {}
+        if create_projection(projection).needs_shapes:
+            shapes = dict(student_shapes=tap_shapes(inner_student, student_taps, input_size),
+                          teacher_shapes=tap_shapes(inner_teacher, teacher_taps, shape))
         device = next((p.device for p in inner_student.parameters()), torch.device('cpu'))
         self.criterion = SSCLCriterion(
             [tap.name for tap in student_taps],
             [tap.channels for tap in student_taps],
             [tap.channels for tap in teacher_taps],
-            **options,
+            dim=dim, temperature=temperature, critic=critic, weighting=weighting, cka_floor=cka_floor,
+            cka_momentum=cka_momentum, projection=projection, cka_scope=cka_scope, queue_size=queue_size,
+            layer_weights=layer_weights, **shapes,
         ).to(device)
         teacher.requires_grad_(False)
         # not registered as submodules, so that their parameters and keys are not part of this loss
@@ -104,7 +136,7 @@ class SSCLLoss(nn.Module):
         self.__dict__['_teacher_recorder'] = Recorder(inner_teacher, teacher_taps, training_only=False)
         # enabled only inside this loss; other calls of the teacher are not recorded
         self._teacher_recorder.enabled = False
-        self.__dict__['_trained'] = _TrainedCheck()
+        self.__dict__['_trained'] = TrainedCheck()
         _logger.info(f'SSCLLoss: {len(student_taps)} pairs of taps: ' + ', '.join(
             f'{s.module} - {a.module}' for s, a in zip(student_taps, teacher_taps)))
 
@@ -305,25 +337,3 @@ def _pair_taps(student, teacher, taps, teacher_taps, input_size, teacher_size):
         raise ValueError(f'taps names {len(taps)} modules and teacher_taps {len(teacher_taps)}; '
                          f'they are compared in pairs.')
     return named_taps(student, taps, input_size), named_taps(teacher, teacher_taps, teacher_size)
-
-
-class _TrainedCheck:
-    """Warn once if the optimizer changes the student but not the projections. Only the first calls are checked."""
-
-    def __init__(self, calls: int = 50):
-        self.calls = calls
-        self.before = None
-
-    def __call__(self, student: nn.Module, criterion: nn.Module) -> None:
-        if self.calls == 0 or torch.compiler.is_compiling():
-            return
-        self.calls -= 1
-        student_parameter = next((p for p in student.parameters() if p.requires_grad), None)
-        # compare sums, since a fused optimizer does not increase the version counters
-        now = [float(p.detach().double().sum()) for p in (student_parameter, criterion.g_student[0].weight)
-               if p is not None]
-        if self.before is not None and len(now) == 2 and now[0] != self.before[0] and now[1] == self.before[1]:
-            self.calls = 0
-            _logger.warning('SSCLLoss: the student is being trained but the projections g_S and g_A are not; '
-                            'add sscl.parameters() to the optimizer.')
-        self.before = now

@@ -19,7 +19,7 @@ from .frames_ann import fold_frames, takes_frames_folded
 from .presets import resolve_losses
 from .sharing import check_nothing_shared
 from .tap_reader import Reader, create_reader
-from .teacher_input import TeacherInput
+from .teacher_input import TeacherInput, Transform
 
 __all__ = ['SSCLTrainableModule', 'SSCLTask']
 
@@ -132,6 +132,8 @@ class SSCLTask(TrainingTask):
         device: Device of the task's tensors.
         dtype: Dtype of the task's tensors.
         verbose: Whether to log what is trained.
+        teacher_transform: Function that turns a batch of the student's images into the teacher's, instead of
+            renormalize and teacher_size.
 
     Raises:
         ValueError: A loss does not exist, needs a teacher that is not given, or does not fit the models; student and
@@ -155,8 +157,11 @@ class SSCLTask(TrainingTask):
             device: Optional[torch.device] = None,
             dtype: Optional[torch.dtype] = None,
             verbose: bool = True,
+            teacher_transform: Optional[Transform] = None,
     ):
         super().__init__(device=device, dtype=dtype, verbose=verbose)
+        self.teacher_input = TeacherInput(teacher_size, renormalize, teacher_transform)
+        teacher_shape = self.teacher_input.shape(input_size)
         self.weights = resolve_losses(losses)
         self.task_loss_weight = task_loss_weight
         specs = {name: loss_spec(name) for name in self.weights}
@@ -166,7 +171,7 @@ class SSCLTask(TrainingTask):
 
         if self.needs_teacher:
             check_nothing_shared(student, teacher)
-            check_classes(student, teacher, self.weights, input_size, _teacher_shape(input_size, teacher_size))
+            check_classes(student, teacher, self.weights, input_size, teacher_shape)
 
         reader = self.teacher_reader = None
         if any(spec.needs_features for spec in specs.values()):
@@ -175,7 +180,7 @@ class SSCLTask(TrainingTask):
                 raise ValueError(f'taps={taps} and teacher_taps={teacher_taps}: give numbers of stages, or names, of '
                                  f'both.')
             reader = create_reader(student, taps, input_size)
-            self.teacher_reader = create_reader(teacher, teacher_taps, _teacher_shape(input_size, teacher_size))
+            self.teacher_reader = create_reader(teacher, teacher_taps, teacher_shape)
             _match(reader, self.teacher_reader, cut=isinstance(taps, int))
         self.global_losses = {name for name, spec in specs.items() if spec.global_batch}
         rate_recorder = RateRecorder(student) if any(spec.needs_firing_rates for spec in specs.values()) else None
@@ -184,7 +189,6 @@ class SSCLTask(TrainingTask):
         self.trainable_module = SSCLTrainableModule(student, modules, reader, rate_recorder).to(self.device)
         self.teacher = teacher.to(self.device).requires_grad_(False).eval() if self.needs_teacher else None
         self.criterion = resolve_classification_loss(criterion, self.device, criterion_kwargs=criterion_kwargs)
-        self.teacher_input = TeacherInput(teacher_size, renormalize)
         if verbose:
             taps = ''
             if reader:
@@ -301,14 +305,6 @@ class SSCLTask(TrainingTask):
             raise RuntimeError(f'Cannot load {"EMA " if ema else ""}task state: there is no such module yet.')
         if state and 'losses' in state:
             unwrap_model(module).losses.load_state_dict(state['losses'], strict=strict)
-
-
-def _teacher_shape(
-        input_size: Optional[Sequence[int]],
-        teacher_size: Optional[Sequence[int]],
-) -> Optional[Tuple[int, ...]]:
-    """Return (C, H, W) of the teacher's images."""
-    return input_size if teacher_size is None or input_size is None else (input_size[0], *teacher_size)
 
 
 def _match(student: Reader, teacher: Reader, cut: bool) -> None:

@@ -1,10 +1,12 @@
 """Transform the student's images to the teacher's: size and normalisation."""
-from typing import Optional, Sequence, Tuple
+from typing import Callable, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
 
-__all__ = ['TeacherInput']
+__all__ = ['TeacherInput', 'Transform']
+
+Transform = Callable[[torch.Tensor], torch.Tensor]
 
 
 class TeacherInput:
@@ -13,16 +15,21 @@ class TeacherInput:
     Args:
         size: (H, W) of the teacher's images; None keeps the student's.
         renormalize: (student mean, student std, teacher mean, teacher std), each per channel; None keeps the values.
+        transform: Function of a batch of images, instead of both.
 
     Raises:
-        ValueError: size or renormalize does not have this form.
+        ValueError: size or renormalize does not have this form, or is given beside transform.
     """
 
     def __init__(
             self,
             size: Optional[Sequence[int]] = None,
             renormalize: Optional[Tuple[Sequence[float], ...]] = None,
+            transform: Optional[Transform] = None,
     ):
+        if transform is not None and not (size is None and renormalize is None):
+            raise ValueError(f'teacher_transform does the whole; teacher_size={size} and renormalize={renormalize} are '
+                             f'not applied beside it.')
         if size is not None and (len(size) != 2 or not all(isinstance(n, int) and n > 0 for n in size)):
             raise ValueError(f'teacher_size={size}: must be (height, width) in pixels.')
         if renormalize is not None and len(renormalize) != 4:
@@ -30,6 +37,7 @@ class TeacherInput:
                              f'teacher mean, teacher std.')
         self.size = None if size is None else tuple(size)
         self.renormalize = renormalize
+        self.transform = transform
         self.scale_shift = None if renormalize is None else _scale_shift(*renormalize)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -39,6 +47,8 @@ class TeacherInput:
         """
         if x.ndim == 5:
             return self(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        if self.transform is not None:
+            return self._transformed(x)
         if self.scale_shift is not None:
             scale, shift = (t.to(x) for t in self.scale_shift)
             x = x * scale + shift
@@ -47,8 +57,27 @@ class TeacherInput:
             x = F.interpolate(x.to(dtype), self.size, mode='bicubic', antialias=True, align_corners=False).to(x.dtype)
         return x
 
+    def shape(self, input_size: Optional[Sequence[int]]) -> Optional[Tuple[int, ...]]:
+        """(C, H, W) of the teacher's images, where the student's are known."""
+        if input_size is None:
+            return None
+        if self.transform is not None:
+            return tuple(self._transformed(torch.zeros(1, *input_size)).shape[1:])
+        return tuple(input_size) if self.size is None else (input_size[0], *self.size)
+
+    def _transformed(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.transform(x)
+        if not isinstance(out, torch.Tensor) or out.ndim != 4 or len(out) != len(x):
+            given = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
+            raise ValueError(f'teacher_transform made {given} of images {tuple(x.shape)}: must return a tensor of as '
+                             f'many images, row by row.')
+        return out
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update({'transform': None, **state})  # version 0.1.0 had none
+
     def __repr__(self) -> str:
-        return f'TeacherInput(size={self.size}, renormalize={self.renormalize})'
+        return f'TeacherInput(size={self.size}, renormalize={self.renormalize}, transform={self.transform})'
 
 
 def _scale_shift(

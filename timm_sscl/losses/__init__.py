@@ -8,12 +8,19 @@ from .options import LossOption
 from .registry import (
     LossSpec, create_loss, list_losses, loss_compares_classes, loss_is_global, loss_needs, loss_spec, register_loss,
     unregister_loss)
+from .pair_critics import Critic, InfoNCECritic, NCECritic, QueuedCritic
+from .projections import FlattenedProjection, PooledProjection, Projection
 from .sscl import SSCLCriterion
 from .tet import TETLoss, tet_loss
+from .weightings import (
+    CKAWeighting, FixedWeighting, InverseCKAWeighting, ShuffledWeighting, UncertaintyWeighting, UniformWeighting,
+    Weighting)
 
 __all__ = [
-    'FiringRateLoss', 'KDLoss', 'LossOption', 'LossSpec', 'SSCLCriterion', 'StepKDLoss', 'TETLoss', 'TrainStep', 'cka',
-    'create_loss', 'firing_rate_loss', 'hsic', 'info_nce_loss', 'kd_loss', 'kd_step_loss', 'list_losses',
-    'loss_compares_classes', 'loss_is_global', 'loss_needs', 'loss_spec', 'mi_lower_bound', 'nce_loss',
-    'register_loss', 'tet_loss', 'unregister_loss',
+    'CKAWeighting', 'Critic', 'FiringRateLoss', 'FixedWeighting', 'FlattenedProjection', 'InfoNCECritic',
+    'InverseCKAWeighting', 'KDLoss', 'LossOption', 'LossSpec', 'NCECritic', 'PooledProjection', 'Projection',
+    'QueuedCritic', 'SSCLCriterion', 'ShuffledWeighting', 'StepKDLoss', 'TETLoss', 'TrainStep',
+    'UncertaintyWeighting', 'UniformWeighting', 'Weighting', 'cka', 'create_loss', 'firing_rate_loss', 'hsic',
+    'info_nce_loss', 'kd_loss', 'kd_step_loss', 'list_losses', 'loss_compares_classes', 'loss_is_global',
+    'loss_needs', 'loss_spec', 'mi_lower_bound', 'nce_loss', 'register_loss', 'tet_loss', 'unregister_loss',
 ]

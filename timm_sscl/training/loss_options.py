@@ -172,11 +172,13 @@ def _defaults(name: str) -> Dict[str, Any]:
 
 
 def _check_built(name: str, options: Mapping[str, Any]) -> None:
-    """Build a loss with one channel, so that a wrong option is found before a teacher is trained."""
-    spec = loss_spec(name)
-    taps = dict(names=['tap'], student_channels=[1], teacher_channels=[1]) if spec.needs_features else {}
+    """Build a loss, on taps of one channel, so that a wrong option is found before a teacher is trained."""
+    spec, taps = loss_spec(name), {}
+    num = len(options.get('layer_weights', 'ab'))
+    if spec.needs_features:
+        taps = dict(names=['tap'] * num, student_channels=[1] * num, teacher_channels=[1] * num)
     if spec.needs_shapes:
-        taps.update(student_shapes=[(1, 1)], teacher_shapes=[(1, 1)])
+        taps.update(student_shapes=[(1, 1)] * num, teacher_shapes=[(1, 1)] * num)
     try:
         create_loss(name, **taps, **options)
     except ValueError as error:

@@ -1,0 +1,99 @@
+"""What the projections g_S and g_A see of a feature: its mean over space and time, or the whole of it."""
+import math
+from typing import List, Optional, Sequence, Tuple
+
+import torch
+import torch.nn as nn
+
+__all__ = ['Projection', 'PooledProjection', 'FlattenedProjection']
+
+
+class Projection:
+    """Base of both: a linear map of what `condense` makes of a feature, to `dim` numbers.
+
+    Args:
+        dim: Common dimension of g_S and g_A.
+
+    Attributes:
+        needs_shapes: Whether the map is built for the feature's whole shape.
+
+    Raises:
+        ValueError: dim is less than 1.
+    """
+    needs_shapes = False
+
+    def __init__(self, dim: int = 128):
+        if dim < 1:
+            raise ValueError(f'dim={dim}: the projections need at least one dimension.')
+        self.dim = dim
+
+    def shapes(
+            self,
+            channels: Sequence[int],
+            shapes: Optional[Sequence[Sequence[int]]],
+            whose: str,
+    ) -> List[Tuple[int, ...]]:
+        """Per layer what a sample has that the map is built for.
+
+        Args:
+            channels: Channels of the feature per layer.
+            shapes: (T, C, ...) of the feature per layer, where they are known.
+            whose: 'student' or 'teacher', for messages.
+        """
+        raise NotImplementedError
+
+    def condense(self, x: torch.Tensor) -> torch.Tensor:
+        """A feature (T, B, C, ...) as the map's input (B, numbers)."""
+        raise NotImplementedError
+
+    def check(self, name: str, x: torch.Tensor, shape: Tuple[int, ...]) -> None:
+        """Raise ValueError where a feature is not of its layer's shape."""
+        raise NotImplementedError
+
+    def create(self, shape: Sequence[int]) -> nn.Linear:
+        """The map for a layer."""
+        return nn.Linear(math.prod(shape), self.dim)
+
+    def __repr__(self) -> str:
+        return f'{type(self).__name__}(dim={self.dim})'
+
+
+class PooledProjection(Projection):
+    """The feature averaged over space and time, C numbers."""
+
+    def shapes(self, channels, shapes, whose):
+        return [(c,) for c in channels]
+
+    def condense(self, x: torch.Tensor) -> torch.Tensor:
+        return x.flatten(3).mean((0, 3)) if x.ndim > 3 else x.mean(0)
+
+    def check(self, name, x, shape):
+        if x.ndim < 3 or x.shape[2] != shape[0]:
+            raise ValueError(f'{name} has shape {tuple(x.shape)}, expected (T, B, {shape[0]}, ...).')
+
+
+class FlattenedProjection(Projection):
+    """The whole feature, T * C * H * W numbers: 25 M weights a layer at ImageNet size.
+
+    It fixes T and the image size.
+    """
+
+    needs_shapes = True
+
+    def shapes(self, channels, shapes, whose):
+        if shapes is None:
+            raise ValueError(f"projection='flattened' needs {whose}_shapes, (T, C, ...) of every layer's feature.")
+        shapes = [tuple(shape) for shape in shapes]
+        if [shape[1] for shape in shapes] != list(channels):
+            raise ValueError(f'{whose}_shapes={shapes}: must be (T, C, ...) per layer, with C = {list(channels)}.')
+        return shapes
+
+    def condense(self, x: torch.Tensor) -> torch.Tensor:
+        return x.transpose(0, 1).flatten(1)
+
+    def check(self, name, x, shape):
+        if (*x.shape[:1], *x.shape[2:]) != shape:
+            raise ValueError(
+                f'{name} has shape {tuple(x.shape)}, but its flattened projection was built for (T, C, ...) = {shape}: '
+                f"the time steps and the input size must be the probe's (input_size=...); projection='pooled' takes "
+                f'any.')
