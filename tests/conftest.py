@@ -1,3 +1,4 @@
+import gc
 import logging
 import os
 import sys
@@ -9,7 +10,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # for `import train`, which is a script at the top and not part of the package
 
-os.environ.setdefault('OMP_NUM_THREADS', '1')  # of the processes that tests start, beside those of other workers
+# These tensors are too small to share, and one thread sums in one order; also in processes that tests start.
+torch.set_num_threads(1)
+os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 
 def pytest_xdist_auto_num_workers(config):
@@ -18,6 +21,12 @@ def pytest_xdist_auto_num_workers(config):
         return None  # pytest-xdist reads it
     folders = [arg for arg in config.args if Path(config.invocation_params.dir, arg.split('::')[0]).is_dir()]
     return min(len(os.sched_getaffinity(0)), 4) if folders else 0
+
+
+def pytest_collection_finish():
+    """Keep what is there now out of the garbage collector's way: tests that ask it what is alive call it often."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items):
@@ -40,11 +49,9 @@ def _logging_as_it_was():
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    """These tensors are too small to share, and one thread sums in one order; train.py sets its process's number."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """train.py sets its process's number of threads, which here is the tests'."""
     yield
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -66,8 +66,9 @@ COPIES = {
 ORDERS = [('student', 'teacher', 'sscl'), ('sscl', 'teacher', 'student'), ('teacher', 'sscl', 'student')]
 
 
-@pytest.mark.parametrize('duplicate', COPIES.values(), ids=COPIES)
-@pytest.mark.parametrize('order', ORDERS, ids='-'.join)
+@pytest.mark.parametrize('order, duplicate', [
+    *(pytest.param(ORDERS[0], duplicate, id=name) for name, duplicate in COPIES.items()),
+    *(pytest.param(order, copy.deepcopy, id='-'.join(order)) for order in ORDERS[1:])])
 def test_copy_of_all_three_has_a_live_loss_of_its_own(order, duplicate):
     whole = _Whole(order)
     x = _images()

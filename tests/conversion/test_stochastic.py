@@ -255,7 +255,7 @@ class Case(NamedTuple):
 
 
 NARROW = dict(channels=(16, 24, 32, 40))
-VIT, LOW = dict(img_size=64), dict(v_threshold=.05)  # a low threshold wakes the layers behind a LayerNorm
+VIT, LOW = dict(img_size=32), dict(v_threshold=.05)  # a low threshold wakes the layers behind a LayerNorm
 DENSE = dict(growth_rate=8, block_config=(2, 2, 2, 2))
 CASES = {
     'resnet-drop': Case('resnet18', dict(NARROW, drop_rate=.5)),
@@ -269,15 +269,15 @@ CASES = {
     'mobilenetv3-drop': Case('mobilenetv3_small_050', dict(drop_rate=.5)),
     'densenet-drop': Case('densenet121', dict(DENSE, drop_rate=.5)),
     'densenet-proj': Case('densenet121', dict(DENSE, proj_drop_rate=.3)),
-    'convnext-drop': Case('test_convnext', dict(drop_rate=.5), LOW),
-    'convnext-path': Case('test_convnext', dict(drop_path_rate=.5, ls_init_value=1.), LOW),
-    'vit-drop': Case('test_vit', dict(VIT, drop_rate=.5), LOW),
-    'vit-pos': Case('test_vit', dict(VIT, pos_drop_rate=.5), LOW),
-    'vit-patch': Case('test_vit', dict(VIT, patch_drop_rate=.5), LOW),
-    'vit-proj': Case('test_vit', dict(VIT, proj_drop_rate=.3), LOW),
-    'vit-attn': Case('test_vit', dict(VIT, attn_drop_rate=.5), LOW),
-    'vit-path': Case('test_vit', dict(VIT, drop_path_rate=.5), LOW),
-    'deit-attn': Case('deit_tiny_distilled_patch16_224', dict(VIT, attn_drop_rate=.5), LOW),
+    'convnext-drop': Case('test_convnext', dict(drop_rate=.5), LOW, 32),
+    'convnext-path': Case('test_convnext', dict(drop_path_rate=.5, ls_init_value=1.), LOW, 32),
+    'vit-drop': Case('test_vit', dict(VIT, drop_rate=.5), LOW, 32),
+    'vit-pos': Case('test_vit', dict(VIT, pos_drop_rate=.5), LOW, 32),
+    'vit-patch': Case('test_vit', dict(VIT, patch_drop_rate=.5), LOW, 32),
+    'vit-proj': Case('test_vit', dict(VIT, proj_drop_rate=.3), LOW, 32),
+    'vit-attn': Case('test_vit', dict(VIT, attn_drop_rate=.5), LOW, 32),
+    'vit-path': Case('test_vit', dict(VIT, drop_path_rate=.5), LOW, 32),
+    'deit-attn': Case('deit_tiny_distilled_patch16_224', dict(VIT, depth=3, attn_drop_rate=.5), LOW, 32),
 }
 every_case = pytest.mark.parametrize('case', CASES)
 

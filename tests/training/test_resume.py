@@ -91,7 +91,7 @@ def test_killed_again_and_again_it_ends_bit_identical(server, whole, tmp_path):
     args, reference = whole
     moments = random.Random(0)
     kills = []
-    while sum(kills) < 10:  # with and without workers each; on a fast machine one run may end before
+    while sum(kills) < 6:  # with and without workers each; on a fast machine one run may end before
         cwd = tmp_path / str(len(kills))
         kills.append(kill_until_it_ends(server, args, cwd, moments))
         same_runs(reference / 'out', cwd / 'out')
