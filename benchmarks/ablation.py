@@ -318,7 +318,7 @@ def main() -> None:
 
 
 def facts(scale: str) -> Facts:
-    """What the report tells about a scale."""
+    """Return the facts about a scale that the report states."""
     size = SCALES[scale]
     options = {**size.recipe, **size.student}
     recipe = f'{options["opt"]} at {options["lr"]:g}, batch {options["batch_size"]}' + (

@@ -1,1 +1,3 @@
-"""Options of a conversion that change more than the activation: norms, the stem's pooling, a stem that runs once."""
+"""Variants: options of a conversion that change more than the activation. Norms, residual blocks, stem pooling, shared
+stem.
+"""

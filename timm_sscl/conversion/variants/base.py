@@ -1,4 +1,4 @@
-"""Variant: an option of a conversion that changes more than the activation. One file per variant, one protocol."""
+"""Variant: base class of options of a conversion that change more than the activation."""
 from dataclasses import dataclass, fields, replace
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set
 
@@ -18,7 +18,7 @@ class VariantSettings:
     A subclass may check its values in `check`.
 
     Raises:
-        ValueError: A value is out of its range.
+        ValueError: A value is out of range.
     """
 
     def __post_init__(self):
@@ -27,10 +27,10 @@ class VariantSettings:
         self.check()
 
     def check(self) -> None:
-        """Raise ValueError, naming the setting, where a value is out of its range."""
+        """Raise ValueError, naming the setting, if a value is out of range."""
 
     def at(self, timesteps: int) -> 'VariantSettings':
-        """The settings of a model that is converted with T timesteps."""
+        """Return the settings completed for a conversion with T timesteps."""
         return self
 
 
@@ -38,7 +38,7 @@ class VariantSettings:
 class PerStepSettings(VariantSettings):
     """Base of the settings of a variant with parameters per timestep.
 
-    The parameters have `steps` entries, whatever `set_timesteps` says later: fewer timesteps use the first ones, more
+    The parameters have `steps` entries, also after `set_timesteps`. Fewer timesteps use the first entries; more
     timesteps repeat the last.
     """
     steps: Optional[int] = knob(None, 'timesteps that have parameters (those of the conversion)', kw_only=True)
@@ -52,26 +52,26 @@ class PerStepSettings(VariantSettings):
 
 
 class VariantRecord(NamedTuple):
-    """One module that a variant met."""
+    """One module that a variant changed or left."""
     name: str
     was: str  # class before
-    now: str  # class after, or what the variant calls it
+    now: str  # class after, or the variant's name for it
 
 
 class Variant:
     """Base of all variants. A variant has a `Settings` dataclass and changes a model in place.
 
-    The settings of a model hold the variant's name and options, so that checkpoints restore it. `apply` runs at the
-    conversion, after every change of the settings, and after timm's `reset_classifier`: on a model that has the variant
-    already it takes over what changed, keeps parameters, and does the same to new modules. `remove` undoes it.
+    The settings of a model hold the variant's name and options, so checkpoints restore it. `apply` is called at the
+    conversion, after every change of the settings, and after timm's `reset_classifier`. On a model that already has the
+    variant it applies changed settings, keeps parameters, and changes new modules. `remove` undoes it.
 
-    A variant with parameters or buffers of its own says so by `changes_state` and names them in `own_state`. They load,
-    train and travel like any other, without weight decay. The weights of an ANN do not hold them, see `complete`.
+    A variant with parameters or buffers of its own sets `changes_state` and names them in `own_state`. They are loaded,
+    trained and saved like others, without weight decay. An ANN's weights lack them; see `complete`.
 
     Attributes:
         Settings: Dataclass of the variant's settings.
-        kind: What it is a variant of: 'norm', 'residual', ...; set by `create_variant`.
-        name: Its registered name; set by `create_variant`.
+        kind: What the variant changes: 'norm', 'residual', ...; set by `create_variant`.
+        name: Registered name; set by `create_variant`.
         changes_state: Whether a model's state dict has other keys or shapes with it.
         scales_currents: Whether it scales the neurons' currents at the start of training, which `calibrate` undoes.
 
@@ -79,7 +79,7 @@ class Variant:
         settings: Fields of `Settings`, by name.
 
     Raises:
-        ValueError: A setting is unknown or out of its range.
+        ValueError: A setting is unknown or out of range.
     """
     Settings = VariantSettings
     kind = 'variant'
@@ -94,50 +94,54 @@ class Variant:
         return f"{self.kind}='{self.name}'"
 
     def check(self, model: nn.Module, settings: Any) -> None:
-        """Raise, before anything is changed, where the model lacks what the variant is about.
+        """Check that the model has the parts that the variant changes. Nothing has been changed yet.
 
         Args:
-            model: The model, spiking already or not.
+            model: The model, spiking or not.
             settings: Its SpikingSettings.
 
         Raises:
-            ValueError: The variant does not fit; the message names the model's part.
+            ValueError: It does not. The message names the part.
         """
 
     def apply(self, model: nn.Module, settings: Any) -> None:
-        """Change a spiking model in place; again where it has the variant already."""
+        """Change a spiking model in place. It may already have the variant."""
         raise NotImplementedError
 
     def remove(self, model: nn.Module) -> None:
-        """Undo `apply`, in place; a model without the variant stays as it is."""
+        """Undo `apply` in place. A model without the variant is not changed."""
         raise NotImplementedError
 
     def records(self, model: nn.Module) -> Sequence[Any]:
-        """What became of every module that the variant is about: tuples that begin as VariantRecord does."""
+        """Return what became of every module that the variant concerns: tuples that start with the fields of
+        VariantRecord.
+        """
         return ()
 
     def summary(self, model: nn.Module) -> str:
-        """One line for the report; empty for none."""
+        """Return one line for the report, '' for none."""
         return ''
 
     def own_state(self, model: nn.Module) -> List[str]:
-        """Names of the parameters and buffers that the model has by this variant only."""
+        """Return the names of the parameters and buffers that only this variant adds to the model."""
         return []
 
     def complete(self, model: nn.Module, state_dict: Dict[str, torch.Tensor], prefix: str) -> None:
-        """Make the state of a model without this variant, such as an ANN's, loadable, in place.
+        """Complete the state of a model without this variant, such as an ANN's, in place, so that it can be loaded.
 
-        By default the variant's own parameters and buffers keep the values that they have.
+        By default the variant's own parameters and buffers keep their values.
 
         Args:
-            model: The model that the state is for.
-            state_dict: What is loaded.
-            prefix: Of the model's keys in it.
+            model: Model that loads the state.
+            state_dict: State to load.
+            prefix: Prefix of the model's keys in it.
         """
         own = model.state_dict(keep_vars=True)
         for name in self.own_state(model):
             state_dict.setdefault(f'{prefix}{name}', own[name].detach())
 
     def zeros_stay(self, model: nn.Module) -> Set[str]:
-        """Names of the modules whose scale of zero `calibrate` leaves: zero makes a block the identity there."""
+        """Return the names of modules whose scale of zero `calibrate` does not change, since it makes a block the
+        identity.
+        """
         return set()

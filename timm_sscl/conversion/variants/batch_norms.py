@@ -1,4 +1,4 @@
-"""What the norms have in common: a mixin in front of every batch norm's class, which computes another batch norm."""
+"""Common base of norm variants: a mixin for every batch norm, which computes another batch norm."""
 from collections import Counter
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple, Type
 
@@ -18,21 +18,21 @@ _PLAIN = nn.BatchNorm1d, nn.BatchNorm2d, BatchNormAct2d
 
 
 class NormRecord(NamedTuple):
-    """One norm of a model whose norms are a variant."""
+    """One norm of a model with a norm variant."""
     name: str
     was: str  # class before
     now: str  # what it is now
-    alpha: Optional[float]  # factor on the scale besides the variant's own; None where the norm stays what it was
+    alpha: Optional[float]  # further factor on the scale (tdBN), 1 for other variants; None if the norm is unchanged
 
 
 class BatchNormOverTime(Mixin):
     """Mixin for a batch norm on (T * B, C, ...).
 
-    A subclass writes `normalise`. The rest of a norm with activation, its dropout and its neuron, comes after it.
+    A subclass implements `normalise`. In a norm-act layer, dropout and neuron follow.
 
     Attributes:
         own_state: Names of the parameters and buffers that the mixin adds to the norm.
-        per_step: Whether the norm computes something else at every timestep; `share_stem` refuses it then.
+        per_step: Whether the norm differs between timesteps; `share_stem` then refuses it.
         timesteps: T, set by the variant.
     """
     own_state: Tuple[str, ...] = ()
@@ -40,23 +40,23 @@ class BatchNormOverTime(Mixin):
     timesteps: int
 
     def normalise(self, x: torch.Tensor) -> torch.Tensor:
-        """What the norm computes: (T * B, C, ...) in, the same shape out."""
+        """Return the normalised input, (T * B, C, ...)."""
         return self.batch_norm(x, self.weight, self.bias)
 
     def steps_used(self) -> List[int]:
-        """For each timestep the number of the parameters that it uses: the last ones serve all further steps."""
+        """Return the index of the parameters that each timestep uses. Further timesteps use the last."""
         steps = len(getattr(self, self.own_state[0] if self.own_state else 'weight'))
         return [min(t, steps - 1) for t in range(self.timesteps)]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self._check_input_dim(x)
         x = self.normalise(x)
-        for name in ('drop', 'act'):  # there in a norm with activation
+        for name in ('drop', 'act'):  # present only in norm-act layers
             x = self._modules[name](x) if name in self._modules else x
         return x
 
     def batch_norm(self, x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
-        """nn.BatchNorm's forward with this scale and shift: statistics over T, B, H and W."""
+        """Run nn.BatchNorm's forward with this scale and shift, with statistics over T, B, H and W."""
         momentum = 0. if self.momentum is None else self.momentum
         if self.training and self.track_running_stats and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
@@ -70,7 +70,7 @@ class BatchNormOverTime(Mixin):
 
 
 def plain_class(module: nn.Module) -> type:
-    """A norm's class without the mixins of variants."""
+    """Return a norm's class without the mixins of variants."""
     cls = type(module)
     while issubclass(cls, BatchNormOverTime):
         cls = cls.mixed[1]
@@ -78,19 +78,18 @@ def plain_class(module: nn.Module) -> type:
 
 
 def batch_norms(model: nn.Module) -> Iterator[Tuple[str, nn.Module]]:
-    """Names and modules of the batch norms with a scale whose class is torch's or timm's own, changed already or
-    not."""
+    """Yield (name, module) of batch norms with a scale whose class, apart from variants, is torch's or timm's own."""
     for name, module in model.named_modules():
         if plain_class(module) in _PLAIN and module._parameters.get('weight') is not None:
             yield name, module
 
 
 class BatchNormVariant(Variant):
-    """Base of a variant that puts a mixin in front of every batch norm with a scale.
+    """Base of a variant that adds a mixin to every batch norm with a scale.
 
     Attributes:
         mixin: The mixin.
-        label: What a report calls such a norm.
+        label: Name of such a norm in a report.
     """
     mixin: Type[BatchNormOverTime]
     label = ''
@@ -107,7 +106,7 @@ class BatchNormVariant(Variant):
             self.set_up(norm, settings)
 
     def set_up(self, norm: nn.Module, settings: Any) -> None:
-        """Give a norm what the mixin reads; again where it has it already.
+        """Set the attributes of a norm that the mixin uses. The norm may already have them.
 
         Args:
             norm: A batch norm with the mixin.
@@ -121,7 +120,7 @@ class BatchNormVariant(Variant):
                 take_out(norm, self.mixin)
 
     def tear_down(self, norm: nn.Module) -> None:
-        """Take away what `set_up` gave: the mixin's own parameters and buffers."""
+        """Remove the mixin's own parameters and buffers."""
         for name in self.mixin.own_state:
             delattr(norm, name)
 
@@ -130,7 +129,7 @@ class BatchNormVariant(Variant):
                 for key in self.mixin.own_state]
 
     def records(self, model: nn.Module) -> List[NormRecord]:
-        """What became of every norm with a scale."""
+        """Return what became of every norm with a scale."""
         changed = {name: norm for name, norm in batch_norms(model) if isinstance(norm, self.mixin)}
         records = []
         for name, module in model.named_modules():
@@ -150,11 +149,13 @@ class BatchNormVariant(Variant):
             f'; {n} {kind} as they were' for kind, n in left.most_common())
 
     def details(self, model: nn.Module, changed: List[NormRecord]) -> str:
-        """What the report says after the number of norms."""
+        """Return the text after the number of norms in the report."""
         return ''
 
     def set_parameter(self, norm: nn.Module, name: str, value: torch.Tensor) -> None:
-        """Give a norm a parameter with this value, on the norm's device and in its dtype; one of this shape stays."""
+        """Give a norm a parameter with this value, in the norm's device and dtype. An existing one of this shape is
+        kept.
+        """
         own: Dict[str, Optional[nn.Parameter]] = norm._parameters
         if own.get(name) is None or own[name].shape != value.shape:
             setattr(norm, name, nn.Parameter(value.to(norm.weight.device, norm.weight.dtype)))

@@ -1,4 +1,4 @@
-"""BNTT (Kim and Panda 2021): a batch norm of its own for every timestep, without a shift."""
+"""BNTT (Kim and Panda 2021): a separate batch norm for every timestep, without a shift."""
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ class BatchNormThroughTime(StepwiseBatchNorm):
 
         y_t = weight_t * (x_t - mean_t) / sqrt(var_t + eps)
 
-    mean_t and var_t are over B, H and W of step t, in evaluation their running values. There is no shift.
+    mean_t and var_t are over B, H and W of timestep t, in evaluation mode the running values. There is no shift.
     """
 
     def normalise(self, x: torch.Tensor) -> torch.Tensor:
@@ -36,10 +36,10 @@ class BatchNormThroughTime(StepwiseBatchNorm):
 
 @register_variant('norm', 'bntt')
 class BNTT(StepwiseNormVariant):
-    """Every batch norm with a scale has a scale and statistics per timestep, and no shift.
+    """Give every batch norm with a scale separate scales and statistics per timestep, and no shift.
 
     The authors train it with a threshold of 1, a decay factor of 0.95, a soft reset, the surrogate 'damped_triangle'
-    and Poisson input. Where an ANN's weights load, its shifts are dropped.
+    and Poisson input. If an ANN's weights are loaded, the shifts are dropped.
     """
     mixin = BatchNormThroughTime
     label = 'BNTT'

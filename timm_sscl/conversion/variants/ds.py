@@ -1,4 +1,4 @@
-"""DS-ResNet (Feng et al. 2022): the sum of spikes of SEW, with neurons of several levels (MLF)."""
+"""DS-ResNet (Feng et al. 2022): SEW's sum of spikes, with neurons of several levels (MLF)."""
 from typing import Any
 
 import torch.nn as nn
@@ -14,10 +14,10 @@ __all__ = ['DS']
 
 @register_variant('residual', 'ds')
 class DS(SEW):
-    """SEW's blocks with 'add' and neurons whose output is whole numbers, as `neuron='mlf'`.
+    """SEW blocks with 'add' and neurons whose output is whole numbers, as `neuron='mlf'`.
 
-    The sums are at most the neuron's top level times the number of blocks of a stage plus 1. The authors use tdBN
-    (norm='tdbn'), whose factor is 1 everywhere here, since spikes are added.
+    A sum is at most the neuron's top level times (number of blocks in a stage + 1). The authors use tdBN (norm='tdbn');
+    its factor is 1 everywhere here, since spikes are added.
     """
     label = 'DS'
     Settings = VariantSettings

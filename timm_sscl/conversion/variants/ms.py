@@ -1,4 +1,4 @@
-"""MS-ResNet (Hu et al. 2021): residual blocks that begin with a neuron, around which real-valued shortcuts run."""
+"""MS-ResNet (Hu et al. 2021): residual blocks that start with a neuron, with real-valued shortcuts."""
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from .resnet_blocks import STAGES, ResidualVariant, add_neuron, last_act, residu
 
 __all__ = ['MembraneShortcutBlock', 'MS']
 
-_TAIL = 'act'  # child of the last stage
+_TAIL = 'act'  # child of the last stage: its final neuron
 
 
 class MembraneShortcutBlock(Mixin):
@@ -26,16 +26,16 @@ class MembraneShortcutBlock(Mixin):
 
 
 class NoNeuron(nn.Identity):
-    """What stands for the stem's last neuron, which is kept aside."""
+    """Placeholder for the stem's last neuron, which is stored in its attribute `replaced`."""
 
 
 @register_variant('residual', 'ms')
 class MS(ResidualVariant):
-    """The last neuron of a block is its first, the stem ends without one, and one stands behind the last stage.
+    """Move the last neuron of each block to its start, remove the stem's last neuron, and add one after the last stage.
 
-    What the blocks return is real-valued, but for the last stage's spikes: the convolutions of the branches see spikes,
+    Outputs of blocks are real-valued, except the last stage's spikes. The convolutions of the branches receive spikes;
     those of the shortcuts count as multiply-accumulates. timm's max pooling stays. A last norm whose scale starts at
-    zero makes the block the identity; `calibrate` leaves it so.
+    zero makes the block the identity; `calibrate` does not change it.
     """
     mixin = MembraneShortcutBlock
     label = 'MS'
@@ -46,7 +46,7 @@ class MS(ResidualVariant):
         if isinstance(model.act1, SpikingNeuron):
             identity = NoNeuron()
             identity.added_by = str(self)
-            identity.__dict__['replaced'] = model.act1  # no submodule, and not in a checkpoint
+            identity.__dict__['replaced'] = model.act1  # neither a submodule nor in a checkpoint
             model.act1 = identity
         last = [stage for stage in STAGES if len(getattr(model, stage))][-1]
         add_neuron(model, getattr(model, last), _TAIL, self, settings)

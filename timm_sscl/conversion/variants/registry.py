@@ -1,4 +1,4 @@
-"""Variants by kind and name: one file and one decorator add a variant of your own."""
+"""Register variants by kind and name with a decorator, and create them."""
 from typing import Any, Callable, Dict, List, Optional, Type, Union
 
 from timm_sscl.named import Registry
@@ -8,12 +8,17 @@ from .base import Variant
 __all__ = ['KINDS', 'register_variant', 'unregister_variant', 'list_variants', 'variant_name', 'create_variant',
            'check_registered']
 
-KINDS = 'residual', 'stem_pool', 'norm', 'stem'  # in the order in which a model's are applied
+KINDS = 'residual', 'stem_pool', 'norm', 'stem'  # in the order in which they are applied to a model
 
 _variants: Dict[str, Registry[Type[Variant]]] = {kind: Registry(kind) for kind in KINDS}
 
 
 def _registry(kind: str) -> Registry[Type[Variant]]:
+    """Return the registry of a kind of variants.
+
+    Raises:
+        ValueError: The kind is unknown.
+    """
     if kind not in _variants:
         raise ValueError(f"unknown kind of variant '{kind}'; there are {', '.join(KINDS)}.")
     return _variants[kind]
@@ -27,7 +32,7 @@ def register_variant(kind: str, name: str) -> Callable[[Type[Variant]], Type[Var
         name: Name of the variant.
 
     Raises:
-        TypeError: What is decorated is no subclass of Variant.
+        TypeError: The decorated object is not a subclass of Variant.
         ValueError: The kind is unknown, or the name is taken.
     """
     registry = _registry(kind)
@@ -46,14 +51,14 @@ def unregister_variant(kind: str, name: str) -> None:
 
 
 def list_variants(kind: Optional[str] = None) -> List[str]:
-    """Names of the registered variants of a kind; of all kinds, as 'norm/tdbn', where none is given."""
+    """Return the names of the registered variants of a kind; without a kind, of all kinds as 'norm/tdbn'."""
     if kind is None:
         return [f'{kind}/{name}' for kind in KINDS for name in _variants[kind]]
     return _registry(kind).names()
 
 
 def check_registered(kind: str, name: Any) -> None:
-    """Raise ValueError where no variant of this kind has the name."""
+    """Raise ValueError if no variant of this kind has the name."""
     names = _registry(kind).names()
     if name not in names:
         known = ', '.join(map(repr, names)) or 'registered first; there is none'
@@ -62,7 +67,7 @@ def check_registered(kind: str, name: Any) -> None:
 
 
 def variant_name(kind: str, variant: Union[str, Type[Variant]]) -> str:
-    """The name that a variant is registered under.
+    """Return the registered name of a variant.
 
     Raises:
         ValueError: It is not registered.
@@ -74,7 +79,7 @@ def variant_name(kind: str, variant: Union[str, Type[Variant]]) -> str:
 
 
 def create_variant(kind: str, name: str, **settings: Any) -> Variant:
-    """A variant by its kind and name.
+    """Create a variant by its kind and name.
 
     Args:
         kind: 'norm', 'residual', 'stem_pool' or 'stem'.
@@ -82,7 +87,7 @@ def create_variant(kind: str, name: str, **settings: Any) -> Variant:
         settings: Fields of the variant's Settings.
 
     Raises:
-        ValueError: The name or a setting is unknown, or a value is out of its range.
+        ValueError: The name or a setting is unknown, or a value is out of range.
     """
     check_registered(kind, name)
     variant = _registry(kind).get(name)(**settings)

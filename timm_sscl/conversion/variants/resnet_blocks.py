@@ -1,4 +1,4 @@
-"""What the residual variants have in common: they change the forward of timm's BasicBlock and Bottleneck."""
+"""Common base of residual variants, which change the forward of timm's BasicBlock and Bottleneck."""
 from typing import Any, Dict, Iterator, List, Set, Tuple, Type
 
 import torch
@@ -18,7 +18,7 @@ STAGES = 'layer1', 'layer2', 'layer3', 'layer4'
 
 
 def _own_class(module: nn.Module) -> type:
-    """A module's class without mixins."""
+    """Return a module's class without mixins."""
     cls = type(module)
     while hasattr(cls, 'mixed'):
         cls = cls.mixed[1]
@@ -30,17 +30,17 @@ def _is_block(module: nn.Module) -> bool:
 
 
 def last_act(block: nn.Module) -> str:
-    """Name of a block's last activation, which timm runs after the sum."""
+    """Return the name of a block's last activation, which timm runs after the sum."""
     return 'act3' if hasattr(block, 'conv3') else 'act2'
 
 
 def last_norm(block: nn.Module) -> str:
-    """Name of the last norm of a block's residual branch."""
+    """Return the name of the last norm in a block's residual branch."""
     return 'bn3' if hasattr(block, 'conv3') else 'bn2'
 
 
 def residual_branch(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """A block's residual branch as timm runs it, up to the last norm and the attention behind it."""
+    """Run a block's residual branch as timm does, up to the last norm and the attention after it."""
     if hasattr(block, 'conv3'):
         x = block.act1(block.bn1(block.conv1(x)))
         x = block.aa(block.act2(block.drop_block(block.bn2(block.conv2(x)))))
@@ -52,7 +52,7 @@ def residual_branch(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def add_neuron(model: nn.Module, parent: nn.Module, name: str, by: Any, settings: Any) -> None:
-    """Give a module a child that is a neuron with the model's settings; one that is there stays."""
+    """Add a child neuron with the model's settings to a module. An existing one is kept."""
     if not isinstance(parent._modules.get(name), SpikingNeuron):
         like = next(model.parameters())
         neuron = new_neuron(settings, model.training, like)
@@ -62,14 +62,14 @@ def add_neuron(model: nn.Module, parent: nn.Module, name: str, by: Any, settings
 
 
 class ResidualVariant(Variant):
-    """Base of a variant that puts a mixin in front of every residual block of a ResNet of timm's.
+    """Base of a variant that adds a mixin to every residual block of a timm ResNet.
 
-    The blocks have to be timm's BasicBlock and Bottleneck, or share their forward, and the model has to run its stages
-    as timm's ResNet does. All others are refused by name.
+    Blocks must be timm's BasicBlock or Bottleneck or share their forward, and the model must run its stages as timm's
+    ResNet does. Others are refused with an error that names them.
 
     Attributes:
         mixin: The mixin.
-        label: What a report calls such a block.
+        label: Name of such a block in a report.
     """
     mixin: Type[Mixin]
     label = ''
@@ -87,10 +87,10 @@ class ResidualVariant(Variant):
                     self.check_block(f'{name}.{child}', block)
 
     def check_block(self, name: str, block: nn.Module) -> None:
-        """Raise ValueError where a block cannot be changed."""
+        """Raise ValueError if a block cannot be changed."""
 
     def blocks(self, model: nn.Module) -> Iterator[Tuple[str, nn.Module]]:
-        """Names and modules of the blocks."""
+        """Yield (name, module) of the blocks."""
         for stage in STAGES:
             for child, block in getattr(model, stage).named_children():
                 if _is_block(block):
@@ -104,7 +104,7 @@ class ResidualVariant(Variant):
             self.set_up(model, block, settings)
 
     def set_up(self, model: nn.Module, block: nn.Module, settings: Any) -> None:
-        """Give a block what the mixin reads; again where it has it already."""
+        """Set the attributes of a block that the mixin uses. The block may already have them."""
 
     def remove(self, model: nn.Module) -> None:
         for _, block in self.blocks(model):
@@ -113,7 +113,7 @@ class ResidualVariant(Variant):
                 take_out(block, self.mixin)
 
     def tear_down(self, block: nn.Module) -> None:
-        """Take away what `set_up` gave."""
+        """Undo `set_up`."""
 
     def records(self, model: nn.Module) -> List[VariantRecord]:
         return [VariantRecord(name, _own_class(block).__name__, self.label) for name, block in self.blocks(model)

@@ -1,4 +1,4 @@
-"""SEW (Fang et al. 2021): residual blocks whose branches join as spikes, behind the last neuron."""
+"""SEW (Fang et al. 2021): residual blocks that join spikes, after the last neuron."""
 from dataclasses import dataclass
 from typing import Any, Set
 
@@ -21,11 +21,11 @@ CONNECT = 'add', 'and', 'iand'
 class SpikeElementWiseBlock(Mixin):
     """Mixin for a BasicBlock or Bottleneck: g(neuron(branch(x)), shortcut(x)).
 
-    With S from the branch and I from the shortcut g is S + I ('add'), S * I ('and') or I * (1 - S) ('iand').
+    With S from the branch and I from the shortcut, g is S + I ('add'), S * I ('and') or I * (1 - S) ('iand').
 
     Attributes:
         connect: Which g.
-        joins_spikes: Tells norms that no currents are added here.
+        joins_spikes: Tells norm variants that no currents are added here.
     """
     connect: str
     joins_spikes = True
@@ -42,11 +42,12 @@ class SpikeElementWiseBlock(Mixin):
 
 @register_variant('residual', 'sew')
 class SEW(ResidualVariant):
-    """The last neuron of a block is in front of the sum, and the downsampling of a shortcut has a neuron at its end.
+    """Move the last neuron of each block before the sum, and add a neuron after the downsampling of each shortcut.
 
-    The sums are whole numbers up to the number of blocks of a stage plus 1 ('add'), or spikes. Stochastic depth scales
-    the branch by 1 / (1 - p) in training. A last norm whose scale starts at zero makes the block the identity under
-    'add' and 'iand'; `calibrate` leaves it so. The authors train integrate-and-fire neurons with a threshold of 1.
+    The sums are whole numbers up to the number of blocks in a stage plus 1 ('add'), or spikes. Stochastic depth scales
+    the branch by 1 / (1 - p) in training. A last norm whose scale starts at zero makes the block the identity with
+    'add' and 'iand'; `calibrate` does not change it. The authors train integrate-and-fire neurons with a threshold of
+    1.
     """
     mixin = SpikeElementWiseBlock
     label = 'SEW'

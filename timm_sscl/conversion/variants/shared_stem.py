@@ -1,4 +1,4 @@
-"""share_stem: what runs before the first neuron once per image instead of once per time step."""
+"""share_stem: run everything before the first neuron once per image instead of once per timestep."""
 import logging
 from dataclasses import dataclass
 from typing import Any, List, Optional, Sequence, Tuple
@@ -22,12 +22,13 @@ __all__ = ['share_stem', 'SharedStem']
 
 _logger = logging.getLogger(__name__)
 
-_BATCH = 3  # with two time steps 3 rows and 6 rows meet where the stem's output does not pass the neuron: an error
+_BATCH = 3  # with two timesteps, tensors of 3 and 6 rows meet, and raise, if the stem's output bypasses the neuron
 
 
 @register_variant('stem', 'shared')
 class SharedStem(Variant):
-    """The first neuron takes the current of one step and repeats it; `share_stem` finds out whether that is legal."""
+    """Let the first neuron take the current of one timestep and repeat it. `share_stem` checks whether that is valid.
+    """
 
     @dataclass(frozen=True)
     class Settings(VariantSettings):
@@ -46,15 +47,15 @@ class SharedStem(Variant):
 
 
 def share_stem(model: SpikingModule, input_size: Optional[Sequence[int]] = None) -> SpikingModule:
-    """Run what comes before the first neuron once per image, in place; the neuron repeats its current T times.
+    """Run everything before the first neuron once per image, in place. The neuron repeats its current T times.
 
-    For static images the stem computes the same at every time step, and nothing but the first neuron's output may reach
-    what follows. A probe runs the model both ways and compares all that forward and forward_intermediates return; where
-    they differ (a residual stream from before the first neuron, as in ConvNeXt) it is refused.
+    For static images the stem computes the same at every timestep. This is valid if only the first neuron's output is
+    used afterwards. A probe runs the model both ways and compares everything that forward and forward_intermediates
+    return. If they differ (a residual stream from before the first neuron, as in ConvNeXt), it is refused.
 
-    Outputs and gradients stay what they were. The running variance of a batch norm in the stem has n / (n - 1) over B
-    instead of T * B images in front: the same samples are counted once. Event frames, which differ in time, are refused
-    from then on. The setting is part of the checkpoint.
+    Outputs and gradients do not change. The running variance of a batch norm in the stem is scaled by n / (n - 1) with
+    n counted over B instead of T * B images. Event frames, which differ in time, are refused from then on. The setting
+    is part of the checkpoint.
 
     Args:
         model: Spiking model.
@@ -64,7 +65,7 @@ def share_stem(model: SpikingModule, input_size: Optional[Sequence[int]] = None)
         The model itself; `model.settings.stem` is the name of the first neuron.
 
     Raises:
-        ValueError: The model does not spike, or the probe fails; the message says where.
+        ValueError: The model is not spiking, or the probe fails. The message says where.
     """
     if not isinstance(model, SpikingModule):
         raise ValueError(f'{type(model).__name__} does not spike; convert_to_spiking(model) makes it.')
@@ -82,7 +83,7 @@ def share_stem(model: SpikingModule, input_size: Optional[Sequence[int]] = None)
 
 
 def _probe(model: SpikingModule, input_size: Optional[Sequence[int]]) -> Tuple[Optional[str], Optional[str]]:
-    """Name of the first neuron, and why nothing can be shared; None where it can."""
+    """Return the name of the first neuron, and why the stem cannot be shared (None if it can)."""
     x, name, before, expected = _run_in_full(model, input_size)
     if x is None:
         return None, 'the model does not run on a guessed input; input_size=(C, H, W) tells it'
@@ -104,10 +105,14 @@ def _probe(model: SpikingModule, input_size: Optional[Sequence[int]]) -> Tuple[O
 
 
 def _run_in_full(model: SpikingModule, input_size: Optional[Sequence[int]]):
-    """Probe input, first neuron, what before it draws noise or differs by step, and all outputs, with every step
-    computed."""
+    """Run the model without a shared stem.
+
+    Returns:
+        Probe input, name of the first neuron, modules before it that draw noise or differ between timesteps, and
+        outputs.
+    """
     like = next(p for p in model.parameters() if p.is_floating_point())
-    generator = torch.Generator().manual_seed(0)  # the global generator stays where it is
+    generator = torch.Generator().manual_seed(0)  # leaves the global generator alone
     for size in [tuple(input_size)] if input_size is not None else probe_sizes(model):
         x = torch.randn(_BATCH, *size, generator=generator).to(like)
         ran: List[str] = []
@@ -127,7 +132,9 @@ def _run_in_full(model: SpikingModule, input_size: Optional[Sequence[int]]):
 
 
 def _outputs(model: SpikingModule, x: torch.Tensor, quiet: bool = True) -> List[torch.Tensor]:
-    """All that the model returns for x, norms by the batch: an untrained network is silent in evaluation mode."""
+    """Return all outputs for x with norms normalising by the batch, since an untrained network is silent in evaluation
+    mode.
+    """
     def run() -> List[Any]:
         with normalising_by_batch(model):
             results = [model(x, per_step=True)]

@@ -1,4 +1,4 @@
-"""The paper's stem for ResNet18 and 34: average pooling of spikes where timm's ResNets have max pooling."""
+"""Average pooling of spikes in the stem of a ResNet instead of max pooling, as in the paper's ResNet18 and 34."""
 from dataclasses import replace
 from typing import Any, Optional, Tuple
 
@@ -12,23 +12,24 @@ from .registry import create_variant, register_variant
 
 __all__ = ['set_stem_pool', 'stem_max_pool', 'has_average_stem_pool', 'AvgStemPool']
 
-_NAME = 'maxpool'  # of the stem's pooling in timm's and torchvision's ResNets and what descends from them
+_NAME = 'maxpool'  # name of the stem's pooling in timm's and torchvision's ResNets and derived models
 
 
 class StemAvgPool2d(nn.AvgPool2d):
-    """What a stem's max pooling becomes: the mean over the same windows, padding counted."""
+    """Average over the windows of the stem's max pooling, padding included."""
 
 
 def _pools(model: nn.Module, kind: type) -> list:
+    """Return (name, module) of all modules of a class named 'maxpool'."""
     return [(name, module) for name, module in model.named_modules()
             if name.rpartition('.')[2] == _NAME and type(module) is kind]
 
 
 def stem_max_pool(model: nn.Module) -> Tuple[str, nn.MaxPool2d]:
-    """Name and module of the one max pooling in a model's stem.
+    """Return name and module of the only max pooling in a model's stem.
 
     Raises:
-        ValueError: There is none, or it cannot be an average.
+        ValueError: There is none, or it cannot be replaced by an average.
     """
     pools = _pools(model, nn.MaxPool2d)
     if len(pools) != 1 or pools[0][1].dilation not in (1, (1, 1)):
@@ -41,13 +42,13 @@ def stem_max_pool(model: nn.Module) -> Tuple[str, nn.MaxPool2d]:
 
 
 def has_average_stem_pool(model: nn.Module) -> bool:
-    """Whether set_stem_pool replaced the model's stem pooling."""
+    """Return whether set_stem_pool replaced the model's stem pooling."""
     return bool(_pools(model, StemAvgPool2d))
 
 
 @register_variant('stem_pool', 'avg')
 class AvgStemPool(Variant):
-    """The stem's max pooling is an average over the same windows."""
+    """Replace the stem's max pooling by an average over the same windows."""
 
     def check(self, model: nn.Module, settings: Any) -> None:
         if not has_average_stem_pool(model):
@@ -55,7 +56,7 @@ class AvgStemPool(Variant):
 
     def apply(self, model: nn.Module, settings: Any) -> None:
         if not has_average_stem_pool(model):
-            # by its class: name, hooks and what MaxPool2d needs when it is put back stay
+            # by changing its class, so that name, hooks and the settings of MaxPool2d are kept
             _, pool = stem_max_pool(model)
             pool.__class__ = StemAvgPool2d
             pool.count_include_pad, pool.divisor_override = True, None
@@ -70,10 +71,10 @@ class AvgStemPool(Variant):
 
 @all_or_nothing()
 def set_stem_pool(model: nn.Module, kind: Optional[str]) -> nn.Module:
-    """Pool by the average in the stem of a ResNet, spiking or not, in place; None is max pooling, as timm has it.
+    """Use average pooling in the stem of a ResNet, spiking or not, in place; None restores timm's max pooling.
 
-    AvgPool2d(3, 2, 1) for MaxPool2d(3, 2, 1): no weights, so that all checkpoints load. An ANN's state_dict does not
-    tell which pooling it was trained with; a spiking model's does (convert_to_spiking(stem_pool='avg')).
+    MaxPool2d(3, 2, 1) becomes AvgPool2d(3, 2, 1). Neither has weights, so all checkpoints load. An ANN's state_dict
+    does not contain which pooling it was trained with; a spiking model's does (convert_to_spiking(stem_pool='avg')).
 
     Args:
         model: Model with a MaxPool2d named 'maxpool'.

@@ -1,4 +1,4 @@
-"""What norms with statistics and scale for every timestep have in common: tensors (T, C) where a norm has (C,)."""
+"""Common base of norms with statistics and scale per timestep: tensors are (T, C) instead of (C,)."""
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import torch
@@ -16,7 +16,7 @@ class StepwiseBatchNorm(BatchNormOverTime):
     per_step = True
 
     def update_rate(self) -> float:
-        """Count a training batch, and return the share that it has in the running statistics."""
+        """Count a training batch and return its share in the running statistics."""
         if not (self.training and self.track_running_stats and self.num_batches_tracked is not None):
             return self.momentum or 0.
         self.num_batches_tracked.add_(1)
@@ -26,7 +26,7 @@ class StepwiseBatchNorm(BatchNormOverTime):
 class StepwiseNormVariant(BatchNormVariant):
     """Base of a variant whose norms have statistics, scale and shift per timestep.
 
-    Each timestep starts from the norm's own values. So it does where the weights of an ANN are loaded.
+    Every timestep starts with the norm's own values, also if an ANN's weights are loaded.
     """
     changes_state = True
     has_bias = True
@@ -43,13 +43,14 @@ class StepwiseNormVariant(BatchNormVariant):
             norm._parameters['bias'] = None
 
     def _expand(self, value: torch.Tensor) -> torch.Tensor:
-        """A tensor per channel, or per step and channel, as one of `steps` steps: the last is repeated."""
+        """Return a tensor (C,) or (steps, C) with `steps` rows; the last row is repeated."""
         rows = value if value.ndim == 2 else value[None]
         index = [min(t, len(rows) - 1) for t in range(self.settings.steps)]
         return rows[index].clone()
 
     @staticmethod
     def _like(value: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+        """Return a value as a parameter if it replaces one."""
         return nn.Parameter(value, before.requires_grad) if isinstance(before, nn.Parameter) else value
 
     def tear_down(self, norm: nn.Module) -> None:
@@ -63,6 +64,7 @@ class StepwiseNormVariant(BatchNormVariant):
             norm._parameters['bias'] = nn.Parameter(torch.zeros_like(norm.weight))
 
     def _stepwise(self, model: nn.Module) -> Iterator[Tuple[str, Optional[torch.Tensor]]]:
+        """Yield (name, tensor) of all tensors per timestep; None for a shift that was removed."""
         for name, norm in batch_norms(model):
             if isinstance(norm, self.mixin):
                 yield from ((f'{name}.{key}', getattr(norm, key)) for key in _STATE)
@@ -71,7 +73,7 @@ class StepwiseNormVariant(BatchNormVariant):
         return [*super().own_state(model), *(name for name, value in self._stepwise(model) if value is not None)]
 
     def complete(self, model: nn.Module, state_dict: Dict[str, torch.Tensor], prefix: str) -> None:
-        """Repeat a norm's tensors for every timestep; drop a shift that there is none for."""
+        """Repeat a norm's tensors for every timestep, and drop a shift that the variant does not have."""
         for name, own in self._stepwise(model):
             value = state_dict.get(f'{prefix}{name}')
             if own is None:

@@ -1,4 +1,4 @@
-"""TAB (Jiang et al. 2024): batch norm whose statistics at every timestep are over all steps up to it."""
+"""TAB (Jiang et al. 2024): batch norm whose statistics at every timestep are over all timesteps so far."""
 from typing import Any, Tuple
 
 import torch
@@ -16,7 +16,7 @@ class AccumulatedBatchNorm(StepwiseBatchNorm):
 
         y_t = step_scale_t^2 * (weight_t * (x_t - mean_t) / sqrt(var_t + eps) + bias_t)
 
-    mean_t and var_t are over B, H, W and the steps 0 to t, in evaluation their running values.
+    mean_t and var_t are over B, H, W and the timesteps 0 to t, in evaluation mode the running values.
     """
     own_state = ('step_scale',)
 
@@ -34,11 +34,11 @@ class AccumulatedBatchNorm(StepwiseBatchNorm):
         return (steps.to(scale.dtype) * scale.view(shape) + shift.view(shape)).to(x.dtype).flatten(0, 1)
 
     def _accumulate(self, steps: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Mean and biased variance (T, C) over the steps up to each; the running ones follow."""
+        """Return mean and biased variance (T, C) over the timesteps up to each, and update the running statistics."""
         axes = [1, *range(3, steps.ndim)]
         steps = steps.to(torch.promote_types(steps.dtype, torch.float32))
         means, variances = steps.mean(axes), steps.var(axes, unbiased=False)
-        # weights[t, s] averages over the steps s <= t; their spread around the common mean adds to the variance
+        # weights[t, s] averages over the timesteps s <= t; the spread of their means adds to the variance
         weights = torch.ones(self.timesteps, self.timesteps, device=steps.device, dtype=steps.dtype).tril()
         weights = weights / weights.sum(1, keepdim=True)
         mean = weights @ means
@@ -50,7 +50,7 @@ class AccumulatedBatchNorm(StepwiseBatchNorm):
 
     @torch.no_grad()
     def _follow(self, mean: torch.Tensor, var: torch.Tensor, n: int) -> None:
-        """Move the running statistics towards those of a batch with n values per step and channel."""
+        """Update the running statistics with those of a batch with n values per timestep and channel."""
         steps = min(self.timesteps, len(self.running_mean))
         counts = n * torch.arange(1, steps + 1, device=var.device, dtype=var.dtype).unsqueeze(1)
         unbiased = var[:steps] * counts / (counts - 1).clamp(min=1)
@@ -61,7 +61,9 @@ class AccumulatedBatchNorm(StepwiseBatchNorm):
 
 @register_variant('norm', 'tab')
 class TAB(StepwiseNormVariant):
-    """Every batch norm with a scale has scale, shift, statistics and a factor per timestep; the factor starts at 1."""
+    """Give every batch norm with a scale separate scales, shifts, statistics and a factor per timestep; the factor
+    starts at 1.
+    """
     mixin = AccumulatedBatchNorm
     label = 'TAB'
     Settings = PerStepSettings

@@ -1,4 +1,4 @@
-"""tdBN (Zheng et al. 2020): batch norm over time, batch and space whose scale counts in units of the threshold."""
+"""tdBN (Zheng et al. 2020): batch norm over time, batch and space with a scale relative to the threshold."""
 from typing import Any, List, Set
 
 import torch
@@ -21,8 +21,8 @@ class TdBatchNorm(BatchNormOverTime):
 
         y = weight * alpha * v_threshold * (x - mean) / sqrt(var + eps) + bias
 
-    In a spiking model the batch axis holds T * B samples, so that mean and var are over T, B, H and W as in any batch
-    norm there; the factor on the scale is what is new. It is no parameter: keys and shapes stay.
+    In a spiking model the batch axis holds T * B samples, so mean and var of any batch norm are over T, B, H and W.
+    Only the factor on the scale is new. It is not a parameter: keys and shapes do not change.
     """
     alpha: float
     v_threshold: float
@@ -38,15 +38,17 @@ class TdBatchNorm(BatchNormOverTime):
         return f'{super().extra_repr()}, alpha={self.alpha:.4g}, v_threshold={self.v_threshold}'
 
 
-# their names in pickles of version 0.1.0
+# names in pickles of version 0.1.0
 TdBatchNorm1d = mixed_class(TdBatchNorm, nn.BatchNorm1d)
 TdBatchNorm2d = mixed_class(TdBatchNorm, nn.BatchNorm2d)
 TdBatchNormAct2d = mixed_class(TdBatchNorm, BatchNormAct2d)
 
 
 def _where_branches_add(model: nn.Module) -> Set[nn.Module]:
-    """The last norm of the residual branch and the norms of the shortcut in every block like timm's BasicBlock and
-    Bottleneck: one with norms bn1, bn2 (bn3), and a shortcut, or None, called downsample."""
+    """Return the norms before a sum of branches, in blocks like timm's BasicBlock and Bottleneck.
+
+    These are the last norm of the residual branch (bn2 or bn3) and the norms of the shortcut (downsample).
+    """
     found: Set[nn.Module] = set()
     for block in model.modules():
         last = block._modules.get('bn3') or block._modules.get('bn2')
@@ -58,11 +60,11 @@ def _where_branches_add(model: nn.Module) -> Set[nn.Module]:
 
 @register_variant('norm', 'tdbn')
 class TdBN(BatchNormVariant):
-    """All batch norms with a scale are tdBN for the neurons' threshold.
+    """Turn all batch norms with a scale into tdBN for the neurons' threshold.
 
-    alpha is 1/sqrt(2) where two branches add, in blocks like timm's BasicBlock and Bottleneck: for the last norm of
-    the residual branch (bn2 or bn3) and for the shortcut's (downsample). It is 1 for all other norms, and for these too
-    where the branches' spikes are added (residual='sew').
+    alpha is 1/sqrt(2) where two branches add, in blocks like timm's BasicBlock and Bottleneck: for the last norm of the
+    residual branch (bn2 or bn3) and for the norms of the shortcut (downsample). It is 1 for all other norms, and
+    everywhere if spikes are added (residual='sew').
     """
     mixin = TdBatchNorm
     label = 'tdBN'

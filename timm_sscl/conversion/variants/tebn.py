@@ -1,4 +1,4 @@
-"""TEBN (Duan et al. 2022): batch norm over time, batch and space, with a learnable factor for every timestep."""
+"""TEBN (Duan et al. 2022): batch norm over time, batch and space, with a learnable factor per timestep."""
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ class TemporalEffectiveBatchNorm(BatchNormOverTime):
 
         y_t = step_scale_t * (weight * (x_t - mean) / sqrt(var + eps) + bias)
 
-    mean and var are over T, B, H and W. The factor multiplies the shift as well.
+    mean and var are over T, B, H and W. The factor also multiplies the shift.
     """
     own_state = ('step_scale',)
     per_step = True
@@ -29,9 +29,9 @@ class TemporalEffectiveBatchNorm(BatchNormOverTime):
 
 @register_variant('norm', 'tebn')
 class TEBN(BatchNormVariant):
-    """Every batch norm with a scale has a learnable factor per timestep behind it, 1 at the start.
+    """Add a learnable factor per timestep after every batch norm with a scale; it starts at 1.
 
-    The authors' ResNet also has such norms on shortcuts without a convolution; here only norms that exist become TEBN.
+    The authors' ResNet also has such norms on shortcuts without a convolution. Here only existing norms become TEBN.
     """
     mixin = TemporalEffectiveBatchNorm
     label = 'TEBN'
