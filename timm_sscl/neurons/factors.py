@@ -1,4 +1,4 @@
-"""A neuron's input gain and output scale, in buffers that load, save and average as all other state does."""
+"""A neuron's input gain and output scale, stored in buffers that are loaded, saved and averaged like other state."""
 from typing import Any, Dict, Optional
 
 import torch
@@ -8,23 +8,23 @@ from .watched import Seen, changed, is_readable, read_values
 
 __all__ = ['Factors', 'FACTORS']
 
-FACTORS = {'gain': 'spiking_gain', 'scale': 'spiking_scale'}  # and the buffers that hold them
+FACTORS = {'gain': 'spiking_gain', 'scale': 'spiking_scale'}  # factor -> buffer that holds it
 
 
 class Factors(nn.Module):
     """Base of a neuron that computes scale * neuron(gain * x).
 
-    The neurons of a converted model have both buffers always, ones of shape () by default, so that the keys of its
-    state dict do not depend on a calibration; a neuron by itself has them once a factor is set. A factor that is 1
-    costs no multiplication.
+    Neurons of a converted model always have both buffers, by default ones of shape (), so that the keys of the state
+    dict do not depend on a calibration. Another neuron has a buffer once its factor is set. A factor of 1 costs no
+    multiplication.
     """
 
     def __init__(self):
         super().__init__()
         for key in FACTORS.values():
             self.register_buffer(key, None)
-        self._in_force = dict.fromkeys(FACTORS.values(), False)  # whether a factor is other than 1
-        self._seen: Dict[str, Seen] = {}  # the buffers that this was read from
+        self._in_force = dict.fromkeys(FACTORS.values(), False)  # whether a factor differs from 1
+        self._seen: Dict[str, Seen] = {}  # snapshot of each buffer when it was last read
 
     @property
     def gain(self) -> Optional[torch.Tensor]:
@@ -50,14 +50,16 @@ class Factors(nn.Module):
         self.scale = scale
 
     def kind_of_factors(self) -> str:
-        """'none' while both are 1, 'layer' or 'channel'; as last read, which does not wait for the device."""
+        """Return 'none' if both factors are 1, else 'layer' or 'channel', as last read, without waiting for the device.
+        """
         values = [self._buffers[key] for key in FACTORS.values()]
         if any(value is not None and value.ndim for value in values):
             return 'channel'
         return 'layer' if any(self._in_force.values()) else 'none'
 
     def keep_factors(self, like: torch.Tensor) -> None:
-        """Have the factors in the state dict even while they are 1, on like's device, in its precision or float32."""
+        """Store the factors in the state dict even if they are 1, on the device of `like`, in its precision or float32.
+        """
         dtype = torch.promote_types(like.dtype, torch.float32)
         for key in FACTORS.values():
             if self._buffers[key] is None:
@@ -65,6 +67,7 @@ class Factors(nn.Module):
                 self._seen[key] = Seen.now(self._buffers[key])
 
     def _factor(self, key: str) -> Optional[torch.Tensor]:
+        """Return a factor, None if it is 1. The buffer is read again if it changed."""
         value = self._buffers[key]
         if value is None:
             return None
@@ -91,7 +94,8 @@ class Factors(nn.Module):
             self._read_factor(key)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
-        """Factors take the shape of those that come; where none come, as from an ANN, they stay."""
+        """Load factors and take over their shapes. Factors that are missing, as in an ANN's state, keep their values.
+        """
         for key in FACTORS.values():
             own, value = self._buffers[key], state_dict.get(prefix + key)
             if value is None and own is not None:
@@ -102,7 +106,7 @@ class Factors(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         self._seen.clear()
         for key in FACTORS.values():
-            self._factor(key)  # now: a compiled forward does not look
+            self._factor(key)  # read now, since a compiled forward does not
 
     def train(self, mode: bool = True) -> 'Factors':
         self._seen = {key: seen.again() for key, seen in self._seen.items()}
@@ -111,7 +115,7 @@ class Factors(nn.Module):
     def _apply(self, fn, recurse=True):
         before = dict(self._buffers)
         super()._apply(fn, recurse)
-        for key in FACTORS.values():  # to_empty leaves anything in them
+        for key in FACTORS.values():  # to_empty leaves arbitrary values
             was, value = before[key], self._buffers[key]
             if value is None or not is_readable(value) or not (was.is_meta or is_readable(was)):
                 continue

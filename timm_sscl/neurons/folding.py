@@ -1,4 +1,4 @@
-"""Which converted model has folded time into the batch around the call that is running now."""
+"""Track which converted model has folded time into the batch around the running call."""
 import sys
 import threading
 from typing import Any, Optional
@@ -10,42 +10,42 @@ __all__ = ['enter_fold', 'leave_fold', 'folding_model', 'require_fold']
 
 
 class _Current(threading.local):
-    model: Optional[Any] = None  # per thread: nn.DataParallel and servers run one model in several
+    model: Optional[Any] = None  # per thread, since nn.DataParallel and servers run one model in several threads
 
 
 _current = _Current()
 
 
 def enter_fold(model: Any) -> Optional[Any]:
-    """Note that a converted model runs from now on; returns what leave_fold takes. (A pair, as torch.compile traces
-    try and finally, and not every context manager.)"""
+    """Mark a converted model as running. Return the previous model, for `leave_fold`.
+
+    torch.compile traces try and finally around this pair, but not every context manager.
+    """
     before, _current.model = _current.model, model
     return before
 
 
 def leave_fold(before: Optional[Any]) -> None:
-    """Note that the call which enter_fold began has ended."""
+    """End the call that `enter_fold` started."""
     _current.model = before
 
 
 def folding_model() -> Optional[Any]:
-    """The converted model whose call is running in this thread, or None."""
+    """Return the converted model whose call is running in this thread, or None."""
     return _current.model
 
 
 def require_fold(kind: str, timesteps: Optional[int] = None) -> None:
-    """Raise where a part of a converted model runs on a tensor that nothing folded over time.
+    """Raise an error if a part of a converted model runs outside a call of the model, so that time is not folded.
 
-    Such a part would take samples for time steps. A backward may run it: gradient checkpointing computes a forward
-    again there.
+    It would treat samples as timesteps. A backward may run it, since gradient checkpointing recomputes a forward there.
 
     Args:
-        kind: What runs, for the message.
-        timesteps: T that it takes the tensor for.
+        kind: Name of the part, for the message.
+        timesteps: T of the part.
 
     Raises:
-        RuntimeError: No converted model is running in this thread, no graph that torch.fx traced of one, and no
-            backward.
+        RuntimeError: Neither a converted model nor its torch.fx graph is running in this thread, and no backward.
     """
     if _current.model is None and torch._C._current_graph_task_id() == -1 and not _folded_by_graph(kind, timesteps):
         raise RuntimeError(
@@ -56,7 +56,7 @@ def require_fold(kind: str, timesteps: Optional[int] = None) -> None:
 
 
 def _folded_by_graph(kind: str, timesteps: Optional[int]) -> bool:
-    """Whether a graph that torch.fx traced of a converted model is running: it folds as its first node."""
+    """Return whether a torch.fx graph of a converted model is running. Its first node folds time."""
     if torch.compiler.is_compiling():
         return False
     frame = sys._getframe(2)

@@ -1,4 +1,4 @@
-"""Neurons by name: one file and one decorator add a neuron of your own."""
+"""Register neurons by name with a decorator, and create them."""
 from functools import partial
 from typing import Any, Callable, List, Type, Union
 
@@ -12,11 +12,11 @@ _neurons: Registry[Type[SpikingNeuron]] = Registry('neuron')
 
 
 def register_neuron(name: str) -> Callable[[Type[SpikingNeuron]], Type[SpikingNeuron]]:
-    """Decorator that registers a subclass of SpikingNeuron under a name: `neuron=NAME`, `train.py --neuron NAME`.
+    """Decorator that registers a subclass of SpikingNeuron by name: `neuron=NAME`, `train.py --neuron NAME`.
 
     Raises:
-        TypeError: What is decorated is no subclass of SpikingNeuron.
-        ValueError: The name is taken, or the class says no known kind of output.
+        TypeError: The decorated object is not a subclass of SpikingNeuron.
+        ValueError: The name is taken, or the class has an unknown kind of output.
     """
     def decorate(cls: Type[SpikingNeuron]) -> Type[SpikingNeuron]:
         if not (isinstance(cls, type) and issubclass(cls, SpikingNeuron)):
@@ -34,12 +34,12 @@ def unregister_neuron(name: str) -> None:
 
 
 def list_neurons() -> List[str]:
-    """Names of the registered neurons."""
+    """Return the names of the registered neurons."""
     return _neurons.names()
 
 
 def neuron_class(name: str) -> Type[SpikingNeuron]:
-    """The class registered under a name.
+    """Return the class registered by a name.
 
     Raises:
         ValueError: There is none.
@@ -48,7 +48,7 @@ def neuron_class(name: str) -> Type[SpikingNeuron]:
 
 
 def neuron_name(neuron: Union[str, Type[SpikingNeuron]]) -> str:
-    """The name that a neuron is registered under.
+    """Return the registered name of a neuron.
 
     Raises:
         ValueError: It is not registered.
@@ -60,15 +60,15 @@ def neuron_name(neuron: Union[str, Type[SpikingNeuron]]) -> str:
 
 
 def create_neuron(neuron: Union[str, Type[SpikingNeuron], partial], timesteps: int, **settings: Any) -> SpikingNeuron:
-    """A neuron by its name, from a class, or from a partial of a class, as timm takes `act_layer`.
+    """Create a neuron from a name, a class, or a partial of a class, as timm does for `act_layer`.
 
     Args:
         neuron: Registered name, subclass of SpikingNeuron, or a partial of one.
-        timesteps: Number of time steps T.
+        timesteps: Number of timesteps T.
         settings: Fields of the neuron's Settings.
 
     Raises:
-        ValueError: The name or a setting is unknown, or a value is out of its range.
+        ValueError: The name or a setting is unknown, or a value is out of range.
     """
     create = neuron_class(neuron) if isinstance(neuron, str) else neuron
     return create(timesteps, **settings)

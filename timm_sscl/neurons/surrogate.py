@@ -1,4 +1,4 @@
-"""The spike, the registry of its surrogate gradients, and the rectangle; the others are in `surrogate_shapes`."""
+"""The spike function, the registry of surrogate gradients, and the rectangle. Others are in `surrogate_shapes`."""
 import functools
 import inspect
 from typing import Any, Callable, List, Optional, Tuple, Union
@@ -18,12 +18,12 @@ _surrogates: Registry[Surrogate] = Registry('surrogate')
 
 
 def register_surrogate(name: str) -> Callable[[Surrogate], Surrogate]:
-    """Decorator that registers a surrogate gradient under a name.
+    """Decorator that registers a surrogate gradient by name.
 
-    What is decorated is a function h(u, v_threshold, **options) of the potential before the reset, any shape, and the
-    threshold (a float, or a tensor that broadcasts). It returns dO/dU in u's shape: floating point, or boolean where it
-    is 0 or 1. Its options are keyword arguments with defaults. A surrogate that changes during training has a further
-    keyword argument `progress`, a 0-d tensor: the share of the training that is done, 0 to 1 (`model.set_progress`).
+    Decorate a function h(u, v_threshold, **options) of the potential before the reset (any shape) and the threshold (a
+    float, or a tensor that broadcasts). It returns dO/dU in u's shape: floating point, or boolean if the values are 0
+    and 1. Options are keyword arguments with defaults. A surrogate that changes during training has a further keyword
+    argument `progress`, a 0-d tensor: the fraction of the training that is done, 0 to 1 (`model.set_progress`).
 
     Raises:
         ValueError: The name is taken.
@@ -37,16 +37,16 @@ def unregister_surrogate(name: str) -> None:
 
 
 def list_surrogates() -> List[str]:
-    """Names of the registered surrogates."""
+    """Return the names of the registered surrogates."""
     return _surrogates.names()
 
 
 def resolve_surrogate(surrogate: Union[str, Surrogate], options: Tuple[Tuple[str, Any], ...] = ()) -> Surrogate:
-    """The surrogate of a name, or a function itself, with its options bound; the same object for the same arguments.
+    """Return a surrogate, given by name or as a function, with its options bound. Equal arguments give the same object.
 
     Args:
         surrogate: Registered name, or function.
-        options: Pairs of an option's name and its value.
+        options: (name, value) pairs.
 
     Raises:
         ValueError: The name is unknown, or the surrogate has no such option.
@@ -59,6 +59,11 @@ def resolve_surrogate(surrogate: Union[str, Surrogate], options: Tuple[Tuple[str
 
 @functools.lru_cache(maxsize=None)
 def _bound(function: Surrogate, options: Tuple[Tuple[str, Any], ...]) -> Surrogate:
+    """Bind options to a surrogate.
+
+    Raises:
+        ValueError: It has no such option.
+    """
     signature = inspect.signature(function)
     try:
         signature.bind_partial(None, None, **dict(options))
@@ -72,12 +77,12 @@ def _bound(function: Surrogate, options: Tuple[Tuple[str, Any], ...]) -> Surroga
 
 
 def follows_progress(surrogate: Surrogate) -> bool:
-    """Whether a surrogate changes during training: it has an argument `progress`."""
+    """Return whether a surrogate changes during training, i.e. has an argument `progress`."""
     return _PROGRESS in inspect.signature(surrogate).parameters
 
 
 def surrogate_name(surrogate: Union[str, Surrogate]) -> str:
-    """The name that a surrogate is registered under.
+    """Return the registered name of a surrogate.
 
     Raises:
         ValueError: It is not registered.
@@ -89,7 +94,7 @@ def surrogate_name(surrogate: Union[str, Surrogate]) -> str:
 
 
 def spike(u: torch.Tensor, v_threshold: Any, surrogate: Surrogate) -> torch.Tensor:
-    """1 where u >= v_threshold, else 0, exactly; its gradient is the surrogate by u, and minus it by v_threshold.
+    """Return 1 where u >= v_threshold, else 0. The gradient by u is the surrogate, by v_threshold minus the surrogate.
 
     Args:
         u: Potential before the reset, finite, any shape.
@@ -111,12 +116,12 @@ def rectangle_window(u: torch.Tensor, v_threshold: float, width: Optional[float]
     """Closed rectangle, Eq. 21 of the SSCL paper: dO/dU = 1 if 0 <= U <= 2 * v_threshold, else 0.
 
     Both ends belong to the window. An input of exactly 0 is common (ReLU, padding, empty event frames) and gives U = 0,
-    which an open window would leave without a gradient.
+    which would get no gradient from an open window.
 
     Args:
         u: Membrane potential before the reset, any shape.
-        v_threshold: Firing threshold; the window is centred on it.
-        width: With a width, the open rectangle of unit area instead, as in GLIF, LTMD, MLF and STBP:
+        v_threshold: Firing threshold, the centre of the window.
+        width: If given, use the open rectangle of unit area instead, as in GLIF, LTMD, MLF and STBP:
             1 / width if |U - v_threshold| < width / 2. SpikingJelly's Rect(1 / width).
 
     Returns:

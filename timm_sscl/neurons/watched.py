@@ -1,4 +1,4 @@
-"""Buffers that others write into (loaders, averaged copies): noticed without asking the device at every call."""
+"""Notice when others (loaders, averaged copies) write to a buffer, without waiting for the device at every call."""
 import ctypes
 from typing import List, NamedTuple, Optional
 
@@ -9,31 +9,32 @@ from torch.utils._python_dispatch import _disable_current_modes
 __all__ = ['Seen', 'changed', 'is_readable', 'read_values']
 
 
-_UNREAD = -1  # no version of a tensor
+_UNREAD = -1  # not a version of any tensor
 
 
 class Seen(NamedTuple):
-    """A buffer as it was when it was read."""
+    """Snapshot of a buffer when it was read."""
     tensor: torch.Tensor
     version: Optional[int]
-    content: Optional[bytes] = None  # where it can be had at no cost
+    content: Optional[bytes] = None  # its bytes, if they are in this process's memory
 
     @classmethod
     def now(cls, tensor: torch.Tensor) -> 'Seen':
+        """Take a snapshot of a tensor."""
         return cls(tensor, None if tensor.is_inference() else tensor._version, _content(tensor))
 
     def again(self) -> 'Seen':
-        """The same, whose version tells nothing: it is read again unless its content is known to be the same."""
+        """Return a snapshot without a version: the buffer is read again unless its bytes are known to be equal."""
         return self._replace(version=_UNREAD)
 
 
 def changed(tensor: torch.Tensor, seen: Optional[Seen], training: bool) -> bool:
-    """Whether a buffer has to be read again: it is another tensor, or was written in place.
+    """Return whether a buffer must be read again: it is another tensor or was written in place.
 
-    On the CPU its bytes tell. On other devices its version does, which does not count what is written by `tensor.data`
-    or in inference mode: `train()` and `eval()` have it read again. Training on several devices writes into it at every
-    step (DDP broadcasts the first process's buffers), and a reading would wait for the device: there only another
-    tensor counts.
+    On the CPU its bytes are compared. On other devices its version is, which does not count writes to `tensor.data` or
+    in inference mode; `train()` and `eval()` therefore cause a new reading. When training on several devices, DDP
+    writes to every buffer in every step (it broadcasts the first process's buffers), and reading would wait for the
+    device: then only another tensor counts.
     """
     if seen is None or tensor is not seen.tensor:
         return True
@@ -48,7 +49,7 @@ def changed(tensor: torch.Tensor, seen: Optional[Seen], training: bool) -> bool:
 
 
 def _content(tensor: torch.Tensor) -> Optional[bytes]:
-    """A tensor's bytes in this process's memory, read past all modes; None where they lie elsewhere."""
+    """Return a tensor's bytes in this process's memory, bypassing all modes; None if they are elsewhere."""
     with torch._C.DisableTorchFunction():
         if not is_readable(tensor) or tensor.device.type != 'cpu' or not tensor.is_contiguous():
             return None
@@ -56,12 +57,12 @@ def _content(tensor: torch.Tensor) -> Optional[bytes]:
 
 
 def is_readable(tensor: torch.Tensor) -> bool:
-    """Whether a tensor holds values: none on the meta device, none in a fake tensor or inside torch.func.vmap."""
+    """Return whether a tensor holds values. Meta tensors, fake tensors and tensors inside torch.func.vmap do not."""
     return (type(tensor) is torch.Tensor and not tensor.is_meta
             and not torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 
 def read_values(tensor: torch.Tensor) -> List:
-    """The values, whatever mode watches this thread's operations."""
+    """Return the values of a tensor, bypassing all modes."""
     with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.no_grad():
         return tensor.flatten().tolist()

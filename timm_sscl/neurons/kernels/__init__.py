@@ -1,1 +1,1 @@
-"""The recursion over time: its code, how it is compiled, and what is kept for the backward."""
+"""Kernels of the recursion over time: code, compilation, and what is saved for the backward."""

@@ -16,20 +16,20 @@ __all__ = ['lif_backend', 'run']
 _logger = logging.getLogger(__name__)
 
 BACKENDS = ('auto', 'compiled', 'eager')
-_WORTH_COMPILING = 2 ** 18  # elements; below, the calls cost more than the arithmetic
-_MAX_UNROLLED = 16  # time steps; each is code of its own, and the compiler takes its time over it
+_WORTH_COMPILING = 2 ** 18  # number of elements; for smaller tensors, call overhead exceeds the arithmetic
+_MAX_UNROLLED = 16  # number of timesteps; each is separate code, which makes compilation slow
 
 _chosen = 'auto'
-_broken = set()  # (kind of device, owner) of kernels that the compiler failed on
+_broken = set()  # (device type, owner) of kernels whose compilation failed
 
 
 @contextmanager
 def lif_backend(name: str) -> Iterator[None]:
-    """Choose how neurons run inside the context.
+    """Choose how neurons run inside.
 
     Args:
-        name: 'auto' (the default: compiled for large tensors and up to 16 time steps, where a compiler works),
-            'compiled' (whatever the size) or 'eager'. All give the same numbers.
+        name: 'auto' (the default: compiled for large tensors and up to 16 timesteps, if a compiler works), 'compiled'
+            (for any size) or 'eager'. All give the same numbers.
 
     Raises:
         ValueError: name is none of these.
@@ -51,14 +51,15 @@ def run(
         *settings: Any,
         owner: Hashable = None,
 ) -> Any:
-    """function(*tensors, timesteps, *settings), as it is or compiled, with all but the tensors as constants.
+    """Return function(*tensors, timesteps, *settings), run eagerly or compiled. Everything but the tensors is constant.
 
     Args:
         function: Kernel.
-        tensors: Its tensors; one may be None, or a tuple of tensors. The first decides whether compiling pays.
-        timesteps: Number of time steps.
+        tensors: Its tensors; an entry may be None or a tuple of tensors. The size of the first decides whether to
+            compile.
+        timesteps: Number of timesteps.
         settings: Hashable constants.
-        owner: Whose kernel it is. After a failure to compile, all kernels of the same owner run eagerly.
+        owner: Owner of the kernel. If compilation fails, all kernels of the same owner run eagerly.
     """
     x = tensors[0]
     if _compiles(x, timesteps, owner):
@@ -69,7 +70,7 @@ def run(
                 return compiled(*tensors)
         except (torch.OutOfMemoryError, MemoryError):
             raise
-        except Exception as error:  # no compiler, or one that fails, in whatever way
+        except Exception as error:  # there is no compiler, or it failed in some way
             _broken.add((x.device.type, owner))
             reason = ' '.join(f'{type(error).__name__}: {error}'.split())[:300]
             _logger.warning(f'Neurons on {x.device.type} run without torch.compile, several times slower: {reason}')
@@ -78,9 +79,9 @@ def run(
 
 @contextmanager
 def _without_function_modes() -> Iterator[None]:
-    """Leave the model's TorchFunctionModes for the kernel.
+    """Suspend active TorchFunctionModes for the kernel.
 
-    torch._C.DisableTorchFunction would do so too, but the compiler's own proxies need their `__torch_function__`.
+    torch._C.DisableTorchFunction would also do so, but the compiler's proxies need their `__torch_function__`.
     """
     with ExitStack() as popped:
         for _ in range(_len_torch_function_stack()):
@@ -89,26 +90,28 @@ def _without_function_modes() -> Iterator[None]:
 
 
 def _compiles(x: torch.Tensor, timesteps: int, owner: Hashable) -> bool:
+    """Return whether to compile the kernel for this input."""
     if _chosen == 'eager' or (x.device.type, owner) in _broken:
         return False
     if type(x) is not torch.Tensor or x.device.type == 'meta':
         return False
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or _get_current_dispatch_mode() is not None:
-        return False  # part of somebody else's graph
+        return False  # part of an enclosing graph
     return _chosen == 'compiled' or (x.numel() >= _WORTH_COMPILING and timesteps <= _MAX_UNROLLED)
 
 
 def _signature(x: Optional[torch.Tensor]) -> Any:
-    """What the compiler makes another graph for, even with sizes as symbols."""
+    """Return the properties of a tensor for which the compiler creates separate graphs, even with symbolic sizes."""
     return None if x is None else (x.dtype, x.device.type, x.requires_grad, tuple(n == 1 for n in x.shape))
 
 
 @lru_cache(maxsize=None)
 def _compiled(function: Callable, settings: Tuple[Any, ...], signature: Tuple[Any, ...]) -> Callable:
+    """Return the compiled kernel for these settings and this signature."""
     def call(*tensors):
         return function(*tensors, *settings)
 
-    # dynamo keeps its graphs per code object and stops at eight: a copy of the code per signature has its own
+    # dynamo keeps at most eight graphs per code object: use a copy of the code per signature
     call = types.FunctionType(call.__code__.replace(), call.__globals__, call.__name__, None, call.__closure__)
-    # sizes are symbols, so that another batch is no other graph; no pool of compiler processes for a small kernel
+    # symbolic sizes, so that another batch size reuses the graph; no pool of compiler processes for a small kernel
     return torch.compile(call, dynamic=True, fullgraph=True, options=dict(compile_threads=1))

@@ -1,4 +1,4 @@
-"""A neuron behind a batch norm keeps no copy of its current, which is made again of what the norm keeps."""
+"""Recompute the neuron's input from the batch norm's saved tensors instead of saving a copy."""
 from typing import NamedTuple, Optional, Tuple
 
 import torch
@@ -9,15 +9,16 @@ __all__ = ['NormSource']
 
 
 class NormSource(NamedTuple):
-    """The batch norm that a current comes from, as autograd knows it."""
+    """The batch norm that computed a current, as autograd represents it."""
     node: torch.autograd.graph.Node
     bias: Optional[torch.Tensor]
 
     @classmethod
     def of(cls, x: torch.Tensor) -> Optional['NormSource']:
-        """The source of x; None where that is no batch norm in training mode, or its saved tensors are not to be had.
+        """Return the source of x; None if it is not a batch norm in training mode, or its saved tensors are not
+        accessible.
 
-        Hooks on saved tensors, as checkpointing has, hand a tensor out once only.
+        With hooks on saved tensors, as in checkpointing, a tensor can be unpacked only once.
         """
         if torch.compiler.is_compiling() or type(x.grad_fn).__name__ != 'NativeBatchNormBackward0':
             return None
@@ -26,11 +27,11 @@ class NormSource(NamedTuple):
         node, (bias, _) = x.grad_fn, x.grad_fn.next_functions[2]
         if node._saved_weight is None and bias is None:
             return cls(node, None)
-        bias = getattr(bias, 'variable', None)  # of a leaf; the node itself does not keep it
+        bias = getattr(bias, 'variable', None)  # the leaf's bias; the node itself does not hold it
         return None if bias is None or node._saved_weight is None else cls(node, bias)
 
     def affine(self, bias: Optional[torch.Tensor]) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The norm's input, and scale and shift per channel that make its output of it, to round-off."""
+        """Return the norm's input, and scale and shift per channel that reproduce its output up to rounding."""
         node = self.node
         scale = node._saved_result2 if bias is None else node._saved_result2 * node._saved_weight
         shift = -node._saved_result1 * scale

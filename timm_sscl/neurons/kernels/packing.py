@@ -1,4 +1,4 @@
-"""Spikes that layers keep for their backward are kept as bits."""
+"""Save the spikes that layers need for their backward as bits."""
 from contextlib import contextmanager
 from typing import Any, Dict, Iterator, NamedTuple, Optional, Tuple
 
@@ -14,15 +14,15 @@ _active: Optional['SpikePacking'] = None
 
 
 class _Spikes(NamedTuple):
-    """Spikes of one neuron call, as bits, and what tells their tensor again."""
-    bits: torch.Tensor  # (ceil(T / 8), M), in the order of the storage
+    """Spikes of one neuron call as bits, with the storage and version that identify their tensor."""
+    bits: torch.Tensor  # (ceil(T / 8), M), in storage order
     timesteps: int
     storage: StorageWeakRef
     version: int
 
 
 class _Packed(NamedTuple):
-    """A tensor that a layer keeps: a view of a neuron's spikes."""
+    """A saved tensor that is a view of a neuron's spikes."""
     spikes: _Spikes
     dtype: torch.dtype
     size: Tuple[int, ...]
@@ -31,21 +31,23 @@ class _Packed(NamedTuple):
 
 
 class SpikePacking:
-    """Knows the spikes of one forward, and replaces them where autograd keeps them: one bit instead of a float each.
+    """Replace the spikes of one forward by bits where autograd saves them, instead of a float each.
 
-    A convolution or linear map keeps its input for its weight's gradient. Where that is a neuron's output, or any view
-    of it, the bits are kept and the tensor is made again in the backward; what was written to since is kept as it is.
+    A convolution or linear layer saves its input for the gradient of its weight. If that is a neuron's output or a view
+    of it, only the bits are kept, and the tensor is recomputed in the backward. A tensor that was modified is saved
+    unchanged.
     """
 
     def __init__(self):
         self._spikes: Dict[int, _Spikes] = {}
 
     def add(self, spikes: torch.Tensor, bits: torch.Tensor, timesteps: int) -> None:
-        """Remember a neuron's output, which is dense, and its bits."""
+        """Register a neuron's output, which is dense, and its bits."""
         storage = StorageWeakRef(spikes.untyped_storage())
         self._spikes[storage.cdata] = _Spikes(bits, timesteps, storage, spikes._version)
 
     def pack(self, x: torch.Tensor) -> Any:
+        """Return what autograd saves instead of a tensor."""
         known = self._spikes.get(x.untyped_storage()._cdata)
         if known is None or known.version != x._version or known.storage.expired():
             return x, x._version
@@ -53,34 +55,35 @@ class SpikePacking:
 
     @staticmethod
     def unpack(packed: Any) -> torch.Tensor:
+        """Return the tensor for what `pack` returned."""
         if isinstance(packed, _Packed):
             flat = run(unpack_bits, (packed.spikes.bits,), packed.spikes.timesteps, packed.dtype).view(-1)
             return flat.as_strided(packed.size, packed.stride, packed.offset)
         x, version = packed
-        if x._version != version:  # autograd's own check does not look behind hooks
+        if x._version != version:  # autograd's own check does not apply to hooks
             raise RuntimeError(f'a tensor of shape {tuple(x.shape)} that is needed for the gradient was modified by an '
                                f'inplace operation: it is at version {x._version}, version {version} was expected.')
         return x
 
 
 def active_packing() -> Optional[SpikePacking]:
-    """The packing that is on, if any."""
+    """Return the active packing, or None."""
     return _active
 
 
 def only_packing_hooks() -> bool:
-    """Whether no hooks on saved tensors are active but those of a packing."""
+    """Return whether no hooks on saved tensors are active except those of a packing."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return hooks is None or (_active is not None and hooks[0] == _active.pack)
 
 
 @contextmanager
 def packed_spikes() -> Iterator[None]:
-    """Run a spiking model's forward inside, and its layers keep spikes as bits for the backward.
+    """Run a spiking model's forward inside, so that its layers save spikes as bits for the backward.
 
-    A convolution's or linear map's input then takes 1 / 32 of the memory (float32, T = 8; a byte is the least for up
-    to 8 steps) and the backward has to make the floats again. Has no effect on a model that is compiled as a whole, and
-    gives way to other hooks on saved tensors (checkpointing, offloading) that are active around it or inside.
+    The input of a convolution or linear layer then takes 1 / 32 of the memory (float32, T = 8; one byte per 8 timesteps
+    or less), and the backward recomputes the floats. It has no effect on a model that is compiled as a whole, nor
+    together with other hooks on saved tensors (checkpointing, offloading).
     """
     global _active
     if not only_packing_hooks():

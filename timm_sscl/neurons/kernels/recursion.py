@@ -1,4 +1,4 @@
-"""The LIF recursion and its gradient as plain tensor code, the same for eager mode and for the compiler."""
+"""The LIF recursion and its gradient as plain tensor code, for eager mode and for the compiler."""
 from typing import Iterator, List, NamedTuple, Optional, Tuple
 
 import torch
@@ -12,7 +12,7 @@ _BYTE = 8
 
 
 class Neuron(NamedTuple):
-    """Settings of `lif`, resolved."""
+    """Resolved settings of `lif`."""
     tau: float
     v_threshold: float
     v_reset: Optional[float]
@@ -28,17 +28,19 @@ class Neuron(NamedTuple):
             detach_reset: bool,
             v_init: Optional[float],
     ) -> 'Neuron':
-        """Settings whose initial potential is given, or the reset potential."""
+        """Resolve the initial potential: v_init, or by default the reset potential."""
         return cls(tau, v_threshold, v_reset, detach_reset, (v_reset or 0.) if v_init is None else v_init)
 
 
 def membrane_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype in which potentials are integrated: float32 for half precision."""
+    """Return the dtype in which potentials are integrated: float32 for half precision."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 def _at(x: torch.Tensor, t: int) -> torch.Tensor:
-    """Step t of (T, ...), or of (1, ...) where all steps are one: a static current, the gradient of a mean over T."""
+    """Return timestep t of (T, ...), or of (1, ...) if all timesteps are equal (a static current, the gradient of a
+    mean).
+    """
     return x[0 if x.shape[0] == 1 else t]
 
 
@@ -48,7 +50,7 @@ def _steps(
         timesteps: int,
         neuron: Neuron,
 ) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
-    """Potential before the reset, and 1 where it fires, else 0, step by step."""
+    """Yield (potential before the reset, spikes as 0 and 1) for every timestep."""
     dtype, v = membrane_dtype(x.dtype), neuron.v_init
     for t in range(timesteps):
         x_t = _at(x, t).to(dtype)
@@ -58,10 +60,10 @@ def _steps(
         v = reset(u, o, neuron)
 
 
-# products with 0 and 1 instead of torch.where, which takes ten times as long in eager mode and no less when compiled
+# Products with 0 and 1 instead of torch.where, which takes ten times as long in eager mode and as long when compiled.
 
 def reset(u: torch.Tensor, o: torch.Tensor, neuron: Neuron) -> torch.Tensor:
-    """Potential after the reset, from that before it and the spikes."""
+    """Return the potential after the reset, from the potential u before it and the spikes o."""
     if neuron.v_reset is None:
         return u - neuron.v_threshold * o
     v = u - u * o
@@ -76,18 +78,18 @@ def fire(
         fired_bits: bool,
         window_bits: bool,
 ) -> Tuple[torch.Tensor, Optional[torch.Tensor], Optional[torch.Tensor]]:
-    """Spikes, and as bits where asked for: which steps fired, and which lie in the surrogate's window.
+    """Return spikes and, if asked for, bits of spikes and of the surrogate's window.
 
     Args:
-        x: Input current (T, ...), or (1, ...) that is the same at every step.
-        gain: Factor on x, broadcast against a step; None is 1.
-        timesteps: T, as a constant for the compiler.
+        x: Input current (T, ...), or (1, ...) if it is the same at every timestep.
+        gain: Factor on x, broadcast against a timestep; None is 1.
+        timesteps: T, a constant for the compiler.
         neuron: Settings.
-        fired_bits: Whether to return the spikes as bits as well.
+        fired_bits: Whether to return the spikes as bits, too.
         window_bits: Whether to return the window as bits.
 
     Returns:
-        Spikes (T, ...) and two uint8 tensors (ceil(T / 8), ...) or None: bit t % 8 of byte t // 8 is step t.
+        Spikes (T, ...) and two uint8 tensors (ceil(T / 8), ...) or None. Bit t % 8 of byte t // 8 is timestep t.
     """
     fired, windows = [], []
     for u, o in _steps(x, gain, timesteps, neuron):
@@ -99,9 +101,10 @@ def fire(
 
 
 def traced(x: torch.Tensor, gain: Optional[torch.Tensor], timesteps: int, neuron: Neuron) -> torch.Tensor:
-    """Spikes (T, ...) by operations that torch.jit.trace can record, with autograd's gradient equal to the written one.
+    """Return spikes (T, ...) by operations that torch.jit.trace can record; autograd's gradient equals the explicit
+    backward.
 
-    A spike is its own value plus the window times (u - u), which is 0 and has the surrogate's gradient.
+    A spike is its value plus the window times (u - u), which is 0 and has the surrogate's gradient.
     """
     dtype, v, spikes = membrane_dtype(x.dtype), neuron.v_init, []
     for t in range(timesteps):
@@ -121,9 +124,9 @@ def backward_from_input(
         timesteps: int,
         neuron: Neuron,
 ) -> torch.Tensor:
-    """Gradient by the current at every step, (T, ...), from the gradient by the spikes and the current.
+    """Return the gradient by the current at every timestep, (T, ...), from the gradient by the spikes and the current.
 
-    Both are (T, ...), or (1, ...) where all steps are one. The potentials are computed again from x.
+    Both are (T, ...), or (1, ...) if all timesteps are equal. The potentials are recomputed from x.
     """
     steps = list(_steps(x, gain, timesteps, neuron))
     windows = [_window(u, neuron) for u, _ in steps]
@@ -138,7 +141,7 @@ def backward_from_bits(
         timesteps: int,
         neuron: Neuron,
 ) -> torch.Tensor:
-    """The same where two bits per step say all: with a soft reset, or a detached one."""
+    """Return the gradient by the current from two bits per element. They suffice for a soft or a detached reset."""
     dtype = membrane_dtype(grad.dtype)
     windows, fired = (_unpack(bits, timesteps, dtype) for bits in (window_bits, fired_bits))
     return _backward(grad, windows, fired, None, gain, neuron)
@@ -155,10 +158,11 @@ def backward_from_norm(
         timesteps: int,
         neuron: Neuron,
 ) -> torch.Tensor:
-    """The same from what the norm before the neuron keeps: the current is scale * x + shift, to round-off.
+    """Return the gradient by the current, with the current recomputed from the batch norm's saved input: scale * x +
+    shift.
 
-    Round-off could carry a potential over the threshold or an end of the window: which steps fired and lay in it is
-    taken from the bits.
+    The result is equal up to rounding. Rounding could move a potential across the threshold or an end of the window, so
+    spikes and window are taken from the bits.
     """
     dtype = membrane_dtype(x.dtype)
     windows, fired = (_unpack(bits, timesteps, dtype) for bits in (window_bits, fired_bits))
@@ -178,10 +182,20 @@ def _backward(
         gain: Optional[torch.Tensor],
         neuron: Neuron,
 ) -> torch.Tensor:
+    """Run the backward recursion over the timesteps.
+
+    Args:
+        grad: Gradient by the spikes, (T, ...) or (1, ...).
+        windows: Surrogate window, 0 and 1, per timestep.
+        fired: Spikes per timestep.
+        potentials: Potential before the reset per timestep; None if the reset passes no gradient that needs it.
+        gain: Factor on the current.
+        neuron: Settings.
+    """
     tau, v_threshold, v_reset, detach_reset, _ = neuron
     dtype = membrane_dtype(grad.dtype)
     grads: List[torch.Tensor] = []
-    grad_v = None  # of the loss by V_t, the potential after the reset
+    grad_v = None  # gradient of the loss by V_t, the potential after the reset
     for t in range(len(fired) - 1, -1, -1):
         grad_o = _at(grad, t).to(dtype)
         if grad_v is None:
@@ -197,17 +211,21 @@ def _backward(
 
 
 def _window(u: torch.Tensor, neuron: Neuron) -> torch.Tensor:
+    """Return the surrogate's rectangle as 0 and 1."""
     return rectangle_window(u, neuron.v_threshold).to(u.dtype)
 
 
 def _pack_bits(flags: List[torch.Tensor]) -> torch.Tensor:
+    """Pack flags of 0 and 1, one tensor per timestep, to uint8 tensors of 8 timesteps each."""
     bytes_ = [sum(flag * float(1 << bit) for bit, flag in enumerate(flags[i:i + _BYTE]))
               for i in range(0, len(flags), _BYTE)]
     return torch.stack([b.to(torch.uint8) for b in bytes_])
 
 
 def _unpack(bits: torch.Tensor, timesteps: int, dtype: torch.dtype) -> List[torch.Tensor]:
-    """0 or 1 per step. In float arithmetic: inductor takes bytes apart element by element."""
+    """Return one tensor of 0 and 1 per timestep, by float arithmetic, since inductor processes bytes element by
+    element.
+    """
     flags = []
     for i, byte in enumerate(bits.unbind(0)):
         rest, of_byte = byte.to(dtype), []
@@ -219,5 +237,5 @@ def _unpack(bits: torch.Tensor, timesteps: int, dtype: torch.dtype) -> List[torc
 
 
 def unpack_bits(bits: torch.Tensor, timesteps: int, dtype: torch.dtype) -> torch.Tensor:
-    """Spikes (T, ...) of a dtype from their bits."""
+    """Return spikes (T, ...) of a dtype from their bits."""
     return torch.stack([o.to(dtype) for o in _unpack(bits, timesteps, membrane_dtype(dtype))])
