@@ -1,6 +1,9 @@
+import re
+
 import pytest
 import yaml
 
+from timm_sscl import LIF
 from timm_sscl.training.options import OptionError, parse_args
 from timm_sscl.training.option_groups import create_parser
 from timm_sscl.training.recipes import list_recipes, load_recipe
@@ -118,6 +121,14 @@ def test_options_that_no_loss_reads_are_said(argv, unread, caplog):
 def test_every_recipe_parses(name):
     args, _ = parse_args(['--config', name, '--data-dir', 'somewhere'])
     assert all(getattr(args, k) == v or isinstance(v, str) for k, v in load_recipe(name).items())
+
+
+def test_help_gives_the_neurons_defaults():
+    text = ' '.join(create_parser().format_help().split())
+    for option, default in (('--tau TAU', LIF.Settings.tau), ('--v-threshold V_THRESHOLD', LIF.Settings.v_threshold),
+                            ('--v-reset V_RESET', LIF.Settings.v_reset)):
+        assert re.search(rf'{option} [^()]*\({default}\)', text), option
+    assert '--detach-reset ' in text and '(False)' not in text and '(None)' not in text
 
 
 def test_a_runs_arguments_are_read_back_on_resume(tmp_path):

@@ -215,13 +215,8 @@ def _run(name, place):
         AcceleratorState._reset_state(reset_partial_state=True)  # Accelerate's settings are the process's
 
 
-@pytest.mark.parametrize('name', list_recipes())
-def test_every_recipe_resolves(name):
-    args, recipe = parse_args(['--config', name, *(['--data-dir', 'images'] if name.startswith('imagenet') else [])])
-    assert recipe == {} and args.model == load_recipe(name)['model']
-
-
-# the other small ones differ from a recipe that is here in the settings of _small.yaml only, as tested above
+# the other small ones differ from a recipe that is here in the settings of _small.yaml only, as tested above; that
+# all parse is tested with the options
 STEPS = [name for name in list_recipes() if not name.endswith('_small') or name in (
     'cifar10_vgg16_t2_small', 'cifar100_resnet20_t2_small', 'cifar10dvs_resnet20_t10_small')]
 
