@@ -28,7 +28,8 @@ class Mixin:
         return {}
 
     def __reduce_ex__(self, protocol: int):
-        return new_mixed, self.mixed, self.__dict__
+        state = self.__getstate__() if hasattr(self, '__getstate__') else self.__dict__
+        return new_mixed, self.mixed, state
 
 
 @lru_cache(maxsize=None)

@@ -14,7 +14,7 @@ from .report import SpikingReport
 from .settings import SpikingSettings
 from .thresholds import convert_ann
 from .variants import bntt as _bntt, ds as _ds, ms as _ms, sew as _sew  # noqa: F401, they register themselves
-from .variants import tab as _tab, tdbn as _tdbn, tebn as _tebn  # noqa: F401, likewise
+from .variants import mpbn as _mpbn, tab as _tab, tdbn as _tdbn, tebn as _tebn  # noqa: F401, likewise
 from .variants.base import PerStepSettings, Variant, VariantRecord, VariantSettings
 from .variants.batch_norms import BatchNormOverTime, BatchNormVariant
 from .variants.registry import list_variants, register_variant, unregister_variant

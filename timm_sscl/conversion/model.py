@@ -269,14 +269,14 @@ class SpikingModule(SpikingState, Mixin):
     def _configure(self) -> None:
         """Give variants, neurons and noise the settings; modules that came since the conversion among them."""
         settings = self.settings
-        for variant in settings.variants().values():
-            variant.apply(self, settings)
         for module in self.modules():
             if isinstance(module, SpikingNeuron):
                 options = settings.neuron_options() if isinstance(module, neuron_class(settings.neuron)) else {}
                 module.configure(settings.timesteps, **options)
             elif isinstance(module, OverTime):
                 module.timesteps = settings.timesteps
+        for variant in settings.variants().values():
+            variant.apply(self, settings)
 
     def neurons(self) -> Dict[str, SpikingNeuron]:
         """Return the neuron layers by module name."""

@@ -60,7 +60,7 @@ def moved_axis(
     """
     if getattr(func, '__name__', '') not in _MOVES or source.shape[axis] < 2:
         return None
-    index = torch.arange(source.shape[axis], dtype=torch.float32, device=source.device)
+    index = torch.arange(source.shape[axis], dtype=torch.float32, device='cpu' if source.is_meta else source.device)
     index = index.view(-1, *(1,) * (source.ndim - 1 - axis)).expand(source.shape)
     args, kwargs = tree_map(lambda leaf: index if leaf is source else leaf, (args, kwargs))
     moved = func(*args, **kwargs)
