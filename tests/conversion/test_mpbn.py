@@ -95,10 +95,10 @@ def test_threshold_that_the_norm_amounts_to(gamma, fires):
 
 def test_channels_of_maps_and_vectors():
     model = _net()
-    assert [(m.num_features, m.axis) for m in (model.act.membrane_norm, model.act2.membrane_norm)] == [(C, 1), (6, 1)]
+    assert [(m.num_features, m.axis) for m in (model.act.membrane_norm, model.act2.membrane_norm)] == [(C, -3), (6, -1)]
     tokens = timm.create_model('spiking_test_vit', norm='mpbn', num_classes=K)
     norm = next(iter(tokens.neurons().values())).membrane_norm
-    assert (norm.num_features, norm.axis) == (tokens.blocks[0].mlp.fc1.out_features, 2)
+    assert (norm.num_features, norm.axis) == (tokens.blocks[0].mlp.fc1.out_features, -1)
     assert tokens(torch.randn(2, 3, 160, 160)).shape == (2, K)
 
 
@@ -147,6 +147,13 @@ def test_neuron_that_serves_several_widths_is_refused():
             return self.act(self.fc2(self.act(self.fc1(x))))
 
     model = Shared()
-    with pytest.raises(ValueError, match=r"norm='mpbn': the neuron act has its channels at several places \[\(6, 1"):
+    with pytest.raises(ValueError, match="norm='mpbn' has parameters per channel, but act runs on .* 6 and 8 channels"):
         convert_to_spiking(model, norm='mpbn')
     assert type(model.act) is nn.ReLU
+
+
+def test_neurons_without_one_potential_are_refused():
+    for neuron in 'mlf', 'psn':
+        with pytest.raises(ValueError, match=f"norm='mpbn': normalises the potential of a LIF; neuron='{neuron}'"):
+            timm.create_model('spiking_test_resnet', norm='mpbn', neuron=neuron)
+    assert timm.create_model('spiking_test_resnet', norm='mpbn', neuron='if', num_classes=K)(_images()).shape == (4, K)

@@ -8,7 +8,7 @@ from timm_sscl.features.channel_axis import ChannelAxes
 from timm_sscl.neurons import SpikingNeuron
 from timm_sscl.probing import Example, ProbeError, probe
 
-__all__ = ['give_channels']
+__all__ = ['give_channels', 'find_channels']
 
 _Shape = Tuple[int, ...]
 
@@ -33,19 +33,43 @@ def give_channels(
     if not waiting:
         return
     kind = type(next(iter(waiting.values()))).__name__
-    try:
-        seen = probe(model, lambda example: _run(model, waiting, example), 2, input_size, example_inputs)
-    except ProbeError as error:
-        raise ProbeError(f'{kind} has parameters per channel, and {type(model).__name__} was run to see how many there '
-                         f'are: {error}') from error
-    for name, neuron in waiting.items():
-        shapes = seen.get(name, set())
-        if len(shapes) != 1 or None in shapes:
-            raise ValueError(f'{kind} has parameters per channel, but {name} {_why(shapes)}. exclude={name!r} leaves '
-                             f'it analog; other neurons have parameters per layer, or none.')
-        neuron.set_channels(next(iter(shapes)))
+    for name, shape in find_channels(model, waiting, kind, input_size, example_inputs).items():
+        neuron = waiting[name]
+        neuron.set_channels(shape)
         like = next(p for p in model.parameters() if p.is_floating_point())
         neuron.to(device=like.device, dtype=like.dtype)
+
+
+def find_channels(
+        model: nn.Module,
+        neurons: Dict[str, SpikingNeuron],
+        what: str,
+        input_size: Optional[Sequence[int]] = None,
+        example_inputs: Any = None,
+) -> Dict[str, _Shape]:
+    """Shape of parameters per channel for each of a spiking model's neurons, (C, 1, 1) for maps and (C,) for tokens.
+
+    Args:
+        model: Spiking model.
+        neurons: Some of its neurons, by name.
+        what: What has parameters per channel, for messages.
+        input_size: Shape of one sample; guessed from the model by default.
+        example_inputs: What the model takes, see `probing.examples`.
+
+    Raises:
+        ValueError: A layer did not run, runs on different numbers of channels, or the axis of its channels is unknown.
+    """
+    try:
+        seen = probe(model, lambda example: _run(model, neurons, example), 2, input_size, example_inputs)
+    except ProbeError as error:
+        raise ProbeError(f'{what} has parameters per channel, and {type(model).__name__} was run to see how many there '
+                         f'are: {error}') from error
+    for name in neurons:
+        shapes = seen.get(name, set())
+        if len(shapes) != 1 or None in shapes:
+            raise ValueError(f'{what} has parameters per channel, but {name} {_why(shapes)}. exclude={name!r} leaves '
+                             f'it analog; other neurons have parameters per layer, or none.')
+    return {name: next(iter(seen[name])) for name in neurons}
 
 
 def _why(shapes: Set[Optional[_Shape]]) -> str:

@@ -60,11 +60,11 @@ def _add_neuron_options(group: argparse._ArgumentGroup) -> None:
 
 def _add_variant_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument('--norm', default=None, metavar='NAME',
-                       help='what the batch norms become: tdbn scales by the threshold (best with --neuron-init none)')
+                       help='what the batch norms become: tdbn (best with --neuron-init none), tebn, bntt, tab, mpbn')
     group.add_argument('--norm-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
                        help='options of the norm')
     group.add_argument('--residual', default=None, metavar='NAME',
-                       help='how the branches of residual blocks join; a plug-in may register one')
+                       help='how the branches of residual blocks join: sew, ms, ds')
     group.add_argument('--residual-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
                        help='options of the residual')
 

@@ -1,17 +1,16 @@
 """MPBN (Guo et al. 2023): a batch norm between a neuron's potential and its threshold."""
 from dataclasses import dataclass
-from typing import Any, Dict, Iterator, List, Tuple
+from typing import Any, Iterator, List, Tuple
 
 import torch
 import torch.nn as nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from timm_sscl.class_swap import Mixin, mix_in, take_out
-from timm_sscl.features.channel_axis import ChannelAxes
+from timm_sscl.conversion.channels import find_channels
 from timm_sscl.knobs import knob
-from timm_sscl.neurons import spike
+from timm_sscl.neurons import LIF, neuron_class, spike
 from timm_sscl.neurons.kernels.recursion import membrane_dtype
-from timm_sscl.probing import Example, probe
 
 from .base import Variant, VariantSettings
 from .batch_norms import NormRecord
@@ -27,7 +26,7 @@ class MembraneBatchNorm(_BatchNorm):
 
     Args:
         num_features: Number of channels.
-        axis: Their axis.
+        axis: Their axis, counted from the last.
         options: Further arguments of nn.BatchNorm2d.
     """
 
@@ -58,7 +57,7 @@ class _Normalised:
 
 
 class NormalisedNeuron(Mixin):
-    """Mixin for a neuron that fires by its settings' `spike`, as all do that compare a potential with a threshold.
+    """Mixin for a LIF, or another neuron whose step calls its settings' `spike` once.
 
         spike = Theta(norm(u) - v_threshold)        the reset is that of u itself
 
@@ -97,38 +96,19 @@ class MPBN(Variant):
         eps: float = knob(1e-5, 'added to the variance')
         momentum: float = knob(.1, 'share of a step\'s batch in the running statistics')
 
+    def check(self, model: nn.Module, settings: Any) -> None:
+        if not issubclass(neuron_class(settings.neuron), LIF):
+            raise ValueError(f"{self}: normalises the potential of a LIF; neuron='{settings.neuron}' is none.")
+
     def apply(self, model: nn.Module, settings: Any) -> None:
         new = {name: neuron for name, neuron in model.neurons().items() if not isinstance(neuron, NormalisedNeuron)}
-        places = self._places(model) if new else {}
-        for name in new:
-            if len(places.get(name, ())) != 1:
-                what = ('did not run in a probe' if name not in places else
-                        f'has its channels at several places {sorted(places[name])}, (number, axis)')
-                raise ValueError(f'{self}: the neuron {name} {what}, so that no batch norm fits its potential.')
         like = next(model.parameters())
-        for name, neuron in new.items():
-            (channels, axis), = places[name]
-            norm = MembraneBatchNorm(channels, axis, device=like.device, dtype=like.dtype)
-            mix_in(neuron, NormalisedNeuron)
-            neuron.add_module(_CHILD, norm.train(neuron.training))
+        for name, shape in (find_channels(model, new, str(self)) if new else {}).items():
+            norm = MembraneBatchNorm(shape[0], -len(shape), device=like.device, dtype=like.dtype)
+            mix_in(new[name], NormalisedNeuron)
+            new[name].add_module(_CHILD, norm.train(new[name].training))
         for _, neuron in self._changed(model):
             neuron.membrane_norm.eps, neuron.membrane_norm.momentum = self.settings.eps, self.settings.momentum
-
-    def _places(self, model: nn.Module) -> Dict[str, set]:
-        """Per neuron the numbers of channels and their axes in a forward."""
-        places: Dict[str, set] = {}
-        axes = ChannelAxes()
-
-        def run(example: Example) -> Dict[str, set]:
-            places.clear()
-            for name, neuron in model.neurons().items():
-                neuron.register_forward_pre_hook(lambda m, args, name=name: places.setdefault(name, set()).add(
-                    (args[0].shape[axes.axis(args[0])], axes.axis(args[0]))))
-            with axes:
-                example(model)
-            return places
-
-        return probe(model, run)
 
     def _changed(self, model: nn.Module) -> Iterator[Tuple[str, nn.Module]]:
         return ((name, neuron) for name, neuron in model.neurons().items() if isinstance(neuron, NormalisedNeuron))
