@@ -1,4 +1,4 @@
-"""A few numbers on their way from the device to the host, read without making the step wait for them."""
+"""HostCopy: copy a few numbers from the device to the host without making the step wait."""
 from typing import List, Optional
 
 import torch
@@ -7,14 +7,14 @@ __all__ = ['HostCopy']
 
 
 class HostCopy:
-    """A copy of a tensor on the host, begun now and read once it is there.
+    """Copy of a tensor on the host. The copy starts now and is read once it has arrived.
 
     Args:
-        values: Tensor of any device, one axis or more.
+        values: Tensor on any device, with at least one axis.
     """
 
     def __init__(self, values: torch.Tensor):
-        self._values = values.detach().to('cpu', non_blocking=True)  # into pinned memory
+        self._values = values.detach().to('cpu', non_blocking=True)  # to pinned memory
         self._arrival: Optional[torch.Event] = None
         if values.device.type != 'cpu':
             self._arrival = torch.Event(values.device.type)
@@ -22,11 +22,11 @@ class HostCopy:
 
     @property
     def ready(self) -> bool:
-        """Whether the values are there; asking does not wait."""
+        """Whether the values have arrived. Asking does not wait."""
         return self._arrival is None or self._arrival.query()
 
     def read(self) -> List:
-        """The values, as Tensor.tolist gives them; waits where they are not there yet."""
+        """Return the values as Tensor.tolist does; wait if they have not arrived."""
         if self._arrival is not None:
             self._arrival.synchronize()
         return self._values.tolist()

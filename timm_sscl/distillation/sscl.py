@@ -53,16 +53,16 @@ class SSCLLoss(nn.Module):
         teacher_size: (H, W) of the teacher's images, which are resized from the student's; None does not resize.
         renormalize: (student mean, student std, teacher mean, teacher std) if the teacher was trained on images with
             another normalisation.
-        teacher_transform: Function that turns a batch of the student's images into the teacher's, instead of
+        teacher_transform: Function that converts a batch of the student's images to the teacher's, instead of
             teacher_size and renormalize.
         dim: Common dimension of the projections g_S and g_A.
         temperature: Temperature of the critic.
-        critic: 'infonce', 'normalized' (the paper's, as its source has it), 'literal' (Eq. 19 to the letter); or a
-            `Critic`.
+        critic: 'infonce', 'normalized' (the paper's critic in the form of its source), 'literal' (Eq. 19 as printed);
+            or a `Critic`.
         weighting: 'cka' for 1 / CKA, 'uniform', 'cka_mean1', 'uniform_matched', 'reverse', 'fixed', 'shuffled',
             'uncertainty'; or a `Weighting`.
-        cka_floor: CKA is not taken below this.
-        cka_momentum: Share of the newest batch in the running CKA; 1 uses this batch only.
+        cka_floor: Lower bound of CKA in the weights.
+        cka_momentum: Share of the newest batch in the running CKA; 1 uses only this batch.
         projection: 'pooled' over space and time, or 'flattened', which fixes T and the image size; or a `Projection`.
         cka_scope: With several processes: CKA's terms averaged over every 'process', or of the 'global' batch.
         queue_size: Number of past teacher rows that are further negatives.

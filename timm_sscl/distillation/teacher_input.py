@@ -58,7 +58,7 @@ class TeacherInput:
         return x
 
     def shape(self, input_size: Optional[Sequence[int]]) -> Optional[Tuple[int, ...]]:
-        """(C, H, W) of the teacher's images, where the student's are known."""
+        """Return (C, H, W) of the teacher's images, or None if the student's are unknown."""
         if input_size is None:
             return None
         if self.transform is not None:

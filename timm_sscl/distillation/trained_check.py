@@ -1,4 +1,4 @@
-"""A warning where the projections of a loss are not in the optimizer."""
+"""Warn if the projections of a loss are not in the optimizer."""
 import logging
 from typing import Any, Dict, Optional
 
@@ -13,12 +13,12 @@ _logger = logging.getLogger(__name__)
 
 
 class TrainedCheck:
-    """Warns, once, when the optimizer moves the student but not the projections; looks at the first calls only.
+    """Warn once if the optimizer changes the student but not the projections. Only the first calls are checked.
 
-    It compares on the device and reads the answer once it is on the host.
+    It compares on the device and reads the result when it has arrived on the host.
 
     Args:
-        calls: How many calls it looks at.
+        calls: Number of calls to check.
     """
 
     def __init__(self, calls: int = 50):
@@ -34,7 +34,7 @@ class TrainedCheck:
         if student_parameter is None:
             return
         projection = criterion.g_student[0].weight
-        # sums, as a fused optimizer does not move the version counters
+        # compare sums, since a fused optimizer does not increase the version counters
         now = torch.stack([_sum(student_parameter), _sum(projection).to(student_parameter.device)])
         if self.before is not None and self.answer is None:
             same = now == self.before
@@ -48,7 +48,7 @@ class TrainedCheck:
                                 'add sscl.parameters() to the optimizer.')
 
     def __getstate__(self) -> Dict[str, Any]:
-        return dict(calls=self.calls)  # what is on its way belongs to the device's stream
+        return dict(calls=self.calls)  # a pending result belongs to a stream of the device
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
         self.calls, self.before, self.answer = state['calls'], None, None

@@ -1,4 +1,4 @@
-"""Critics of the SSCL sum as objects: the contrastive loss of a layer's projected rows, and a queue of negatives."""
+"""Critics of the SSCL sum as objects: contrastive losses of a layer's projected rows, and a queue of negatives."""
 from typing import Dict, Sequence, Tuple, Union
 
 import torch
@@ -28,45 +28,46 @@ class Critic(nn.Module):
         self.temperature = temperature
 
     def bind(self, layers: int, dim: int) -> None:
-        """Prepare for this number of layers, of rows with so many numbers; called once, by the criterion."""
+        """Prepare for this number of layers and this length of rows. The criterion calls it once."""
 
     def contrast(self, s: torch.Tensor, a: torch.Tensor, columns: Count, **negatives: torch.Tensor):
-        """Loss of projected rows (N, d), and the lower bound that it gives, 0-d each.
+        """Return the loss of projected rows (N, d) and the lower bound on the mutual information, 0-d each.
 
         Args:
             s: Student rows.
             a: Teacher rows.
-            columns: Number of teacher rows that a student row is compared with.
-            negatives: `queue` and `queue_mask` of the critics' functions.
+            columns: Number of teacher rows with which each student row is compared.
+            negatives: `queue` and `queue_mask` as in `info_nce_loss`.
         """
         raise NotImplementedError
 
     def forward(self, s: torch.Tensor, a: torch.Tensor, layer: int = 0) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Loss of a layer's rows (N, d), and its lower bound on the mutual information without a gradient."""
+        """Return the loss of a layer's rows (N, d), and its lower bound on the mutual information without a gradient.
+        """
         return self.contrast(s, a, s.shape[0])
 
     def push(self, rows: Sequence[torch.Tensor]) -> None:
-        """Take in the teacher rows of a training step, one tensor per layer."""
+        """Store the teacher rows of a training step, one tensor per layer."""
 
     def extra_repr(self) -> str:
         return f'temperature={self.temperature}'
 
 
 class InfoNCECritic(Critic):
-    """`info_nce_loss`."""
+    """Critic that uses `info_nce_loss`."""
 
     def contrast(self, s, a, columns, **negatives):
         loss = info_nce_loss(s, a, self.temperature, **negatives)
-        mean_of_both_directions = (s.shape[0] * columns) ** 0.5  # its log is the mean of their logs
+        mean_of_both_directions = (s.shape[0] * columns) ** 0.5  # its log is the mean of both directions' logs
         return loss, mi_lower_bound(loss.detach(), mean_of_both_directions, info_nce=True)
 
 
 class NCECritic(Critic):
-    """`nce_loss`, the paper's critic.
+    """The paper's critic, `nce_loss`.
 
     Args:
         temperature: Temperature t of the scores.
-        normalize: The normalised form of the critic's source, or the paper's formula to the letter.
+        normalize: Whether to use the normalised form of the critic's source instead of the paper's formula.
     """
 
     def __init__(self, temperature: float = 0.2, normalize: bool = True):
@@ -82,14 +83,14 @@ class NCECritic(Critic):
 
 
 class QueuedCritic(Critic):
-    """A critic with further negatives: the last teacher rows of every layer, as they were projected then.
+    """Critic with further negatives: the last teacher rows of every layer, as projected at their time.
 
     Args:
-        critic: The critic that is given them.
+        critic: Critic that uses them.
         size: Number of rows.
 
     Raises:
-        ValueError: size is no whole number of rows.
+        ValueError: size is not a positive whole number.
     """
 
     def __init__(self, critic: Critic, size: int):
@@ -100,18 +101,18 @@ class QueuedCritic(Critic):
         self.size = int(size)
 
     def bind(self, layers: int, dim: int) -> None:
-        # buffers, so that a run resumes with the negatives it had; newest first
+        # buffers, so that a run resumes with its negatives; newest first
         self.register_buffer('queue', torch.zeros(layers, self.size, dim))
         self.register_buffer('queue_filled', torch.zeros((), dtype=torch.int64))
 
     def forward(self, s: torch.Tensor, a: torch.Tensor, layer: int = 0) -> Tuple[torch.Tensor, torch.Tensor]:
-        mask = torch.arange(self.size, device=s.device) < self.queue_filled  # no size depends on it
+        mask = torch.arange(self.size, device=s.device) < self.queue_filled  # a mask, so that no size depends on it
         negatives: Dict[str, torch.Tensor] = dict(queue=self.queue[layer], queue_mask=mask)
         return self.critic.contrast(s, a, s.shape[0] + self.queue_filled, **negatives)
 
     @torch.no_grad()
     def push(self, rows: Sequence[torch.Tensor]) -> None:
-        """Take in the teacher rows of all processes, the same on each; the oldest go."""
+        """Store the teacher rows of all processes, the same on each, and drop the oldest."""
         newest = torch.stack([row.to(self.queue.dtype) for row in rows])
         self.queue.copy_(torch.cat([newest, self.queue], 1)[:, :self.size])
         self.queue_filled.add_(newest.shape[1]).clamp_(max=self.size)

@@ -1,4 +1,4 @@
-"""What the projections g_S and g_A see of a feature: its mean over space and time, or the whole of it."""
+"""Projections g_S and g_A of a feature: from its mean over space and time, or from the whole feature."""
 import math
 from typing import List, Optional, Sequence, Tuple
 
@@ -9,13 +9,13 @@ __all__ = ['Projection', 'PooledProjection', 'FlattenedProjection']
 
 
 class Projection:
-    """Base of both: a linear map of what `condense` makes of a feature, to `dim` numbers.
+    """Base of all projections: a linear map from a condensed feature to `dim` numbers.
 
     Args:
         dim: Common dimension of g_S and g_A.
 
     Attributes:
-        needs_shapes: Whether the map is built for the feature's whole shape.
+        needs_shapes: Whether the map depends on the whole shape of the feature.
 
     Raises:
         ValueError: dim is less than 1.
@@ -33,25 +33,25 @@ class Projection:
             shapes: Optional[Sequence[Sequence[int]]],
             whose: str,
     ) -> List[Tuple[int, ...]]:
-        """Per layer what a sample has that the map is built for.
+        """Return, per layer, the shape per sample for which the map is built.
 
         Args:
             channels: Channels of the feature per layer.
-            shapes: (T, C, ...) of the feature per layer, where they are known.
+            shapes: (T, C, ...) of the feature per layer, if known.
             whose: 'student' or 'teacher', for messages.
         """
         raise NotImplementedError
 
     def condense(self, x: torch.Tensor) -> torch.Tensor:
-        """A feature (T, B, C, ...) as the map's input (B, numbers)."""
+        """Convert a feature (T, B, C, ...) to the map's input (B, numbers)."""
         raise NotImplementedError
 
     def check(self, name: str, x: torch.Tensor, shape: Tuple[int, ...]) -> None:
-        """Raise ValueError where a feature is not of its layer's shape."""
+        """Raise ValueError if a feature does not have its layer's shape."""
         raise NotImplementedError
 
     def create(self, shape: Sequence[int]) -> nn.Linear:
-        """The map for a layer."""
+        """Create the map of a layer."""
         return nn.Linear(math.prod(shape), self.dim)
 
     def __repr__(self) -> str:
@@ -59,7 +59,7 @@ class Projection:
 
 
 class PooledProjection(Projection):
-    """The feature averaged over space and time, C numbers."""
+    """Project the feature averaged over space and time, C numbers."""
 
     def shapes(self, channels, shapes, whose):
         return [(c,) for c in channels]
@@ -73,9 +73,9 @@ class PooledProjection(Projection):
 
 
 class FlattenedProjection(Projection):
-    """The whole feature, T * C * H * W numbers: 25 M weights a layer at ImageNet size.
+    """Project the whole feature, T * C * H * W numbers: 25 M weights per layer at ImageNet size.
 
-    It fixes T and the image size.
+    T and the image size are then fixed.
     """
 
     needs_shapes = True

@@ -21,7 +21,7 @@ __all__ = ['SSCLCriterion']
 
 _logger = logging.getLogger(__name__)
 
-# which part a setting is of, where that part is given by its name
+# setting -> the part that it belongs to, if the part is given by name
 _PART_OF = dict(dim='projection', temperature='critic', queue_size='critic', cka_floor='weighting',
                 layer_weights='weighting')
 
@@ -29,24 +29,24 @@ _PART_OF = dict(dim='projection', temperature='critic', queue_size='critic', cka
 class SSCLCriterion(nn.Module):
     """sum_l lambda_l * (-L_NCE_l) over pairs of student and teacher features, lambda_l = 1 / CKA_l (Eq. 17-20).
 
-    Per layer: the projection condenses both features, g_S and g_A map them to a common dimension, and the critic
-    compares the rows of all processes. The weighting turns the layers' CKA into their weights. CKA is taken of the
-    whole features, as a running mini-batch CKA; the weights carry no gradient.
+    For each layer, the projection condenses both features, g_S and g_A map them to a common dimension, and the critic
+    compares the rows of all processes. The weighting computes the weights of the layers from their CKA. CKA is computed
+    from the whole features, as a running mini-batch CKA. The weights carry no gradient.
 
     Args:
         names: Name of every layer, for the statistics.
         student_channels: Channels of the student's feature per layer.
         teacher_channels: Channels of the teacher's feature per layer.
         critic: `InfoNCECritic`, `NCECritic`, or one of these in a `QueuedCritic`; or a name.
-        weighting: A `Weighting`; or a name.
+        weighting: A `Weighting`, or a name.
         projection: `PooledProjection` or `FlattenedProjection`; or a name.
-        cka_momentum: Share of the newest batch in the running CKA; 1 uses this batch only.
-        cka_scope: With several processes, 'process' averages the CKA's terms over the processes' own batches; 'global'
-            takes those of the global batch, for which features travel between the processes.
-        student_shapes: (T, C, ...) of the student's feature per layer; needed where it is flattened.
-        teacher_shapes: (T', C', ...) of the teacher's feature per layer; likewise.
-        **settings: Settings of the parts that are given by name, as the loss 'sscl' has them: dim, temperature,
-            queue_size, cka_floor, layer_weights.
+        cka_momentum: Share of the newest batch in the running CKA; 1 uses only this batch.
+        cka_scope: With several processes, 'process' averages the CKA's terms over the processes' own batches. 'global'
+            computes them from the global batch, for which features are sent between the processes.
+        student_shapes: (T, C, ...) of the student's feature per layer; required if it is flattened.
+        teacher_shapes: (T', C', ...) of the teacher's feature per layer; required if it is flattened.
+        **settings: Settings of the parts that are given by name: dim, temperature, queue_size, cka_floor,
+            layer_weights. Defaults are those of the loss 'sscl'.
 
     Raises:
         ValueError: An option is out of range, the numbers of layers differ, or a setting is given for a part that is an
@@ -89,7 +89,7 @@ class SSCLCriterion(nn.Module):
         self.cka_scope = cka_scope
         self.student_shapes = self.projection.shapes(student_channels, student_shapes, 'student')
         self.teacher_shapes = self.projection.shapes(teacher_channels, teacher_shapes, 'teacher')
-        with torch.random.fork_rng(devices=[]):  # a run's other random numbers do not depend on this loss
+        with torch.random.fork_rng(devices=[]):  # so that other random numbers of a run do not depend on this loss
             self.g_student = nn.ModuleList(map(self.projection.create, self.student_shapes))
             self.g_teacher = nn.ModuleList(map(self.projection.create, self.teacher_shapes))
         self.running_cka = nn.ModuleList(RunningCKA(cka_momentum, cka_scope) for _ in names)
@@ -107,16 +107,17 @@ class SSCLCriterion(nn.Module):
 
     @property
     def queue_filled(self) -> Optional[torch.Tensor]:
-        """How many rows of the queue are filled, 0-d; None without a queue."""
+        """Number of filled rows of the queue, 0-d; None without a queue."""
         return getattr(self.critic, 'queue_filled', None)
 
     @property
     def stats(self) -> Dict[str, Dict[str, float]]:
-        """Of the last call, per layer: cka (this batch), cka_running, weight, nce and mi_bound (nats)."""
+        """Statistics of the last call per layer: cka (this batch), cka_running, weight, nce and mi_bound (nats)."""
         keys = [(name, k) for name, values in self._stats.items() for k in values]
         if not keys:
             return {}
-        numbers = torch.stack([self._stats[name][k].float() for name, k in keys]).tolist()  # one transfer
+        # one transfer from the device
+        numbers = torch.stack([self._stats[name][k].float() for name, k in keys]).tolist()
         stats: Dict[str, Dict[str, float]] = {name: {} for name in self._stats}
         for (name, k), number in zip(keys, numbers):
             stats[name][k] = number
@@ -127,7 +128,7 @@ class SSCLCriterion(nn.Module):
             student_features: Sequence[torch.Tensor],
             teacher_features: Sequence[torch.Tensor],
     ) -> torch.Tensor:
-        """The weighted loss. It does not wait for the device.
+        """Return the weighted loss, without waiting for the device.
 
         Args:
             student_features: Per layer (T, B, C, ...).
@@ -145,12 +146,13 @@ class SSCLCriterion(nn.Module):
         self._check_samples(samples)
         losses, layers, rows = [], [], []
         for i, (s, a) in enumerate(zip(student_features, teacher_features)):
-            # the projections keep their own dtype where the models have another one
+            # the projections keep their dtype if the models have another one
             s_rows, a_rows = (gather_rows(g(self.projection.condense(x).to(g.weight.dtype)), counts)
                               for g, x in ((self.g_student[i], s), (self.g_teacher[i], a)))
             nce, bound = self.critic(s_rows, a_rows, i)
             stats = dict(nce=nce.detach(), mi_bound=bound)
-            if samples >= 4 or world_size() > 1:  # with uniform weights a tiny batch goes without this statistic
+            # with uniform weights, a smaller batch is allowed and has no such statistic
+            if samples >= 4 or world_size() > 1:
                 stats['cka'], stats['cka_running'] = self.running_cka[i](s.detach(), a.detach(), counts)
             losses.append(nce)
             layers.append(stats)
@@ -168,7 +170,7 @@ class SSCLCriterion(nn.Module):
         return loss if penalty is None else loss + penalty
 
     def _weights(self, layers: Sequence[Dict[str, torch.Tensor]]) -> Sequence[torch.Tensor]:
-        """Weight of every layer, 0-d, without a gradient."""
+        """Return the weight of every layer, 0-d, without a gradient."""
         if self.weighting.uses_cka:
             return self.weighting(torch.stack([_known_cka(stats) for stats in layers])).unbind()
         return self.weighting(torch.stack([torch.full_like(stats['nce'], torch.nan) for stats in layers])).unbind()
@@ -190,11 +192,11 @@ class SSCLCriterion(nn.Module):
                              f"samples. Use a larger batch (drop_last=True), or weighting='uniform'.")
 
     def _warn_floored(self, layers: Sequence[Dict[str, torch.Tensor]]) -> None:
-        """Name a layer when its CKA falls under the floor, as soon as that is known on the host."""
+        """Log a layer when its CKA falls below the floor, as soon as the value has arrived on the host."""
         if self._used_cka is None:
             self._used_cka = HostCopy(torch.stack([_known_cka(stats) for stats in layers]))
         if not self._used_cka.ready:
-            return  # asked again at the next step
+            return  # checked again at the next step
         used, self._used_cka = self._used_cka.read(), None
         floor = self.weighting.floor
         for name, value in zip(self.names, used):
@@ -213,7 +215,7 @@ class SSCLCriterion(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __getstate__(self) -> Dict[str, Any]:
-        return {**self.__dict__, '_used_cka': None}  # belongs to the device's stream
+        return {**self.__dict__, '_used_cka': None}  # it belongs to a stream of the device
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -222,7 +224,7 @@ class SSCLCriterion(nn.Module):
         self._used_cka = None
 
     def _parts_of_0_1_0(self, state: Dict[str, Any]) -> None:
-        """Make the parts of what version 0.1.0 kept of them."""
+        """Create the parts from the attributes of version 0.1.0."""
         queue, filled = (self._buffers.pop(name, None) for name in ('queue', 'queue_filled'))
         critic = create_critic(state.pop('critic'), state.pop('temperature'), 0 if queue is None else queue.shape[1])
         weighting = create_weighting(state.pop('weighting'), state.pop('cka_floor'))
@@ -235,11 +237,11 @@ class SSCLCriterion(nn.Module):
 
 
 def _settings_of_parts(parts: Dict[str, Any], settings: Dict[str, Any]) -> Dict[str, Dict[str, Any]]:
-    """Settings by the part that they are of.
+    """Return the settings by the part that they belong to.
 
     Raises:
         TypeError: A setting is unknown.
-        ValueError: A setting differs from its default while its part is an object, which has its own.
+        ValueError: A setting differs from its default, but its part is an object with its own settings.
     """
     known = loss_spec('sscl').options
     of_part: Dict[str, Dict[str, Any]] = {part: {} for part in parts}
@@ -256,7 +258,7 @@ def _settings_of_parts(parts: Dict[str, Any], settings: Dict[str, Any]) -> Dict[
 
 
 def _unique(names: Sequence[str]) -> List[str]:
-    """Names of layers that are compared twice are numbered: statistics are kept by them."""
+    """Number repeated names, since statistics are stored by name."""
     seen: Dict[str, int] = {}
     unique = []
     for name in names:
@@ -266,30 +268,30 @@ def _unique(names: Sequence[str]) -> List[str]:
 
 
 def _known_cka(stats: Dict[str, torch.Tensor]) -> torch.Tensor:
-    """The running CKA, or this batch's where there is none yet: in evaluation before the first training step."""
+    """Return the running CKA, or this batch's before the first training step."""
     return torch.where(stats['cka_running'].isnan(), stats['cka'], stats['cka_running'])
 
 
 class _SSCL(SSCLCriterion):
-    """`SSCLCriterion` by names and numbers, on a TrainStep.
+    """`SSCLCriterion` on a TrainStep, with parts given by names and numbers.
 
     Args:
         dim: Common dimension of g_S and g_A.
         temperature: Temperature of the critic.
         critic: Contrastive loss of a layer: `info_nce_loss`, or `nce_loss` in its normalised or its literal form.
-        weighting: Weights of the layers: 1 / CKA; 1; 1 / CKA scaled to mean 1; the mean of 1 / CKA for each; and, with
-            the total of 1 / CKA: CKA (reverse), layer_weights (fixed), 1 / CKA of another layer (shuffled), learned by
-            uncertainty.
-        cka_floor: CKA is not taken below this, so that no weight exceeds 1 / cka_floor.
-        cka_momentum: Share of the newest batch in the running CKA; 1 uses this batch only.
-        projection: What g_S and g_A see: the feature pooled over space and time, or flattened, the whole of it,
-            T * C * H * W numbers (25 M weights a layer at ImageNet size).
-        cka_scope: With several processes, whether the CKA's terms are averaged over every process and its own batch, or
-            those of the global batch, for which features travel between the processes.
-        queue_size: Number of past teacher rows, projected as they were then, that are further negatives of every
-            student row. With gradient accumulation over k micro-batches of n images, (k - 1) * n rows give a
-            micro-batch as many negatives as the whole batch has: those of the micro-batches before it, without a
-            gradient. A row may be of an image in the batch again, where the queue comes near the data set's size.
+        weighting: Weights of the layers: 1 / CKA; 1; 1 / CKA scaled to mean 1; the mean of 1 / CKA for each; or, scaled
+            to the total of 1 / CKA: CKA (reverse), layer_weights (fixed), 1 / CKA of another layer (shuffled), learned
+            by uncertainty.
+        cka_floor: Lower bound of CKA in the weights, so that no weight exceeds 1 / cka_floor.
+        cka_momentum: Share of the newest batch in the running CKA; 1 uses only this batch.
+        projection: Input of g_S and g_A: the feature pooled over space and time, or flattened to T * C * H * W numbers
+            (25 M weights per layer at ImageNet size).
+        cka_scope: With several processes, whether the CKA's terms are averaged over the processes' own batches, or
+            computed from the global batch, for which features are sent between the processes.
+        queue_size: Number of past teacher rows, as projected at their time, that are further negatives of every student
+            row. With gradient accumulation over k micro-batches of n images, (k - 1) * n rows give a micro-batch as
+            many negatives as the whole batch has. These have no gradient. If the queue is almost as long as the data
+            set, a row may be of an image that is in the batch, too.
         layer_weights: Weights of the layers with weighting fixed, one per tap.
     """
 

@@ -1,4 +1,4 @@
-"""The parts of the SSCL sum by name: critics, weightings and projections."""
+"""Create the parts of the SSCL sum by name: critics, weightings and projections."""
 from functools import partial
 from typing import Callable, Dict, Optional, Sequence, TypeVar, Union
 
@@ -34,7 +34,7 @@ def _named(argument: str, name: str, table: Dict[str, T]) -> T:
 
 
 def create_critic(critic: Union[str, Critic], temperature: float = 0.2, queue_size: int = 0) -> Critic:
-    """A critic by its name, with a queue of past rows where it has a size; a critic is returned as it is."""
+    """Create a critic by name, with a queue of past rows if queue_size is positive. A Critic is returned unchanged."""
     if not isinstance(critic, str):
         return critic
     if queue_size != int(queue_size) or queue_size < 0:
@@ -48,7 +48,7 @@ def create_weighting(
         cka_floor: float = 0.1,
         layer_weights: Optional[Sequence[float]] = None,
 ) -> Weighting:
-    """A weighting by its name; a weighting is returned as it is."""
+    """Create a weighting by name. A Weighting is returned unchanged."""
     if not isinstance(weighting, str):
         return weighting
     create = _named('weighting', weighting, WEIGHTINGS)
@@ -59,5 +59,5 @@ def create_weighting(
 
 
 def create_projection(projection: Union[str, Projection], dim: int = 128) -> Projection:
-    """A projection by its name; a projection is returned as it is."""
+    """Create a projection by name. A Projection is returned unchanged."""
     return _named('projection', projection, PROJECTIONS)(dim) if isinstance(projection, str) else projection

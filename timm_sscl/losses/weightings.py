@@ -1,4 +1,4 @@
-"""Weights of the layers in the SSCL sum, as objects: 1 / CKA (Eq. 20), and the controls that it is compared with."""
+"""Weights of the layers in the SSCL sum as objects: 1 / CKA (Eq. 20) and controls to compare it with."""
 from typing import Optional, Sequence, Tuple
 
 import torch
@@ -11,21 +11,21 @@ TOTALS = ('own', 'layers', 'inverse_cka')
 
 
 class Weighting(nn.Module):
-    """Base of all weightings: `relative` gives the weights of the layers, `total` what they add up to.
+    """Base of all weightings: `relative` gives the ratios of the layers' weights, `total` their sum.
 
-    Weightings of equal total differ in nothing but how they share it out: 'layers' is the total of the uniform
-    weights, the number of layers; 'inverse_cka' is the sum of 1 / CKA at this step. 'own' leaves the weights as they
-    are.
+    With 'layers', the sum is the number of layers, as for uniform weights. With 'inverse_cka', it is the sum of 1 / CKA
+    in this step. Weightings of equal total differ only in its distribution over the layers. 'own' does not scale the
+    weights.
 
     Args:
         total: 'own', 'layers' or 'inverse_cka'.
-        floor: CKA is not taken below this, so that 1 / CKA does not exceed 1 / floor.
+        floor: Lower bound of CKA, so that 1 / CKA does not exceed 1 / floor.
 
     Attributes:
         uses_cka: Whether the weights depend on the CKA, which needs a batch of 4.
 
     Raises:
-        ValueError: An argument is out of its range.
+        ValueError: An argument is out of range.
     """
 
     def __init__(self, total: str = 'own', floor: float = 0.1):
@@ -42,22 +42,23 @@ class Weighting(nn.Module):
         return self.total == 'inverse_cka'
 
     def bind(self, layers: int) -> None:
-        """Prepare for this number of layers; called once, by the criterion.
+        """Prepare for this number of layers. The criterion calls it once.
 
         Raises:
             ValueError: The weighting does not fit this number.
         """
 
     def relative(self, cka: torch.Tensor) -> torch.Tensor:
-        """Weights before they are scaled to the total, (L,), from the layers' CKA in [floor, inf), (L,)."""
+        """Return the weights before scaling, (L,), from the layers' CKA in [floor, inf), (L,)."""
         raise NotImplementedError
 
     def penalty(self, losses: torch.Tensor) -> Optional[torch.Tensor]:
-        """What trains parameters of the weighting, 0-d, from the layers' losses (L,); None where it has none."""
+        """Return a 0-d term that trains the weighting's parameters, from the layers' losses (L,); None if it has none.
+        """
         return None
 
     def forward(self, cka: torch.Tensor) -> torch.Tensor:
-        """Weights of the layers, (L,), without a gradient; nan counts as the floor."""
+        """Return the weights of the layers, (L,), without a gradient. A CKA of nan counts as the floor."""
         cka = torch.nan_to_num(cka, nan=self.floor).clamp(min=self.floor)
         weights = self.relative(cka).detach()
         if self.total == 'own':
@@ -70,14 +71,14 @@ class Weighting(nn.Module):
 
 
 class UniformWeighting(Weighting):
-    """Every layer the same: 1, or the mean of 1 / CKA over the layers with total='inverse_cka'."""
+    """The same weight for every layer: 1, or the mean of 1 / CKA over the layers with total='inverse_cka'."""
 
     def relative(self, cka: torch.Tensor) -> torch.Tensor:
         return torch.ones_like(cka)
 
 
 class InverseCKAWeighting(Weighting):
-    """1 / CKA, the weights of SSCL: a layer that differs from the teacher's counts more."""
+    """1 / CKA, the weights of SSCL. A layer that differs more from the teacher's gets a larger weight."""
 
     uses_cka = True
 
@@ -86,7 +87,7 @@ class InverseCKAWeighting(Weighting):
 
 
 class CKAWeighting(Weighting):
-    """CKA, the reverse: a layer that is like the teacher's counts more."""
+    """CKA, the reverse. A layer that is more similar to the teacher's gets a larger weight."""
 
     uses_cka = True
 
@@ -98,7 +99,7 @@ class CKAWeighting(Weighting):
 
 
 class FixedWeighting(Weighting):
-    """Weights that stay, for example the averages of 1 / CKA over a run: what is left of 1 / CKA without its course.
+    """Constant weights, for example the averages of 1 / CKA over a run, without their change over time.
 
     Args:
         weights: One per layer, positive.
@@ -122,10 +123,10 @@ class FixedWeighting(Weighting):
 
 
 class ShuffledWeighting(Weighting):
-    """1 / CKA of another layer: the same weights at the wrong places.
+    """1 / CKA of another layer: the same weights, assigned to the wrong layers.
 
-    The permutation leaves no layer in its place. It is drawn once, from torch's generator as it stands, whose state
-    stays; it is a buffer, so that a run goes on with its own.
+    The permutation has no fixed point. It is drawn once from the current state of torch's generator, which does not
+    change. It is a buffer, so that a run resumes with it.
     """
 
     uses_cka = True
@@ -145,11 +146,11 @@ class ShuffledWeighting(Weighting):
 
 
 class UncertaintyWeighting(Weighting):
-    """Weights that are learned: e^-s of a trained s per layer (homoscedastic uncertainty, Kendall 2018).
+    """Learned weights: e^-s with a trained s per layer (homoscedastic uncertainty, Kendall 2018).
 
-    s_l is trained by e^-s_l L_l + s_l, which is least at e^-s_l = 1 / L_l, so that every layer's term weighs the same.
-    The student and the projections see the weights only, scaled to the total; the loss's value does not hold the
-    penalty.
+    s_l is trained by e^-s_l L_l + s_l, whose minimum is at e^-s_l = 1 / L_l; every layer's term then has the same
+    weight. Student and projections receive only the weights, scaled to the total. The value of the loss does not
+    include the penalty.
     """
 
     def __init__(self, total: str = 'inverse_cka', floor: float = 0.1):
