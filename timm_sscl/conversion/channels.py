@@ -1,4 +1,4 @@
-"""Neurons with parameters per channel are told how many channels their layer has, and where: seen in one forward."""
+"""Tell neurons with parameters per channel the number and axis of their layer's channels, found by one forward."""
 from typing import Any, Dict, Optional, Sequence, Set, Tuple
 
 import torch
@@ -18,15 +18,15 @@ def give_channels(
         input_size: Optional[Sequence[int]] = None,
         example_inputs: Any = None,
 ) -> None:
-    """Create the parameters of a spiking model's neurons that have some per channel and were not told their number.
+    """Create the parameters of a spiking model's neurons with parameters per channel whose channels are not set yet.
 
     Args:
         model: Spiking model.
         input_size: Shape of one sample; guessed from the model by default.
-        example_inputs: What the model takes, see `probing.examples`.
+        example_inputs: Input of the model; see `probing.examples`.
 
     Raises:
-        ValueError: A layer did not run, runs on different numbers of channels, or the axis of its channels is unknown.
+        ValueError: A layer did not run, runs on different numbers of channels, or its channel axis is unknown.
     """
     waiting = {name: neuron for name, neuron in model.neurons().items()
                if neuron.needs_channels and neuron.channels is None}
@@ -73,6 +73,7 @@ def find_channels(
 
 
 def _why(shapes: Set[Optional[_Shape]]) -> str:
+    """Return why the channels of a neuron are unknown."""
     if not shapes:
         return 'did not run in a forward'
     if None in shapes:
@@ -82,7 +83,9 @@ def _why(shapes: Set[Optional[_Shape]]) -> str:
 
 
 def _run(model: nn.Module, neurons: Dict[str, SpikingNeuron], example: Example) -> Dict[str, Set[Optional[_Shape]]]:
-    """Shape of parameters per channel for every call of every neuron; the neurons pass on what they are given."""
+    """Return the parameter shapes of all calls of every neuron; None for an unknown channel axis. Neurons return their
+    input.
+    """
     seen: Dict[str, Set[Optional[_Shape]]] = {}
     axes = ChannelAxes()
     for name, neuron in neurons.items():

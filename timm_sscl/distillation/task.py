@@ -132,7 +132,7 @@ class SSCLTask(TrainingTask):
         device: Device of the task's tensors.
         dtype: Dtype of the task's tensors.
         verbose: Whether to log what is trained.
-        teacher_transform: Function that turns a batch of the student's images into the teacher's, instead of
+        teacher_transform: Function that converts a batch of the student's images to the teacher's, instead of
             renormalize and teacher_size.
 
     Raises:

@@ -15,10 +15,10 @@ class TeacherInput:
     Args:
         size: (H, W) of the teacher's images; None keeps the student's.
         renormalize: (student mean, student std, teacher mean, teacher std), each per channel; None keeps the values.
-        transform: Function of a batch of images, instead of both.
+        transform: Function of a batch of images, instead of size and renormalize.
 
     Raises:
-        ValueError: size or renormalize does not have this form, or is given beside transform.
+        ValueError: size or renormalize does not have this form, or is given together with transform.
     """
 
     def __init__(

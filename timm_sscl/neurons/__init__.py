@@ -1,4 +1,5 @@
-"""One neuron per file, found by name; `kernels` holds the recursion over time and what makes it fast."""
+"""Spiking neurons, one per file, found by name. `kernels` contains the recursion over time and its fast implementation.
+"""
 from .base import NeuronSettings, SpikingNeuron
 from .kernels.backend import lif_backend
 from .kernels.packing import packed_spikes

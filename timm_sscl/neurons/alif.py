@@ -1,4 +1,4 @@
-"""ALIF: a LIF whose threshold rises with its own spikes, of LSNN, and Yin's with learnt time constants."""
+"""ALIF: a LIF whose threshold rises with its own spikes, from LSNN, and Yin's version with learned time constants."""
 import math
 from dataclasses import dataclass
 from typing import Tuple
@@ -16,7 +16,7 @@ __all__ = ['ALIF', 'MultiGaussianALIF']
 
 
 def _integrate(x, state, decay, decay_b, settings):
-    """Potential before the spike, threshold and its adaptation b."""
+    """Return the potential before the spike, the threshold, and its adaptation b."""
     u, b, s = state
     b = decay_b * b + (1 - decay_b) * s
     v_threshold = settings.v_threshold + settings.beta * b
@@ -25,6 +25,7 @@ def _integrate(x, state, decay, decay_b, settings):
 
 @dataclass(frozen=True)
 class _AdaptiveSettings(NeuronSettings):
+    """Common settings of both adaptive neurons."""
     detach_reset: bool = knob(False, 'no gradient through the reset')
 
     def check(self) -> None:
@@ -40,8 +41,9 @@ class ALIF(SpikingNeuron):
         b_t = rho b_{t-1} + (1 - rho) S_{t-1}       A_t = v_threshold + beta b_t
         u_t = tau u_{t-1} + (1 - tau) x_t - A_t S_{t-1}       S_t = u_t >= A_t
 
-    The released code fires from the potential of the step before, which delays every layer by a step; here the new
-    potential fires. The surrogate is a function of (u - A) / A, its gradient by A is -h u / A^2.
+    The released code compares the previous timestep's potential with the threshold, which delays every layer by a
+    timestep. Here the new potential is compared. The surrogate is a function of (u - A) / A; its gradient by A is -h u
+    / A^2.
     """
 
     @dataclass(frozen=True)
@@ -75,17 +77,18 @@ class ALIF(SpikingNeuron):
 
 @register_neuron('multi_gaussian_alif')
 class MultiGaussianALIF(SpikingNeuron):
-    """Adaptive LIF of Yin, Corradi and Bohte (2020): the time constants are learnt per channel.
+    """Adaptive LIF of Yin, Corradi and Bohte (2020) with time constants learned per channel.
 
-    As `ALIF`, with the decay factors exp(-1 / tau_m) and exp(-1 / tau_a), each the sigmoid of a parameter so that it
-    stays below 1, b_0 = v_threshold, and the multi-Gaussian surrogate of u - A. The authors have parameters per neuron.
+    As `ALIF`, with decay factors exp(-1 / tau_m) and exp(-1 / tau_a). Each is the sigmoid of a parameter, so that it
+    stays below 1. b_0 = v_threshold, and the surrogate is the multi-Gaussian of u - A. The authors have parameters per
+    neuron.
     """
     needs_channels = True
     built_from = 'tau_m', 'tau_m_std', 'tau_a', 'tau_a_std'
 
     @dataclass(frozen=True)
     class Settings(_AdaptiveSettings):
-        """Settings of Yin's neuron; the time constants start at random, from normal distributions."""
+        """Settings of Yin's neuron. The time constants are initialised at random from normal distributions."""
         tau_m: float = knob(20., 'time constant of the membrane, in steps: mean at the start of training')
         tau_m_std: float = knob(5., 'and its deviation')
         tau_a: float = knob(200., 'time constant of the threshold, in steps: mean at the start of training')

@@ -1,4 +1,4 @@
-"""SpikingNeuron: what all neurons share. A neuron is one file: its settings, its parameters and its step."""
+"""SpikingNeuron: base class of all neurons. A neuron is one file with its settings, parameters and step."""
 from dataclasses import fields
 from typing import Any, Dict, Optional, Tuple
 
@@ -21,7 +21,7 @@ _SHOWN_IF_SET = 'surrogate', 'surrogate_kwargs', 'v_init'
 
 
 def check_timesteps(timesteps: Any) -> None:
-    """Raise ValueError where timesteps is no whole number of steps."""
+    """Raise ValueError if timesteps is not a positive whole number."""
     if isinstance(timesteps, bool) or timesteps != int(timesteps) or timesteps < 1:
         raise ValueError(f'timesteps={timesteps!r}: must be a whole number of time steps, 1 or more.')
 
@@ -31,8 +31,8 @@ class SpikingNeuron(Factors):
 
         out = scale * neuron(gain * x)
 
-    A subclass has a `Settings` dataclass and writes `step`, and where it needs them `build` (its parameters),
-    `constants` (what the step reads of them) and `start` (the state):
+    A subclass has a `Settings` dataclass and implements `step`. If needed, it also implements `build` (its parameters),
+    `constants` (tensors computed from them for the step) and `start` (the initial state):
 
         ```python
         @register_neuron('my_plif')
@@ -58,29 +58,30 @@ class SpikingNeuron(Factors):
                 return spikes, (u * (1 - spikes),)
         ```
 
-    A call holds no state: every call starts from `start`. A neuron that `encodes` takes a current (B, ...) that is the
-    same at every step, and returns (T * B, ...). A neuron that is `part_of_model`, as a conversion makes it, runs only
-    inside a call of its model. Gain and scale are not trained, see `Factors`. A parameter named `amplitude` multiplies
-    the output, so that one level of it has that size.
+    A neuron has no state between calls: every call begins with `start`. A neuron with `encodes` takes a current (B,
+    ...) that is the same at every timestep, and returns (T * B, ...). A neuron with `part_of_model`, which a conversion
+    sets, runs only inside a call of its model. Gain and scale are not trained; see `Factors`. A parameter named
+    `amplitude` multiplies the output and is the size of one level.
 
     Attributes:
         Settings: Dataclass of the neuron's settings.
-        output: What the output is: 'binary' (0 and 1), 'ternary' (-1, 0, 1), 'integer' (0 to `top`) or 'analog'; the
-            first three times the amplitude and the scale.
+        output: Kind of output: 'binary' (0 and 1), 'ternary' (-1, 0, 1), 'integer' (0 to `top`) or 'analog'. The first
+            three are multiplied by amplitude and scale.
         top: Highest level of the output.
         needs_channels: Whether there are parameters per channel.
-        per_step: Names of parameters whose first axis is the time step.
-        built_from: Names of settings that the parameters are made from; they do not change afterwards.
+        per_step: Names of parameters whose first axis is the timestep.
+        built_from: Names of settings that determine the initial parameters. They cannot be changed later.
         channels: Shape of parameters per channel.
 
     Args:
-        timesteps: Number of time steps T that the first axis of the input holds.
-        channels: For a neuron that needs them: shape that broadcasts against a sample, (C, 1, 1) for maps (C, H, W),
-            (C,) for tokens (L, C). A conversion finds it.
+        timesteps: Number of timesteps T in the first axis of the input.
+        channels: For a neuron with parameters per channel: shape that broadcasts against a sample, (C, 1, 1) for maps
+            (C, H, W), (C,) for tokens (L, C). A conversion finds it.
         settings: Fields of `Settings`, by name.
 
     Raises:
-        ValueError: timesteps is no positive whole number, channels no shape, or a setting is unknown or out of range.
+        ValueError: timesteps is not a positive whole number, channels is not such a shape, or a setting is unknown or
+            out of range.
     """
     Settings = NeuronSettings
     output = 'binary'
@@ -104,10 +105,10 @@ class SpikingNeuron(Factors):
             self.set_channels(channels)
 
     def set_channels(self, channels: Tuple[int, ...]) -> None:
-        """Create the parameters of a neuron that has some per channel.
+        """Create the parameters of a neuron that has parameters per channel.
 
         Raises:
-            ValueError: channels is no shape such as (C, 1, 1) or (C,).
+            ValueError: channels is not a shape such as (C, 1, 1) or (C,).
         """
         if not isinstance(channels, tuple) or not channels or any(n != 1 for n in channels[1:]):
             raise ValueError(f'channels={channels!r}: must be a shape that broadcasts against a sample, (64, 1, 1) for '
@@ -116,54 +117,59 @@ class SpikingNeuron(Factors):
         self.build(channels)
 
     def build(self, shape: Tuple[int, ...]) -> None:
-        """Create the parameters; called once, with the settings there.
+        """Create the parameters. Called once, after the settings are set.
 
         Args:
-            shape: Of one parameter: () for a layer, or the channels' where the neuron needs them.
+            shape: Shape of one parameter: () for a layer, or the channels' shape if the neuron needs channels.
         """
 
     def start(self, x: torch.Tensor) -> State:
-        """State before the first step, for a current x of one step, (B, ...), before the gain, at least float32."""
+        """Return the state before the first timestep.
+
+        Args:
+            x: Current of one timestep, (B, ...), before the gain, at least float32.
+        """
         return ()
 
     def constants(self) -> State:
-        """Tensors that the step reads at every time step, learnable ones included; computed once a call."""
+        """Return the tensors that every step uses, including learnable ones. Called once per forward."""
         return ()
 
     @staticmethod
     def step(x: torch.Tensor, state: State, constants: State, t: int, settings: Any) -> Tuple[torch.Tensor, State]:
-        """One time step, as a pure function.
+        """Compute one timestep, as a pure function.
 
         Args:
-            x: Current of this step, (B, ...), after the gain, at least float32.
-            state: State after the step before.
-            constants: What `constants` returned, in x's dtype.
-            t: Number of the step, from 0.
+            x: Current of this timestep, (B, ...), after the gain, at least float32.
+            state: State after the previous timestep.
+            constants: Result of `constants`, in x's dtype.
+            t: Index of the timestep, from 0.
             settings: The neuron's settings.
 
         Returns:
-            Output of this step, and the state after it.
+            Output of this timestep, and the state after it.
         """
         raise NotImplementedError
 
     def threshold(self) -> float:
-        """Current that a neuron at rest needs to fire; calibration scales currents by it."""
+        """Return the current at which a neuron at rest fires. Calibration scales currents by it."""
         return float(getattr(self.settings, 'v_threshold', 1.))
 
     def over_time(self, parameter: torch.Tensor) -> torch.Tensor:
-        """A parameter with one value per time step, for the steps that run: its first T, or with the last repeated."""
+        """Return a parameter per timestep for the current T: its first T entries, or with the last entry repeated."""
         missing = self.timesteps - len(parameter)
         if missing <= 0:
             return parameter[:self.timesteps]
         return torch.cat([parameter, parameter[-1:].expand(missing, *parameter.shape[1:])])
 
     def unit(self) -> Optional[torch.Tensor]:
-        """Size of one level of the output, amplitude times scale; None is 1."""
+        """Return the size of one level of the output, amplitude times scale; None is 1."""
         amplitude, scale = self._parameters.get('amplitude'), self.scale
         return scale if amplitude is None else amplitude if scale is None else amplitude * scale
 
     def levels(self, out: torch.Tensor) -> torch.Tensor:
-        """An output in whole levels: 0 and 1, -1 to 1, or 0 to `top`; an analog output as it is."""
+        """Convert an output to whole levels: 0 and 1, -1 to 1, or 0 to `top`. An analog output is returned unchanged.
+        """
         unit = self.unit()
         if self.output == 'analog' or unit is None:
             return out
@@ -172,7 +178,9 @@ class SpikingNeuron(Factors):
         return torch.where(unit == 0, 0., torch.round(out / unit)).to(out.dtype)
 
     def activity(self, out: torch.Tensor) -> torch.Tensor:
-        """How much of the top level each output has, 0 to 1, whatever the sign; of an analog one, if it is not 0."""
+        """Return each output relative to the top level, 0 to 1, without sign. For an analog output, return whether it
+        is not 0.
+        """
         if self.output == 'analog':
             return (out != 0).to(out.dtype)
         levels = self.levels(out)
@@ -180,14 +188,14 @@ class SpikingNeuron(Factors):
         return levels if self.top == 1 else levels / self.top
 
     def check_steps(self, timesteps: int) -> None:
-        """Raise ValueError where the neuron does not run so many time steps."""
+        """Raise ValueError if the neuron cannot run this number of timesteps."""
         check_timesteps(timesteps)
 
     def configure(self, timesteps: int, **settings: Any) -> None:
-        """Change the number of time steps and settings; those that are not given stay.
+        """Change the number of timesteps and settings. Other settings keep their values.
 
         Raises:
-            ValueError: As of the constructor; nothing is changed then.
+            ValueError: As for the constructor. Nothing is changed then.
         """
         self.check_steps(timesteps)
         if settings:
@@ -202,7 +210,7 @@ class SpikingNeuron(Factors):
         self.timesteps = timesteps
 
     def _keep_progress(self) -> None:
-        """Have a buffer for the share of the training that is done, where the surrogate changes with it."""
+        """Register a buffer for the fraction of the training that is done, if the surrogate depends on it."""
         if not self.settings.follows_progress:
             self._buffers.pop('progress', None)
         elif 'progress' not in self._buffers:
@@ -210,7 +218,7 @@ class SpikingNeuron(Factors):
             self.register_buffer('progress', torch.zeros((), device=like.device), persistent=False)
 
     def set_progress(self, progress: float) -> None:
-        """Say which share of the training is done, from 0 to 1; some surrogates change with it."""
+        """Set the fraction of the training that is done, 0 to 1. Some surrogates depend on it."""
         if not 0 <= progress <= 1:
             raise ValueError(f'progress={progress}: must be a share of the training, 0 to 1.')
         if 'progress' in self._buffers:
@@ -228,7 +236,7 @@ class SpikingNeuron(Factors):
         return out
 
     def run(self, x: torch.Tensor, folded: torch.Tensor) -> torch.Tensor:
-        """Output before the scale.
+        """Return the output before amplitude and scale.
 
         Args:
             x: Current (T, B, ...), before the gain.
@@ -243,14 +251,14 @@ class SpikingNeuron(Factors):
                     self._buffers.get('progress'))
 
     def adopt_steps(self, state_dict: Dict[str, torch.Tensor], prefix: str) -> None:
-        """Give parameters per time step the number of steps that those of a state dict have."""
+        """Resize parameters per timestep to the number of timesteps in a state dict."""
         for name in self.per_step:
             own, value = self._parameters[name], state_dict.get(f'{prefix}{name}')
             if value is not None and value.ndim == own.ndim and value.shape != own.shape:
                 own.data = own.new_zeros(self.shape_of(name, len(value)))
 
     def shape_of(self, name: str, timesteps: int) -> Tuple[int, ...]:
-        """Shape of a parameter per time step, for so many steps."""
+        """Return the shape of a parameter per timestep for this number of timesteps."""
         return timesteps, *self._parameters[name].shape[1:]
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
@@ -258,7 +266,7 @@ class SpikingNeuron(Factors):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _unfold(self, x: torch.Tensor) -> torch.Tensor:
-        """(T * B, ...) as (T, B, ...), or (B, ...) repeated over time."""
+        """Reshape (T * B, ...) to (T, B, ...), or repeat (B, ...) over time."""
         if not x.is_floating_point():
             raise ValueError(f'x has dtype {x.dtype}: a spiking neuron integrates floating point currents.')
         if self.encodes:

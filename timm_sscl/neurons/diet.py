@@ -1,4 +1,4 @@
-"""Diet-SNN's neuron: a LIF that learns its leak and its threshold."""
+"""Diet-SNN's neuron: a LIF with learned leak and threshold."""
 from dataclasses import dataclass
 from typing import Tuple
 
@@ -8,23 +8,23 @@ import torch.nn as nn
 from timm_sscl.knobs import knob
 
 from .base import SpikingNeuron
-from .parameters import held
+from .parameters import clamp_straight_through
 from .registry import register_neuron
 from .settings import NeuronSettings, check_decay, check_reset
 
 __all__ = ['Diet']
 
-_MIN_THRESHOLD = 1e-3  # a threshold of 0 or less would fire on silence
+_MIN_THRESHOLD = 1e-3  # a threshold of 0 or less would fire without input
 
 
 @register_neuron('diet')
 class Diet(SpikingNeuron):
-    """Diet-SNN's LIF (Rathi and Roy 2020): leak l and threshold V learnt for the layer, soft reset.
+    """Diet-SNN's LIF (Rathi and Roy 2020): leak l and threshold V learned per layer, soft reset.
 
         u_t = l v_{t-1} + x_t       S_t = u_t / V >= 1       v_t = u_t - V S_t
 
-    The reset passes no gradient to the spike, but V keeps its own. The authors set V from a trained ANN's
-    activations; here a calibration or `convert_ann` sets the input gain to the same effect.
+    The reset passes no gradient to the spike, but V in it has a gradient. The authors set V from the activations of a
+    trained ANN. Here a calibration or `convert_ann` sets the input gain, which has the same effect.
     """
     built_from = ('tau', 'v_threshold')
 
@@ -44,7 +44,7 @@ class Diet(SpikingNeuron):
         self.v_threshold = nn.Parameter(torch.full(shape, self.settings.v_threshold))
 
     def constants(self) -> Tuple[torch.Tensor, ...]:
-        return held(self.leak, 0., 1.), held(self.v_threshold, low=_MIN_THRESHOLD)
+        return clamp_straight_through(self.leak, 0., 1.), clamp_straight_through(self.v_threshold, low=_MIN_THRESHOLD)
 
     def start(self, x: torch.Tensor) -> Tuple[torch.Tensor, ...]:
         return (torch.zeros_like(x),)

@@ -1,4 +1,4 @@
-"""GLIF: gates choose between ways to leak, to integrate and to reset."""
+"""GLIF: a LIF with gates that choose between kinds of leak, integration and reset."""
 from dataclasses import dataclass
 from typing import Tuple
 
@@ -19,21 +19,22 @@ _START = dict(gate_leak=.55, gate_input=.65, gate_reset=.55, decay=.25, v_thresh
 
 @register_neuron('glif')
 class GLIF(SpikingNeuron):
-    """Gated LIF (Yao et al. 2022), its parameters learnt per channel or per layer:
+    """Gated LIF (Yao et al. 2022), with parameters learned per channel or per layer:
 
         u_t = (1 - a (1 - d)) u_{t-1} (1 - c S_{t-1}) - (1 - a) l + x_t (1 - b (1 - g_t)) - (1 - c) r S_{t-1}
         S_t = u_t >= V
 
     The gates a (leak: exponential or linear), b (input) and c (reset: hard or by subtraction), the decay d, the
-    threshold V, the linear leak l, the reset r and the weight g_t of every step are sigmoids of the parameters. Gates
-    are 0 or 1 in the forward unless they are soft. As in the authors' code the reset takes effect one step later.
+    threshold V, the linear leak l, the reset r and the weight g_t of every timestep are sigmoids of the parameters. In
+    the forward, gates are 0 or 1 unless soft_gates is set. As in the authors' code, the reset takes effect one timestep
+    later.
     """
     per_step = ('input_weight',)
     built_from = ('per_channel',)
 
     @dataclass(frozen=True)
     class Settings(NeuronSettings):
-        """Settings of a GLIF; the parameters start at the authors' values."""
+        """Settings of a GLIF. The parameters start at the authors' values."""
         per_channel: bool = knob(True, 'parameters per channel; else per layer')
         soft_gates: bool = knob(False, 'gates between 0 and 1; else they are 0 or 1, with a straight-through gradient')
         detach_reset: bool = knob(False, 'no gradient through the reset')

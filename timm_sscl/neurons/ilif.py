@@ -1,4 +1,4 @@
-"""I-LIF: integer spikes, which are so many binary ones in inference."""
+"""I-LIF: a LIF with integer spikes, equivalent to several binary spikes in inference."""
 from dataclasses import dataclass
 from typing import Tuple
 
@@ -15,10 +15,10 @@ __all__ = ['ILIF']
 
 @register_neuron('ilif')
 class ILIF(SpikingNeuron):
-    """Integer LIF (Luo et al. 2024): S = round(u) within 0 ... D; v = u - S.
+    """Integer LIF (Luo et al. 2024): S = round(u) limited to 0 ... D; v = u - S.
 
-    dS/du = 1 where 0 <= u <= D; the reset passes no gradient. Rounding takes 0.5 to 0 and 1.5 to 2, so that the
-    threshold is 1/2 in effect. On hardware an S takes D binary steps.
+    dS/du = 1 where 0 <= u <= D; the reset passes no gradient. 0.5 is rounded to 0 and 1.5 to 2, so that the effective
+    threshold is 1/2. On hardware, S takes D binary timesteps.
     """
     output = 'integer'
 

@@ -1,4 +1,4 @@
-"""Integrate-and-fire neuron: a LIF that does not leak."""
+"""Integrate-and-fire neuron: a LIF without leak."""
 from dataclasses import dataclass
 from typing import Any, ClassVar, Optional, Tuple
 
@@ -14,7 +14,7 @@ __all__ = ['IF']
 
 @register_neuron('if')
 class IF(LIF):
-    """Integrate-and-fire: U_t,pre = U_{t-1} + X_t, by the LIF's kernel.
+    """Integrate-and-fire neuron, U_t,pre = U_{t-1} + X_t, run by the LIF's kernel.
 
     With a soft reset, a constant current x in [0, v_threshold) fires floor((v_init + T x) / v_threshold) times.
     """

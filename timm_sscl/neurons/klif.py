@@ -1,4 +1,4 @@
-"""KLIF: a LIF that learns the slope of its potential."""
+"""KLIF: a LIF with a learned slope of its potential."""
 from dataclasses import dataclass
 from typing import Tuple
 
@@ -8,7 +8,7 @@ import torch.nn as nn
 from timm_sscl.knobs import knob
 
 from .base import SpikingNeuron
-from .parameters import held
+from .parameters import clamp_straight_through
 from .registry import register_neuron
 from .settings import ResetSettings, check_decay
 
@@ -19,16 +19,17 @@ _MIN_K = 1e-3  # k <= 0 would silence the layer
 
 @register_neuron('klif')
 class KLIF(SpikingNeuron):
-    """KLIF (Jiang and Zhang 2023): the potential passes relu(k u), k learnt for the layer, before the spike.
+    """KLIF (Jiang and Zhang 2023): the potential passes relu(k u) before the spike, with k learned per layer.
 
         U_t = tau V_{t-1} + (1 - tau) X_t       F_t = relu(k U_t)       S_t = F_t >= v_threshold
 
-    What is reset and carried on is F_t; with `scale_reset`, F_t / k. Without it the carried potential grows by k.
+    F_t is reset and carried to the next timestep, or F_t / k with `scale_reset`. Without it the carried potential grows
+    by k.
     """
 
     @dataclass(frozen=True)
     class Settings(ResetSettings):
-        """Settings of a KLIF; defaults are SpikingJelly's, as there is no code of the authors."""
+        """Settings of a KLIF. Defaults are SpikingJelly's, since the authors released no code."""
         tau: float = knob(.5, 'decay factor of the membrane')
         scale_reset: bool = knob(False, 'divide the carried potential by k')
         surrogate: str = knob('sigmoid', 'surrogate gradient of the spike, by name', kw_only=True)
@@ -43,7 +44,7 @@ class KLIF(SpikingNeuron):
         self.k = nn.Parameter(torch.ones(shape))
 
     def constants(self) -> Tuple[torch.Tensor, ...]:
-        return (held(self.k, low=_MIN_K),)
+        return (clamp_straight_through(self.k, low=_MIN_K),)
 
     def start(self, x: torch.Tensor) -> Tuple[torch.Tensor, ...]:
         return (torch.full_like(x, self.settings.v_start),)

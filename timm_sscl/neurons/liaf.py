@@ -1,4 +1,4 @@
-"""LIAF: a LIF that passes on an activation of its potential instead of its spike."""
+"""LIAF: a LIF whose output is an activation of its potential instead of its spike."""
 from dataclasses import dataclass
 from typing import Tuple
 
@@ -18,9 +18,10 @@ _ACTIVATIONS = dict(relu=F.relu, leaky_relu=F.leaky_relu, selu=F.selu, gelu=F.ge
 
 @register_neuron('liaf')
 class LIAF(SpikingNeuron):
-    """Leaky integrate and analog fire (Wu et al. 2021): passes on f(u_t - v_threshold), or f(u_t).
+    """Leaky integrate and analog fire (Wu et al. 2021): the output is f(u_t - v_threshold), or f(u_t).
 
-    The spike only resets. The output is analog: the layer after it multiplies. The surrogate acts in the reset alone.
+    The spike only resets the potential. The output is analog, so the next layer multiplies. The surrogate only affects
+    the reset.
     """
     output = 'analog'
 

@@ -1,4 +1,4 @@
-"""Leaky integrate-and-fire neuron: the function, its explicit backward, and the module that holds its settings."""
+"""Leaky integrate-and-fire neuron: function, explicit backward, and module."""
 from dataclasses import dataclass, fields
 from typing import Any, Dict, Optional, Tuple
 
@@ -22,7 +22,7 @@ __all__ = ['lif', 'LIF', 'check_neuron']
 
 
 def check_neuron(tau: float, v_threshold: float, v_reset: Optional[float], v_init: Optional[float] = None) -> None:
-    """Raise ValueError, naming the argument, where the neuron's settings make no neuron."""
+    """Raise ValueError, naming the argument, if a setting of the neuron is out of range."""
     check_decay(tau)
     check_reset(v_threshold, v_reset)
     if v_init is not None and not v_init < v_threshold:
@@ -30,7 +30,7 @@ def check_neuron(tau: float, v_threshold: float, v_reset: Optional[float], v_ini
 
 
 def _setting(name: str) -> property:
-    """A setting as an attribute of the neuron."""
+    """Create a property that reads and changes a setting of the neuron."""
     def get(neuron: SpikingNeuron) -> Any:
         return getattr(neuron.settings, name)
 
@@ -41,16 +41,16 @@ def _setting(name: str) -> property:
 
 
 def _kernel_settings(settings: Any) -> Neuron:
-    """A LIF's settings, as the recursion takes them."""
+    """Return a LIF's settings for the recursion."""
     return Neuron.of(settings.tau, settings.v_threshold, settings.v_reset, settings.detach_reset, settings.v_init)
 
 
 class _LIF(torch.autograd.Function):
-    """The recursion of `lif` with its backward written out.
+    """The recursion of `lif` with an explicit backward.
 
-    Kept for the backward are two bits per element: whether it fired, and whether it lay in the surrogate's window. A
-    hard reset that passes gradients needs the potentials besides. They are computed again from what the batch norm
-    before the neuron keeps; elsewhere the input is kept, and nothing else.
+    Two bits per element are saved for the backward: whether it fired, and whether it was in the surrogate's window. A
+    hard reset with gradients also needs the potentials. They are recomputed from the saved input of the batch norm
+    before the neuron. Without a batch norm, only the input is saved.
     """
 
     @staticmethod
@@ -86,7 +86,8 @@ class _LIF(torch.autograd.Function):
             fired, window, bias = ctx.saved_tensors
             x, scale, shift = norm.affine(bias)
             flat = flat.by_channel()
-            x = x.expand(flat.size) if x.shape == flat.size[1:] else x.view(flat.size)  # once for all steps, or folded
+            # one timestep for all, or folded
+            x = x.expand(flat.size) if x.shape == flat.size[1:] else x.view(flat.size)
             bits = (b.view(-1, *flat.shape[1:]) for b in (fired, window))
             affine = scale.view(-1, 1), shift.view(-1, 1)
             grad_x = run(
@@ -103,7 +104,7 @@ def lif(
         v_init: Optional[float] = None,
         gain: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
-    """Leaky integrate-and-fire neuron over T time steps, Eq. 2, 3 and 21 of the SSCL paper.
+    """Leaky integrate-and-fire neuron over T timesteps, Eq. 2, 3 and 21 of the SSCL paper.
 
         U_t,pre = tau * U_{t-1} + X_t
         O_t     = 1 if U_t,pre >= v_threshold else 0
@@ -111,30 +112,37 @@ def lif(
         U_t     = U_t,pre - v_threshold * O_t                soft reset (v_reset=None), U_0 = 0
         dO/dU   = 1 if 0 <= U_t,pre <= 2 * v_threshold else 0
 
-    The call holds no state: every call starts from U_0. Half precision input is integrated in float32. Large tensors
-    run through torch.compile where a compiler works, at about the cost of a ReLU; see `lif_backend`.
+    There is no state between calls: every call starts with U_0. Half precision input is integrated in float32. Large
+    tensors run through torch.compile if a compiler works, at about the cost of a ReLU; see `lif_backend`.
 
     Args:
         x: Input current, shape (T, ...), T >= 1, floating point, any strides.
         tau: Decay factor in [0, 1] (not a time constant); 1 is the integrate-and-fire neuron.
         v_threshold: Firing threshold.
         v_reset: Potential after a spike; None subtracts the threshold instead.
-        detach_reset: Whether the gradient skips the reset, taking the spike in it as a constant.
-        v_init: Initial potential U_0, where it is not the above; half the threshold rounds an integrate-and-fire
-            neuron's spike count to the nearest instead of down.
-        gain: Factor on x that broadcasts against a step, without a gradient of its own.
+        detach_reset: Whether the gradient ignores the reset, i.e. treats its spike as a constant.
+        v_init: Initial potential U_0, if it is not as above. With half the threshold, an integrate-and-fire neuron's
+            spike count is rounded to nearest instead of down.
+        gain: Factor on x that broadcasts against a timestep, without a gradient of its own.
 
     Returns:
         Spikes, 0 or 1, of x's shape, dtype and memory format.
 
     Raises:
-        ValueError: x has no time steps or is not floating point, or a setting is out of its range.
+        ValueError: x has no timesteps or is not floating point, or a setting is out of range.
     """
     return _apply(x, gain, Neuron.of(tau, v_threshold, v_reset, detach_reset, v_init), None)
 
 
 def _apply(x: torch.Tensor, gain: Optional[torch.Tensor], neuron: Neuron, norm: Optional[NormSource]) -> torch.Tensor:
-    """The neuron on checked input; norm is what the input comes from, where that is known."""
+    """Run the neuron after checking settings and input.
+
+    Args:
+        x: Input current, (T, ...).
+        gain: Factor on x.
+        neuron: Settings.
+        norm: Batch norm that computed the input, if known.
+    """
     check_neuron(neuron.tau, neuron.v_threshold, neuron.v_reset, neuron.v_init)
     if x.ndim == 0 or x.shape[0] < 1:
         raise ValueError(f'x has shape {tuple(x.shape)}: lif needs (T, ...) with at least one time step.')
@@ -151,22 +159,23 @@ class LIF(SpikingNeuron):
 
         out = scale * lif(gain * x)
 
-    Gain and scale are None (1) unless a calibration or an ANN's conversion sets them (`set_gain`); they broadcast
+    Gain and scale are None (1) unless a calibration or the conversion of an ANN sets them (`set_gain`). They broadcast
     against a sample: 0-d, or (C, 1, 1) for channels of NCHW maps and (C,) for channels of tokens. They are not trained.
-    The buffers spiking_gain and spiking_scale hold them; a converted model's neurons have these always, a neuron by
-    itself once a factor was set. A factor that is 1 costs no multiplication.
-    A neuron that is `part_of_model`, as a conversion makes it, runs only inside a call of its model.
-    A neuron that `encodes` takes a current (B, ...) that is the same at every step, and returns (T * B, ...).
+    The buffers spiking_gain and spiking_scale hold them: always in a converted model, otherwise once a factor was set.
+    A factor of 1 costs no multiplication.
+
+    A neuron with `part_of_model`, which a conversion sets, runs only inside a call of its model.
+    A neuron with `encodes` takes a current (B, ...) that is the same at every timestep, and returns (T * B, ...).
 
     Args:
-        timesteps: Number of time steps T that the first axis of the input holds.
+        timesteps: Number of timesteps T in the first axis of the input.
         tau: Decay factor.
         v_threshold: Firing threshold.
         v_reset: Potential after a spike; None is the soft reset.
-        detach_reset: Whether the gradient skips the reset.
+        detach_reset: Whether the gradient ignores the reset.
         v_init: Initial potential; None is v_reset, or 0 for the soft reset.
-        surrogate: `surrogate` and `surrogate_kwargs`: surrogate gradient by name (the rectangle has its own kernel),
-            and its options as a mapping.
+        surrogate: `surrogate` and `surrogate_kwargs`: name of the surrogate gradient (the rectangle has its own
+            kernel), and its options as a mapping.
     """
 
     @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""LTMD: a LIF that learns its threshold."""
+"""LTMD: a LIF with a learned threshold."""
 import math
 from dataclasses import dataclass
 from typing import Tuple
@@ -9,18 +9,18 @@ import torch.nn as nn
 from timm_sscl.knobs import knob
 
 from .base import SpikingNeuron
-from .parameters import held
+from .parameters import clamp_straight_through
 from .registry import register_neuron
 from .settings import ResetSettings, check_decay
 
 __all__ = ['LTMD']
 
-_MIN_THRESHOLD = 1e-3  # a threshold of 0 or less would fire on silence
+_MIN_THRESHOLD = 1e-3  # a threshold of 0 or less would fire without input
 
 
 @register_neuron('ltmd')
 class LTMD(SpikingNeuron):
-    """LIF with a learnable threshold (Wang, Cheng and Lim 2022): V = tanh(w), w learnt for the layer."""
+    """LIF with a learnable threshold (Wang, Cheng and Lim 2022): V = tanh(w), with w learned per layer."""
     built_from = ('v_threshold',)
 
     @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class LTMD(SpikingNeuron):
         self.w = nn.Parameter(torch.full(shape, math.atanh(self.settings.v_threshold)))
 
     def constants(self) -> Tuple[torch.Tensor, ...]:
-        return (held(self.w.tanh(), low=_MIN_THRESHOLD),)
+        return (clamp_straight_through(self.w.tanh(), low=_MIN_THRESHOLD),)
 
     def start(self, x: torch.Tensor) -> Tuple[torch.Tensor, ...]:
         return (torch.full_like(x, self.settings.v_start),)

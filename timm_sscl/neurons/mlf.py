@@ -1,4 +1,4 @@
-"""MLF: several membranes with thresholds one apart, whose spikes add."""
+"""MLF: several membranes whose thresholds differ by one; their spikes are added."""
 from dataclasses import dataclass
 from typing import Tuple
 
@@ -15,7 +15,8 @@ __all__ = ['MLF']
 
 @register_neuron('mlf')
 class MLF(SpikingNeuron):
-    """Multi-level firing (Feng et al. 2022): K membranes take the same current; out is the number that fire, 0 to K.
+    """Multi-level firing (Feng et al. 2022): K membranes get the same current; the output is the number that fire, 0 to
+    K.
 
     Membrane k has the threshold v_threshold + k, k = 0 ... K - 1.
     """

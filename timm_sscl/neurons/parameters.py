@@ -1,16 +1,16 @@
-"""Small functions for a neuron's parameters."""
+"""Functions for a neuron's parameters."""
 from typing import Optional
 
 import torch
 
-__all__ = ['held', 'binary_gate']
+__all__ = ['clamp_straight_through', 'binary_gate']
 
 
-def held(x: torch.Tensor, low: Optional[float] = None, high: Optional[float] = None) -> torch.Tensor:
-    """x within [low, high]; the gradient is that of x, so that a parameter beyond an end can come back."""
+def clamp_straight_through(x: torch.Tensor, low: Optional[float] = None, high: Optional[float] = None) -> torch.Tensor:
+    """Return x clamped to [low, high] with the gradient of x, so that a parameter outside the range can return."""
     return x.clamp(low, high).detach() + (x - x.detach())
 
 
 def binary_gate(x: torch.Tensor) -> torch.Tensor:
-    """1 where x >= 1/2, else 0, with the gradient of x (straight-through)."""
+    """Return 1 where x >= 1/2, else 0, with the gradient of x (straight-through)."""
     return (x >= .5).to(x.dtype) + (x - x.detach())

@@ -1,4 +1,4 @@
-"""PLIF: a LIF that learns its decay factor."""
+"""PLIF: a LIF with a learned decay factor."""
 import math
 from dataclasses import dataclass
 from typing import Tuple
@@ -17,9 +17,9 @@ __all__ = ['PLIF']
 
 @register_neuron('plif')
 class PLIF(SpikingNeuron):
-    """Parametric LIF (Fang et al. 2021): U_t,pre = U_{t-1} + sigmoid(w) * (X_t - U_{t-1}), w learnt for the layer.
+    """Parametric LIF (Fang et al. 2021): U_t,pre = U_{t-1} + sigmoid(w) * (X_t - U_{t-1}), with w learned per layer.
 
-    Its decay factor is 1 - sigmoid(w). The paper's tau_0 = 2 is tau = 1 - 1 / tau_0 = 0.5 here.
+    The decay factor is 1 - sigmoid(w). The paper's tau_0 = 2 corresponds to tau = 1 - 1 / tau_0 = 0.5.
     """
     built_from = ('tau',)
 

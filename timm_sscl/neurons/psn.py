@@ -1,4 +1,5 @@
-"""PSN: parallel spiking neurons, which weigh all time steps instead of a recursion; masked and sliding ones too."""
+"""PSN: parallel spiking neurons, which weight all timesteps instead of using a recursion; also masked and sliding ones.
+"""
 import math
 import warnings
 from dataclasses import dataclass
@@ -19,9 +20,9 @@ __all__ = ['PSN', 'MaskedPSN', 'SlidingPSN']
 
 
 class _Parallel(SpikingNeuron):
-    """Base of neurons without a reset: S = (W X + B >= 0), W of T x T.
+    """Base of neurons without a reset: S = (W X + B >= 0), with W of shape (T, T).
 
-    It takes T multiplications per neuron and step; `estimate_energy` counts them.
+    It needs T multiplications per neuron and timestep, which `estimate_energy` counts.
     """
 
     @dataclass(frozen=True)
@@ -30,11 +31,11 @@ class _Parallel(SpikingNeuron):
         surrogate: str = knob('atan', 'surrogate gradient of the spike, by name', kw_only=True)
 
     def matrix(self) -> torch.Tensor:
-        """W of the steps that run, (T, T), and not of more."""
+        """Return W for the current T, (T, T)."""
         raise NotImplementedError
 
     def offset(self) -> torch.Tensor:
-        """B, which broadcasts against (T, 1)."""
+        """Return B, which broadcasts against (T, 1)."""
         raise NotImplementedError
 
     def run(self, x: torch.Tensor, folded: torch.Tensor) -> torch.Tensor:
@@ -51,10 +52,10 @@ def _uniform(timesteps: int) -> nn.Parameter:
 
 @register_neuron('psn')
 class PSN(_Parallel):
-    """Parallel spiking neuron (Fang et al. 2023): S = Theta(W X + B) over T, W and B learnt for the layer.
+    """Parallel spiking neuron (Fang et al. 2023): S = Theta(W X + B) over T, with W and B learned per layer.
 
-    It sees later steps as well. It runs fewer steps than it was made for with the first rows and columns of W, which is
-    another function of them, and no more than those.
+    A timestep also depends on later ones. With fewer timesteps than it was created for, it uses the first rows and
+    columns of W, which is another function of them. It cannot run more.
     """
     per_step = 'step_weight', 'step_bias'
 
@@ -80,7 +81,7 @@ class PSN(_Parallel):
 
     @property
     def is_causal(self) -> bool:
-        """Whether no step sees a later one, so that fewer steps give the same output at those."""
+        """Whether no timestep depends on a later one, so that fewer timesteps give the same output at those."""
         return False
 
     def matrix(self) -> torch.Tensor:
@@ -93,9 +94,9 @@ class PSN(_Parallel):
 
 @register_neuron('masked_psn')
 class MaskedPSN(PSN):
-    """Masked parallel spiking neuron: a step sees itself and the k - 1 before, W masked by a band.
+    """Masked parallel spiking neuron: a timestep depends on itself and the k - 1 before it; W is masked by a band.
 
-        W (m M + (1 - m) J), M the band, J all ones; m rises from 0 to 1 in the authors' training, by hand
+        W (m M + (1 - m) J), M the band, J all ones; the authors raise m from 0 to 1 during training, by hand
     """
 
     @dataclass(frozen=True)
@@ -121,7 +122,9 @@ class MaskedPSN(PSN):
 
 @register_neuron('sliding_psn')
 class SlidingPSN(_Parallel):
-    """Sliding parallel spiking neuron: a causal filter of k steps, the same at every step, and a bias for the layer."""
+    """Sliding parallel spiking neuron: a causal filter over k timesteps, the same at every timestep, and a bias per
+    layer.
+    """
     built_from = ('k',)
 
     @dataclass(frozen=True)
@@ -133,12 +136,13 @@ class SlidingPSN(_Parallel):
             _check_k(self.k)
 
     def build(self, shape: Tuple[int, ...]) -> None:
-        self.filter = nn.Parameter(.5 ** torch.arange(self.settings.k - 1, -1, -1.))  # the step itself is the last
+        # the last entry is for the timestep itself
+        self.filter = nn.Parameter(.5 ** torch.arange(self.settings.k - 1, -1, -1.))
         self.filter_bias = nn.Parameter(torch.tensor(-1.))
 
     def matrix(self) -> torch.Tensor:
         k, steps = self.settings.k, torch.arange(self.timesteps, device=self.filter.device)
-        place = k - 1 - (steps[:, None] - steps)  # of step j in the filter for step i
+        place = k - 1 - (steps[:, None] - steps)  # position in the filter of timestep j, for the output at timestep i
         inside = (place >= 0) & (place < k)
         return self.filter[place.clamp(0, k - 1)] * inside
 
@@ -147,5 +151,6 @@ class SlidingPSN(_Parallel):
 
 
 def _check_k(k: int) -> None:
+    """Raise ValueError if k is not a positive whole number."""
     if not (isinstance(k, int) and k >= 1):
         raise ValueError(f'k={k!r}: must be a whole number of time steps, 1 or more.')

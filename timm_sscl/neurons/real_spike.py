@@ -1,4 +1,4 @@
-"""Real Spike: an integrate-and-fire neuron whose spikes have a learnt size per channel."""
+"""Real Spike: an integrate-and-fire neuron whose spikes have a learned size per channel."""
 from dataclasses import dataclass
 from typing import Tuple
 
@@ -16,16 +16,16 @@ __all__ = ['RealSpike']
 
 @register_neuron('real_spike')
 class RealSpike(SpikingNeuron):
-    """Real Spike (Guo et al. 2022): spikes of size a, learnt per channel.
+    """Real Spike (Guo et al. 2022): spikes of size a, learned per channel.
 
-    Where convolutions or linear maps alone take the spikes, a folds into their weights, so that inference is binary:
-    conv(a S) is a convolution of S with other weights. In a residual sum it stays a multiplication.
+    If only convolutions or linear layers use the spikes, a can be folded into their weights, so that inference is
+    binary: conv(a S) is a convolution of S with other weights. In a residual sum it remains a multiplication.
     """
     needs_channels = True
 
     @dataclass(frozen=True)
     class Settings(ResetSettings):
-        """Settings of Real Spike; the paper's neuron does not leak."""
+        """Settings of Real Spike. The paper's neuron does not leak."""
         tau: float = knob(1., 'decay factor of the membrane')
         detach_reset: bool = knob(True, 'no gradient through the reset')
         surrogate: str = knob('atan', 'surrogate gradient of the spike, by name', kw_only=True)

@@ -1,4 +1,4 @@
-"""NeuronSettings: what a neuron's step reads besides its tensors, declared once."""
+"""NeuronSettings: the settings of a neuron's step, each declared once."""
 from dataclasses import dataclass, fields
 from typing import Any, Dict, Mapping, Optional, Tuple, Union
 
@@ -12,7 +12,9 @@ __all__ = ['NeuronSettings', 'ResetSettings', 'OwnGradient', 'hashable']
 
 
 def hashable(value: Any) -> Any:
-    """A setting's value, lists as tuples and dictionaries as sorted pairs: settings are keys of compiled code."""
+    """Return a setting's value with lists as tuples and dictionaries as sorted pairs, since settings are keys of
+    compiled code.
+    """
     if isinstance(value, Mapping):
         return tuple(sorted((k, hashable(v)) for k, v in value.items()))
     return tuple(map(hashable, value)) if isinstance(value, (list, tuple)) else value
@@ -20,12 +22,12 @@ def hashable(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class NeuronSettings:
-    """Base of a neuron's settings: plain values, declared by `knob(default, help)`, that its step reads.
+    """Base of a neuron's settings: plain values, declared by `knob(default, help)`, for its step.
 
     A subclass may check its values in `check`, and declare `surrogate` again with another default.
 
     Raises:
-        ValueError: The surrogate is unknown, or a value is out of its range.
+        ValueError: The surrogate is unknown, or a value is out of range.
     """
     surrogate: Union[str, Surrogate, None] = knob('rectangle', 'surrogate gradient of the spike, by name', kw_only=True)
     surrogate_kwargs: Tuple[Tuple[str, Any], ...] = knob((), 'options of the surrogate', kw_only=True)
@@ -37,7 +39,7 @@ class NeuronSettings:
         self.check()
 
     def _resolve(self) -> None:
-        """Look the surrogate up once, outside of compiled code."""
+        """Look up the surrogate once, outside of compiled code."""
         surrogate = None if self.surrogate is None else resolve_surrogate(self.surrogate, self.surrogate_kwargs)
         object.__setattr__(self, '_surrogate', surrogate)
 
@@ -50,7 +52,7 @@ class NeuronSettings:
 
     @property
     def surrogate_function(self) -> Optional[Surrogate]:
-        """The surrogate with its options bound; None where the neuron has a gradient of its own."""
+        """The surrogate with its options bound; None if the neuron has a gradient of its own."""
         return self._surrogate
 
     @property
@@ -59,16 +61,16 @@ class NeuronSettings:
         return self._surrogate is not None and follows_progress(self._surrogate)
 
     def check(self) -> None:
-        """Raise ValueError, naming the setting, where a value makes no neuron."""
+        """Raise ValueError, naming the setting, if a value is out of range."""
 
     def spike(self, u: torch.Tensor, v_threshold: Any) -> torch.Tensor:
-        """1 where u >= v_threshold, else 0; the gradient is the surrogate's."""
+        """Return 1 where u >= v_threshold, else 0, with the surrogate's gradient."""
         return spike(u, v_threshold, self._surrogate)
 
 
 @dataclass(frozen=True)
 class ResetSettings(NeuronSettings):
-    """Settings of a neuron that fires at a threshold and is reset, hard or soft."""
+    """Settings of a neuron that fires at a threshold and has a hard or soft reset."""
     v_threshold: float = knob(1., 'firing threshold')
     v_reset: Optional[float] = knob(0., 'reset potential, or soft')
     detach_reset: bool = knob(False, 'no gradient through the reset')
@@ -77,12 +79,12 @@ class ResetSettings(NeuronSettings):
         check_reset(self.v_threshold, self.v_reset)
 
     def reset(self, u: torch.Tensor, spikes: torch.Tensor, v_threshold: Any = None) -> torch.Tensor:
-        """Potential after the reset.
+        """Return the potential after the reset.
 
         Args:
             u: Potential before it.
             spikes: 0 or 1.
-            v_threshold: What the soft reset subtracts; the setting by default.
+            v_threshold: Value that the soft reset subtracts; by default the setting.
         """
         spikes = spikes.detach() if self.detach_reset else spikes
         if self.v_reset is None:
@@ -92,13 +94,13 @@ class ResetSettings(NeuronSettings):
 
     @property
     def v_start(self) -> float:
-        """Potential before the first step."""
+        """Potential before the first timestep."""
         return self.v_reset or 0.
 
 
 @dataclass(frozen=True)
 class OwnGradient(NeuronSettings):
-    """Settings of a neuron whose output has a gradient of its own, so that no surrogate is chosen by name."""
+    """Settings of a neuron whose output has a gradient of its own instead of a surrogate chosen by name."""
     surrogate: None = knob(None, 'none: the neuron has a gradient of its own', kw_only=True)
 
     def __post_init__(self):
@@ -108,13 +110,13 @@ class OwnGradient(NeuronSettings):
 
 
 def check_decay(tau: float) -> None:
-    """Raise ValueError where a decay factor is out of its range."""
+    """Raise ValueError if a decay factor is out of range."""
     if not 0 <= tau <= 1:
         raise ValueError(f"tau={tau}: the decay factor must lie in [0, 1] (0.25 is the paper's, 1 does not leak).")
 
 
 def check_reset(v_threshold: float, v_reset: Optional[float]) -> None:
-    """Raise ValueError where threshold and reset potential make no neuron."""
+    """Raise ValueError if the threshold is not positive or not above the reset potential."""
     if not v_threshold > 0:
         raise ValueError(f'v_threshold={v_threshold}: the firing threshold must be positive.')
     if v_reset is not None and not v_reset < v_threshold:

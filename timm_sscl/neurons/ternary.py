@@ -16,10 +16,10 @@ __all__ = ['Ternary']
 
 @register_neuron('ternary')
 class Ternary(SpikingNeuron):
-    """Ternary spike (Guo et al. 2024): S = sign(u) where |u| >= v_threshold, else 0; v = u (1 - |S|); out a S.
+    """Ternary spike (Guo et al. 2024): S = sign(u) where |u| >= v_threshold, else 0; v = u (1 - |S|); output a S.
 
-    dS/du = 1 where |u| <= 1. The reset goes by |S|, whose gradient is sign(S). The amplitude a is learnt for the layer
-    as in the paper; the released code fixes it at 1 (`learn_amplitude=False`).
+    dS/du = 1 where |u| <= 1. The reset uses |S|, whose gradient is sign(S). The amplitude a is learned per layer as in
+    the paper; the released code fixes it at 1 (`learn_amplitude=False`).
     """
     output = 'ternary'
     built_from = ('learn_amplitude',)

@@ -1,4 +1,4 @@
-"""The recursion over time of any neuron, from its step."""
+"""Run the recursion over time of any neuron from its step."""
 from functools import partial
 from typing import Any, Callable, Hashable, Optional, Tuple
 
@@ -25,17 +25,18 @@ def scan(
         key: Hashable = None,
         progress: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
-    """Run a neuron's step over T time steps, through torch.compile when worthwhile; autograd gives the gradient.
+    """Run a neuron's step over T timesteps, through torch.compile when worthwhile. Autograd computes the gradient.
 
     Args:
         step: Pure function (x_t, state, constants, t, settings) -> (output_t, state), the same object at every call.
         x: Input current, (T, ...).
-        gain: Factor on x that broadcasts against a step; None is 1.
+        gain: Factor on x that broadcasts against a timestep; None is 1.
         state: Initial state.
-        constants: Tensors that are the same at every step, learnable ones included.
+        constants: Tensors that are the same at every timestep, including learnable ones.
         settings: Hashable settings; step and settings are constants of the compiled code.
-        key: What the compiled code depends on besides.
-        progress: For a surrogate that changes during training, the share of it that is done, 0-d; else None.
+        key: Further value on which the compiled code depends.
+        progress: For a surrogate that changes during training, the fraction of the training that is done, 0-d; else
+            None.
 
     Returns:
         Output, (T, ...), in x's dtype. Half precision is integrated in float32.
@@ -45,7 +46,7 @@ def scan(
 
 
 class _SettingsNow:
-    """A neuron's settings at one moment of the training, for a surrogate that changes with it."""
+    """A neuron's settings at one time of the training, for a surrogate that changes during it."""
 
     def __init__(self, settings: Any, progress: torch.Tensor):
         self.settings = settings
@@ -59,7 +60,7 @@ class _SettingsNow:
 
 
 def settings_at(settings: Any, progress: Optional[torch.Tensor], dtype: torch.dtype) -> Any:
-    """Settings whose `spike` takes the surrogate of this progress, of a dtype; None where it does not change."""
+    """Return settings whose `spike` uses the surrogate at this progress; unchanged if progress is None."""
     return settings if progress is None else _SettingsNow(settings, progress.to(dtype))
 
 
