@@ -102,4 +102,4 @@ def install() -> None:
     # timm_sscl.calibrate is also a function. Importing the old module of that name later would replace the function.
     sys.modules.setdefault(f'{__package__}.calibrate', importlib.import_module(f'{__package__}.{MOVED["calibrate"]}'))
     for package in MOVED_NAMES:
-        importlib.import_module(f'{__package__}.{package}').__getattr__ = _old_names(package)
+        vars(importlib.import_module(f'{__package__}.{package}'))['__getattr__'] = _old_names(package)

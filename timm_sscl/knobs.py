@@ -4,7 +4,7 @@ Keyword arguments, checkpoint entries and command line options are derived from 
 """
 import dataclasses
 import difflib
-from typing import Any, Dict, Iterable, Mapping, Sequence, Type, TypeVar
+from typing import Any, Dict, Iterable, Mapping, Sequence, Type, TypeVar, cast
 
 __all__ = ['knob', 'build', 'check_known', 'knob_help']
 
@@ -56,5 +56,5 @@ def build(cls: Type[D], options: Mapping[str, Any], owner: str) -> D:
     Raises:
         ValueError: An option is unknown. The message lists the known ones.
     """
-    check_known(options, [field.name for field in dataclasses.fields(cls)], owner)
+    check_known(options, [field.name for field in dataclasses.fields(cast(Any, cls))], owner)
     return cls(**options)

@@ -184,7 +184,8 @@ def probe(
     if any(is_lazy(p) for p in itertools.chain(model.parameters(), model.buffers())):
         raise ProbeError(f'{type(model).__name__} has lazy parameters, whose shapes depend on the first input; run it '
                          f'once on an input of yours first.')
-    last, refused = None, None
+    last: Optional[Tuple[Any, Exception]] = None
+    refused: Optional[Tuple[List[int], ProbeError]] = None
     for example in examples(model, batch, input_size, example_inputs):
         if refused is not None and [x.ndim for x in example.tensors()] == refused[0]:
             continue  # the model ran on an input with as many axes; another size would not help
@@ -198,11 +199,12 @@ def probe(
             _logger.debug(f'{type(model).__name__} does not run on {example}: {error}')
     if refused is not None:
         raise refused[1]
-    example, error = last
+    assert last is not None  # there is always an example
+    tried, reason = last
     raise ProbeError(
-        f'{type(model).__name__} does not run on {example} ({type(error).__name__}: '
-        f'{" ".join(str(error).split())[:200]}); say what it takes by example_inputs=(a tensor, a tuple of arguments, '
-        f'or a dict of keyword arguments) or input_size=(C, H, W).') from error
+        f'{type(model).__name__} does not run on {tried} ({type(reason).__name__}: '
+        f'{" ".join(str(reason).split())[:200]}); say what it takes by example_inputs=(a tensor, a tuple of arguments, '
+        f'or a dict of keyword arguments) or input_size=(C, H, W).') from reason
 
 
 @contextmanager

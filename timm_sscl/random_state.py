@@ -1,7 +1,7 @@
 """Save and restore the state of all random number generators, and seed them for a block of code."""
 import random
 from contextlib import contextmanager
-from typing import Any, Dict, Iterator, Sequence
+from typing import Any, Dict, Iterator, Sequence, Tuple, cast
 
 import numpy as np
 import torch
@@ -14,8 +14,8 @@ def get_random_state() -> Dict[str, Any]:
 
     `torch.load(..., weights_only=True)` can load it.
     """
-    name, keys, position, has_gauss, cached = np.random.get_state()
-    state = dict(
+    name, keys, position, has_gauss, cached = cast(Tuple[str, np.ndarray, int, int, float], np.random.get_state())
+    state: Dict[str, Any] = dict(
         python=random.getstate(),
         numpy=[name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
         torch=torch.get_rng_state(),

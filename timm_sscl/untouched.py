@@ -69,7 +69,7 @@ def _all_modules(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _is_lazy(tensor: torch.Tensor) -> bool:
-    return isinstance(tensor, nn.parameter.UninitializedTensorMixin)
+    return isinstance(tensor, vars(nn.parameter)['UninitializedTensorMixin'])
 
 
 def _refill(container: Any, entries: Any) -> None:
@@ -128,7 +128,7 @@ def all_or_nothing(parameters: bool = False) -> Callable[[Callable], Callable]:
 
 def part_of_layer(hook: Callable) -> Callable:
     """Mark a hook as part of its layer, so that `without_hooks` keeps it."""
-    hook.part_of_layer = True
+    vars(hook)['part_of_layer'] = True
     return hook
 
 

@@ -79,7 +79,7 @@ def check_classes(train: Any, val: Any) -> None:
 def _empty_folders(dataset: Any) -> Sequence[str]:
     """Return the class folders of an image folder that have no samples."""
     reader = getattr(dataset, 'reader', None)
-    root, classes = getattr(reader, 'root', None), class_to_idx_of(dataset)
+    root, classes = str(getattr(reader, 'root', None)), class_to_idx_of(dataset)
     if type(reader).__name__ != 'ReaderImageFolder' or classes is None or not os.path.isdir(root):
         return []
     folders = [entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith('.')]
@@ -233,7 +233,7 @@ def check_metadata(dataset: Any, split: str) -> None:
 
     Reads the headers of up to 200 evenly spaced files.
     """
-    reader = getattr(dataset, 'reader', None)
+    reader: Any = getattr(dataset, 'reader', None)
     if type(reader).__name__ not in ('ReaderImageFolder', 'ReaderImageInTar'):
         return
     turned, transparent = [], []

@@ -1,7 +1,7 @@
 """Create data sets by name: registered ones, and timm's."""
 import difflib
 import os
-from typing import Any, Optional
+from typing import Any, Dict, Optional
 
 from PIL import Image
 from timm.data import ImageDataset as TimmImageDataset
@@ -59,7 +59,7 @@ def create_dataset(
         raise ValueError(f"input_img_mode='{mode}': must be one of {', '.join(MODES)}, whose values are scaled to 0 to "
                          f'1 (--input-img-mode).')
     given = (*ARGUMENTS, *TIMM_ARGUMENTS)
-    arguments = dict(settings=FrameSettings(), event_split='last100', download=False, seed=42)
+    arguments: Dict[str, Any] = dict(settings=FrameSettings(), event_split='last100', download=False, seed=42)
     arguments.update({key: value for key, value in kwargs.items() if key in given})
     arguments.update(name=name, root=root, split=split, num_samples=num_samples, input_img_mode=mode)
     options = {key: value for key, value in kwargs.items() if key not in given}
@@ -106,7 +106,7 @@ def _timm_dataset(
         download: bool = False,
         seed: int = 42,
         is_training: bool = False,
-        class_map: str = '',
+        class_map: Any = '',
         batch_size: int = 1,
         repeats: int = 0,
         input_key: Optional[str] = None,
@@ -125,7 +125,7 @@ def _timm_dataset(
     if local and not download and not (root and os.path.exists(root)):
         raise FileNotFoundError(f"data folder '{root}' does not exist; give --data-dir the folder that holds "
                                 f"{split}/ (one sub-folder per class), or leave it and --dataset out for the digits.")
-    if local and not name and os.path.isdir(root) and not os.listdir(root):
+    if local and not name and root and os.path.isdir(root) and not os.listdir(root):
         raise ValueError(f"data folder '{root}' is empty.")
     try:
         dataset = create_timm_dataset(
@@ -178,6 +178,6 @@ def _refuse_fallback(dataset: Any, root: Optional[str], split: str) -> None:
     """
     reader = getattr(dataset, 'reader', dataset)
     folder = split and type(reader).__name__ in ('ReaderImageFolder', 'ImageFolder')
-    if folder and os.path.realpath(reader.root) == os.path.realpath(root):
+    if folder and os.path.realpath(reader.root) == os.path.realpath(str(root)):
         raise FileNotFoundError(f"data folder '{root}' has no split '{split}': it needs the folder {split}/ with one "
                                 f'sub-folder per class.')

@@ -22,8 +22,8 @@ def describe_data(dataset: Any) -> Dict[str, Any]:
     """
     paths = sample_paths(dataset) or getattr(dataset, 'files', None)
     labels = known_labels(dataset)
-    described = dict(classes=classes_of(dataset), samples=len(dataset) if hasattr(dataset, '__len__') else None,
-                     files=None)
+    described: Dict[str, Any] = dict(
+        classes=classes_of(dataset), samples=len(dataset) if hasattr(dataset, '__len__') else None, files=None)
     if paths:
         described['files'] = _digest(f'{path}\0{int(label)}' for path, label in zip(paths, labels or [-1] * len(paths)))
     elif labels is not None:

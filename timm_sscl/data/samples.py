@@ -35,7 +35,7 @@ def sample_name(dataset: Any, index: int) -> str:
     """Return the path of a sample if the data set knows it, else its index."""
     if callable(getattr(dataset, 'filename', None)):
         return str(dataset.filename(index, absolute=True))
-    paths = getattr(dataset, 'samples', None) or getattr(dataset, 'imgs', None)
+    paths: Any = getattr(dataset, 'samples', None) or getattr(dataset, 'imgs', None)
     named = isinstance(paths, (list, tuple)) and isinstance(paths[index], (list, tuple)) and paths[index]
     return str(paths[index][0]) if named else f'number {index}'
 
@@ -65,7 +65,7 @@ class Samples(Dataset):
 
     def __init__(
             self,
-            dataset: Dataset,
+            dataset: Any,
             num_classes: int,
             training: bool,
             seed: int = 0,
@@ -127,12 +127,12 @@ class Samples(Dataset):
         problem = self.check(item) if self.check is not None else ''
         if problem:
             raise WrongSample(f"'{sample_name(self.dataset, at)}' {problem}.")
-        item = item if self.transform is None else self._transformed(item, at)
+        item = item if self.transform is None else self._transformed(self.transform, item, at)
         return (item, target, at) if self.with_index else (item, target)
 
-    def _transformed(self, item: Any, index: int) -> Any:
+    def _transformed(self, transform: Callable, item: Any, index: int) -> Any:
         try:
-            return self.transform(item)
+            return transform(item)
         except MemoryError:
             raise
         except Exception as error:  # timm, torchvision and Pillow raise many types

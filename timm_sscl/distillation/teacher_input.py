@@ -87,8 +87,8 @@ def _scale_shift(
         teacher_std: Sequence[float],
 ) -> Optional[Tuple[torch.Tensor, torch.Tensor]]:
     """Return scale and shift that convert one normalisation to the other; None if they are equal."""
-    mean, std, teacher_mean, teacher_std = (
-        torch.tensor(s, dtype=torch.float64).view(-1, 1, 1) for s in (mean, std, teacher_mean, teacher_std))
-    if torch.equal(mean, teacher_mean) and torch.equal(std, teacher_std):
+    m, s, teacher_m, teacher_s = (
+        torch.tensor(values, dtype=torch.float64).view(-1, 1, 1) for values in (mean, std, teacher_mean, teacher_std))
+    if torch.equal(m, teacher_m) and torch.equal(s, teacher_s):
         return None
-    return std / teacher_std, (mean - teacher_mean) / teacher_std
+    return s / teacher_s, (m - teacher_m) / teacher_s

@@ -136,7 +136,7 @@ def find_taps(model: nn.Module, num_stages: int = 4, input_size: Optional[Sequen
     return _find(model, stage_indices(model, num_stages), input_size)
 
 
-def _find(model: nn.Module, indices: Sequence[int], input_size: Optional[Sequence[int]]) -> List[Tap]:
+def _find(model: nn.Module, indices: List[int], input_size: Optional[Sequence[int]]) -> List[Tap]:
     """Find taps on the stages with these indices, in this order, and on the pooled feature."""
     names = stage_names(model, indices) + [POOLED]
 
@@ -192,7 +192,7 @@ class _Search:
             source = next((arg for arg in call.args[:1] if isinstance(arg, torch.Tensor)), None)
             layout = _layout(call.out, feature, self.prefixes) if isinstance(call.out, torch.Tensor) else None
             sources = self._outputs(source, exact=True) if source is not None and layout is not None else []
-            if sources:
+            if sources and layout is not None:
                 return _best(sources, name)._replace(
                     channels=feature.shape[1], channel_axis=layout[0], prefix_tokens=layout[1],
                     call=Call(call.module, call.args[1:], call.kwargs))
@@ -272,7 +272,7 @@ def named_taps(model: nn.Module, names: Sequence[str], input_size: Optional[Sequ
         paths[name] = path
 
     def run(x: torch.Tensor) -> Dict[str, Tuple[Any, Optional[int]]]:
-        outputs = {}
+        outputs: Dict[Any, Tuple[Any, Optional[int]]] = {}
         with ChannelAxes() as axes:
             for call in module_calls(model, lambda: model(x))[1]:
                 axis = axes.axis(call.out) if isinstance(call.out, torch.Tensor) else None

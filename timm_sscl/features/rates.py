@@ -17,7 +17,7 @@ class _Call(NamedTuple):
 
     @classmethod
     def of(cls, lif: SpikingNeuron, out: torch.Tensor) -> '_Call':
-        first, sizes = out.ndim, ()
+        first, sizes = out.ndim, torch.Size()
         if lif.scale is not None:
             first, sizes = out.ndim - lif.scale.ndim, lif.scale.shape
         alike = [i for i in range(out.ndim) if i < first or sizes[i - first] == 1]  # the scale is constant along them
@@ -33,7 +33,8 @@ def _rate(calls: List[_Call]) -> torch.Tensor:
     """Return the mean rate over all calls of a neuron in a forward."""
     if len(calls) == 1:
         return calls[0].rate
-    return sum(call.rate * call.elements for call in calls) / sum(call.elements for call in calls)
+    total: Any = sum(call.rate * call.elements for call in calls)
+    return total / sum(call.elements for call in calls)
 
 
 class _RateHook:

@@ -1,6 +1,6 @@
 """List the stages of a timm model by index and by name."""
 import math
-from typing import Dict, List, Sequence, Tuple
+from typing import Any, Dict, List, Sequence, Tuple
 
 import torch
 import torch._dynamo
@@ -70,7 +70,7 @@ def indices_of_names(model: nn.Module, names: Sequence[str]) -> List[int]:
 
 def stage_names(model: nn.Module, indices: Sequence[int]) -> List[str]:
     """Return the feature_info names of stages by their indices."""
-    info = getattr(model.feature_info, 'info', model.feature_info)
+    info: Any = getattr(model.feature_info, 'info', model.feature_info)
     return [info[i].get('module') or f'stage{i}' for i in indices]
 
 

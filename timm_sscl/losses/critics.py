@@ -113,10 +113,10 @@ def nce_loss(
         negative = ~positive if counted is None else ~positive & counted
         logits = scores - _log(num_candidates - 1) - _log_mean(scores, negative, n * (num_candidates - 1))
     else:
-        num_pairs = n * num_candidates if num_pairs is None else num_pairs
-        if not num_pairs > 0:
-            raise ValueError(f'num_pairs={num_pairs}: must be positive.')
-        logits = scores - _log(num_candidates / num_pairs)
+        pairs = n * num_candidates if num_pairs is None else num_pairs
+        if not pairs > 0:
+            raise ValueError(f'num_pairs={pairs}: must be positive.')
+        logits = scores - _log(num_candidates / pairs)
     terms = F.logsigmoid(torch.where(positive, logits, -logits))
     terms = terms if counted is None else terms.masked_fill(~counted, 0.)
     return -terms.sum() / n

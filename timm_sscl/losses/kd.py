@@ -51,6 +51,7 @@ class KDLoss(nn.Module):
         self.temperature = temperature
 
     def forward(self, step: TrainStep) -> torch.Tensor:
+        assert step.teacher_logits is not None  # needs_teacher
         return kd_loss(step.logits, step.teacher_logits, self.temperature)
 
 
@@ -96,4 +97,5 @@ class StepKDLoss(nn.Module):
         self.temperature = temperature
 
     def forward(self, step: TrainStep) -> torch.Tensor:
+        assert step.teacher_logits is not None  # needs_teacher
         return kd_step_loss(step.step_logits, step.teacher_logits, self.temperature)

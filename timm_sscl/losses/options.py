@@ -18,7 +18,7 @@ __all__ = ['REQUIRED', 'TAP_ARGUMENTS', 'LossOption', 'read_options', 'check_opt
 
 TAP_ARGUMENTS = ('names', 'student_channels', 'teacher_channels', 'student_shapes', 'teacher_shapes')
 _UNIONS = Union, types.UnionType
-_WORDS = {
+_WORDS: Dict[Any, Dict[str, Any]] = {
     bool: {'true': True, 'yes': True, 'on': True, '1': True, 'false': False, 'no': False, 'off': False, '0': False},
     type(None): {'none': None, 'null': None, '': None},
 }
@@ -122,8 +122,9 @@ def _signatures(target: Callable) -> Iterator[Tuple[Callable, Any]]:
         return
     for cls in target.__mro__:
         if '__init__' in vars(cls) and cls.__module__ != 'torch.nn.modules.module' and cls is not object:
-            yield cls.__init__, cls
-            if not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(cls.__init__).parameters.values()):
+            declares = vars(cls)['__init__']
+            yield declares, cls
+            if not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(declares).parameters.values()):
                 return
 
 

@@ -178,7 +178,8 @@ def create_loss(name: str, **options: Any) -> nn.Module:
     Raises:
         ValueError: The name is not registered, or an option does not exist or is not valid.
     """
-    loss, spec = _losses.get(name), loss_spec(name)
+    loss: Callable[..., Any] = _losses.get(name)
+    spec = loss_spec(name)
     taps = TAP_ARGUMENTS if spec.needs_features else ()
     for option in options:
         if option not in taps:

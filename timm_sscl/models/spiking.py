@@ -29,7 +29,7 @@ def _spiking_default_cfg(base: str) -> Optional[DefaultCfg]:
 
     An unresolved hub id 'timm/' would be completed with the spiking name, for which no repository exists.
     """
-    default = _model_default_cfgs.get(base)
+    default: Any = _model_default_cfgs.get(base)
     if default is None:
         return None
     cfgs = {tag: _model_pretrained_cfgs.get(f'{base}.{tag}' if tag else base, cfg) for tag, cfg in default.cfgs.items()}
@@ -41,7 +41,7 @@ def _named_state_dict(cfg: Dict[str, Any]) -> Optional[Dict[str, Any]]:
     """
     file = cfg.get('file')
     if cfg.get('source') == 'local-dir':
-        return load_state_dict_from_path(Path(file))
+        return load_state_dict_from_path(Path(str(file)))
     if cfg.get('source') == 'hf-hub':
         return load_state_dict_from_hf(cfg['hf_hub_id'], weights_only=True)
     if cfg.get('state_dict'):
@@ -123,7 +123,7 @@ def _entrypoint(base: str) -> Callable[..., nn.Module]:
         stored = None
         if pretrained:
             pretrained_cfg_overlay, stored = _split_pretrained(pretrained_cfg, pretrained_cfg_overlay)
-            if stored is not None:
+            if stored is not None and pretrained_cfg_overlay is not None:
                 _make_ann_state(base, kwargs, pretrained_cfg_overlay['state_dict'], stored)
                 if allow_analog is None:
                     allow_analog = SpikingSettings.from_tensor(stored[SETTINGS_KEY]).allow_analog

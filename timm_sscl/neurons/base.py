@@ -96,7 +96,7 @@ class SpikingNeuron(Factors):
         super().__init__()
         check_timesteps(timesteps)
         self.timesteps = timesteps
-        self.settings = build(self.Settings, settings, f"neuron '{type(self).__name__}'")
+        self.settings: Any = build(self.Settings, settings, f"neuron '{type(self).__name__}'")
         self.encodes = False
         self._keep_progress()
         if not self.needs_channels:

@@ -1,6 +1,7 @@
 """Track which converted model has folded time into the batch around the running call."""
 import sys
 import threading
+from types import FrameType
 from typing import Any, Optional
 
 import torch
@@ -59,7 +60,7 @@ def _folded_by_graph(kind: str, timesteps: Optional[int]) -> bool:
     """Return whether a torch.fx graph of a converted model is running. Its first node folds time."""
     if torch.compiler.is_compiling():
         return False
-    frame = sys._getframe(2)
+    frame: Optional[FrameType] = sys._getframe(2)
     while frame is not None:
         graph = frame.f_locals.get('self')
         if isinstance(graph, torch.fx.GraphModule):

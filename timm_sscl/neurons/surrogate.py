@@ -10,7 +10,7 @@ from timm_sscl.named import Registry
 __all__ = ['Surrogate', 'rectangle_window', 'spike', 'resolve_surrogate', 'follows_progress', 'register_surrogate',
            'unregister_surrogate', 'list_surrogates', 'surrogate_name']
 
-Surrogate = Callable[[torch.Tensor, Any], torch.Tensor]  # (potential, threshold) -> dO/dU
+Surrogate = Callable[..., torch.Tensor]  # (potential, threshold, options) -> dO/dU
 
 _PROGRESS = 'progress'
 

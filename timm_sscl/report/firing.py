@@ -114,4 +114,5 @@ def _add(total: Optional[torch.Tensor], counts: torch.Tensor) -> torch.Tensor:
     if total is None or len(total) == len(counts):
         return counts if total is None else total + counts
     steps = max(len(total), len(counts))
-    return sum(torch.nn.functional.pad(x, (0, steps - len(x))) for x in (total, counts))
+    one, other = (torch.nn.functional.pad(x, (0, steps - len(x))) for x in (total, counts))
+    return one + other

@@ -163,7 +163,7 @@ class RunSaver(CheckpointSaver):
         """Rank the epoch as timm does, and link its file before that file becomes `last`."""
         worst = self.checkpoint_files[-1] if self.checkpoint_files else None
         full = len(self.checkpoint_files) >= self.max_history
-        if not full or worst[1] is None or (metric is not None and self.cmp(metric, worst[1])):
+        if not full or worst is None or worst[1] is None or (metric is not None and self.cmp(metric, worst[1])):
             best = self.best_metric
             if full:
                 self._cleanup_checkpoints(1)
@@ -182,7 +182,11 @@ class RunSaver(CheckpointSaver):
             shutil.copyfile(src, aside)
         os.replace(aside, dst)
 
-    def save_recovery(self, position: Position, run_state: Dict[str, Any]) -> Path:
+    def save_recovery(  # type: ignore[override]  # timm's is called by nobody here
+            self,
+            position: Position,
+            run_state: Dict[str, Any],
+    ) -> Path:
         """Save a checkpoint within an epoch. The two newest are kept.
 
         Returns:

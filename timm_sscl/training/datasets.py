@@ -1,7 +1,7 @@
 """Create the training and validation sets from the options and check them before training."""
 import logging
 from argparse import Namespace
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch.nn as nn
 from timm.data import resolve_data_config
@@ -113,7 +113,7 @@ def guard_samples(args: Namespace, datasets: Tuple[Any, Any], data_config: Dict[
     """Wrap the data sets in `Samples` after checking labels. Streams, which have no numbered samples, are returned
     unchanged.
     """
-    guarded = []
+    guarded: List[Any] = []
     channels, *size = data_config['input_size']
     check = (FramesCheck((args.timesteps, channels, *size)) if is_event_dataset(args.dataset)
              else ImageCheck(channels))
@@ -171,4 +171,4 @@ def resolve_num_classes(args: Namespace, dataset: Any) -> int:
     if args.num_classes is not None and classes and len(classes) < args.num_classes:
         _logger.warning(f'--num-classes {args.num_classes}: the data set has {len(classes)} classes, labelled 0 to '
                         f'{len(classes) - 1} in its own order; --class-map gives them other labels.')
-    return args.num_classes if args.num_classes is not None else len(classes)
+    return args.num_classes if args.num_classes is not None else len(classes or ())

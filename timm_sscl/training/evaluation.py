@@ -127,7 +127,7 @@ def _evaluate_one(
         loader: Any,
         weights: str,
         timesteps: Optional[int],
-) -> Tuple[Evaluation, Dict[str, Dict[str, float]]]:
+) -> Tuple[Evaluation, Dict[str, Dict[str, Any]]]:
     """Return the Evaluation for the student's current T, and the values of every layer."""
     cast = partial(prepare_input, session.args)
     if timesteps is None:

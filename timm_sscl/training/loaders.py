@@ -57,11 +57,12 @@ def _create_image_loaders(args: Namespace, datasets: Tuple[Any, Any], data_confi
     policy = args.aa == CIFAR_POLICY  # timm has no such policy; it replaces color jitter, as timm's policies do
     with blame_options(dict(aa=args.aa)):
         create_transform(data_config['input_size'], is_training=True, auto_augment=None if policy else args.aa)
+    color_jitter: Any = None if policy else args.color_jitter  # timm takes None
     train = create_loader(
         datasets[0], batch_size=args.batch_size, is_training=True, no_aug=args.no_aug, re_prob=args.reprob,
         re_mode=args.remode, re_count=args.recount, train_crop_mode=args.train_crop_mode,
         scale=args.scale, ratio=args.ratio, hflip=args.hflip, vflip=args.vflip,
-        color_jitter=None if policy else args.color_jitter, color_jitter_prob=args.color_jitter_prob,
+        color_jitter=color_jitter, color_jitter_prob=args.color_jitter_prob,
         grayscale_prob=args.grayscale_prob or 0., gaussian_blur_prob=args.gaussian_blur_prob or 0.,
         auto_augment=None if policy else args.aa,
         interpolation=interpolation, **common)

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
-from typing import ContextManager, Dict, Iterator, Optional, Sequence, Tuple
+from typing import Any, Callable, ContextManager, Dict, Iterator, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -222,14 +222,16 @@ def spike_packing(args: Namespace) -> ContextManager:
 
 def teacher_outputs(training: Training, input: torch.Tensor, index: Sequence[torch.Tensor]) -> Tuple:
     """--teacher-cache: return the cached teacher outputs of these samples as an extra argument of the task; else ()."""
-    cache, teach = training.teacher_cache, getattr(training.task, 'teach', None)
+    cache = training.teacher_cache
     if cache is None:
         return ()
+    teach: Callable[..., Any] = training.task.teach
+    samples, = index
     if not cache.is_open:
         outputs = teach(input)
         with training.accelerator.local_main_process_first():
             cache.open(outputs)
-    return (cache(*index, partial(teach, input)),)
+    return (cache(samples, partial(teach, input)),)
 
 
 def share_of_update(training: Training, step: int) -> float:

@@ -1,7 +1,7 @@
 """Create timm's optimizer and schedule from the options, with errors that name the options."""
 import difflib
 from argparse import Namespace
-from typing import Any, Tuple
+from typing import Any, List, Tuple
 
 import torch
 import torch.nn as nn
@@ -30,7 +30,8 @@ def create_optimizer_and_schedule(
         OptionError: timm has no such optimizer, or it does not take these options.
     """
     _check_optimizer_name(args.opt)
-    names = 'opt', 'opt_kwargs', 'opt_eps', 'opt_betas', 'lr', 'momentum', 'weight_decay', 'layer_decay'
+    names: Tuple[str, ...] = (
+        'opt', 'opt_kwargs', 'opt_eps', 'opt_betas', 'lr', 'momentum', 'weight_decay', 'layer_decay')
     with blame_options({name: getattr(args, name) for name in names}):
         optimizer = create_optimizer_v2(module, **{**optimizer_kwargs(cfg=args), **args.opt_kwargs})
     names = 'sched', 'sched_on_updates', 'epochs', 'warmup_epochs', 'decay_epochs', 'lr_noise', 'min_lr'
@@ -40,7 +41,7 @@ def create_optimizer_and_schedule(
 
 
 def _check_optimizer_name(name: str) -> None:
-    known = list_optimizers()
+    known: List[Any] = list(list_optimizers())
     plain = name.lower().split('_')[-1]  # the part after a prefix such as lookahead_
     if plain not in known and name.lower() not in known:
         close = difflib.get_close_matches(plain, known, n=3)

@@ -13,7 +13,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Show defaults that are set, and keep the line breaks of a text that has any."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        return (action.help or '') if action.default in (None, {}, '') else super()._get_help_string(action)
+        return (action.help or '') if action.default in (None, {}, '') else super()._get_help_string(action) or ''
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return text if '\n' in text else super()._fill_text(text, width, indent)

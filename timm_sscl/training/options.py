@@ -102,7 +102,7 @@ def _apply(parser: argparse.ArgumentParser, args: argparse.Namespace, options: D
             raise OptionError(f"{source}: unknown option '{name}'." + (f" Did you mean '{close[0]}'?" if close else ''))
         if name in given:
             continue
-        kind = known[name].type
+        kind, choices = known[name].type, list(known[name].choices or ())
         if kind is home_path:
             value = [home_path(v) for v in value] if isinstance(value, list) else value and home_path(value)
         if kind in (int, float) and value is not None and not isinstance(value, (list, dict, bool)):
@@ -110,9 +110,9 @@ def _apply(parser: argparse.ArgumentParser, args: argparse.Namespace, options: D
                 value = kind(value)
             except ValueError as error:
                 raise OptionError(f"{source}: option '{name}' is {value!r}, expected a number.") from error
-        if known[name].choices is not None and value is not None and value not in known[name].choices:
+        if choices and value is not None and value not in choices:
             raise OptionError(f"{source}: option '{name}' is {value!r}, expected one of "
-                              f"{', '.join(map(str, known[name].choices))}.")
+                              f"{', '.join(map(str, choices))}.")
         setattr(args, name, value)
 
 
@@ -203,7 +203,7 @@ def _check_batch_size(args: argparse.Namespace) -> None:
 
 
 def _parse_losses(text: str) -> Dict[str, float]:
-    weights = {}
+    weights: Dict[str, float] = {}
     for part in text.split(','):
         name, _, weight = part.strip().partition('=')
         try:

@@ -1,5 +1,5 @@
 """Detect neuron layers that do not fire during training."""
-from typing import Dict, List
+from typing import Any, Dict, List
 
 import torch
 import torch.distributed as dist
@@ -31,7 +31,7 @@ class SilentLayers:
     def __init__(self, model: nn.Module):
         self.model = model
         self._fired: Dict[str, torch.Tensor] = {}
-        self._handles = []
+        self._handles: List[Any] = []
 
     def __enter__(self) -> 'SilentLayers':
         for name, module in self.model.named_modules():

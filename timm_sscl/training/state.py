@@ -155,7 +155,8 @@ def start_training(
     loaders = session.make_loaders()
     random_seed(args.seed, accelerator.process_index)
     updates = math.ceil(len(loaders.train) / accelerator.num_processes / args.grad_accum_steps)
-    optimizer, scheduler, epochs = create_optimizer_and_schedule(args, task.get_trainable_module(), updates)
+    trainable: Any = task.get_trainable_module()
+    optimizer, scheduler, epochs = create_optimizer_and_schedule(args, trainable, updates)
     if ema:
         task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup,
                        device=torch.device('cpu') if args.model_ema_force_cpu else None)

@@ -136,7 +136,7 @@ def _why_not_built(args: Namespace, error: Exception) -> str:
     return f'--model {args.model} cannot be built with these options{kind}: {reason}'
 
 
-def _share_stem(student: nn.Module) -> None:
+def _share_stem(student: Any) -> None:
     try:
         share_stem(student)
     except ValueError as error:

@@ -102,6 +102,7 @@ class TeacherCache:
             index: Indices of the samples (B,).
             teach: Function that runs the teacher on the batch.
         """
+        assert self._parts is not None  # it is open
         device, index = index.device, index.cpu()
         if self._known[index].all():
             logits, *features = (part[index].to(device) for part in self._parts)
@@ -116,4 +117,5 @@ class TeacherCache:
     def _rows(outputs: TeacherOutputs) -> List[torch.Tensor]:
         """Return one tensor (B, ...) for the logits and one per tap."""
         logits, features = outputs
+        assert logits is not None  # SSCLTask.teach returns them where a loss needs a teacher
         return [logits.detach(), *(f.detach().transpose(0, 1) for f in features or [])]

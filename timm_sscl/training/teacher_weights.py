@@ -4,7 +4,7 @@ import json
 import logging
 from argparse import Namespace
 from pathlib import Path
-from typing import Callable, NamedTuple, Optional
+from typing import Any, Callable, NamedTuple, Optional
 
 from accelerate.utils import broadcast_object_list
 from timm.task import ClassificationTask
@@ -74,7 +74,7 @@ def _accuracy(session: Session, teacher: Teacher, source: str) -> float:
     teacher.model.to(accelerator.device)
     loader = accelerator.prepare(session.make_loaders().eval)
     dtype = next(teacher.model.parameters()).dtype
-    evaluator = LabelCountingEvaluator(accelerator.device)
+    evaluator: Any = LabelCountingEvaluator(accelerator.device)
     metrics = evaluate(session, teacher.model, loader, lambda x: teacher.input(x.to(dtype)), evaluator)
     _logger.info(f'Teacher {teacher.name}: {metrics["top1"]:.2f} top-1 on the validation set ({source}).')
     if accelerator.is_main_process:

@@ -63,15 +63,17 @@ def validate(training: Training, epoch: int) -> Tuple[Dict[str, float], Dict[str
     if spiking and args.torchcompile:  # hooks would recompile the model at every validation
         spiking = epoch + 1 >= training.epochs
         model = unwrap_model(model) if spiking else model
-    with FiringRates(model) if spiking else nullcontext() as firing:
+    firing = FiringRates(model) if spiking else None
+    with firing or nullcontext():
         metrics = evaluate(session, model, loader, training.prepare_input)
-    if spiking:
+    if firing is not None:
         firing.sum_over_processes()
-    training.step_rates = firing.per_step() if spiking else {}
-    rates = firing.per_layer() if spiking else {}
+    training.step_rates = firing.per_step() if firing is not None else {}
+    rates = firing.per_layer() if firing is not None else {}
     _warn_stuck_layers(training, epoch, rates)
     if training.task.has_ema() and not args.model_ema_force_cpu:
-        average = evaluate(session, training.task.get_eval_model(ema=True), loader, training.prepare_input)
+        averaged: Any = training.task.get_eval_model(ema=True)
+        average = evaluate(session, averaged, loader, training.prepare_input)
         metrics = OrderedDict({**metrics, **{f'{k}_ema': v for k, v in average.items()}})
     return metrics, rates
 

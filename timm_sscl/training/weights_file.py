@@ -65,7 +65,8 @@ def match_with_file(model: nn.Module, file: str) -> Tuple[List[str], List[str]]:
     for tensor in load_state_dict(file).values():
         if isinstance(tensor, torch.Tensor):
             by_shape[tensor.shape].append(tensor)
-    found, missing = [], []
+    found: List[str] = []
+    missing: List[str] = []
     for name, parameter in model.named_parameters():
         value = parameter.detach()
         if value.numel() > 1 and bool((value != value.flatten()[0]).any()):

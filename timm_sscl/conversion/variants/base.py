@@ -88,7 +88,7 @@ class Variant:
     scales_currents = False
 
     def __init__(self, **settings: Any):
-        self.settings = build(self.Settings, settings, f"variant '{type(self).__name__}'")
+        self.settings: Any = build(self.Settings, settings, f"variant '{type(self).__name__}'")
 
     def __str__(self) -> str:
         return f"{self.kind}='{self.name}'"

@@ -38,7 +38,7 @@ class EventDataset(Dataset):
         self.classes = list(classes)
         self.class_to_idx: Dict[str, int] = {name: i for i, name in enumerate(self.classes)}
         self.targets: List[int] = [int(t) for t in targets]
-        self.sensor_size = tuple(sensor_size)
+        self.sensor_size: Tuple[int, int] = (int(sensor_size[0]), int(sensor_size[1]))
         self.settings = settings
         self.transform = transform
         self._gap_is_said = False

@@ -41,9 +41,10 @@ def create_event_dataset(
     """
     if not is_event_dataset(name):
         raise ValueError(f"data set '{name}': event data has names that begin with events/ or tonic/.")
-    return build_dataset(name, dict(
+    dataset: Any = build_dataset(name, dict(
         name=name, root=root, split=split, num_samples=num_samples, settings=settings, event_split=event_split,
         download=download), options)
+    return dataset
 
 
 @register_dataset('events/digits')

@@ -1,13 +1,13 @@
 """Create a loader of event frames. timm's create_loader would apply image transforms."""
-from typing import Callable, Optional
+from typing import Any, Callable, Optional
 
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 __all__ = ['create_event_loader']
 
 
 def create_event_loader(
-        dataset: Dataset,
+        dataset: Any,
         batch_size: int,
         is_training: bool = False,
         transform: Optional[Callable] = None,

@@ -1,6 +1,6 @@
 """Split data without a split of its own: choose the validation recordings of each class."""
 import re
-from typing import Sequence
+from typing import Sequence, Union
 
 import numpy as np
 
@@ -9,7 +9,7 @@ __all__ = ['validation_mask']
 _NAME = re.compile(r'(first|last)([1-9]\d*)|random(\d*)')
 
 
-def validation_mask(targets: Sequence[int], split: str) -> np.ndarray:
+def validation_mask(targets: Union[Sequence[int], np.ndarray], split: str) -> np.ndarray:
     """Return which recordings a named split uses for validation. Accuracies on different splits are not comparable.
 
     Args:
@@ -27,11 +27,11 @@ def validation_mask(targets: Sequence[int], split: str) -> np.ndarray:
     match = _NAME.fullmatch(split)
     if match is None:
         raise ValueError(f"split '{split}': must be last100, first100 (or another number per class), or random.")
-    targets = np.asarray(targets)
+    labels = np.asarray(targets)
     generator = np.random.default_rng(int(match[3] or 0))
-    mask = np.zeros(len(targets), bool)
-    for label in np.unique(targets):
-        members = np.flatnonzero(targets == label)
+    mask = np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
         n = int(match[2]) if match[2] else max(1, len(members) // 10)
         if n >= len(members):
             raise ValueError(f"split '{split}': class {label} has {len(members)} recordings, {n} for validation leave "

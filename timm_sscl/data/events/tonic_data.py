@@ -38,7 +38,7 @@ class TonicDataset(EventDataset):
             transform: Optional[Callable] = None,
     ):
         name = type(dataset).__name__
-        targets = getattr(dataset, 'targets', None)
+        targets: Any = getattr(dataset, 'targets', None)
         labelled = targets is not None and all(isinstance(t, (int, str, np.integer)) for t in targets)
         if not labelled or len(targets) != len(dataset):
             raise ValueError(f"tonic's {name} has no list of labels (targets), one per recording: it is no data set "
@@ -62,7 +62,7 @@ class TonicDataset(EventDataset):
         self._numbers = numbers
         super().__init__(
             classes, [numbers[t] if isinstance(t, str) else int(t) for t in labels],
-            (size[1], size[0]) if size is not None else (settings.size,) * 2, settings, transform)
+            (size[1], size[0]) if size is not None else (settings.size or 0,) * 2, settings, transform)
 
     def read(self, index: int) -> Events:
         name = self.filename(index)
@@ -110,7 +110,7 @@ def _classes(dataset: Any) -> list:
         if sorted(classes.values()) != list(range(len(classes))):
             raise ValueError(f"tonic's {type(dataset).__name__} numbers its classes {sorted(classes.values())}; must "
                              f'be 0, 1, ...')
-        return sorted(classes, key=classes.get)
+        return sorted(classes, key=lambda name: classes[name])
     if isinstance(dataset.targets[0], str) and not set(dataset.targets) <= set(classes or ()):
         return sorted(set(dataset.targets))
     return list(classes) if classes else [str(i) for i in range(max(dataset.targets) + 1)]

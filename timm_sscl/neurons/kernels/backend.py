@@ -3,7 +3,7 @@ import logging
 import types
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
-from typing import Any, Callable, Hashable, Iterator, Optional, Tuple
+from typing import Any, Callable, Hashable, Iterator, Optional, Set, Tuple
 
 import torch
 from torch._C import _len_torch_function_stack
@@ -20,7 +20,7 @@ _WORTH_COMPILING = 2 ** 18  # number of elements; for smaller tensors, call over
 _MAX_UNROLLED = 16  # number of timesteps; each is separate code, which makes compilation slow
 
 _chosen = 'auto'
-_broken = set()  # (device type, owner) of kernels whose compilation failed
+_broken: Set[Tuple[Any, ...]] = set()  # (device type, owner) of kernels whose compilation failed
 
 
 @contextmanager
