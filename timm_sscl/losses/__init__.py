@@ -1,26 +1,39 @@
 """Losses by name, one per file, with critics and CKA. They depend on tensors, not on models."""
+from .at import attention_transfer
 from .cka import cka, hsic
+from .cka_loss import cka_loss, cka_of_taps
 from .critics import info_nce_loss, mi_lower_bound, nce_loss
+from .dist import DISTLoss, dist_loss
+from .dkd import DKDLoss, dkd_loss
+from .feature_mse import KDSNNFeatureLoss
 from .firing_rate import FiringRateLoss, firing_rate_loss
+from .hta_kl import HTAKLLoss, hta_kl_loss
 from .inputs import TrainStep
 from .kd import KDLoss, StepKDLoss, kd_loss, kd_step_loss
 from .options import LossOption
+from .pair_critics import Critic, InfoNCECritic, NCECritic, QueuedCritic
+from .projections import FlattenedProjection, PooledProjection, Projection
 from .registry import (
     LossSpec, create_loss, list_losses, loss_compares_classes, loss_is_global, loss_needs, loss_spec, register_loss,
     unregister_loss)
-from .pair_critics import Critic, InfoNCECritic, NCECritic, QueuedCritic
-from .projections import FlattenedProjection, PooledProjection, Projection
+from .sp import similarity_loss, similarity_preserving
 from .sscl import SSCLCriterion
+from .standardized import StandardizedKDLoss
 from .tet import TETLoss, tet_loss
+from .tser import TSERLoss
+from .twsnn import TWSNNLoss, self_distillation_loss
 from .weightings import (
     CKAWeighting, FixedWeighting, InverseCKAWeighting, ShuffledWeighting, UncertaintyWeighting, UniformWeighting,
     Weighting)
 
 __all__ = [
-    'CKAWeighting', 'Critic', 'FiringRateLoss', 'FixedWeighting', 'FlattenedProjection', 'InfoNCECritic',
-    'InverseCKAWeighting', 'KDLoss', 'LossOption', 'LossSpec', 'NCECritic', 'PooledProjection', 'Projection',
-    'QueuedCritic', 'SSCLCriterion', 'ShuffledWeighting', 'StepKDLoss', 'TETLoss', 'TrainStep',
-    'UncertaintyWeighting', 'UniformWeighting', 'Weighting', 'cka', 'create_loss', 'firing_rate_loss', 'hsic',
-    'info_nce_loss', 'kd_loss', 'kd_step_loss', 'list_losses', 'loss_compares_classes', 'loss_is_global',
-    'loss_needs', 'loss_spec', 'mi_lower_bound', 'nce_loss', 'register_loss', 'tet_loss', 'unregister_loss',
+    'CKAWeighting', 'Critic', 'DISTLoss', 'DKDLoss', 'FiringRateLoss', 'FixedWeighting', 'FlattenedProjection',
+    'HTAKLLoss', 'InfoNCECritic', 'InverseCKAWeighting', 'KDLoss', 'KDSNNFeatureLoss', 'LossOption', 'LossSpec',
+    'NCECritic', 'PooledProjection', 'Projection', 'QueuedCritic', 'SSCLCriterion', 'ShuffledWeighting',
+    'StandardizedKDLoss', 'StepKDLoss', 'TETLoss', 'TSERLoss', 'TWSNNLoss', 'TrainStep', 'UncertaintyWeighting',
+    'UniformWeighting', 'Weighting', 'attention_transfer', 'cka', 'cka_loss', 'cka_of_taps', 'create_loss',
+    'dist_loss', 'dkd_loss', 'firing_rate_loss', 'hsic', 'hta_kl_loss', 'info_nce_loss', 'kd_loss', 'kd_step_loss',
+    'list_losses', 'loss_compares_classes', 'loss_is_global', 'loss_needs', 'loss_spec', 'mi_lower_bound',
+    'nce_loss', 'register_loss', 'self_distillation_loss', 'similarity_loss', 'similarity_preserving', 'tet_loss',
+    'unregister_loss',
 ]

@@ -33,7 +33,7 @@ def kd_loss(logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: flo
     return F.kl_div(student, teacher, reduction='batchmean', log_target=True) * temperature ** 2
 
 
-@register_loss('kd', needs_teacher=True)
+@register_loss('kd', needs_teacher=True, minimum='teacher')
 class KDLoss(nn.Module):
     """`kd_loss` between the student's mean logits and the teacher's.
 
@@ -76,7 +76,7 @@ def kd_step_loss(step_logits: torch.Tensor, teacher_logits: torch.Tensor, temper
     return kd_loss(step_logits.flatten(0, 1), teacher_logits.repeat(step_logits.shape[0], 1), temperature)
 
 
-@register_loss('kd_step', needs_teacher=True)
+@register_loss('kd_step', needs_teacher=True, minimum='teacher')
 class StepKDLoss(nn.Module):
     """`kd_step_loss` between the student's logits at every timestep and the teacher's.
 

@@ -1,7 +1,7 @@
 """Register losses by name with a decorator, and build them."""
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Callable, Dict, List, Mapping, Type, Union
+from typing import Any, Callable, Dict, List, Literal, Mapping, Type, Union
 
 import torch
 import torch.nn as nn
@@ -28,6 +28,7 @@ class LossSpec:
         needs_firing_rates: It uses the firing rates of the student's neuron layers.
         global_batch: Every process returns the loss of the global batch.
         compares_classes: It compares the teacher's logits with the student's class by class.
+        minimum: Where it is smallest.
         options: Its options by name.
         any_option: It accepts keyword arguments that its signature does not name.
     """
@@ -37,6 +38,7 @@ class LossSpec:
     needs_firing_rates: bool = False
     global_batch: bool = False
     compares_classes: bool = False
+    minimum: str = 'nowhere'
     options: Mapping[str, LossOption] = field(default_factory=dict, compare=False, repr=False)
     any_option: bool = False
 
@@ -75,6 +77,7 @@ def register_loss(
         needs_firing_rates: bool = False,
         global_batch: bool = False,
         other_classes: bool = False,
+        minimum: Literal['teacher', 'nowhere'] = 'nowhere',
 ) -> Callable[[Loss], Loss]:
     """Decorator that registers a loss by name, for SSCLTask and `train.py --loss NAME=WEIGHT`.
 
@@ -97,6 +100,8 @@ def register_loss(
             Otherwise the loss is a mean over the process's own samples and is weighted by their number.
         other_classes: Whether the teacher's logits may have other classes than the student's. Otherwise SSCLTask raises
             if the loss uses the teacher's logits and the numbers of classes differ.
+        minimum: Where the loss is smallest: 'teacher' if it is 0, without a gradient, for a student that outputs what
+            the teacher outputs. The tests of all losses check it.
 
     Raises:
         ValueError: The name is taken by another loss. The same loss defined again replaces the old one with a warning.
@@ -116,6 +121,7 @@ def register_loss(
             needs_firing_rates=needs_firing_rates,
             global_batch=global_batch,
             compares_classes=needs_teacher and not other_classes,
+            minimum=minimum,
             options=MappingProxyType(read_options(loss, needs_features)),
             any_option=takes_any_option(loss),
         )
