@@ -1,13 +1,19 @@
 """Give a module a subclass of its own class, in place: its name, parameters, hooks and settings stay."""
 from functools import lru_cache
-from typing import Any, ClassVar, Dict, Tuple, Type
+from typing import TYPE_CHECKING, Any, ClassVar, Dict, Tuple, Type, cast
 
 import torch.nn as nn
 
 __all__ = ['Mixin', 'mixed_class', 'new_mixed', 'mix_in', 'take_out']
 
 
-class Mixin:
+if TYPE_CHECKING:
+    _Base = nn.Module  # which a mixin is in the class that it is mixed into
+else:
+    _Base = object
+
+
+class Mixin(_Base):
     """Base of what is put in front of a module's own class.
 
     The class that results has no importable name. Copies and pickles rebuild it from its two bases.
@@ -27,31 +33,31 @@ class Mixin:
         """Further attributes of the class in front of base."""
         return {}
 
-    def __reduce_ex__(self, protocol: int):
+    def __reduce_ex__(self, protocol: Any) -> Tuple[Any, ...]:
         state = self.__getstate__() if hasattr(self, '__getstate__') else self.__dict__
         return new_mixed, self.mixed, state
 
 
 @lru_cache(maxsize=None)
-def mixed_class(mixin: Type[Mixin], base: Type[nn.Module]) -> type:
+def mixed_class(mixin: Type[Any], base: Type[Any]) -> Type[Any]:
     """The class (mixin, base), one per pair, so that isinstance and pickling work."""
-    attributes = {'__module__': base.__module__, 'mixed': (mixin, base), **mixin.class_attributes(base)}
+    attributes: Dict[str, Any] = {'__module__': base.__module__, 'mixed': (mixin, base), **mixin.class_attributes(base)}
     return type(mixin.class_name(base), (mixin, base), attributes)
 
 
 def new_mixed(mixin: Type[Mixin], base: Type[nn.Module]) -> nn.Module:
     """An empty instance, for copies and pickles."""
-    cls = mixed_class(mixin, base)
+    cls: Any = mixed_class(cast(Any, mixin), cast(Any, base))  # mypy: a class of modules is not Hashable
     return cls.__new__(cls)
 
 
 def mix_in(module: nn.Module, mixin: Type[Mixin]) -> None:
     """Put a mixin in front of a module's class, in place; one that is in front of it already stays."""
     if not isinstance(module, mixin):
-        module.__class__ = mixed_class(mixin, type(module))
+        module.__class__ = mixed_class(cast(Any, mixin), cast(Any, type(module)))
 
 
 def take_out(module: nn.Module, mixin: Type[Mixin]) -> None:
     """Undo mix_in, in place, where the mixin is the outermost of the module's class."""
     if getattr(type(module), 'mixed', (None,))[0] is mixin:
-        module.__class__ = type(module).mixed[1]
+        module.__class__ = cast(Any, type(module)).mixed[1]
