@@ -136,7 +136,7 @@ class _Drive:
         return gain
 
     def count(self, lif: SpikingNeuron, args: Tuple[torch.Tensor], spikes: torch.Tensor) -> None:
-        self.fired += spikes.count_nonzero().item()
+        self.fired += lif.activity(spikes).sum(dtype=torch.float64).item()
         self.elements += spikes.numel()
 
     @property

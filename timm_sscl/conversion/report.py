@@ -35,6 +35,7 @@ class SpikingReport(Sequence):
         obstacles: What prevents `convert_ann`; empty if it applies.
         audit: Status of the conversion's audit; None if the model's classes are known.
         mac_shares: MACs by the kind of their input; None until `macs` has counted them.
+        output: What the neurons pass on, in words.
     """
     model: nn.Module
     records: List[Any]
@@ -49,6 +50,7 @@ class SpikingReport(Sequence):
     obstacles: List[str]
     audit: Optional[str]
     mac_shares: Optional[MacShares] = None
+    output: str = 'binary'
 
     def __getitem__(self, index: Any) -> Any:
         return self.records[index]
@@ -108,6 +110,7 @@ class SpikingReport(Sequence):
     def __str__(self) -> str:
         lines = [f'{type(self.model).__name__}, T={self.timesteps}: {len(self.neurons)} neuron layers '
                  f'({_counted(self.neurons)}), {len(self.analog)} activations stay analog']
+        lines += [f'  output of the neurons: {self.output}'] if self.output != 'binary' else []
         reasons: Dict[str, List[Any]] = {}
         for record in self.analog:
             reasons.setdefault(record.reason, []).append(record)
@@ -143,7 +146,8 @@ def make_report(model: nn.Module, records: Sequence[Any]) -> SpikingReport:
         variants={kind: list(variant.records(model)) for kind, variant in variants.items()},
         summaries={kind: variant.summary(model) for kind, variant in variants.items()}, stem=model.settings.stem,
         drives=list(model._drives), folds=list(model._folds), obstacles=ann_obstacles(model),
-        audit=None if model._audit is None else model._audit.status)
+        audit=None if model._audit is None else model._audit.status,
+        output=', '.join(sorted({neuron.output_text() for neuron in model.neurons().values()})))
 
 
 def _counted(records: Sequence[Any]) -> str:

@@ -11,22 +11,27 @@ __all__ = ['RateRecorder']
 
 class _Call(NamedTuple):
     """Mean output of one neuron call. It holds no activation that gradient checkpointing would have to keep."""
-    mean: torch.Tensor  # of the output, one entry per scale
-    scale: Optional[torch.Tensor]
+    mean: torch.Tensor  # of the output, one entry per unit
+    unit: Optional[torch.Tensor]  # size of one level
+    top: int  # highest level
     elements: int
 
     @classmethod
     def of(cls, lif: SpikingNeuron, out: torch.Tensor) -> '_Call':
-        first, sizes = out.ndim, torch.Size()
-        if lif.scale is not None:
-            first, sizes = out.ndim - lif.scale.ndim, lif.scale.shape
-        alike = [i for i in range(out.ndim) if i < first or sizes[i - first] == 1]  # the scale is constant along them
-        return cls(out.mean(alike, dtype=torch.promote_types(out.dtype, torch.float32)), lif.scale, out.numel())
+        first, sizes, unit = out.ndim, torch.Size(), lif.unit()
+        if lif.output == 'ternary':
+            out, unit = out.abs(), None if unit is None else unit.abs()
+        if unit is not None:
+            first, sizes = out.ndim - unit.ndim, unit.shape
+        alike = [i for i in range(out.ndim) if i < first or sizes[i - first] == 1]  # the unit is constant along them
+        mean = out.mean(alike, dtype=torch.promote_types(out.dtype, torch.float32))
+        return cls(mean, unit, lif.top, out.numel())
 
     @property
     def rate(self) -> torch.Tensor:
-        """Mean of the spikes (0 or 1). The neuron returns spikes times its scale, so the scale is divided out."""
-        return self.mean if self.scale is None else (self.mean / self.scale.to(self.mean.dtype).squeeze()).mean()
+        """Mean level as a share of the highest, 0 to 1. The neuron returns levels times a unit, divided out here."""
+        levels = self.mean if self.unit is None else (self.mean / self.unit.to(self.mean.dtype).squeeze()).mean()
+        return levels if self.top == 1 else levels / self.top
 
 
 def _rate(calls: List[_Call]) -> torch.Tensor:
@@ -62,13 +67,17 @@ class RateRecorder:
         model: Spiking model. Hooks are added to its neurons; add them before compiling it.
 
     Raises:
-        ValueError: The model has no neurons.
+        ValueError: The model has no neurons, or one whose output is analog.
     """
 
     def __init__(self, model: nn.Module):
         neurons = {name: module for name, module in model.named_modules() if isinstance(module, SpikingNeuron)}
         if not neurons:
             raise ValueError(f'{type(model).__name__} has no spiking neurons, so no firing rates.')
+        analog = [name for name, neuron in neurons.items() if neuron.output == 'analog']
+        if analog:
+            raise ValueError(f"'{analog[0]}' ({type(neurons[analog[0]]).__name__}) passes on analog values, which have "
+                             f'no firing rate.')
         self.recording = False
         self._gradients = False
         self._seen: Dict[str, List[_Call]] = {}

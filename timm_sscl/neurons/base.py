@@ -177,6 +177,12 @@ class SpikingNeuron(Factors):
             return (out != 0).to(out.dtype)
         return torch.where(unit == 0, 0., torch.round(out / unit)).to(out.dtype)
 
+    def output_text(self) -> str:
+        """Return what the output is, in words."""
+        levels = dict(ternary='-1, 0 or 1', integer=f'0 to {self.top}', analog='layers behind it multiply')
+        text = f'{self.output} ({levels[self.output]})' if self.output in levels else self.output
+        return f'{text}, times an amplitude' if 'amplitude' in self._parameters else text
+
     def activity(self, out: torch.Tensor) -> torch.Tensor:
         """Return each output relative to the top level, 0 to 1, without sign. For an analog output, return whether it
         is not 0.

@@ -28,7 +28,7 @@ class Factors(nn.Module):
 
     @property
     def gain(self) -> Optional[torch.Tensor]:
-        """Factor on the input; None is 1."""
+        """Factor on the input, or None for 1."""
         return self._factor('spiking_gain')
 
     @gain.setter
@@ -37,7 +37,7 @@ class Factors(nn.Module):
 
     @property
     def scale(self) -> Optional[torch.Tensor]:
-        """Factor on the spikes; None is 1."""
+        """Factor on the spikes, or None for 1."""
         return self._factor('spiking_scale')
 
     @scale.setter

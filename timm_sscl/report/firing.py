@@ -7,8 +7,9 @@ import torch.distributed as dist
 import torch.nn as nn
 
 from timm_sscl.distributed import world_size
+from timm_sscl.neurons import SpikingNeuron
 
-from .representation import spike_entropy
+from .representation import level_entropy
 from .watching import neurons_to_watch
 
 __all__ = ['FiringRates', 'mean_per_step']
@@ -40,7 +41,7 @@ class FiringRates:
         self.per_neuron = per_neuron
         self._spikes: Dict[str, torch.Tensor] = {}  # (T,), spikes per timestep
         self._elements: Dict[str, torch.Tensor] = {}  # (T,), neurons times images per timestep
-        self._neurons: Dict[str, torch.Tensor] = {}  # spikes per neuron
+        self._neurons: Dict[str, torch.Tensor] = {}  # (L, ...), how often each neuron had each level other than 0
         self._watched = neurons_to_watch(model)
         self._open = ExitStack()
 
@@ -54,13 +55,12 @@ class FiringRates:
         self._open.close()
 
     def _count(self, name: str):
-        def hook(module, args, spikes):
-            # with thresholds from an ANN, spikes are multiplied by a scale
-            spikes = spikes.detach() if module.scale is None else spikes.detach() != 0
-            dtype = torch.float64 if spikes.device.type != 'mps' else torch.float32
-            if self.per_neuron:
-                self._neurons[name] = self._neurons.get(name, 0) + spikes.sum(0, dtype=dtype)
-            steps = spikes.reshape(module.timesteps, -1)
+        def hook(module, args, out):
+            out = out.detach()
+            dtype = torch.float64 if out.device.type != 'mps' else torch.float32
+            if self.per_neuron and module.output != 'analog':
+                self._neurons[name] = self._neurons.get(name, 0) + _count_levels(module, out, dtype)
+            steps = module.activity(out).reshape(module.timesteps, -1)
             self._spikes[name] = _add(self._spikes.get(name), steps.sum(1, dtype=dtype))
             self._elements[name] = _add(self._elements.get(name), torch.full(
                 (module.timesteps,), steps.shape[1], dtype=torch.int64))
@@ -71,13 +71,17 @@ class FiringRates:
         if world_size() > 1:
             for name, count in self._spikes.items():
                 elements = self._elements[name].to(count)
-                for total in (count, elements, *([self._neurons[name]] if self.per_neuron else [])):
+                for total in (count, elements, *([self._neurons[name]] if name in self._neurons else [])):
                     dist.all_reduce(total)
                 self._elements[name] = elements.round().long().cpu()
         return self
 
     def per_layer(self) -> Dict[str, float]:
-        """Return spikes per neuron and timestep of every layer that ran, in the order of the first calls."""
+        """Return the firing rate of every layer that ran, 0 to 1, in the order of the first calls.
+
+        It is the mean of the spikes per neuron and timestep, of ternary ones whatever their sign, of integer ones as a
+        share of the highest level. Of analog output it is the share that is not 0.
+        """
         return {name: float(count.sum()) / int(self._elements[name].sum()) for name, count in self._spikes.items()}
 
     def per_step(self) -> Dict[str, List[float]]:
@@ -88,16 +92,27 @@ class FiringRates:
         return {name: (count.cpu() / self._elements[name]).tolist() for name, count in self._spikes.items()}
 
     def entropy(self) -> Dict[str, float]:
-        """Return the mean entropy H(p) over each layer's neurons in bits per timestep, at most 1. p is a neuron's
-        firing rate.
+        """Return the mean entropy over each layer's neurons in bits per timestep, one symbol per level of the output.
+
+        It is at most 1 for binary spikes, log2(3) for ternary and log2(top + 1) for integer ones. The probabilities are
+        each neuron's own. Layers of analog output are left out.
 
         Raises:
-            RuntimeError: per_neuron is False.
+            RuntimeError: The neurons were not counted separately (per_neuron=False).
         """
         if not self.per_neuron:
             raise RuntimeError('the entropy needs FiringRates(model, per_neuron=True).')
-        return {name: float(spike_entropy(count * count.numel() / int(self._elements[name].sum())).mean())
+        return {name: float(level_entropy(count * count[0].numel() / int(self._elements[name].sum())).mean())
                 for name, count in self._neurons.items()}
+
+
+def _count_levels(neuron: SpikingNeuron, out: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return how often each neuron of a layer had each level other than 0, (L, ...)."""
+    levels = neuron.levels(out)
+    if neuron.output == 'binary':
+        return levels.sum(0, dtype=dtype)[None]
+    symbols = (-1, 1) if neuron.output == 'ternary' else range(1, neuron.top + 1)
+    return torch.stack([(levels == symbol).sum(0, dtype=dtype) for symbol in symbols])
 
 
 def mean_per_step(rates: Dict[str, List[float]]) -> List[float]:

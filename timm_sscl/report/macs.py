@@ -1,6 +1,6 @@
 """Count the multiply-accumulates (MACs) of a forward by the kind of their input: how spiking a network is."""
 from contextlib import contextmanager, nullcontext
-from typing import Any, Callable, Dict, Iterator, NamedTuple, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -17,6 +17,7 @@ __all__ = ['MacShares', 'count_macs', 'input_kind', 'KINDS']
 
 KINDS = 'binary', 'fractional', 'analog'
 _MAX_DENOMINATOR = 1024
+_UNITS = 4  # of the neurons that ran last: their sizes of a level are tried on an input
 _SAMPLE = 4096  # number of values checked to tell fractions from analog values
 
 aten = torch.ops.aten
@@ -39,7 +40,7 @@ class MacShares(NamedTuple):
     analog: int
     by_module: Dict[str, Dict[str, int]]  # module -> kind -> MACs
     whole: int = 0  # MACs whose input is whole numbers (spikes, sums of spikes): additions only
-    additions: float = 0.  # number of these additions: MACs times the mean of their input (the firing rate)
+    additions: float = 0.  # number of these additions: MACs times the mean |input| (the firing rate)
 
     @property
     def total(self) -> int:
@@ -68,7 +69,18 @@ def input_kind(x: torch.Tensor) -> str:
 
 
 def _is_whole(x: torch.Tensor) -> bool:
-    return bool(((x == x.round()) & (x >= 0)).all())
+    return bool((x == x.round()).all())
+
+
+def _in_levels(x: torch.Tensor, units: Sequence[torch.Tensor]) -> torch.Tensor:
+    """x as whole multiples of one of the units, if it is; else x itself."""
+    for unit in units:
+        if unit.ndim > x.ndim or any(n not in (1, m) for n, m in zip(unit.shape[::-1], x.shape[::-1])):
+            continue
+        levels = torch.where(unit == 0, 0., x / unit)
+        if ((levels - levels.round()).abs() <= 2e-6 * levels.abs()).all():  # a few roundings of float32
+            return levels.round()
+    return x
 
 
 class _CountMacs(TorchDispatchMode):
@@ -84,6 +96,8 @@ class _CountMacs(TorchDispatchMode):
         self.fired = False  # before the first neuron, a fraction is a pixel (k / 255), not an average of spikes
         self.by_module: Dict[str, Dict[str, int]] = {}
         self.whole, self.additions = 0, 0.
+        self.inside_neuron = False
+        self.units: List[torch.Tensor] = []  # sizes of a level of the neurons that ran last
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, packet = kwargs or {}, func._overloadpacket
@@ -102,18 +116,28 @@ class _CountMacs(TorchDispatchMode):
 
     def _count(self, operands: Sequence[torch.Tensor], macs: int) -> None:
         """Count a product by its most spiking operand that is not a weight."""
-        inputs = [x for x in operands if x.untyped_storage().data_ptr() not in self.weights]
+        if self.inside_neuron:  # its own arithmetic, as of a parallel spiking neuron
+            self._add('analog', macs)
+            return
+        inputs = [_in_levels(x, self.units) for x in operands
+                  if x.untyped_storage().data_ptr() not in self.weights]
         kinds = [input_kind(x) for x in inputs]
         kind = min(kinds, key=KINDS.index, default='analog')
         self._add('analog' if kind == 'fractional' and not self.fired else kind, macs)
         x = inputs[kinds.index(kind)] if inputs else None
         if x is not None and self.fired and (kind == 'binary' or _is_whole(x)):
             self.whole += macs
-            self.additions += macs * x.double().mean().item()
+            self.additions += macs * x.double().abs().mean().item()
 
-    def mark_neuron(self, *_: Any) -> None:
-        """Forward hook of a neuron: from here on, fractions come from spikes."""
-        self.fired = True
+    def enter_neuron(self, *_: Any) -> None:
+        """Forward pre-hook of a neuron."""
+        self.inside_neuron = True
+
+    def leave_neuron(self, neuron: SpikingNeuron, *_: Any) -> None:
+        """Forward hook of a neuron: from here on, fractions come from spikes, and whole multiples of its unit too."""
+        self.inside_neuron, self.fired, unit = False, True, neuron.unit()
+        if unit is not None:
+            self.units = [unit.detach(), *self.units][:_UNITS]
 
     def _add(self, kind: str, macs: int) -> None:
         module = max(self.tracker.parents - {'Global'}, key=len, default='')
@@ -137,7 +161,8 @@ def count_macs(model: nn.Module, images: torch.Tensor) -> MacShares:
     """Count the MACs of one forward by the kind of their input: convolutions, linear layers, matrix products.
 
     A product of two activations (attention) counts by its more spiking operand. Elementwise products, norms and pooling
-    are not MACs. The kind follows from the values of the input, not from the architecture.
+    are not MACs. The kind follows from the values of the input, not from the architecture. An amplitude that a neuron
+    learns is divided out where the input is whole multiples of it, since it folds into the weights there.
 
     Args:
         model: Model, spiking or not. It runs in evaluation mode without gradients.
@@ -153,7 +178,8 @@ def count_macs(model: nn.Module, images: torch.Tensor) -> MacShares:
     with _without_scales(model), unfused, without_fused_paths(), sdpa_kernel(SDPBackend.MATH):
         for module in model.modules():
             if isinstance(module, SpikingNeuron):
-                module.register_forward_hook(counter.mark_neuron)
+                module.register_forward_pre_hook(counter.enter_neuron)
+                module.register_forward_hook(counter.leave_neuron)
         with counter.tracker, counter:
             model(images)
     n = len(images)

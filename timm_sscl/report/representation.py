@@ -3,7 +3,7 @@ import math
 
 import torch
 
-__all__ = ['representation_bits', 'spike_entropy']
+__all__ = ['representation_bits', 'spike_entropy', 'level_entropy']
 
 
 def representation_bits(timesteps: int, c: int, h: int, w: int, bits: int = 1) -> int:
@@ -41,3 +41,16 @@ def spike_entropy(rate: torch.Tensor) -> torch.Tensor:
         Entropy in [0, 1], of the same shape; 0 for a neuron that never or always fires.
     """
     return (torch.special.entr(rate) + torch.special.entr(1 - rate)) / torch.log(torch.tensor(2., dtype=rate.dtype))
+
+
+def level_entropy(p: torch.Tensor) -> torch.Tensor:
+    """Return the entropy of an output of several levels in bits per neuron and timestep, -sum p log2 p.
+
+    Args:
+        p: Probabilities of the levels other than 0, (L, ...).
+
+    Returns:
+        Entropy, 0 to log2(L + 1), of the shape of one level.
+    """
+    silent = (1 - p.sum(0)).clamp(min=0)
+    return (torch.special.entr(p).sum(0) + torch.special.entr(silent)) / math.log(2)

@@ -27,6 +27,10 @@ class SpikeRecord:
 
     def __init__(self, model: nn.Module):
         self._neurons = neurons_to_watch(model)
+        for name, neuron in self._neurons.items():
+            if neuron.output != 'binary':
+                raise ValueError(f'{name} ({type(neuron).__name__}): its output is not binary but {neuron.output}, and '
+                                 f'a record has one bit per neuron and timestep.')
         self._calls: Dict[str, List[_Call]] = {}
         self._open = ExitStack()
 
@@ -50,7 +54,8 @@ class SpikeRecord:
         if torch._C._current_graph_task_id() != -1:  # gradient checkpointing recomputes the forward in the backward
             return
         fired = out != 0
-        one = torch.ones((), dtype=out.dtype, device=out.device) if lif.scale is None else lif.scale.to(out.dtype)
+        unit = lif.unit()
+        one = torch.ones((), dtype=out.dtype, device=out.device) if unit is None else unit.to(out.dtype)
         if not ((out == one) | ~fired).all() or not one.all():
             raise ValueError(f'{name}: its output is not binary (0 or 1, times its scale), so that a bit per neuron '
                              f'and step does not hold it; does a hook change it, or is a scale 0?')

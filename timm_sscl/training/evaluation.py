@@ -139,9 +139,9 @@ def _evaluate_one(
     images = broadcast(cast(next(iter(loader))[0][:_ENERGY_IMAGES]))
     energy = estimate_energy(student, images)
     per_step = firing.per_step()
-    layers = {name: dict(firing_rate=rates[name], firing_rate_per_step=per_step[name], entropy=entropy[name])
+    layers = {name: dict(firing_rate=rates[name], firing_rate_per_step=per_step[name], entropy=entropy.get(name))
               for name in rates}
-    mean = [sum(values.values()) / len(values) for values in (rates, entropy)]
+    mean = [sum(values.values()) / len(values) if values else None for values in (rates, entropy)]
     return Evaluation(weights, timesteps, **metrics, firing_rate=mean[0], entropy=mean[1], energy_uj=energy.spiking,
                       ann_energy_uj=energy.ann), layers
 
@@ -155,8 +155,8 @@ def _report_evaluation(args: Namespace, folder: Path, results: List[Evaluation],
     lines = ['', *('  '.join(f'{cell:>{w}}' for cell, w in zip(row, widths)) for row in (columns, *rows))]
     if len(results) == 1:  # with several results, only the JSON file has the layers
         lines += [f'  {name:<30} {v["firing_rate"]:.3f} spikes '
-                  f'({" ".join(f"{r:.3f}" for r in v["firing_rate_per_step"])} step by step), '
-                  f'{v["entropy"]:.3f} bits per neuron and step'
+                  f'({" ".join(f"{r:.3f}" for r in v["firing_rate_per_step"])} step by step)'
+                  + ('' if v["entropy"] is None else f', {v["entropy"]:.3f} bits per neuron and step')
                   for layers in rates.values() for name, v in layers.items()]
     if any(r.energy_uj is not None for r in results):
         lines.append(f'Energy: microjoules of one image\'s arithmetic at 45 nm (4.6 pJ a MAC, 0.9 pJ an addition), '
