@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from timm.layers import set_reentrant_ckpt, use_reentrant_ckpt
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # for `import train`, which is a script at the top and not part of the package
@@ -52,6 +53,14 @@ def _one_thread():
     """train.py sets its process's number of threads, which here is the tests'."""
     yield
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def set_reentrant():
+    """timm's switch between the two kinds of gradient checkpointing, back to where it was after the test."""
+    before = use_reentrant_ckpt()
+    yield set_reentrant_ckpt
+    set_reentrant_ckpt(before)
 
 
 @pytest.fixture(autouse=True)

@@ -165,8 +165,9 @@ def test_checkpoint_restores_variant_options_and_parameters(tmp_path):
 
 
 def test_checkpoint_of_plain_norms_takes_the_variant_away():
-    model, plain = _trained(residual='halved'), timm.create_model('spiking_test_resnet', num_classes=K).eval()
-    model._explicit = frozenset()  # as of a model whose norm came from a checkpoint
+    model, plain = (timm.create_model('spiking_test_resnet', num_classes=K).eval() for _ in range(2))
+    model.load_state_dict(_trained(residual='halved').state_dict())
+    assert model.settings.norm == 'step_scale' and model.settings.residual == 'halved'
     model.load_state_dict(plain.state_dict())
     assert model.settings == plain.settings and type(model.bn1) is type(plain.bn1)
     assert type(model.layer1[0]) is BasicBlock and model.state_dict().keys() == plain.state_dict().keys()

@@ -228,8 +228,8 @@ def _checkpointed_pair(family):
 
 @pytest.mark.parametrize('reentrant', [False, True])
 @pytest.mark.parametrize('family', ['resnet', 'vit'])
-def test_gradient_checkpointing(family, reentrant, monkeypatch):
-    monkeypatch.setattr('timm.layers.config._USE_REENTRANT_CKPT', reentrant)  # set_reentrant_ckpt, undone afterwards
+def test_gradient_checkpointing(family, reentrant, set_reentrant):
+    set_reentrant(reentrant)
     results = []
     for checkpointing in (False, True):
         student, teacher = _checkpointed_pair(family)

@@ -173,9 +173,9 @@ def test_gradient_checkpointing():
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)  # the same terms, added in another order
 
 
-def test_reentrant_checkpointing_is_refused(monkeypatch):
+def test_reentrant_checkpointing_is_refused(set_reentrant):
     """It would give rates without a gradient, in silence."""
-    monkeypatch.setattr('timm.layers.config._USE_REENTRANT_CKPT', True)
+    set_reentrant(True)
     task = _task()
     task.student.set_grad_checkpointing()
     with pytest.raises(RuntimeError, match='set_reentrant_ckpt'):
