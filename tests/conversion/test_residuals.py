@@ -115,12 +115,14 @@ def test_gradient_of_a_block_with_a_shortcut_of_membranes():
 
 
 @pytest.mark.parametrize('residual, options', [KINDS[0], KINDS[2], KINDS[3]], ids=['add', 'iand', 'ms'])
-def test_zero_scale_makes_the_identity_and_calibration_keeps_it(residual, options):
+def test_zero_scale_makes_the_identity_and_calibration_keeps_it(residual, options, caplog):
     model = _create(residual, options, name='resnet20_cifar', width=8)
     last = [b.bn2 for b in _blocks(model)]
     assert not any(norm.weight.any() for norm in last)  # timm's initialisation
-    calibrate(model, _images())
-    assert not any(norm.weight.any() for norm in last)
+    with caplog.at_level('INFO', logger='timm_sscl'):
+        calibrate(model, _images())
+    assert not any(norm.weight.any() for norm in last) and 'never fire' not in caplog.text
+    assert ('8 neuron layers have no current yet' in caplog.text) == (residual == 'sew')
     plain = [b for b in _blocks(model) if b.downsample is None]
     assert len(plain) == 5
     seen = []

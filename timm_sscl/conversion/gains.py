@@ -65,14 +65,15 @@ def calibrate(model: SpikingModule, images: torch.Tensor) -> SpikingModule:
         if variant.scales_currents:
             _logger.warning(f'{type(model).__name__}: the gains make up for the scale that {variant} gives the '
                             f'currents, so that training starts as with plain batch norms.')
+    stay = {name for variant in variants for name in variant.zeros_stay(model)}
     with undone_on_error(model, parameters=True):
-        revive_zeros(model, {name for variant in variants for name in variant.zeros_stay(model)})
+        revive_zeros(model, stay)
         drives = _measure(model, images)
         for name, lif in model.neurons().items():
             lif.set_gain(drives[name].gain if name in drives else None, lif.scale)
     idle = [name for name in model.neurons() if name not in drives]
     result = [drive.result(name) for name, drive in drives.items()]
-    _warn(model, result, idle)
+    _warn(model, result, idle, [drive.name for drive in result if stay and drive.rms == 0])
     model._drives = result
     return model
 
@@ -160,11 +161,21 @@ def normalising_by_batch(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _warn(model: nn.Module, result: List[LayerDrive], idle: List[str]) -> None:
-    """Log layers that never or always fire or did not run, and a summary."""
+def _warn(model: nn.Module, result: List[LayerDrive], idle: List[str], unfed: List[str]) -> None:
+    """Log layers that never or always fire or did not run, and a summary.
+
+    Args:
+        model: The model.
+        result: The measurements.
+        idle: Layers that did not run.
+        unfed: Layers whose current is zero, where a residual variant starts blocks as the identity.
+    """
     kind = type(model).__name__
+    if unfed:
+        _logger.info(f'{kind}: {len(unfed)} neuron layers have no current yet, since their blocks start as the '
+                     f'identity: {", ".join(unfed)}.')
     for names, what in (
-            ([d.name for d in result if d.rate == 0], 'never fire, even after calibration'),
+            ([d.name for d in result if d.rate == 0 and d.name not in unfed], 'never fire, even after calibration'),
             ([d.name for d in result if d.rate == 1], 'always fire, even after calibration'),
             (idle, 'did not run in the forward and have no gain')):
         if names:
