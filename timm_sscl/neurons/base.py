@@ -6,6 +6,7 @@ import torch
 
 from timm_sscl.knobs import build
 
+from .contract import check_output, check_start, check_step
 from .factors import Factors
 from .folding import require_fold
 from .kernels.recursion import membrane_dtype
@@ -94,6 +95,7 @@ class SpikingNeuron(Factors):
 
     def __init__(self, timesteps: int, channels: Optional[Tuple[int, ...]] = None, **settings: Any):
         super().__init__()
+        check_step(type(self), SpikingNeuron)
         check_timesteps(timesteps)
         self.timesteps = timesteps
         self.settings: Any = build(self.Settings, settings, f"neuron '{type(self).__name__}'")
@@ -236,7 +238,10 @@ class SpikingNeuron(Factors):
         if self.needs_channels and self.channels is None:
             raise RuntimeError(f'{type(self).__name__} has parameters per channel, whose number it was not told: '
                                f'channels=(C, 1, 1), or set_channels.')
-        out = self.run(self._unfold(x), x).flatten(0, 1)
+        current = self._unfold(x)
+        out = self.run(current, x)
+        check_output(type(self).__name__, out, current)
+        out = out.flatten(0, 1)
         for factor in (self._parameters.get('amplitude'), self.scale):
             out = out if factor is None else out * factor.to(x.dtype)
         return out
@@ -252,8 +257,10 @@ class SpikingNeuron(Factors):
             Output (T, B, ...).
         """
         settings = self.settings
-        state = self.start(x[0].to(membrane_dtype(x.dtype)))
-        return scan(type(self).step, x, self.gain, state, self.constants(), settings, settings.surrogate_function,
+        state, constants = self.start(x[0].to(membrane_dtype(x.dtype))), self.constants()
+        check_start(f'{type(self).__name__}.start', state)
+        check_start(f'{type(self).__name__}.constants', constants)
+        return scan(type(self).step, x, self.gain, state, constants, settings, settings.surrogate_function,
                     self._buffers.get('progress'))
 
     def adopt_steps(self, state_dict: Dict[str, torch.Tensor], prefix: str) -> None:

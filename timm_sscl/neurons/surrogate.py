@@ -70,9 +70,9 @@ def _bound(function: Surrogate, options: Tuple[Tuple[str, Any], ...]) -> Surroga
         if _PROGRESS in dict(options):
             raise TypeError(f"'{_PROGRESS}' is set by the training")
     except TypeError as error:
-        name = getattr(function, '__name__', repr(function))
         known = [option for option in list(signature.parameters)[2:] if option != _PROGRESS]
-        raise ValueError(f"surrogate '{name}': {error}; its options are {', '.join(known) or 'none'}.") from error
+        raise ValueError(
+            f"surrogate '{_name_of(function)}': {error}; its options are {', '.join(known) or 'none'}.") from error
     return functools.partial(function, **dict(options))
 
 
@@ -103,12 +103,30 @@ def spike(u: torch.Tensor, v_threshold: Any, surrogate: Surrogate) -> torch.Tens
 
     Returns:
         Spikes of u's shape and dtype.
+
+    Raises:
+        ValueError: The surrogate returned no tensor of that shape.
     """
     distance = u - v_threshold
     fired = (distance >= 0).to(u.dtype)
     threshold = v_threshold.detach() if isinstance(v_threshold, torch.Tensor) else v_threshold
-    slope = surrogate(u.detach(), threshold).to(u.dtype)
-    return fired.detach() + slope * (distance - distance.detach())
+    slope = surrogate(u.detach(), threshold)
+    if not isinstance(slope, torch.Tensor) or slope.shape != distance.shape:
+        raise ValueError(_wrong_slope(surrogate, slope, tuple(distance.shape)))
+    return fired.detach() + slope.to(u.dtype) * (distance - distance.detach())
+
+
+def _wrong_slope(surrogate: Surrogate, slope: Any, shape: Tuple[int, ...]) -> str:
+    got = f'a tensor {tuple(slope.shape)}' if isinstance(slope, torch.Tensor) else f'a {type(slope).__name__}'
+    return (f"surrogate '{_name_of(surrogate)}' returned {got}; it must return a tensor of the shape of the potential, "
+            f'{shape}.')
+
+
+def _name_of(surrogate: Surrogate) -> str:
+    """Return the registered name of a surrogate, with or without bound options; else that of the function."""
+    function = getattr(surrogate, 'func', surrogate)
+    names = [name for name in _surrogates if _surrogates.get(name) is function]
+    return names[0] if names else getattr(function, '__name__', repr(function))
 
 
 @register_surrogate('rectangle')

@@ -4,6 +4,7 @@ from typing import Any, Callable, Hashable, Optional, Tuple
 
 import torch
 
+from timm_sscl.neurons.contract import check_stepped
 from timm_sscl.neurons.surrogate import spike
 
 from .backend import run
@@ -81,6 +82,8 @@ def _scan(
     settings = settings_at(settings, progress, dtype)
     for t in range(timesteps):
         x_t = x[t].to(dtype)
-        output, state = step(x_t if gain is None else x_t * gain.to(dtype), state, constants, t, settings)
+        stepped = step(x_t if gain is None else x_t * gain.to(dtype), state, constants, t, settings)
+        check_stepped(step, stepped)
+        output, state = stepped
         outputs.append(output.to(x.dtype))
     return torch.stack(outputs)
