@@ -52,7 +52,7 @@ MOVED = {
 }
 
 
-# package: name -> package that has it now, both below timm_sscl
+# package -> {name: package that has it now}, all below timm_sscl
 MOVED_NAMES = {'report': {'SpikingReport': 'conversion'}}
 
 
@@ -84,7 +84,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 def _old_names(package: str) -> Callable[[str], Any]:
-    """Make a module's __getattr__ that finds the names that moved out of it, with a warning."""
+    """Create a module's __getattr__ that finds names that moved out of it, with a warning."""
     def find(name: str) -> Any:
         if name not in MOVED_NAMES[package]:
             raise AttributeError(f"module '{__package__}.{package}' has no attribute '{name}'")

@@ -1,4 +1,4 @@
-"""Give a module a subclass of its own class, in place: its name, parameters, hooks and settings stay."""
+"""Change the class of a module in place to a subclass of it. Name, parameters, hooks and settings stay."""
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, Dict, Tuple, Type, cast
 
@@ -14,9 +14,9 @@ else:
 
 
 class Mixin(_Base):
-    """Base of what is put in front of a module's own class.
+    """Base of mixins that are put in front of a module's own class.
 
-    The class that results has no importable name. Copies and pickles rebuild it from its two bases.
+    The resulting class has no importable name. Copies and pickles rebuild it from its two bases.
 
     Attributes:
         mixed: The mixin and the module's own class.
@@ -25,12 +25,12 @@ class Mixin(_Base):
 
     @classmethod
     def class_name(cls, base: Type[nn.Module]) -> str:
-        """Name of the class in front of base."""
+        """Return the name of the class (mixin, base)."""
         return base.__name__
 
     @classmethod
     def class_attributes(cls, base: Type[nn.Module]) -> Dict[str, Any]:
-        """Further attributes of the class in front of base."""
+        """Return further attributes of the class (mixin, base)."""
         return {}
 
     def __reduce_ex__(self, protocol: Any) -> Tuple[Any, ...]:
@@ -40,24 +40,24 @@ class Mixin(_Base):
 
 @lru_cache(maxsize=None)
 def mixed_class(mixin: Type[Any], base: Type[Any]) -> Type[Any]:
-    """The class (mixin, base), one per pair, so that isinstance and pickling work."""
+    """Return the class (mixin, base). It is cached per pair, so that isinstance and pickling work."""
     attributes: Dict[str, Any] = {'__module__': base.__module__, 'mixed': (mixin, base), **mixin.class_attributes(base)}
     return type(mixin.class_name(base), (mixin, base), attributes)
 
 
 def new_mixed(mixin: Type[Mixin], base: Type[nn.Module]) -> nn.Module:
-    """An empty instance, for copies and pickles."""
+    """Create an empty instance, for copies and pickles."""
     cls: Any = mixed_class(cast(Any, mixin), cast(Any, base))  # mypy: a class of modules is not Hashable
     return cls.__new__(cls)
 
 
 def mix_in(module: nn.Module, mixin: Type[Mixin]) -> None:
-    """Put a mixin in front of a module's class, in place; one that is in front of it already stays."""
+    """Put a mixin in front of a module's class, in place. Nothing is changed if it is there already."""
     if not isinstance(module, mixin):
         module.__class__ = mixed_class(cast(Any, mixin), cast(Any, type(module)))
 
 
 def take_out(module: nn.Module, mixin: Type[Mixin]) -> None:
-    """Undo mix_in, in place, where the mixin is the outermost of the module's class."""
+    """Undo mix_in, in place, if the mixin is the first of the module's class."""
     if getattr(type(module), 'mixed', (None,))[0] is mixin:
         module.__class__ = cast(Any, type(module)).mixed[1]

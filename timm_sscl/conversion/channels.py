@@ -47,17 +47,17 @@ def find_channels(
         input_size: Optional[Sequence[int]] = None,
         example_inputs: Any = None,
 ) -> Dict[str, _Shape]:
-    """Shape of parameters per channel for each of a spiking model's neurons, (C, 1, 1) for maps and (C,) for tokens.
+    """Return the shape of parameters per channel for neurons of a model: (C, 1, 1) for maps and (C,) for tokens.
 
     Args:
         model: Spiking model.
         neurons: Some of its neurons, by name.
-        what: What has parameters per channel, for messages.
+        what: Name of what has parameters per channel, for messages.
         input_size: Shape of one sample; guessed from the model by default.
-        example_inputs: What the model takes, see `probing.examples`.
+        example_inputs: Input of the model; see `probing.examples`.
 
     Raises:
-        ValueError: A layer did not run, runs on different numbers of channels, or the axis of its channels is unknown.
+        ValueError: A layer did not run, runs on different numbers of channels, or its channel axis is unknown.
     """
     try:
         seen = probe(model, lambda example: _run(model, neurons, example), 2, input_size, example_inputs)

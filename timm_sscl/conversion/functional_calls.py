@@ -251,7 +251,7 @@ _FORWARD = _Functions.forward.__code__
 
 
 def _new_functions(base: Type[nn.Module]) -> nn.Module:
-    """What pickles of version 0.1.0 call."""
+    """Create an instance for unpickling. Pickles of version 0.1.0 call this."""
     return new_mixed(_Functions, base)
 
 

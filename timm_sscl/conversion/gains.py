@@ -110,7 +110,7 @@ def _measure(model: SpikingModule, images: torch.Tensor) -> Dict[str, '_Drive']:
 
 
 class _Drive:
-    """Measures one layer's input and sets its gain, call by call."""
+    """Measure one layer's input and set its gain, call by call."""
 
     def __init__(self, lif: SpikingNeuron, ran: Callable[['_Drive'], Any]):
         self.lif = lif

@@ -64,7 +64,7 @@ def why_no_adapter(module: nn.Module) -> Optional[str]:
     return None
 
 
-_new_adapted = new_mixed  # its name in pickles of version 0.1.0
+_new_adapted = new_mixed  # name in pickles of version 0.1.0
 
 
 def give_neuron(module: nn.Module, neuron: nn.Module) -> None:

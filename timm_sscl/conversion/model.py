@@ -85,8 +85,8 @@ class SpikingModule(SpikingState, Mixin):
     _calls_noise: bool  # whether its own methods call F.dropout or torch.rand
     _repeats_activations: bool  # see feature_activations
     _features_pruned = False
-    _drives: Sequence[Any] = ()  # what calibrate found
-    _folds: Sequence[Any] = ()  # what fold_gains did
+    _drives: Sequence[Any] = ()  # result of calibrate
+    _folds: Sequence[Any] = ()  # result of fold_gains
 
     @classmethod
     def class_name(cls, base: Type[nn.Module]) -> str:
@@ -198,12 +198,12 @@ class SpikingModule(SpikingState, Mixin):
             return (), {name: self._repeat_over_time(x), **self._repeat_like(x, kwargs)}
         return (self._repeat_over_time(x), *self._repeat_like(x, args)), self._repeat_like(x, kwargs)
 
-    def _repeat_like(self, x: torch.Tensor, others: Any) -> Any:
+    def _repeat_like(self, x: torch.Tensor, arguments: Any) -> Any:
         """Return further arguments; tensors that have the batch axis of x are repeated over time."""
         def repeat(other: Any) -> Any:
             has_batch = isinstance(other, torch.Tensor) and other.ndim and other.shape[0] == x.shape[0]
             return torch.cat([other] * self.timesteps) if has_batch else other
-        return tree_map(repeat, others) if others and self.settings.stem is None else others
+        return tree_map(repeat, arguments) if arguments and self.settings.stem is None else arguments
 
     def set_stem(self, name: Optional[str]) -> 'SpikingModule':
         """Let the neuron of this name repeat its current over T (`share_stem` checks first); None undoes it.
@@ -249,14 +249,14 @@ class SpikingModule(SpikingState, Mixin):
         again = again or settings.built_from() != before.built_from()
         for neuron in () if again else self.neurons().values():
             neuron.check_steps(settings.timesteps)
-        others = [kind for kind in KINDS if getattr(settings, kind) != getattr(before, kind)]
+        changed_kinds = [kind for kind in KINDS if getattr(settings, kind) != getattr(before, kind)]
         if replace(settings, timesteps=before.timesteps) != before:
             for variant in variants.values():
                 variant.check(self, settings)
-        with undone_on_error(self) if again or others else nullcontext():
+        with undone_on_error(self) if again or changed_kinds else nullcontext():
             self.settings = settings
             for kind, variant in reversed(before.variants().items()):
-                if again or kind in others:
+                if again or kind in changed_kinds:
                     variant.remove(self)
             if again:
                 unswap_modules(self)
@@ -267,7 +267,7 @@ class SpikingModule(SpikingState, Mixin):
             give_channels(self)
 
     def _configure(self) -> None:
-        """Give variants, neurons and noise the settings; modules that came since the conversion among them."""
+        """Apply the settings to variants, neurons and noise, including modules added since the conversion."""
         settings = self.settings
         for module in self.modules():
             if isinstance(module, SpikingNeuron):

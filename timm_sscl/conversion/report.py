@@ -1,4 +1,4 @@
-"""Report what a conversion did to a model, and how spiking the result is."""
+"""SpikingReport: what a conversion did to a model, and which share of its MACs has spikes as input."""
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -131,7 +131,7 @@ class SpikingReport(Sequence):
 
 
 def make_report(model: nn.Module, records: Sequence[Any]) -> SpikingReport:
-    """Report on a spiking model as it is now.
+    """Create the report on the current state of a spiking model.
 
     Args:
         model: Spiking model.

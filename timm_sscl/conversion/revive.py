@@ -55,7 +55,7 @@ def revive_zeros(model: nn.Module, stay: Collection[str] = ()) -> None:
 
     Args:
         model: The model.
-        stay: Names of modules whose scale may be zero.
+        stay: Names of modules whose scale may stay zero.
     """
     revived = []
     generator = torch.Generator().manual_seed(0)  # leaves the global generator alone

@@ -27,7 +27,8 @@ Pairs = Tuple[Tuple[str, Any], ...]
 
 _MAGIC = b'spiking\x01'
 _HEAD = struct.Struct('<8sII')  # magic, bytes that follow, their CRC-32
-WITH_OPTIONS = tuple(kind for kind in KINDS if kind in ('norm', 'residual'))  # kinds that have <kind>_kwargs
+# kinds of variants with options, <kind>_kwargs
+WITH_OPTIONS = tuple(kind for kind in KINDS if kind in ('norm', 'residual'))
 _KWARGS = 'neuron_kwargs', *(f'{kind}_kwargs' for kind in WITH_OPTIONS)
 _LIF_OPTIONS = tuple(name for name in knob_help(LIF.Settings) if not name.startswith('surrogate'))
 
@@ -60,18 +61,18 @@ class SpikingSettings:
     v_reset: Optional[float] = LIF.Settings.v_reset
     detach_reset: bool = LIF.Settings.detach_reset
     v_init: Optional[float] = LIF.Settings.v_init
-    include: Optional[Tuple[str, ...]] = None  # which activations became neurons, see Policy
+    include: Optional[Tuple[str, ...]] = None  # which activations become neurons, see Policy
     exclude: Optional[Tuple[str, ...]] = None
     stem: Optional[str] = None  # name of the neuron before which everything runs once per image, see share_stem
     stem_pool: Optional[str] = None  # 'avg': average pooling in the stem, see set_stem_pool
-    norm: Optional[str] = None  # registered name of a norm variant
-    calls: Optional[Tuple[str, ...]] = None  # 'name:n': neurons with a copy per call, see set_calls
-    allow_analog: bool = False  # whether nonlinear operations that are no known activations stay analog
+    norm: Optional[str] = None  # registered name of a norm variant, e.g. 'tdbn'
+    calls: Optional[Tuple[str, ...]] = None  # 'name:n': neurons with one copy per call, see set_calls
+    allow_analog: bool = False  # whether unknown nonlinear operations may stay analog
     neuron: str = 'lif'  # registered name
     neuron_kwargs: Pairs = ()  # options of the neuron by name; LIF options are moved to the fields above
     surrogate: Optional[str] = None  # registered name; None is replaced by the neuron's default
     surrogate_kwargs: Pairs = ()
-    norm_kwargs: Pairs = ()  # options of the norm variant, all of them after construction
+    norm_kwargs: Pairs = ()  # options of the norm variant, completed by their defaults
     residual: Optional[str] = None  # registered name of a residual variant
     residual_kwargs: Pairs = ()
 
@@ -110,18 +111,19 @@ class SpikingSettings:
         return create_neuron(self.neuron, self.timesteps, **self.neuron_options())
 
     def variants(self) -> Dict[str, Variant]:
-        """What a model with these settings has besides its neurons, by kind, in the order in which it is applied."""
+        """Return the variants in these settings by kind, in the order in which they are applied."""
         found = {}
         for kind in KINDS:
             name, options = getattr(self, kind), dict(getattr(self, f'{kind}_kwargs', ()))
-            if kind == 'stem' and name is not None:  # the setting is the neuron's name
+            if kind == 'stem' and name is not None:  # this setting is the neuron's name
                 name, options = 'shared', dict(neuron=name)
             if name is not None:
                 found[kind] = create_variant(kind, name, **options)
         return found
 
     def built_from(self) -> Pairs:
-        """Settings that the neurons' parameters are made from: where they change, so do the neurons."""
+        """Return the settings that determine the neurons' initial parameters. If they change, the neurons are replaced.
+        """
         options = self.neuron_options()
         return tuple((name, options[name]) for name in neuron_class(self.neuron).built_from)
 
@@ -195,7 +197,7 @@ class SpikingSettings:
         return cls.from_stored(decode_tensor(tensor))
 
 
-# settings that are registered names, and what lists those
+# settings that are registered names -> function that lists these names
 REGISTERED: Dict[str, Callable[[], List[str]]] = {
     'neuron': list_neurons, 'surrogate': list_surrogates,
     **{kind: partial(list_variants, kind) for kind in KINDS if kind != 'stem'}}

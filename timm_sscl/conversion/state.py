@@ -1,4 +1,4 @@
-"""A converted model's settings and gains are buffers: what loads, moves or averages state takes them along."""
+"""Settings and gains of a converted model are buffers, so that they are loaded, moved and averaged with other state."""
 import logging
 from typing import Any, Dict, FrozenSet, Iterable, List, Optional
 
@@ -7,7 +7,7 @@ import torch
 from .function_calls import spread_over_calls
 from timm_sscl.neurons import SpikingNeuron
 from timm_sscl.neurons.factors import FACTORS
-from timm_sscl.neurons.watched import Seen, changed, is_readable, read_values
+from timm_sscl.neurons.watched import BufferSnapshot, changed, is_readable, read_values
 from .settings import (
     SETTINGS_KEY, WITH_OPTIONS, SpikingSettings, decode_bytes, decode_tensor, encode, is_option_key)
 
@@ -17,13 +17,13 @@ _logger = logging.getLogger(__name__)
 
 
 def split_spiking_state(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
-    """Remove from a state dict, and return, what only a spiking model knows."""
+    """Remove the entries that only a spiking model has from a state dict, and return them."""
     keys = [key for key in state_dict if key == SETTINGS_KEY or key.endswith(tuple(FACTORS.values()))]
     return {key: state_dict.pop(key) for key in keys}
 
 
 def _keys(neuron: SpikingNeuron) -> List[str]:
-    """Keys of a neuron in a state dict: its gain, its scale, and what it has besides."""
+    """Return the keys of a neuron in a state dict: gain, scale, and its other state."""
     return list(dict.fromkeys([*FACTORS.values(), *neuron.state_dict()]))
 
 
@@ -32,19 +32,19 @@ def _as_tensor(data: bytes, device: Any) -> torch.Tensor:
 
 
 class SpikingState:
-    """Mixin for a converted model: its settings in the buffer spiking_settings, its gains in its neurons' buffers.
+    """Mixin for a converted model: settings in the buffer spiking_settings, gains in the buffers of its neurons.
 
-    The buffer is the truth. It is read again when somebody wrote into it or put another in its place, which its
-    identity and version tell, in eager mode; compiled code takes the settings that were read last.
+    The buffer is authoritative. In eager mode it is read again if someone wrote to it or replaced it, which its
+    identity and version show. Compiled code uses the settings that were last read.
     """
-    _explicit: FrozenSet[str]  # names of the settings that were asked for, which a checkpoint does not override
-    _spiking_settings: SpikingSettings  # those of the buffer, as last read or written
-    _spiking_data: bytes  # the buffer's, as last read or written
-    _spiking_seen: Optional[Seen] = None  # the buffer that this was
+    _explicit: FrozenSet[str]  # names of settings that were explicitly given; a checkpoint does not override them
+    _spiking_settings: SpikingSettings  # settings in the buffer when last read or written
+    _spiking_data: bytes  # bytes of the buffer when last read or written
+    _spiking_seen: Optional[BufferSnapshot] = None  # snapshot of that buffer
 
     @property
     def settings(self) -> SpikingSettings:
-        """All that the numbers depend on besides the weights."""
+        """Everything besides the weights that determines the output."""
         self._read_settings()
         return self._spiking_settings
 
@@ -61,7 +61,7 @@ class SpikingState:
     # ---- the buffer
 
     def _kind_of_gains(self) -> str:
-        """What the neurons' gains and scales are: 'none', one per 'layer', or one per 'channel'."""
+        """Return the kind of the neurons' gains and scales: 'none', one per 'layer', or one per 'channel'."""
         return max((lif.kind_of_factors() for lif in self.neurons().values()), key=['none', 'layer', 'channel'].index,
                    default='none')
 
@@ -69,7 +69,7 @@ class SpikingState:
         return encode(self._spiking_settings.stored(self._kind_of_gains()))
 
     def _put_settings(self, data: bytes) -> None:
-        """Write the buffer: in place, as lists of the model's buffers know this tensor."""
+        """Write the buffer in place, since others may refer to this tensor."""
         buffer, self._spiking_data = self._buffers[SETTINGS_KEY], data
         new = _as_tensor(data, buffer.device)
         if buffer.dtype != torch.uint8 or (buffer.is_inference() and not torch.is_inference_mode_enabled()):
@@ -77,13 +77,13 @@ class SpikingState:
         else:
             with torch.no_grad():
                 buffer.copy_(new)
-        self.__dict__['_spiking_seen'] = Seen.now(self._buffers[SETTINGS_KEY])
+        self.__dict__['_spiking_seen'] = BufferSnapshot.now(self._buffers[SETTINGS_KEY])
 
     def _read_settings(self) -> None:
-        """Take over what was written into the buffer, or put in its place, since it was last read.
+        """Apply settings that were written to the buffer, or put in its place, since it was last read.
 
         Raises:
-            RuntimeError: It is damaged, or of a model with other neurons.
+            RuntimeError: The buffer is damaged, or belongs to a model with other neurons.
         """
         if torch.compiler.is_compiling():
             return
@@ -93,19 +93,20 @@ class SpikingState:
         data = bytes(map(int, read_values(buffer)))
         if data != self._spiking_data:
             self._adopt_settings(data, asked_for_stays=seen is None or buffer is not seen.tensor)
-        self.__dict__['_spiking_seen'] = Seen.now(self._buffers[SETTINGS_KEY])
+        self.__dict__['_spiking_seen'] = BufferSnapshot.now(self._buffers[SETTINGS_KEY])
 
     def _adopt_settings(self, data: bytes, asked_for_stays: bool) -> None:
-        """Take over settings that came past load_state_dict: by an averaged copy's update, or a loader of its own."""
+        """Apply settings that did not come through load_state_dict, but from an averaged copy or another loader."""
         try:
             stored = decode_bytes(data)
             settings = SpikingSettings.from_stored(stored) if stored is not None else None
         except ValueError as error:
             raise RuntimeError(f'{type(self).__name__}: {error}') from error
-        if stored is None:  # memory that nobody wrote
+        if stored is None:  # uninitialised memory
             self._put_settings(self._spiking_data)
             return
-        structure = ['include', 'exclude', 'calls', 'neuron']  # which neurons there are, and which parameters
+        # settings that determine which neurons and parameters exist
+        structure = ['include', 'exclude', 'calls', 'neuron']
         for variants in (settings.variants(), self._spiking_settings.variants()):
             structure += [kind for kind, variant in variants.items() if variant.changes_state]
         pairs = [(name, getattr(settings, name), getattr(self._spiking_settings, name)) for name in structure]
@@ -139,13 +140,13 @@ class SpikingState:
     # ---- a state dict
 
     def state_dict(self, *args, prefix: str = '', **kwargs) -> Dict[str, Any]:
-        if self._encode_settings() != self._spiking_data:  # gains were set
+        if self._encode_settings() != self._spiking_data:  # gains were set since
             self._read_settings()
             self._put_settings(self._encode_settings())
         state = super().state_dict(*args, prefix=prefix, **kwargs)
         seen = set()
         for name, module in self.named_modules(remove_duplicate=False):
-            if isinstance(module, SpikingNeuron) and id(module) in seen:  # safetensors refuses two names for a tensor
+            if isinstance(module, SpikingNeuron) and id(module) in seen:  # safetensors refuses two names for one tensor
                 for key in _keys(module):
                     state.pop(f'{prefix}{name}.{key}', None)
             seen.add(id(module))
@@ -159,7 +160,9 @@ class SpikingState:
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def load_spiking_state(self, state_dict: Dict[str, torch.Tensor]) -> None:
-        """Take settings, and what only a spiking model has (see `split_spiking_state`), out of a state dict."""
+        """Load only the settings and the state that only a spiking model has (see `split_spiking_state`) from a state
+        dict.
+        """
         state_dict = dict(state_dict)
         self._take_settings(state_dict, '')
         for name, lif in self.neurons().items():
@@ -175,7 +178,8 @@ class SpikingState:
                     own[key].copy_(value)
 
     def _take_settings(self, state_dict: Dict[str, torch.Tensor], prefix: str) -> None:
-        """Restore a state dict's settings, and put in what it lacks: an ANN's has none, 0.1.0's no gains that are 1."""
+        """Restore the settings in a state dict and complete it: an ANN's has none, and one of 0.1.0 has no gains of 1.
+        """
         self._read_settings()
         tensor, stored = state_dict.get(prefix + SETTINGS_KEY), {}
         if tensor is not None and not tensor.is_meta:
@@ -184,8 +188,8 @@ class SpikingState:
                 settings = SpikingSettings.from_stored(stored)
             except ValueError as error:
                 raise RuntimeError(f'{type(self).__name__}: {error}') from error
-            held = [v for k, v in state_dict.items() if k.startswith(prefix) and k.endswith(tuple(FACTORS.values()))]
-            self._check_channels(stored, [*held, *self._neuron_factors()])
+            factors = [v for k, v in state_dict.items() if k.startswith(prefix) and k.endswith(tuple(FACTORS.values()))]
+            self._check_channels(stored, [*factors, *self._neuron_factors()])
             self._restore_with_steps(settings, state_dict, prefix)
         device = next((v.device for k, v in state_dict.items() if k.startswith(prefix)), torch.device('cpu'))
         gains = stored.get('gains')
@@ -207,8 +211,12 @@ class SpikingState:
             from_0_1_0: bool,
             from_ann: bool,
     ) -> None:
-        """Give each neuron a gain and a scale: those held under another of its names, 1 from 0.1.0, or its own; and its
-        own parameters, where they are an ANN's."""
+        """Complete a state dict with each neuron's gain and scale, and for an ANN's state with the neuron's own
+        parameters.
+
+        A missing factor is taken from another name of the same neuron; else it is 1 for a state of 0.1.0, or the
+        neuron's own.
+        """
         spread_over_calls(self, state_dict, prefix, FACTORS.values())
         names: Dict[SpikingNeuron, List[str]] = {}
         for name, module in self.named_modules(remove_duplicate=False):
@@ -226,7 +234,7 @@ class SpikingState:
                     state_dict.update((f'{name}.{key}', value) for name in aliases)
 
     def _restore_with_steps(self, stored: SpikingSettings, state_dict: Dict[str, torch.Tensor], prefix: str) -> None:
-        """Restore settings, after the neurons have parameters for as many time steps as those that will be loaded."""
+        """Resize parameters per timestep to those that will be loaded, then restore the settings."""
         neurons = self.neurons()
         before = [(p, p.data) for neuron in neurons.values() for p in map(neuron._parameters.get, neuron.per_step)]
         try:
@@ -239,10 +247,10 @@ class SpikingState:
             raise
 
     def _restore_settings(self, stored: SpikingSettings) -> None:
-        """Take over a checkpoint's settings; what was asked for explicitly stays, and what differs is logged."""
+        """Apply a checkpoint's settings. Explicitly given settings stay; differences are logged."""
         own, theirs = self._spiking_settings.flat(), stored.flat()
         kept = self._explicit & own.keys()
-        if 'neuron' in kept and own['neuron'] != theirs['neuron']:  # the options of another neuron
+        if 'neuron' in kept and own['neuron'] != theirs['neuron']:  # they are options of another neuron
             theirs = {name: value for name, value in theirs.items() if not is_option_key(name)}
             kept |= {name for name in own if is_option_key(name)} | {'surrogate', 'surrogate_kwargs'}
         if 'surrogate' in kept and own['surrogate'] != theirs['surrogate']:
@@ -262,7 +270,7 @@ class SpikingState:
             self._set_settings(restored)
 
     def _forget(self, state_dict: Dict[str, torch.Tensor], prefix: str) -> None:
-        """Drop an ANN's parameters of activations that are neurons now (StarReLU's scale and bias, EvoNorm's v)."""
+        """Remove an ANN's parameters of activations that became neurons (StarReLU's scale and bias, EvoNorm's v)."""
         dropped = 0
         for name, module in self.named_modules():
             forgotten = getattr(module, 'forgotten', ())
@@ -279,7 +287,7 @@ class SpikingState:
     def _apply(self, fn, recurse=True):
         self._read_settings()
         super()._apply(fn, recurse)
-        self._put_settings(self._encode_settings())  # to_empty leaves anything in it
+        self._put_settings(self._encode_settings())  # to_empty leaves arbitrary values
         return self
 
     def train(self, mode: bool = True) -> 'SpikingState':
@@ -291,4 +299,4 @@ class SpikingState:
         super().__setstate__(state)
         if SETTINGS_KEY not in self._buffers:  # a pickle of version 0.1.0
             self.settings = self.__dict__.pop('settings')
-        self.__dict__['_spiking_seen'] = Seen(self._buffers[SETTINGS_KEY], None).again()
+        self.__dict__['_spiking_seen'] = BufferSnapshot(self._buffers[SETTINGS_KEY], None).again()

@@ -25,7 +25,7 @@ from .trained_check import TrainedCheck
 __all__ = ['SSCLLoss']
 
 _logger = logging.getLogger(__name__)
-_TrainedCheck = TrainedCheck  # the name in pickles of version 0.1.0
+_TrainedCheck = TrainedCheck  # name in pickles of version 0.1.0
 
 
 class SSCLLoss(nn.Module):

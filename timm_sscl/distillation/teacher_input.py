@@ -74,7 +74,7 @@ class TeacherInput:
         return out
 
     def __setstate__(self, state: dict) -> None:
-        self.__dict__.update({'transform': None, **state})  # version 0.1.0 had none
+        self.__dict__.update({'transform': None, **state})  # version 0.1.0 had no transform
 
     def __repr__(self) -> str:
         return f'TeacherInput(size={self.size}, renormalize={self.renormalize}, transform={self.transform})'

@@ -88,7 +88,7 @@ class ChannelAxes(TorchFunctionMode):
         return known if known is not None else default_axis(x.ndim)
 
     def known_axis(self, x: torch.Tensor) -> Optional[int]:
-        """Axis of the channels of a tensor that was seen; None of others."""
+        """Return the channel axis of a tensor, or None if it is unknown."""
         return self._axes.get(x)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):

@@ -56,7 +56,8 @@ class _PreHook(_Hook):
     """Forward pre-hook of the whole model. It starts a record."""
 
     def __getstate__(self) -> Dict[str, Any]:
-        return {**self.__dict__, 'model': getattr(self.recorder, 'model', None)}  # in a copy: the copy
+        # of a copied hook, this is the copied model
+        return {**self.__dict__, 'model': getattr(self.recorder, 'model', None)}
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
         model = state.pop('model')
@@ -82,7 +83,7 @@ class _Record:
 
     def __init__(self, inputs: Any, training: bool):
         self.training = training
-        self.without_gradients: Set[Tuple[str, bool]] = set()  # places that ran so in a call with gradients
+        self.without_gradients: Set[Tuple[str, bool]] = set()  # places that ran without gradients
         self.inputs = [(x, _version(x)) for x in inputs if isinstance(x, torch.Tensor)]
         self.outputs: Dict[Tuple[str, bool], List[Any]] = {}  # place -> one output per call
 

@@ -4,7 +4,7 @@ from typing import Any, Dict, Optional
 import torch
 import torch.nn as nn
 
-from .watched import Seen, changed, is_readable, read_values
+from .watched import BufferSnapshot, changed, is_readable, read_values
 
 __all__ = ['Factors', 'FACTORS']
 
@@ -24,7 +24,7 @@ class Factors(nn.Module):
         for key in FACTORS.values():
             self.register_buffer(key, None)
         self._in_force = dict.fromkeys(FACTORS.values(), False)  # whether a factor differs from 1
-        self._seen: Dict[str, Seen] = {}  # snapshot of each buffer when it was last read
+        self._seen: Dict[str, BufferSnapshot] = {}  # snapshot of each buffer when it was last read
 
     @property
     def gain(self) -> Optional[torch.Tensor]:
@@ -64,7 +64,7 @@ class Factors(nn.Module):
         for key in FACTORS.values():
             if self._buffers[key] is None:
                 self._buffers[key] = torch.ones((), dtype=dtype, device=like.device)
-                self._seen[key] = Seen.now(self._buffers[key])
+                self._seen[key] = BufferSnapshot.now(self._buffers[key])
 
     def _factor(self, key: str) -> Optional[torch.Tensor]:
         """Return a factor, None if it is 1. The buffer is read again if it changed."""
@@ -79,7 +79,7 @@ class Factors(nn.Module):
         value = self._buffers[key]
         if is_readable(value):
             self._in_force[key] = any(v != 1 for v in read_values(value))
-            self._seen[key] = Seen.now(value)
+            self._seen[key] = BufferSnapshot.now(value)
 
     def _set_factor(self, key: str, value: Optional[torch.Tensor]) -> None:
         before = self._factor(key)

@@ -6,29 +6,29 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import _disable_current_modes
 
-__all__ = ['Seen', 'changed', 'is_readable', 'read_values']
+__all__ = ['BufferSnapshot', 'changed', 'is_readable', 'read_values']
 
 
 _UNREAD = -1  # not a version of any tensor
 
 
-class Seen(NamedTuple):
+class BufferSnapshot(NamedTuple):
     """Snapshot of a buffer when it was read."""
     tensor: torch.Tensor
     version: Optional[int]
     content: Optional[bytes] = None  # its bytes, if they are in this process's memory
 
     @classmethod
-    def now(cls, tensor: torch.Tensor) -> 'Seen':
+    def now(cls, tensor: torch.Tensor) -> 'BufferSnapshot':
         """Take a snapshot of a tensor."""
         return cls(tensor, None if tensor.is_inference() else tensor._version, _content(tensor))
 
-    def again(self) -> 'Seen':
+    def again(self) -> 'BufferSnapshot':
         """Return a snapshot without a version: the buffer is read again unless its bytes are known to be equal."""
         return self._replace(version=_UNREAD)
 
 
-def changed(tensor: torch.Tensor, seen: Optional[Seen], training: bool) -> bool:
+def changed(tensor: torch.Tensor, seen: Optional[BufferSnapshot], training: bool) -> bool:
     """Return whether a buffer must be read again: it is another tensor or was written in place.
 
     On the CPU its bytes are compared. On other devices its version is, which does not count writes to `tensor.data` or

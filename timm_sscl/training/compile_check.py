@@ -3,7 +3,7 @@ import difflib
 from typing import Optional
 
 import torch
-from torch._dynamo import lookup_backend  # a backend may be an entry point of a package, which no list has
+from torch._dynamo import lookup_backend  # a backend may be registered by another package and not be in any list
 
 from .errors import OptionError
 

@@ -1,4 +1,4 @@
-"""The audit of one conversion."""
+"""Audit a conversion: run the model and collect the operations that the records do not list."""
 from dataclasses import dataclass, field
 from typing import Any, FrozenSet, List, Sequence
 

@@ -78,7 +78,7 @@ def _pass(model: nn.Module, example: Example) -> Run:
     for name, module in model.named_modules():
         if isinstance(module, SpikingNeuron):
             module.__dict__['forward'] = fire(module, name)
-        elif isinstance(module, BatchNormOverTime):  # a norm, however it computes that
+        elif isinstance(module, BatchNormOverTime):  # count it as a norm, whatever its implementation
             module.__dict__['normalise'] = _known_norm
     try:
         with places.watched(), torch.no_grad(), detours, interpreter:
@@ -95,7 +95,7 @@ def _pass(model: nn.Module, example: Example) -> Run:
 
 
 def _known_norm(x: torch.Tensor) -> torch.Tensor:
-    """Run one operation that the interpreter knows as a norm."""
+    """Run a single operation that the interpreter knows as a norm."""
     statistics = (torch.full((x.shape[1],), value, device=x.device, dtype=x.dtype) for value in (0., 1.))
     return F.batch_norm(x, *statistics)
 

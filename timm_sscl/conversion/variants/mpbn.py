@@ -22,11 +22,11 @@ _CHILD = 'membrane_norm'
 
 
 class MembraneBatchNorm(_BatchNorm):
-    """Batch norm of a potential (B, ...) whose channels lie on any axis.
+    """Batch norm of a potential (B, ...) with channels on any axis.
 
     Args:
         num_features: Number of channels.
-        axis: Their axis, counted from the last.
+        axis: Channel axis, counted from the last.
         options: Further arguments of nn.BatchNorm2d.
     """
 
@@ -42,7 +42,7 @@ class MembraneBatchNorm(_BatchNorm):
 
 
 class _Normalised:
-    """A neuron's settings whose `spike` normalises the potential before it compares it with the threshold."""
+    """A neuron's settings whose `spike` normalises the potential before comparing it with the threshold."""
 
     def __init__(self, neuron: 'NormalisedNeuron'):
         self.settings = neuron.settings
@@ -57,17 +57,17 @@ class _Normalised:
 
 
 class NormalisedNeuron(Mixin):
-    """Mixin for a LIF, or another neuron whose step calls its settings' `spike` once.
+    """Mixin for a neuron whose step calls its settings' `spike` once, such as the LIF.
 
-        spike = Theta(norm(u) - v_threshold)        the reset is that of u itself
+        spike = Theta(norm(u) - v_threshold)        the reset applies to u itself
 
-    One norm serves all timesteps. In training every step is normalised by its own batch and moves the running
-    statistics, T times a forward. A surrogate is evaluated at the normalised potential.
+    One norm serves all timesteps. In training, every timestep is normalised by its own batch and updates the running
+    statistics, T times per forward. The surrogate is evaluated at the normalised potential.
     """
     membrane_norm: MembraneBatchNorm
 
     def surrogate_now(self) -> Any:
-        """The surrogate, at this moment of the training where it changes with it."""
+        """Return the surrogate at the current progress of the training."""
         progress, surrogate = self._buffers.get('progress'), self.settings.surrogate_function
         return surrogate if progress is None else lambda u, v: surrogate(u, v, progress=progress)
 
@@ -84,10 +84,10 @@ class NormalisedNeuron(Mixin):
 
 @register_variant('norm', 'mpbn')
 class MPBN(Variant):
-    """Every neuron has a batch norm of its own in front of its threshold; the model's own norms stay.
+    """Add a batch norm before the threshold of every neuron. The model's own norms stay.
 
-    A probe shows where each neuron has its channels. The authors train LIF neurons with a decay factor of 0.25, a hard
-    reset, a threshold of 0.5 and the surrogate 'dspike'. The recursion runs without the neurons' own kernels.
+    A probe finds the channel axis of each neuron. The authors train LIF neurons with a decay factor of 0.25, a hard
+    reset, a threshold of 0.5 and the surrogate 'dspike'. The recursion runs without the neurons' fast kernels.
     """
     changes_state = True
 
