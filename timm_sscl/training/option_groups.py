@@ -109,6 +109,8 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--model-dtype', default=None, choices=['float32', 'float16', 'bfloat16', 'float64'])
     group.add_argument('--no-ddp-bb', action='store_true', help='no broadcast of buffers')
     group.add_argument('--synchronize-step', action='store_true')
+    group.add_argument('--deterministic', action='store_true',
+                       help='on a GPU: kernels that sum in a fixed order; slower')
     group.add_argument('--local_rank', default=0, type=int, help=argparse.SUPPRESS)
     group.add_argument('--device-modules', default=None, type=str, nargs='+', help='modules to import first')
 

@@ -23,6 +23,8 @@ def create_accelerator(args: Namespace) -> Accelerator:
     Raises:
         OptionError: The options do not fit the devices, or the processes were launched without knowing of each other.
     """
+    if args.deterministic:
+        _use_deterministic_kernels()
     has_device = torch.cuda.is_available() or (hasattr(torch, 'accelerator') and torch.accelerator.is_available())
     precision = {'float16': 'fp16', 'bfloat16': 'bf16'}[args.amp_dtype] if args.amp else None
     cpu = args.device == 'cpu' or not has_device
@@ -46,6 +48,14 @@ def create_accelerator(args: Namespace) -> Accelerator:
     if accelerator.mixed_precision == 'fp16' and accelerator.device.type == 'cpu':
         raise OptionError('--mixed_precision fp16 does not train on a CPU; bf16 does.')
     return accelerator
+
+
+def _use_deterministic_kernels() -> None:
+    """Ask PyTorch for kernels that sum in a fixed order. It warns of operations that have none."""
+    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # read when CUDA starts
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 # environment variable set by accelerate launch -> name of the sharding

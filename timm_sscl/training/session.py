@@ -1,7 +1,7 @@
 """Session: objects that the teacher's and the student's training share."""
 import signal
 from argparse import Namespace
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Callable, Dict, Tuple
 
 import torch
@@ -20,6 +20,16 @@ class Session:
     accelerator: Accelerator
     make_loaders: Callable[[], Loaders]
     stop: StopRequest
+    _first_scale: Dict[str, Any] = field(init=False, default_factory=dict)
+
+    def __post_init__(self):
+        scaler = getattr(self.accelerator, 'scaler', None)
+        self._first_scale = scaler.state_dict() if scaler is not None else {}
+
+    def reset_loss_scale(self) -> None:
+        """Restore the loss scale of --amp that the run began with, so that no training depends on the one before."""
+        if self._first_scale:
+            self.accelerator.scaler.load_state_dict(self._first_scale)
 
     @property
     def launch(self) -> Dict[str, Any]:

@@ -154,6 +154,7 @@ def start_training(
     args = Namespace(**{**vars(args), 'lr': resolve_lr(args, accelerator.num_processes)})
     loaders = session.make_loaders()
     random_seed(args.seed, accelerator.process_index)
+    session.reset_loss_scale()
     updates = math.ceil(len(loaders.train) / accelerator.num_processes / args.grad_accum_steps)
     trainable: Any = task.get_trainable_module()
     optimizer, scheduler, epochs = create_optimizer_and_schedule(args, trainable, updates)

@@ -41,9 +41,9 @@ IRRELEVANT = frozenset((
     'val_split', 'val_num_samples', 'validation_batch_size', 'val_interval', 'eval_metric', 'eval_only',
     'eval_timesteps',
     # where and how fast the run executes, and what it writes
-    'device', 'device_modules', 'threads', 'local_rank', 'synchronize_step', 'channels_last', 'workers', 'pin_mem',
-    'no_prefetcher', 'output', 'experiment', 'log_interval', 'save_images', 'report_to', 'checkpoint_hist',
-    'recovery_interval', 'resume', 'no_resume_opt', 'start_epoch', 'config', 'dataset_download',
+    'device', 'device_modules', 'threads', 'local_rank', 'synchronize_step', 'deterministic', 'channels_last',
+    'workers', 'pin_mem', 'no_prefetcher', 'output', 'experiment', 'log_interval', 'save_images', 'report_to',
+    'checkpoint_hist', 'recovery_interval', 'resume', 'no_resume_opt', 'start_epoch', 'config', 'dataset_download',
     'dataset_trust_remote_code', 'max_unreadable',
     'plugin',  # contained in the key as digests of the files that define the teacher, the data set or the optimizer
     'seed',  # runs with different seeds share one teacher
