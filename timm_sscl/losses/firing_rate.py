@@ -67,7 +67,6 @@ class FiringRateLoss(nn.Module):
         return {name: {'firing_rate': rate} for name, rate in zip(self._names, self._rates.tolist())}
 
     def forward(self, step: TrainStep) -> torch.Tensor:
-        assert step.firing_rates is not None  # needs_firing_rates
         rates = batch_mean(torch.stack(list(step.firing_rates.values())), step.input.shape[0])
         self._names, self._rates = list(step.firing_rates), rates.detach()
         return firing_rate_loss(rates, self.low, self.high)

@@ -1,11 +1,14 @@
 """TrainStep: the input of every registered loss."""
 from dataclasses import dataclass, field
-from typing import Dict, List, Optional
+from typing import Any, Dict, List
 
 import torch
 import torch.nn as nn
 
 __all__ = ['TrainStep']
+
+
+_ABSENT: Any = None  # of what no loss needs; a loss that said its need finds the declared type
 
 
 @dataclass
@@ -27,10 +30,10 @@ class TrainStep:
     target: torch.Tensor
     step_logits: torch.Tensor
     student: nn.Module
-    teacher_logits: Optional[torch.Tensor] = None
-    student_features: Optional[List[torch.Tensor]] = field(default=None, repr=False)
-    teacher_features: Optional[List[torch.Tensor]] = field(default=None, repr=False)
-    firing_rates: Optional[Dict[str, torch.Tensor]] = field(default=None, repr=False)
+    teacher_logits: torch.Tensor = _ABSENT
+    student_features: List[torch.Tensor] = field(default=_ABSENT, repr=False)
+    teacher_features: List[torch.Tensor] = field(default=_ABSENT, repr=False)
+    firing_rates: Dict[str, torch.Tensor] = field(default=_ABSENT, repr=False)
 
     @property
     def logits(self) -> torch.Tensor:

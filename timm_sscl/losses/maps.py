@@ -25,7 +25,8 @@ def same_size(student: torch.Tensor, teacher: torch.Tensor) -> Tuple[torch.Tenso
                          f'their axes: compare taps of one kind.')
     if student.ndim != 4 or student.shape[2:] == teacher.shape[2:]:
         return student, teacher
-    size = tuple(map(min, student.shape[2:], teacher.shape[2:]))
+    height, width = map(min, student.shape[2:], teacher.shape[2:])
+    size = height, width
     return F.adaptive_avg_pool2d(student, size), F.adaptive_avg_pool2d(teacher, size)
 
 
