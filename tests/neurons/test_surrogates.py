@@ -13,9 +13,6 @@ from timm_sscl.neurons import lif_backend, spike
 from timm_sscl.neurons.surrogate import resolve_surrogate
 from timm_sscl.training.loop import begin_epoch
 
-snntorch_surrogate = pytest.importorskip('snntorch.surrogate')
-sj = pytest.importorskip('spikingjelly.activation_based.surrogate')
-
 THRESHOLD = .5
 
 
@@ -93,18 +90,23 @@ def test_spike_has_this_gradient(case):
     torch.testing.assert_close(by_threshold, -by_u.sum())
 
 
+# peers, where they are installed: library, maker of its surrogate from its module
+SJ, SNNTORCH = 'spikingjelly.activation_based.surrogate', 'snntorch.surrogate'
 PEERS = {
-    'rectangle_open': lambda: sj.Rect(alpha=2.), 'triangle_narrow': lambda: sj.PiecewiseQuadratic(alpha=2.),
-    'sigmoid': lambda: sj.Sigmoid(alpha=4.), 'atan': lambda: sj.ATan(alpha=2.),
-    'superspike': lambda: sj.SuperSpike(alpha=1.), 'erf': lambda: sj.Erf(alpha=2.),
-    'sigmoid_steep': lambda: snntorch_surrogate.sigmoid(slope=25),
-    'fast_sigmoid': lambda: snntorch_surrogate.fast_sigmoid(slope=25)}
+    'rectangle_open': (SJ, lambda sj: sj.Rect(alpha=2.)),
+    'triangle_narrow': (SJ, lambda sj: sj.PiecewiseQuadratic(alpha=2.)),
+    'sigmoid': (SJ, lambda sj: sj.Sigmoid(alpha=4.)), 'atan': (SJ, lambda sj: sj.ATan(alpha=2.)),
+    'superspike': (SJ, lambda sj: sj.SuperSpike(alpha=1.)), 'erf': (SJ, lambda sj: sj.Erf(alpha=2.)),
+    'sigmoid_steep': (SNNTORCH, lambda snntorch: snntorch.sigmoid(slope=25)),
+    'fast_sigmoid': (SNNTORCH, lambda snntorch: snntorch.fast_sigmoid(slope=25))}
 
 
 @pytest.mark.parametrize('case', PEERS)
 def test_peers(case):
+    library, make = PEERS[case]
+    peer = make(pytest.importorskip(library))
     z = torch.randn(500, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    theirs, = torch.autograd.grad(PEERS[case]()(z).sum(), z)
+    theirs, = torch.autograd.grad(peer(z).sum(), z)
     torch.testing.assert_close(_of(case)(z.detach() + THRESHOLD, THRESHOLD).double(), theirs, rtol=1e-7, atol=1e-9)
 
 
