@@ -57,29 +57,32 @@ def running(pid):
 
 
 def kill_at_random(pid, cwd, moments):
-    """kill -9: one time in four while the run starts, else within some steps after it began to write checkpoints."""
+    """kill -9: one time in four while the run starts, else some steps after it began to write checkpoints."""
     if moments.random() < 0.25:
         time.sleep(moments.uniform(0.2, 1.5))
     else:
-        known = set(cwd.rglob('recovery-*'))
-        while not set(cwd.rglob('recovery-*')) - known and running(pid):
-            time.sleep(0.002)
-        time.sleep(moments.uniform(0, 0.3))
+        known, seen, steps = set(cwd.rglob('recovery-*')), set(), moments.randint(1, 6)
+        while len(seen) < steps and running(pid):
+            seen |= set(cwd.rglob('recovery-*')) - known
+            time.sleep(0.005)
+        time.sleep(moments.uniform(0, 0.1))
     try:
         os.kill(pid, signal.SIGKILL)
     except ProcessLookupError:  # it had ended
         pass
 
 
-def kill_until_it_ends(server, args, cwd, moments):
-    """How often a run was killed before it came to its end."""
+def kill_until_it_ends(server, args, cwd, moments, most=12):
+    """How often a run was killed before it came to its end; after `most` times it is left alone."""
     kills = 0
     while True:
         pid = server.start(args, cwd)
         killer = threading.Thread(target=kill_at_random, args=(pid, cwd, moments))
-        killer.start()
+        if kills < most:
+            killer.start()
         code = server.wait()
-        killer.join()
+        if kills < most:
+            killer.join()
         assert code in (0, -signal.SIGKILL), server.log.read_text()
         if code == 0:
             return kills
