@@ -1,6 +1,6 @@
 """Check what the class of a neuron returns, on types and shapes only, so that nothing waits for the device."""
 import inspect
-from typing import Any, Callable, Tuple
+from typing import Any, Any, Callable, Tuple
 
 import torch
 
@@ -9,7 +9,7 @@ __all__ = ['check_step', 'check_start', 'check_stepped', 'check_output']
 _ARGUMENTS = 'x, state, constants, t, settings'
 
 
-def check_step(cls: type, base: type) -> None:
+def check_step(cls: Any, base: Any) -> None:
     """Check that a neuron's class has a step, or its own run.
 
     Args:
