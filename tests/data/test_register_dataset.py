@@ -8,6 +8,7 @@ from torch.utils.data import Dataset, IterableDataset
 from timm_sscl import list_datasets, register_dataset, unregister_dataset
 from timm_sscl.data import create_dataset
 from timm_sscl.data.checks import check_differ, check_first, check_labels, check_repeats, known_labels
+from timm_sscl.data.copies import find_shared_samples
 from timm_sscl.data.events import FrameSettings
 from timm_sscl.data.folders import classes_of
 from timm_sscl.data.items import FramesCheck, ImageCheck
@@ -180,17 +181,64 @@ def test_one_data_set_for_both_splits_is_refused():
     with pytest.raises(ValueError, match='Squares gives the same samples for training and validation.*split'):
         check_differ(one, Squares('', 'validation'))
     check_differ(one, other)
-    check_differ(one, Squares('', 'validation', num_samples=4))
+    with pytest.raises(ValueError, match='all 4 validation samples'):  # of another number
+        check_differ(one, Squares('', 'validation', num_samples=4))
+
+
+class Noise(Dataset):
+    """Different images, the same for the same key."""
+
+    def __init__(self, keys):
+        self.keys = list(keys)
+
+    def __len__(self):
+        return len(self.keys)
+
+    def __getitem__(self, index):
+        key = self.keys[index]
+        if key is None:
+            raise OSError('unreadable')
+        return Image.fromarray(np.random.default_rng(key).integers(0, 256, (4, 4, 3), np.uint8)), key % 2
+
+
+@pytest.mark.parametrize('train, val', [
+    (range(48), range(16)), (range(48), range(40, 48)), (range(16), range(48)[:16][::-1]), (range(9, 50), [20]),
+    (range(1500), range(16)), (range(1500), range(1480, 1500)), (range(0, 3000, 2), range(0, 3000, 200))])
+def test_validation_that_is_a_part_of_training_is_refused(train, val, caplog):
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match='Noise gives the same samples for training and validation'):
+        check_differ(Noise(train), Noise(val))
+    check_differ(Noise(train), Noise(val), same_split=True)
+    assert 'validation samples that were looked up are among the training' in caplog.text
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_shared_part_is_said_and_what_differs_is_not(caplog):
+    check_differ(Noise(range(100)), Noise(range(100, 150)))
+    check_differ(Noise([0, 1, None]), Noise([None, 2]))  # what cannot be read is no copy
+    assert not caplog.text
+    check_differ(Noise(range(20)), Noise([25, 26, 7, None]))
+    assert "1 of 3 validation samples" in caplog.text
+    assert "validation sample 'number 2' is training sample 'number 7'" in caplog.text
+
+
+def test_items_are_compared_as_they_are():
+    image, frames = Image.new('RGB', (4, 4), (1, 2, 3)), torch.rand(2, 2, 4, 4)
+    train = Items([(image, 0), (frames, 1), (np.ones(3), np.int64(2))])
+    same = [(image.copy(), np.int64(0)), (frames.clone(), torch.tensor(1)), (np.ones(3), 2)]
+    other = [(image, 1), (frames + 1, 1), (frames.double(), 1), (frames.flatten(), 1), (np.ones((3, 1)), 2),
+             (image.convert('L'), 0)]
+    assert find_shared_samples(Items([*same, *other]), train) == ([(0, 0), (1, 1), (2, 2)], 9)
 
 
 def test_random_images_cannot_be_cached():
-    class Noise(Squares):
+    class RandomNoise(Squares):
         def __getitem__(self, index):
             return Image.fromarray(np.random.randint(0, 256, (4, 4, 3), np.uint8)), 0
 
     check_repeats(Samples(Squares('', 'train'), 2, training=True))
     with pytest.raises(ValueError, match='--teacher-cache: images must be the same in every epoch'):
-        check_repeats(Samples(Noise('', 'train'), 2, training=True))
+        check_repeats(Samples(RandomNoise('', 'train'), 2, training=True))
 
 
 def test_a_data_set_without_files_is_described_by_its_labels():

@@ -52,8 +52,8 @@ def broken(split, key='x'):
 
 
 @register_dataset('own/same')
-def same(split):
-    return Bars('train')
+def same(split, num_samples=32):
+    return Bars('train', num_samples)
 '''
 TINY = ['--model', 'spiking_test_resnet', '-T', '2', '--epochs', '1', '--warmup-epochs', '0', '--batch-size', '8',
         '--workers', '0', '--threads', '1', '--img-size', '32', '--no-aug', '--lr', '0.01', '--output', 'out']
@@ -165,6 +165,7 @@ def test_a_run_that_goes_on_says_that_its_plug_in_changed(plugin, tmp_path, monk
     (['--dataset', 'own/bars', '--in-chans', '1'], ['has 3 channels (RGB), the model takes 1']),
     (['--dataset', 'own/broken'], ['--dataset own/broken: KeyError', 'own_bars.py, line 37']),
     (['--dataset', 'own/same'], ['same samples for training and validation']),
+    (['--dataset', 'own/same', '--val-num-samples', '16'], ['all 16 validation samples', 'split']),
     (['--dataset', 'own/barz'], ["unknown data set 'own/barz'", "did you mean 'own/bars'"]),
     (['--dataset', 'events/bars'], ['--num-classes', 'give it']),
 ])

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .copies import find_copies
+from .copies import find_copies, find_shared_samples
 from .folders import class_to_idx_of, classes_of, some
 from .samples import Samples, WrongLabel, sample_name
 
@@ -192,15 +192,28 @@ def check_first(samples: Samples, split: str) -> None:
                          f'{labels[0]} in the list of labels (targets).')
 
 
-def check_differ(train: Any, val: Any) -> None:
-    """Check that training and validation data differ, by their lengths and their first and last samples.
+def check_differ(train: Any, val: Any, same_split: bool = False) -> None:
+    """Check that validation samples are not training samples. A part that is shared only logs a warning.
+
+    Args:
+        train: Map-style data set for training.
+        val: Map-style data set for validation.
+        same_split: Whether the same split name was given for both; all samples may then be shared.
 
     Raises:
-        ValueError: They are equal.
+        ValueError: All validation samples that were looked up are training samples; see `find_shared_samples`.
     """
-    if len(train) == len(val) and all(_equal(train[i], val[i]) for i in (0, len(train) - 1)):
-        raise ValueError(f'{type(train).__name__} gives the same samples for training and validation; does it use '
-                         f'its parameter split (--train-split, --val-split) or training?')
+    shared, number = find_shared_samples(val, train)
+    if not shared:
+        return
+    name, (index, other) = type(train).__name__, shared[0]
+    example = f"validation sample '{sample_name(val, index)}' is training sample '{sample_name(train, other)}'"
+    if len(shared) == number and not same_split:
+        raise ValueError(f'{name} gives the same samples for training and validation: all {number} validation samples '
+                         f'that were looked up are among the training samples ({example}). Does it use its parameter '
+                         f'split (--train-split, --val-split) or training?')
+    _logger.warning(f'{name}: {len(shared)} of {number} validation samples that were looked up are among the training '
+                    f'samples ({example}): the accuracy counts what was learned by heart.')
 
 
 def check_repeats(samples: Samples) -> None:

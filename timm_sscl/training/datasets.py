@@ -99,8 +99,7 @@ def _check_together(args: Namespace, train: Any, val: Any) -> None:
     """Check training and validation set against each other."""
     same_split = args.train_split == args.val_split
     if is_own_dataset(args.dataset):
-        if not same_split:
-            check_differ(train, val)
+        check_differ(train, val, same_split)
     elif not is_event_dataset(args.dataset):
         check_apart(train, val, same_split)
     if not args.class_map:

@@ -6,6 +6,7 @@
         --norm scaled --norm-kwargs start=0.9 --loss sscl=0.1,sparse=0.1 --loss-kwargs sparse.rate=0.2 \
         --sscl-taps stage1,stage2 --epochs 5 --warmup-epochs 1 --img-size 32
 """
+import random
 from dataclasses import dataclass
 
 import torch
@@ -115,20 +116,20 @@ def shape_net(pretrained=False, num_classes=2, in_chans=3, **kwargs):
 
 @register_dataset('own/shapes')
 class Shapes(Dataset):
-    """Circles and squares of several sizes."""
+    """Circles and squares of random sizes and places, before random greys."""
     classes = ['circle', 'square']
 
     def __init__(self, split, num_samples=None, fill=255):
         self.targets = [i % 2 for i in range(num_samples or 256)]
-        self.first = 0 if split == 'train' else 5
-        self.fill = fill
+        self.split, self.fill = split, fill
 
     def __len__(self):
         return len(self.targets)
 
     def __getitem__(self, index):
-        image = Image.new('RGB', (32, 32))
+        generator = random.Random(f'{self.split} {index}')  # other samples in another split
+        size, x, y, grey = (generator.randint(*ends) for ends in ((8, 18), (0, 12), (0, 12), (0, 99)))
+        image = Image.new('RGB', (32, 32), (grey,) * 3)
         draw = ImageDraw.Draw(image)
-        size = 10 + (self.first + 7 * (index // 2)) % 19
-        (draw.rectangle if self.targets[index] else draw.ellipse)((2, 2, 2 + size, 2 + size), fill=(self.fill,) * 3)
+        (draw.rectangle if self.targets[index] else draw.ellipse)((x, y, x + size, y + size), fill=(self.fill,) * 3)
         return image, self.targets[index]
