@@ -19,10 +19,12 @@ class Registry(Generic[T]):
 
     Args:
         kind: What the registry holds, in the singular, for messages: 'neuron', 'loss'.
+        separators: Characters that a name must not contain, since the command line uses them between names.
     """
 
-    def __init__(self, kind: str):
+    def __init__(self, kind: str, separators: str = '=,'):
         self.kind = kind
+        self.separators = separators
         self._entries: Dict[str, T] = {}
 
     def register(self, name: str, value: T) -> T:
@@ -32,8 +34,9 @@ class Registry(Generic[T]):
         warning.
 
         Raises:
-            ValueError: Another class or function has this name.
+            ValueError: Another class or function has this name, or the command line cannot express the name.
         """
+        self._check_name(name)
         known = self._entries.get(name)
         if known is not None and known is not value:
             if _qualified_name(known) != _qualified_name(value):
@@ -42,6 +45,16 @@ class Registry(Generic[T]):
             _logger.warning(f"The {self.kind} '{name}' was defined again; the new definition replaces the old one.")
         self._entries[name] = value
         return value
+
+    def _check_name(self, name: Any) -> None:
+        """Raise ValueError if the command line cannot express a name."""
+        if not isinstance(name, str) or not name or name != name.strip():
+            raise ValueError(f'{name!r} as the name of a {self.kind}: must be a text without spaces at its ends.')
+        wrong = [repr(character) for character in self.separators if character in name]
+        if wrong or name.startswith('-'):
+            what = f'contains {" and ".join(wrong)}' if wrong else "begins with '-'"
+            raise ValueError(f'{name!r} as the name of a {self.kind}: {what}, so that the command line cannot express '
+                             f'it; letters, digits, _ and - inside are safe.')
 
     def unregister(self, name: str) -> T:
         """Remove an entry and return it.

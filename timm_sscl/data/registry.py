@@ -53,7 +53,7 @@ def register_dataset(name: str) -> Callable[[Builder], Builder]:
 
     Raises:
         TypeError: The decorated object is not callable.
-        ValueError: The name is empty or taken, or there is neither `split` nor `training`.
+        ValueError: The name is taken or not possible on the command line, or there is neither `split` nor `training`.
 
     Examples:
         ```python
@@ -64,8 +64,6 @@ def register_dataset(name: str) -> Callable[[Builder], Builder]:
         ```
     """
     def decorate(builder: Builder) -> Builder:
-        if not isinstance(name, str) or not name or name != name.strip():
-            raise ValueError(f'register_dataset({name!r}): the name must be a text without spaces at its ends.')
         if not callable(builder):
             raise TypeError(f"register_dataset('{name}'): {builder!r} is no class and no function.")
         if not {'split', 'training'} & set(inspect.signature(builder).parameters):

@@ -16,7 +16,8 @@ from timm_sscl.losses import TrainStep, create_loss, loss_spec
 
 from .classes import check_classes
 from .frames_ann import fold_frames, takes_frames_folded
-from .presets import resolve_losses
+from .loss_terms import TermCheck, compute_terms
+from .presets import check_loss_options, resolve_losses
 from .sharing import check_nothing_shared
 from .tap_reader import Reader, create_reader
 from .teacher_input import TeacherInput, Transform
@@ -57,8 +58,7 @@ class SSCLTrainableModule(nn.Module):
         step_logits, features = _read(self.student, self.reader, input)
         rates = self.rate_recorder.take() if self.rate_recorder is not None else None
         step = TrainStep(input, target, step_logits, self.student, teacher_logits, features, teacher_features, rates)
-        terms = {name: loss(step) for name, loss in self.losses.items()}
-        return {'output': step.logits, **terms}
+        return {'output': step.logits, **compute_terms(self.losses, step)}
 
     def no_weight_decay(self):
         """Return the names of parameters without weight decay."""
@@ -118,7 +118,8 @@ class SSCLTask(TrainingTask):
         student: timm model to train, spiking or not.
         teacher: Teacher; frozen and kept in evaluation mode. Required if a loss compares with it.
         losses: Preset ('sscl', 'contrastive', 'kd', 'none') or {registered name: weight}.
-        loss_options: Options per loss, {'sscl': {'temperature': 0.07}}.
+        loss_options: Options per loss, {'sscl': {'temperature': 0.07}}. Those of a loss that does not run are checked
+            and a warning names them.
         criterion: Classification loss; by default timm creates it from criterion_kwargs.
         criterion_kwargs: Arguments of timm's create_classification_loss.
         task_loss_weight: Weight of the classification loss.
@@ -163,6 +164,8 @@ class SSCLTask(TrainingTask):
         self.teacher_input = TeacherInput(teacher_size, renormalize, teacher_transform)
         teacher_shape = self.teacher_input.shape(input_size)
         self.weights = resolve_losses(losses)
+        check_loss_options(loss_options or {}, losses)
+        self._term_check = TermCheck()
         self.task_loss_weight = task_loss_weight
         specs = {name: loss_spec(name) for name in self.weights}
         self.needs_teacher = any(spec.needs_teacher for spec in specs.values())
@@ -234,6 +237,7 @@ class SSCLTask(TrainingTask):
         """
         result = self.trainable_module(input, target, *(self.teach(input) if taught is None else taught))
         output = result.pop('output')
+        self._term_check(result, self.student)
         task_loss = self.criterion(output, target)
         share = self._batch_share(output)
         loss = self.task_loss_weight * share * task_loss

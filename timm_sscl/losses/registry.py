@@ -53,7 +53,7 @@ class LossSpec:
         return self.options.get(name, LossOption(name, REQUIRED, Any))
 
 
-_losses: Registry[Loss] = Registry('loss')
+_losses: Registry[Loss] = Registry('loss', separators='=,.')
 _specs: Dict[str, LossSpec] = {}
 
 
@@ -104,7 +104,9 @@ def register_loss(
             the teacher outputs. The tests of all losses check it.
 
     Raises:
-        ValueError: The name is taken by another loss. The same loss defined again replaces the old one with a warning.
+        ValueError: The name is taken by another loss, is one of SSCLTask's own results, or is not possible on the
+            command line; or an option of a function has no default. The same loss defined again replaces the old one
+            with a warning.
 
     Examples:
         ```python
@@ -114,6 +116,7 @@ def register_loss(
         ```
     """
     def decorate(loss: Loss) -> Loss:
+        _check_loss(name, loss)
         spec = LossSpec(
             needs_teacher=needs_teacher or needs_features,
             needs_features=needs_features,
@@ -130,6 +133,18 @@ def register_loss(
         return loss
 
     return decorate
+
+
+def _check_loss(name: str, loss: Loss) -> None:
+    """Raise ValueError if SSCLTask needs a name for its own results, or if an option of a function has no default."""
+    if name in ('output', 'task') or hasattr(nn.ModuleDict(), str(name)):
+        raise ValueError(f"register_loss('{name}'): SSCLTask uses this name itself; choose another one.")
+    if isinstance(underlying(loss), type):
+        return  # `create_loss` checks a constructor's arguments
+    for option in read_options(loss, taps=False).values():
+        if option.default is REQUIRED:
+            raise ValueError(f"register_loss('{name}'): the option {option.name} has no default. A function is called "
+                             f'with a TrainStep; its other parameters are options, each with a default.')
 
 
 def unregister_loss(name: str) -> None:

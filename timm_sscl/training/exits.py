@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Iterator, Optional
 
 from timm_sscl.data.samples import FailedTransform, UnreadableSample, WrongLabel, WrongSample
+from timm_sscl.distillation.loss_terms import WrongLoss
 
 from .checkpoint import StorageError, find_newest
 from .errors import OptionError
@@ -29,7 +30,9 @@ class OtherProcessFailed(RuntimeError):
 # these errors end a run with one line; others keep their traceback
 INPUT_ERRORS = OptionError, FileNotFoundError, FileExistsError, NotImplementedError, ValueError
 DATA_ERRORS = UnreadableSample, WrongLabel, WrongSample, FailedTransform
-RUN_ERRORS = StorageError, NonFiniteLoss, OtherProcessFailed, ProcessDied, *DATA_ERRORS
+RUN_ERRORS = StorageError, NonFiniteLoss, OtherProcessFailed, ProcessDied, WrongLoss, *DATA_ERRORS
+# a resumed run would meet these errors again
+_LASTING_ERRORS = WrongLabel, WrongSample, WrongLoss
 
 
 def exit_with_line(error: Exception, code: int) -> None:
@@ -70,7 +73,7 @@ def one_line_errors() -> Iterator[None]:
 
 @contextmanager
 def report_resume_command(script: str, folder: Optional[Path] = None) -> Iterator[None]:
-    """Print one line and the command that resumes the run if a training inside stops early.
+    """Print one line if a training inside stops early, and the command that resumes it where that can help.
 
     Args:
         script: File of the running script.
@@ -81,10 +84,9 @@ def report_resume_command(script: str, folder: Optional[Path] = None) -> Iterato
             yield
     except (Interrupted, *RUN_ERRORS) as error:
         if folder is not None:
-            newest = find_newest(folder)
-            print(f'Newest whole checkpoint: {newest or "none yet"}\nTo go on: '
-                  f'{resume_command(script, folder)}',
-                  file=sys.stderr, flush=True)
+            how = 'A resumed run would fail in the same way until that is mended.' if isinstance(
+                error, _LASTING_ERRORS) else f'To go on: {resume_command(script, folder)}'
+            print(f'Newest whole checkpoint: {find_newest(folder) or "none yet"}\n{how}', file=sys.stderr, flush=True)
         exit_with_line(error, 128 + error.signal_number if isinstance(error, Interrupted) else 1)
 
 
