@@ -1,6 +1,6 @@
 """Check what the class of a neuron returns, on types and shapes only, so that nothing waits for the device."""
 import inspect
-from typing import Any, Any, Callable, Tuple
+from typing import Any, Callable, Tuple
 
 import torch
 
