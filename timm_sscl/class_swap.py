@@ -8,7 +8,7 @@ __all__ = ['Mixin', 'mixed_class', 'new_mixed', 'mix_in', 'take_out']
 
 
 if TYPE_CHECKING:
-    _Base = nn.Module  # which a mixin is in the class that it is mixed into
+    _Base = nn.Module  # the base that a mixin has in the mixed class
 else:
     _Base = object
 

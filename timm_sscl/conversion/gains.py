@@ -168,7 +168,7 @@ def _warn(model: nn.Module, result: List[LayerDrive], idle: List[str], unfed: Li
         model: The model.
         result: The measurements.
         idle: Layers that did not run.
-        unfed: Layers whose current is zero, where a residual variant starts blocks as the identity.
+        unfed: Layers with zero current, since a residual variant initialises blocks as the identity.
     """
     kind = type(model).__name__
     if unfed:

@@ -11,9 +11,9 @@ __all__ = ['RateRecorder']
 
 class _Call(NamedTuple):
     """Mean output of one neuron call. It holds no activation that gradient checkpointing would have to keep."""
-    mean: torch.Tensor  # of the output, one entry per unit
+    mean: torch.Tensor  # mean of the output, one entry per unit
     unit: Optional[torch.Tensor]  # size of one level
-    top: int  # highest level
+    top: int  # highest level of the output
     elements: int
 
     @classmethod
@@ -29,7 +29,7 @@ class _Call(NamedTuple):
 
     @property
     def rate(self) -> torch.Tensor:
-        """Mean level as a share of the highest, 0 to 1. The neuron returns levels times a unit, divided out here."""
+        """Mean level relative to the highest, 0 to 1. The neuron returns levels times a unit, which is divided out."""
         levels = self.mean if self.unit is None else (self.mean / self.unit.to(self.mean.dtype).squeeze()).mean()
         return levels if self.top == 1 else levels / self.top
 
@@ -58,7 +58,7 @@ class _RateHook:
 
 
 class RateRecorder:
-    """Measure spikes per neuron and time step of every neuron layer between `begin` and `take`, differentiably.
+    """Measure the firing rate of every neuron layer between `begin` and `take`, differentiably.
 
     While it records, it computes one mean per layer. It works under gradient checkpointing (the recomputation runs
     after `take` and is ignored) and in a compiled model. Both at once fail: dynamo refuses the side effect.

@@ -1,4 +1,4 @@
-"""Attention transfer: where a feature map is active (Zagoruyko 2017)."""
+"""Attention transfer: compare where feature maps are active (Zagoruyko 2017)."""
 import torch
 
 from .inputs import TrainStep
@@ -9,7 +9,9 @@ __all__ = ['attention_map', 'attention_transfer']
 
 
 def attention_map(x: torch.Tensor) -> torch.Tensor:
-    """Return the mean of x^2 over the channels of a map (B, C, ...), (B, places), of length 1 per sample."""
+    """Return the attention map of a feature map (B, C, ...): the mean of x^2 over the channels, (B, positions),
+    normalised per sample to unit length.
+    """
     x = x.square().mean(1).flatten(1)
     norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
     return x / torch.where(norm > 0, norm, torch.ones_like(norm))  # a silent map stays 0
@@ -17,13 +19,13 @@ def attention_map(x: torch.Tensor) -> torch.Tensor:
 
 @register_loss('at', needs_features=True, minimum='teacher')
 def attention_transfer(step: TrainStep) -> torch.Tensor:
-    """Sum over the taps of the mean squared difference of the attention maps; its source weighs it with 1000.
+    """Return the sum over the taps of the mean squared difference of the attention maps. The paper weights it by 1000.
 
-    The student's map is that of its mean over time: the mean of the squares over time would be, for spikes, the firing
-    rate. Taps without places, as the pooled feature, count nothing.
+    The student's map is computed from its feature averaged over time. With the mean of squares over time, the map of
+    spikes would be their firing rate. Taps without spatial positions, such as the pooled feature, contribute nothing.
 
     Raises:
-        ValueError: No tap has places, or the taps do not fit.
+        ValueError: No tap has spatial positions, or the taps do not fit.
     """
     pairs = check_features(step.student_features, step.teacher_features)
     maps = [same_size(time_mean(s), time_mean(a)) for s, a in pairs if s.ndim > 3]

@@ -1,4 +1,4 @@
-"""CKA itself as a loss: features alike up to rotation and scale (Kornblith 2019)."""
+"""CKA as a loss: features should be equal up to rotation and scale (Kornblith 2019)."""
 import torch
 
 from timm_sscl.distributed import gather_rows
@@ -12,17 +12,17 @@ __all__ = ['cka_loss', 'cka_of_taps']
 
 
 def cka_loss(student: torch.Tensor, teacher: torch.Tensor, unbiased: bool = True) -> torch.Tensor:
-    """Return 1 - CKA of two features, of all their timesteps together.
+    """Return 1 - CKA of two features, each flattened over its timesteps.
 
-    Where a side is the same for all samples, a silent tap for example, CKA counts as 0 and has no gradient.
+    If a side is equal for all samples, for example a silent tap, CKA counts as 0 and has no gradient.
 
     Args:
         student: Student feature, (T, N, ...).
         teacher: Teacher feature, (T', N, ...).
-        unbiased: Whether HSIC is the unbiased one, which needs N >= 4 and may be negative.
+        unbiased: Whether to use the unbiased HSIC, which needs N >= 4 and may be negative.
 
     Returns:
-        0-d tensor, float32 at least; 0 for the same feature, up to a rotation and a scale.
+        0-d tensor, at least float32; 0 if the features are equal up to rotation and scale.
 
     Raises:
         ValueError: N is too small.
@@ -39,12 +39,12 @@ def cka_loss(student: torch.Tensor, teacher: torch.Tensor, unbiased: bool = True
 def cka_of_taps(step: TrainStep, unbiased: bool = True) -> torch.Tensor:
     """Return the mean of `cka_loss` over the taps, on the whole features of the global batch.
 
-    With several processes the features are sent to all of them.
+    With several processes, the features are sent to all of them.
 
     Args:
         step: Training step.
-        unbiased: Whether HSIC is the unbiased one, which needs a batch of 4; the biased one tends to 1 where a feature
-            has many more numbers than the batch has samples.
+        unbiased: Whether to use the unbiased HSIC, which needs a batch of 4. The biased CKA tends to 1 if a feature has
+            many more numbers than the batch has samples.
 
     Raises:
         ValueError: The taps do not fit, or the batch is too small.

@@ -1,4 +1,4 @@
-"""DIST: correlation of the predictions instead of their equality (Huang 2022)."""
+"""DIST: match the correlation of predictions instead of their values (Huang 2022)."""
 import torch
 import torch.nn as nn
 
@@ -44,7 +44,8 @@ def _correlation(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """Return Pearson's correlation of the rows, (rows,)."""
     x, y = (z - z.mean(-1, keepdim=True) for z in (x, y))
     norms = [torch.linalg.vector_norm(z, dim=-1) for z in (x, y)]
-    constant = [norm <= 8 * torch.finfo(norm.dtype).eps for norm in norms]  # of probabilities: round-off of at most 1
+    # probabilities are at most 1, so their rounding error is at most a few eps
+    constant = [norm <= 8 * torch.finfo(norm.dtype).eps for norm in norms]
     x, y = (z / torch.where(flat, torch.ones_like(norm), norm).unsqueeze(-1)
             for z, norm, flat in zip((x, y), norms, constant))
     product = (x * y).sum(-1)

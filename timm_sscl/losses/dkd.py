@@ -1,4 +1,4 @@
-"""Decoupled knowledge distillation: the target class and the other classes weighted apart (Zhao 2022)."""
+"""Decoupled knowledge distillation: separate weights for the target class and the other classes (Zhao 2022)."""
 import math
 
 import torch

@@ -1,4 +1,6 @@
-"""KDSNN's features: the student's firing rates, mapped to the teacher's channels, against its features (Xu 2023)."""
+"""KDSNN's feature loss: the student's firing rates, mapped to the teacher's channels, should equal its features (Xu
+2023).
+"""
 from typing import Sequence
 
 import torch
@@ -15,12 +17,12 @@ __all__ = ['KDSNNFeatureLoss']
 class KDSNNFeatureLoss(nn.Module):
     """Mean over the taps of the mean squared error between the mapped student feature and the teacher's.
 
-    The student's feature is its mean over time, the firing rate of spikes. A 1x1 map without bias goes before it where
-    the numbers of channels differ, or always with align. Published code sums the error; the mean here makes the
+    The student's feature is averaged over time, which gives the firing rate of spikes. A 1x1 map without bias precedes
+    it if the numbers of channels differ, or always with align. Published code sums the errors. The mean here makes the
     weight independent of the feature's size.
 
     Args:
-        align: Whether the map is there always, or where it is needed; it is trained with the student.
+        align: Whether to use the map always, or only if needed; it is trained with the student.
     """
 
     def __init__(

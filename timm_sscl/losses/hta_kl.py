@@ -1,4 +1,4 @@
-"""HTA-KL: forward and reverse KL divergence, weighted by where student and teacher differ (arXiv 2504.20445)."""
+"""HTA-KL: forward and reverse KL divergence, weighted by the differences of student and teacher (arXiv 2504.20445)."""
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -18,19 +18,19 @@ def hta_kl_loss(
 ) -> torch.Tensor:
     """Return temperature^2 times the mean over the batch of (g_h KL(p || q) + g_t KL(q || p)) / (g_h + g_t).
 
-    p are the teacher's softened probabilities, q the student's. The head are the teacher's most probable classes, as
-    long as they add up to head_mass at most; the rest is the tail. g_h and g_t are the sums of |p - q| over each,
-    without a gradient. A sample with p = q gives 0. Threshold and temperature of the paper are unknown; the head's mass
-    is that of its parent, AKL (arXiv 2404.02657).
+    p are the teacher's softened probabilities, q the student's. The head consists of the teacher's most probable
+    classes whose sum is at most head_mass; the other classes are the tail. g_h and g_t are the sums of |p - q| over
+    head and tail, without a gradient. A sample with p = q gives 0. The paper does not state threshold and temperature;
+    head_mass is taken from AKL (arXiv 2404.02657), on which it builds.
 
     Args:
         logits: Student logits, (B, K).
         teacher_logits: Teacher logits, (B, K).
         temperature: Divides both logits.
-        head_mass: Probability of the head at most, in [0, 1].
+        head_mass: Largest total probability of the head, in [0, 1].
 
     Raises:
-        ValueError: The logits are not both (B, K), or an option is out of its range.
+        ValueError: The logits are not both (B, K), or an option is out of range.
     """
     check_logits(logits, teacher_logits)
     check_positive(temperature=temperature)
@@ -53,10 +53,10 @@ class HTAKLLoss(nn.Module):
 
     Args:
         temperature: Temperature that divides both logits.
-        head_mass: Probability that the head of the teacher's classes has at most.
+        head_mass: Largest total probability of the head of the teacher's classes.
 
     Raises:
-        ValueError: An option is out of its range.
+        ValueError: An option is out of range.
     """
 
     def __init__(self, temperature: float = 3., head_mass: float = 0.5):

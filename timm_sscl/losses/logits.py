@@ -1,4 +1,4 @@
-"""What the losses on logits share: checks of their arguments, and KL divergence between log-probabilities."""
+"""Common parts of losses on logits: argument checks, and the KL divergence of log-probabilities."""
 from typing import Any
 
 import torch
@@ -7,19 +7,21 @@ __all__ = ['as_float', 'check_logits', 'check_positive', 'check_share', 'check_s
 
 
 def as_float(x: torch.Tensor) -> torch.Tensor:
-    """Return a tensor as float32 at least."""
+    """Convert a tensor to at least float32."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def check_logits(logits: torch.Tensor, teacher_logits: torch.Tensor) -> None:
-    """Raise ValueError unless both are (B, K), of the same samples and classes."""
+    """Raise ValueError unless both are (B, K) with equal samples and classes."""
     if logits.ndim != 2 or logits.shape != teacher_logits.shape:
         raise ValueError(f'student logits {tuple(logits.shape)} and teacher logits {tuple(teacher_logits.shape)} must '
                          f'be (B, K), of the same samples and classes.')
 
 
 def check_step_logits(step_logits: torch.Tensor, teacher_logits: torch.Tensor) -> None:
-    """Raise ValueError unless the student's are (T, B, K) and the teacher's (B, K) of the same samples and classes."""
+    """Raise ValueError unless the student's logits are (T, B, K) and the teacher's (B, K) with equal samples and
+    classes.
+    """
     if step_logits.ndim != 3 or step_logits.shape[1:] != teacher_logits.shape:
         raise ValueError(f'student logits {tuple(step_logits.shape)} must be (T, B, K), and teacher logits '
                          f'{tuple(teacher_logits.shape)} must be (B, K).')
@@ -33,14 +35,14 @@ def check_positive(**values: float) -> None:
 
 
 def check_share(**values: float) -> None:
-    """Raise ValueError, naming the argument, unless all values lie in [0, 1]."""
+    """Raise ValueError, naming the argument, unless all values are in [0, 1]."""
     for name, value in values.items():
         if not 0 <= value <= 1:
             raise ValueError(f'{name}={value}: must lie in [0, 1].')
 
 
 def hard_labels(target: torch.Tensor, logits: torch.Tensor, loss: Any) -> torch.Tensor:
-    """Return labels (B,); soft targets raise.
+    """Return labels (B,), or raise an error for soft targets.
 
     Args:
         target: Labels.
@@ -48,7 +50,7 @@ def hard_labels(target: torch.Tensor, logits: torch.Tensor, loss: Any) -> torch.
         loss: Name of the loss, for the message.
 
     Raises:
-        ValueError: target is no vector of whole numbers, one per sample.
+        ValueError: target is not a vector of whole numbers, one per sample.
     """
     if target.shape != logits.shape[-2:-1] or target.is_floating_point():
         raise ValueError(f"loss '{loss}' needs one label per sample, (B,) whole numbers, got {tuple(target.shape)} "

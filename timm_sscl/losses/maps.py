@@ -1,4 +1,4 @@
-"""What the losses on features share: maps over time, and maps of two networks at one size."""
+"""Common parts of losses on features: averages over time, and maps of two networks resized to one size."""
 from typing import List, Sequence, Tuple
 
 import torch
@@ -10,12 +10,12 @@ __all__ = ['check_features', 'same_size', 'time_mean']
 
 
 def time_mean(x: torch.Tensor) -> torch.Tensor:
-    """Return a feature (T, B, C, ...) averaged over time, (B, C, ...), as float32 at least."""
+    """Average a feature (T, B, C, ...) over time to (B, C, ...), at least float32."""
     return as_float(x).mean(0)
 
 
 def same_size(student: torch.Tensor, teacher: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Return two maps (B, C, H, W) at the smaller size of both; the larger one is pooled.
+    """Return two maps (B, C, H, W) at the smaller size of both. The larger one is pooled.
 
     Raises:
         ValueError: The features have different numbers of axes.
@@ -31,10 +31,10 @@ def same_size(student: torch.Tensor, teacher: torch.Tensor) -> Tuple[torch.Tenso
 
 
 def check_features(student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor]) -> List[Tuple]:
-    """Return the pairs of features; raise where they are not pairs of the same samples.
+    """Return the pairs of student and teacher features.
 
     Raises:
-        ValueError: Numbers of taps or of samples differ.
+        ValueError: The numbers of taps or of samples differ.
     """
     if len(student) != len(teacher) or any(s.shape[1] != a.shape[1] for s, a in zip(student, teacher)):
         raise ValueError(f'student features {[tuple(s.shape) for s in student]} and teacher features '

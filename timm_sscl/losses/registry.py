@@ -28,7 +28,7 @@ class LossSpec:
         needs_firing_rates: It uses the firing rates of the student's neuron layers.
         global_batch: Every process returns the loss of the global batch.
         compares_classes: It compares the teacher's logits with the student's class by class.
-        minimum: Where it is smallest.
+        minimum: Where the loss is smallest.
         options: Its options by name.
         any_option: It accepts keyword arguments that its signature does not name.
     """

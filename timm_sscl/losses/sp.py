@@ -1,4 +1,4 @@
-"""Similarity-preserving distillation: which samples of a batch are alike (Tung 2019)."""
+"""Similarity-preserving distillation: match which samples of a batch are similar (Tung 2019)."""
 import torch
 
 from timm_sscl.distributed import gather_rows
@@ -24,9 +24,10 @@ def _normalised_gram(x: torch.Tensor) -> torch.Tensor:
 
 @register_loss('sp', needs_features=True, global_batch=True, minimum='teacher')
 def similarity_preserving(step: TrainStep) -> torch.Tensor:
-    """Sum over the taps of `similarity_loss` of the features averaged over time; its source weighs it with 3000.
+    """Return the sum over the taps of `similarity_loss` of the features averaged over time. The paper weights it by
+    3000.
 
-    With several processes the features of the global batch travel to all of them.
+    With several processes, the features of the global batch are sent to all of them.
 
     Raises:
         ValueError: The taps do not fit.

@@ -1,4 +1,4 @@
-"""Knowledge distillation of standardised logits (Sun 2024): the student need not match the teacher's scale."""
+"""Knowledge distillation of standardised logits (Sun 2024): the student does not have to match the teacher's scale."""
 import torch
 import torch.nn as nn
 
@@ -11,7 +11,7 @@ __all__ = ['StandardizedKDLoss', 'standardize']
 
 
 def standardize(logits: torch.Tensor) -> torch.Tensor:
-    """Return logits less their mean over the classes, divided by their deviation (unbiased) plus 1e-7.
+    """Subtract from logits their mean over the classes, and divide by their standard deviation (unbiased) plus 1e-7.
 
     A row of one class, or of equal logits, gives zeros.
     """
@@ -19,7 +19,7 @@ def standardize(logits: torch.Tensor) -> torch.Tensor:
     centred = logits - logits.mean(-1, keepdim=True)
     variance = centred.square().sum(-1, keepdim=True) / max(logits.shape[-1] - 1, 1)
     constant = variance == 0
-    deviation = torch.where(constant, torch.ones_like(variance), variance).sqrt()  # sqrt has no gradient at 0
+    deviation = torch.where(constant, torch.ones_like(variance), variance).sqrt()  # sqrt has no finite gradient at 0
     return centred / (deviation + 1e-7)
 
 
@@ -27,11 +27,11 @@ def standardize(logits: torch.Tensor) -> torch.Tensor:
 class StandardizedKDLoss(nn.Module):
     """`kd_loss` of the student's mean logits and the teacher's, both standardised per sample.
 
-    c * logits + d with c > 0 gives the same loss. Its source has weights between 1 and 18 by pair of networks, 9 with
-    cross-entropy at 0.1.
+    c * logits + d with c > 0 gives the same loss. The paper uses weights between 1 and 18 depending on the networks, 9
+    with cross-entropy at 0.1.
 
     Args:
-        temperature: Temperature that divides the standardised logits; 2 to 4 in its source.
+        temperature: Temperature that divides the standardised logits; 2 to 4 in the paper.
 
     Raises:
         ValueError: temperature is not positive.

@@ -1,4 +1,4 @@
-"""TSER: per-step cross-entropy and distillation with an entropy bonus (CVPR 2025)."""
+"""TSER: cross-entropy and distillation at every timestep with an entropy bonus (CVPR 2025)."""
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -23,16 +23,16 @@ def step_entropy(step_logits: torch.Tensor, temperature: float = 1.) -> torch.Te
 class TSERLoss(nn.Module):
     """(1 - a) * mean_t CE(o_t, y) + a * mean_t KL_tau(teacher || o_t) - g * mean_t H(softmax(o_t / tau)).
 
-    It classifies: --task-loss-weight 0 goes with it. The paper's constants a and g are not known here; it reports
+    It classifies by itself; use it with --task-loss-weight 0. The paper's constants a and g are unknown; it reports
     temperatures from 2 to 6 as stable.
 
     Args:
         kd_share: Share a of the distillation, in [0, 1].
-        entropy_weight: Weight g of the entropy, which pushes predictions towards the uniform one.
+        entropy_weight: Weight g of the entropy, which pushes predictions towards the uniform distribution.
         temperature: Temperature tau of the distillation and of the entropy.
 
     Raises:
-        ValueError: An option is out of its range.
+        ValueError: An option is out of range.
     """
 
     def __init__(self, kd_share: float = 0.5, entropy_weight: float = 0.1, temperature: float = 3.):

@@ -1,4 +1,4 @@
-"""TWSNN: every step classifies, learns from the teacher, and learns from the mean of the steps (ICML 2025)."""
+"""TWSNN: every timestep classifies and learns from the teacher and from the mean of all timesteps (ICML 2025)."""
 from typing import Literal
 
 import torch
@@ -19,13 +19,13 @@ def self_distillation_loss(
         steps: Literal['all', 'correct', 'correct_masked'] = 'all',
         temperature: float = 3.,
 ) -> torch.Tensor:
-    """Return mean_t KL_tau(s || o_t), where s is the mean of a sample's steps, without a gradient.
+    """Return mean_t KL_tau(s || o_t), where s is the mean of a sample's logits over timesteps, without a gradient.
 
     Args:
         step_logits: Student logits at every timestep o, (T, B, K).
-        target: Labels (B,); needed where the steps must be correct.
-        steps: Which steps s is the mean of: all, as in the paper, or those that predict the label. A sample with no
-            correct step then has s = 0, a uniform teacher, as in the paper's code; or, masked, counts 0.
+        target: Labels (B,); required if only correct timesteps are used.
+        steps: Timesteps in the mean s: all, as in the paper, or those that predict the label. A sample without a
+            correct timestep then has s = 0, a uniform teacher, as in the paper's code; if masked, it contributes 0.
         temperature: Divides both logits.
 
     Returns:
@@ -41,21 +41,22 @@ def self_distillation_loss(
     if steps == 'correct':
         return kd_step_loss(o, s, temperature)
     known = (count > 0).to(o.dtype).unsqueeze(-1)
-    # equal logits have no divergence and no gradient: a masked sample counts 0 in the mean
+    # equal logits have no divergence and no gradient, so a masked sample contributes 0 to the mean
     return kd_loss((o * known).flatten(0, 1), (s * known).repeat(len(o), 1), temperature)
 
 
 @register_loss('twsnn', needs_teacher=True)
 class TWSNNLoss(nn.Module):
-    """mean_t CE(o_t, y) + a * mean_t KL_tau(teacher || o_t) + b * mean_t KL_tau(s || o_t), s of the student's steps.
+    """mean_t CE(o_t, y) + a * mean_t KL_tau(teacher || o_t) + b * mean_t KL_tau(s || o_t), with s the student's mean
+    logits.
 
-    It classifies: --task-loss-weight 0 goes with it.
+    It classifies by itself; use it with --task-loss-weight 0.
 
     Args:
         teacher_weight: Weight a of the teacher.
         self_weight: Weight b of the student's own mean.
-        steps: Steps that the student's own mean is of: all of them, those that predict the label (none: uniform), or
-            those with samples left out that have none. The last two need hard labels.
+        steps: Timesteps in the student's own mean: all of them, those that predict the label (uniform if there are
+            none), or those with samples left out that have none. The last two need hard labels.
         temperature: Temperature tau of both; 3, and 1 in the code for ImageNet.
 
     Raises:

@@ -180,7 +180,7 @@ class SpikingNeuron(Factors):
         return torch.where(unit == 0, 0., torch.round(out / unit)).to(out.dtype)
 
     def output_text(self) -> str:
-        """Return what the output is, in words."""
+        """Describe the neuron's output in words."""
         levels = dict(ternary='-1, 0 or 1', integer=f'0 to {self.top}', analog='layers behind it multiply')
         text = f'{self.output} ({levels[self.output]})' if self.output in levels else self.output
         return f'{text}, times an amplitude' if 'amplitude' in self._parameters else text

@@ -1,4 +1,4 @@
-"""Check what the class of a neuron returns, on types and shapes only, so that nothing waits for the device."""
+"""Check what a neuron class returns, by types and shapes only, without waiting for the device."""
 import inspect
 from typing import Any, Callable, Tuple
 
@@ -10,7 +10,7 @@ _ARGUMENTS = 'x, state, constants, t, settings'
 
 
 def check_step(cls: Any, base: Any) -> None:
-    """Check that a neuron's class has a step, or its own run.
+    """Check that a neuron class has a step or its own run.
 
     Args:
         cls: Class of the neuron.
@@ -30,13 +30,13 @@ def check_step(cls: Any, base: Any) -> None:
 
 
 def check_start(owner: str, state: Any) -> None:
-    """Raise ValueError if a neuron's `start` or `constants` returned no tuple of tensors."""
+    """Raise ValueError if a neuron's `start` or `constants` did not return a tuple of tensors."""
     if not isinstance(state, (tuple, list)) or not all(isinstance(part, torch.Tensor) for part in state):
         raise ValueError(f'{owner} returned {_described(state)}; it must return a tuple of tensors.')
 
 
 def check_stepped(step: Callable, stepped: Any) -> None:
-    """Raise ValueError if a step returned no output and tuple of tensors."""
+    """Raise ValueError if a step did not return an output and a tuple of tensors."""
     pair = isinstance(stepped, (tuple, list)) and len(stepped) == 2
     name = getattr(step, '__qualname__', repr(step))
     if not pair or not isinstance(stepped[0], torch.Tensor):

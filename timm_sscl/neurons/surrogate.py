@@ -123,7 +123,7 @@ def _wrong_slope(surrogate: Surrogate, slope: Any, shape: Tuple[int, ...]) -> st
 
 
 def _name_of(surrogate: Surrogate) -> str:
-    """Return the registered name of a surrogate, with or without bound options; else that of the function."""
+    """Return the registered name of a surrogate, with or without bound options; else the name of the function."""
     function = getattr(surrogate, 'func', surrogate)
     names = [name for name in _surrogates if _surrogates.get(name) is function]
     return names[0] if names else getattr(function, '__name__', repr(function))

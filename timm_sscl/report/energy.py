@@ -52,7 +52,7 @@ def estimate_energy(model: nn.Module, images: torch.Tensor) -> Energy:
     shares = count_macs(model, images)
     frames = images[:, :1] if images.ndim == 5 else images
     with untouched(model), warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # a neuron may not be itself with one timestep, which does not matter here
+        warnings.simplefilter('ignore')  # some neurons change with one timestep, which does not affect the count
         model.set_timesteps(1)
         ann = count_macs(model, frames[:1])
     own = (ann.by_module.get(name, {}) for name, m in model.named_modules() if isinstance(m, SpikingNeuron))

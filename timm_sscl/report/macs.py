@@ -17,7 +17,7 @@ __all__ = ['MacShares', 'count_macs', 'input_kind', 'KINDS']
 
 KINDS = 'binary', 'fractional', 'analog'
 _MAX_DENOMINATOR = 1024
-_UNITS = 4  # of the neurons that ran last: their sizes of a level are tried on an input
+_UNITS = 4  # number of neurons that ran last whose units are tried on an input
 _SAMPLE = 4096  # number of values checked to tell fractions from analog values
 
 aten = torch.ops.aten
@@ -73,12 +73,12 @@ def _is_whole(x: torch.Tensor) -> bool:
 
 
 def _in_levels(x: torch.Tensor, units: Sequence[torch.Tensor]) -> torch.Tensor:
-    """x as whole multiples of one of the units, if it is; else x itself."""
+    """Return x divided by one of the units if that gives whole numbers; else x itself."""
     for unit in units:
         if unit.ndim > x.ndim or any(n not in (1, m) for n, m in zip(unit.shape[::-1], x.shape[::-1])):
             continue
         levels = torch.where(unit == 0, 0., x / unit)
-        if ((levels - levels.round()).abs() <= 2e-6 * levels.abs()).all():  # a few roundings of float32
+        if ((levels - levels.round()).abs() <= 2e-6 * levels.abs()).all():  # tolerance: a few float32 roundings
             return levels.round()
     return x
 
@@ -97,7 +97,7 @@ class _CountMacs(TorchDispatchMode):
         self.by_module: Dict[str, Dict[str, int]] = {}
         self.whole, self.additions = 0, 0.
         self.inside_neuron = False
-        self.units: List[torch.Tensor] = []  # sizes of a level of the neurons that ran last
+        self.units: List[torch.Tensor] = []  # units of the neurons that ran last
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, packet = kwargs or {}, func._overloadpacket
@@ -116,7 +116,7 @@ class _CountMacs(TorchDispatchMode):
 
     def _count(self, operands: Sequence[torch.Tensor], macs: int) -> None:
         """Count a product by its most spiking operand that is not a weight."""
-        if self.inside_neuron:  # its own arithmetic, as of a parallel spiking neuron
+        if self.inside_neuron:  # arithmetic inside a neuron, as in a parallel spiking neuron
             self._add('analog', macs)
             return
         inputs = [_in_levels(x, self.units) for x in operands
@@ -134,7 +134,8 @@ class _CountMacs(TorchDispatchMode):
         self.inside_neuron = True
 
     def leave_neuron(self, neuron: SpikingNeuron, *_: Any) -> None:
-        """Forward hook of a neuron: from here on, fractions come from spikes, and whole multiples of its unit too."""
+        """Forward hook of a neuron: from here on, fractions and whole multiples of the neuron's unit come from spikes.
+        """
         self.inside_neuron, self.fired, unit = False, True, neuron.unit()
         if unit is not None:
             self.units = [unit.detach(), *self.units][:_UNITS]
