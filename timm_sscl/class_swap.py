@@ -25,12 +25,12 @@ class Mixin(_Base):
 
     @classmethod
     def class_name(cls, base: Type[nn.Module]) -> str:
-        """Return the name of the class (mixin, base)."""
+        """Return the name of the class that results from this mixin and `base`."""
         return base.__name__
 
     @classmethod
     def class_attributes(cls, base: Type[nn.Module]) -> Dict[str, Any]:
-        """Return further attributes of the class (mixin, base)."""
+        """Return further attributes of the class that results from this mixin and `base`."""
         return {}
 
     def __reduce_ex__(self, protocol: Any) -> Tuple[Any, ...]:

@@ -12,7 +12,7 @@ __all__ = ['get_random_state', 'set_random_state', 'seeded']
 def get_random_state() -> Dict[str, Any]:
     """Return the state of Python's, numpy's and torch's global generators and of the current CUDA device's.
 
-    `torch.load(..., weights_only=True)` can load it.
+    The result contains only types that `torch.load(..., weights_only=True)` accepts.
     """
     name, keys, position, has_gauss, cached = cast(Tuple[str, np.ndarray, int, int, float], np.random.get_state())
     state: Dict[str, Any] = dict(

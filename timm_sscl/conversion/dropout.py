@@ -49,6 +49,7 @@ class OverTime:
 
 
 class _DropoutOverTime(OverTime):
+    """Mixin for nn.Dropout and its spatial forms, with one mask per sample."""
     spatial = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -60,22 +61,27 @@ class _DropoutOverTime(OverTime):
 
 
 class DropoutOverTime(_DropoutOverTime, nn.Dropout):
+    """nn.Dropout with one mask per sample."""
     pass
 
 
 class Dropout1dOverTime(_DropoutOverTime, nn.Dropout1d):
+    """nn.Dropout1d with one mask per sample."""
     spatial = True
 
 
 class Dropout2dOverTime(_DropoutOverTime, nn.Dropout2d):
+    """nn.Dropout2d with one mask per sample."""
     spatial = True
 
 
 class Dropout3dOverTime(_DropoutOverTime, nn.Dropout3d):
+    """nn.Dropout3d with one mask per sample."""
     spatial = True
 
 
 class DropPathOverTime(OverTime, DropPath):
+    """timm's DropPath with one decision per sample."""
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training or self.drop_prob == 0:
             return x
@@ -84,6 +90,7 @@ class DropPathOverTime(OverTime, DropPath):
 
 
 class StochasticDepthOverTime(OverTime, StochasticDepth):
+    """torchvision's StochasticDepth with one decision per sample."""
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if not self.training or self.p == 0:
             return input
@@ -92,6 +99,7 @@ class StochasticDepthOverTime(OverTime, StochasticDepth):
 
 
 class DropBlock2dOverTime(OverTime, DropBlock2d):
+    """timm's DropBlock2d with one mask per sample."""
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training or not self.drop_prob:
             return x
@@ -99,6 +107,7 @@ class DropBlock2dOverTime(OverTime, DropBlock2d):
 
 
 class _PatchDropoutOverTime(OverTime):
+    """Mixin for timm's patch dropout that keeps the same patches at all timesteps of a sample."""
     def _drop(self, x: torch.Tensor) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
         if not self.training or self.prob == 0.:
             return x, None
@@ -111,11 +120,13 @@ class _PatchDropoutOverTime(OverTime):
 
 
 class PatchDropoutOverTime(_PatchDropoutOverTime, PatchDropout):
+    """timm's PatchDropout with the same patches at all timesteps."""
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self._drop(x)[0]
 
 
 class PatchDropoutWithIndicesOverTime(_PatchDropoutOverTime, PatchDropoutWithIndices):
+    """timm's PatchDropoutWithIndices with the same patches at all timesteps."""
     def forward(self, x: torch.Tensor) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
         return self._drop(x)
 

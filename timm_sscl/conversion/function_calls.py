@@ -79,7 +79,9 @@ class WatchFunctions(TorchFunctionMode):
 
 
 def _merged(name: str, forwards: List[_Forward]) -> FunctionCalls:
-    """Combine the forwards of a module: one neuron per call if all forwards made the same calls, else one for all."""
+    """Combine all recorded forwards of a module: one neuron per call if every forward made the same calls, else one for
+    all.
+    """
     first = forwards[0]
     if any(forward.functions != first.functions for forward in forwards):
         functions = [function for forward in forwards for function in forward.functions]

@@ -177,16 +177,18 @@ class FunctionsOverTime(TorchFunctionMode):
             self._miscounted('fewer than')
 
     def _miscounted(self, how: str) -> None:
+        """Raise an error about the number of calls."""
         raise RuntimeError(
             f'a module with functional activations called {how} the {self.last} that it called when it was converted; '
             f'each call has a neuron of its own, by its number. Make the activations modules (self.act = nn.ReLU()) '
             f'where a forward does not always call the same.')
 
     def _refuse_recomputation(self, function: str) -> None:
-        """Raise an error inside a region under gradient checkpointing: its recomputation in the backward runs without
-        this mode.
+        """Raise an error if the function is called inside a region under gradient checkpointing.
 
-        A region around the whole module is allowed, since the recomputation enters the mode again.
+        The backward recomputes such a region after this mode has ended, so that the function would not be replaced. A
+        region around the whole module is allowed, since its recomputation calls the module's forward, which enters the
+        mode again.
         """
         if not self.differentiable or torch.compiler.is_compiling():
             return

@@ -27,7 +27,8 @@ def swap_modules(model: nn.Module, settings: SpikingSettings) -> List[Conversion
 
 
 def current_records(model: nn.Module, converted: Sequence[ConversionRecord]) -> List[ConversionRecord]:
-    """Return what the activations are now, including modules exchanged, added or removed after the conversion.
+    """Return records of the model's current activations, including modules exchanged, added or removed after the
+    conversion.
 
     Args:
         model: Spiking model.

@@ -61,7 +61,7 @@ class SSCLTrainableModule(nn.Module):
         return {'output': step.logits, **compute_terms(self.losses, step)}
 
     def no_weight_decay(self):
-        """Return the names of parameters without weight decay."""
+        """Return the names of parameters without weight decay: those of the student, with the prefix 'student.'."""
         student = self.student
         names = student.no_weight_decay() if hasattr(student, 'no_weight_decay') else set()
         return {f'student.{name}' for name in names}

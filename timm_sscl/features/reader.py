@@ -79,7 +79,7 @@ class FeatureReader:
             x: Images (B, C, H, W).
 
         Returns:
-            Logits of every time step (T, B, K) and features, each (T, B, C, ...); T = 1 for a network without time.
+            Logits of every timestep (T, B, K) and features, each (T, B, C, ...); T = 1 for a network without time.
         """
         per_step = per_step_keyword(model)
         final, stages = run_stages(model, self.indices, x)

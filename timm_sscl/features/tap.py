@@ -52,7 +52,7 @@ def has_timesteps(model: nn.Module) -> bool:
 
 
 def per_step_keyword(model: nn.Module) -> Dict[str, bool]:
-    """Return the keyword arguments with which a spiking model returns every time step; none for an ANN."""
+    """Return the keyword arguments with which a spiking model returns every timestep; none for an ANN."""
     return dict(per_step=True) if has_timesteps(model) else {}
 
 

@@ -25,9 +25,10 @@ default_cfgs: Dict[str, DefaultCfg] = {}  # read by timm's register_model
 
 
 def _spiking_default_cfg(base: str) -> Optional[DefaultCfg]:
-    """Return the base architecture's pretrained configs, resolved.
+    """Return the pretrained configs of an ANN architecture for its spiking version, with resolved hub ids; None if it
+    has none.
 
-    An unresolved hub id 'timm/' would be completed with the spiking name, for which no repository exists.
+    timm completes a hub id 'timm/' with the model's name. For the spiking name there is no such repository.
     """
     default: Any = _model_default_cfgs.get(base)
     if default is None:

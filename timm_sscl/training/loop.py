@@ -288,7 +288,7 @@ def clip_gradients(training: Training) -> None:
 
 
 def count_update(training: Training) -> None:
-    """Update the averaged model and a schedule that counts updates, after an update of the weights."""
+    """Count an update of the weights, and update the averaged model (EMA) and a schedule that depends on updates."""
     training.num_updates += 1
     training.task.update_ema(step=training.num_updates)
     if training.scheduler is not None:

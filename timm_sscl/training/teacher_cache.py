@@ -43,7 +43,7 @@ class TeacherCache:
 
     @property
     def is_open(self) -> bool:
-        """Whether the file is open."""
+        """Whether `open` was called, so that the cache can be read and written."""
         return self._parts is not None
 
     def open(self, outputs: TeacherOutputs) -> None:

@@ -135,4 +135,5 @@ def _geometry(x: torch.Tensor) -> _Geometry:
 
 
 def pending_of(metas: Iterable[Meta]) -> FrozenSet[Event]:
+    """Return all events that are pending in several Metas."""
     return frozenset().union(*(m.pending for m in metas))

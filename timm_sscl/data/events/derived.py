@@ -62,7 +62,7 @@ def check_whole(root: str, recordings: Dict[str, List[str]]) -> None:
 
 
 def _sources(root: str) -> List[str]:
-    """Return the folders beside root that it was made from."""
+    """Return the existing folders beside root from which SpikingJelly made root."""
     parent, name = os.path.split(os.path.abspath(root))
     ranks = len(_SOURCES) if FRAMES_FOLDER.fullmatch(name) else _SOURCES.index(name) if name in _SOURCES else 0
     folders = [os.path.join(parent, source) for source in _SOURCES[:ranks]]
