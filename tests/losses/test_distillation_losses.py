@@ -2,11 +2,13 @@
 import math
 
 import pytest
+import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from runs import TINY, fails
 
-from timm_sscl import create_loss
+from timm_sscl import SSCLTask, create_loss, register_loss
 from timm_sscl.losses import TrainStep, cka, kd_loss
 from timm_sscl.losses.at import attention_map, attention_transfer
 from timm_sscl.losses.cka_loss import cka_loss
@@ -291,3 +293,86 @@ def test_kdsnn_features_against_loops():
 def test_options_out_of_range(name, options, words):
     with pytest.raises(ValueError, match=words):
         create_loss(name, **options)
+
+
+# ---- EnOF, and what a task tells a loss
+
+def _models(teacher='test_resnet', **kwargs):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return (timm.create_model('spiking_test_resnet', num_classes=5, timesteps=2).train(),
+                timm.create_model(teacher, num_classes=7, **kwargs))
+
+
+def test_enof_is_kd_through_the_teachers_classifier():
+    head = nn.Linear(4, 7).double()
+    s, a = [_randn(3, 6, 2, 4, 4), _randn(3, 6, 4)], [_randn(1, 6, 2, 4, 4, seed=1), _randn(1, 6, 4, seed=2)]
+    step = _step(_randn(3, 6, 5), None, s, a)
+    step.teacher_head = head
+    taps = dict(names=['a', 'b'], student_channels=[2, 4], teacher_channels=[2, 4])
+    value = create_loss('enof', **taps, temperature=2.)(step)
+    assert value.item() == pytest.approx(kd_loss(head(s[1].mean(0)), head(a[1][0]), 2.).item(), rel=1e-12)
+    mapped = create_loss('enof', **{**taps, 'student_channels': [2, 3]})
+    assert sum(p.numel() for p in mapped.parameters()) == 3 * 4 + 4
+
+
+def test_enof_in_a_task():
+    """The head is the teacher's own, is no part of what is trained, and the classes may differ from the student's."""
+    student, teacher = _models()
+    task = SSCLTask(student, teacher, {'enof': 1.}, taps=1, verbose=False).train()
+    x, y = torch.randn(4, 3, 32, 32), torch.arange(4)
+    result = task(x, y)
+    result['loss'].backward()
+    pooled = student.forward_head(student.forward_features(x), pre_logits=True)
+    with torch.no_grad():
+        logits = teacher(x)
+    assert pooled.shape == (4, 96)
+    assert result['enof_loss'].item() == pytest.approx(
+        kd_loss(teacher.get_classifier()(pooled), logits, 1.).item(), rel=1e-4)  # float32, and batch norm twice
+    assert not any('head' in name for name, _ in task.trainable_module.named_parameters())
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_teacher_without_a_classifier():
+    student, _ = _models()
+    with pytest.raises(ValueError, match="a loss uses the teacher's classifier, but ResNet has none"):
+        SSCLTask(student, timm.create_model('test_resnet', num_classes=0), {'enof': 1.}, taps=1, verbose=False)
+
+
+def test_losses_are_told_the_progress():
+    seen = []
+
+    @register_loss('test_progress')
+    def progress(step):
+        seen.append(None if step.progress is None else step.progress.item())
+        return step.logits.mean() * 0
+
+    task = SSCLTask(_models()[0], None, {'test_progress': 1.}, verbose=False).train()
+    x, y = torch.randn(2, 3, 32, 32), torch.arange(2)
+    task(x, y)
+    for share in (0., 0.25, 1.):
+        task.set_progress(share)
+        task(x, y)
+    assert seen == [None, 0., 0.25, 1.]
+    assert not any('progress' in key for key in task.trainable_module.state_dict())
+    with pytest.raises(ValueError, match='progress=1.5'):
+        task.set_progress(1.5)
+
+
+def test_dkd_warms_up():
+    logits, teacher = _logits()
+    step, full = _step(logits[None], teacher), dkd_loss(*_logits(), LABELS).item()
+    loss = create_loss('dkd', warmup=0.2)
+    with pytest.raises(ValueError, match='warmup=0.2: needs the progress'):
+        loss(step)
+    for share, factor in ((0., 0.), (0.05, 0.25), (0.2, 1.), (0.9, 1.)):
+        step.progress = torch.tensor(share, dtype=torch.float64)
+        assert loss(step).item() == pytest.approx(factor * full, rel=1e-12)
+    with pytest.raises(ValueError, match='warmup=2'):
+        create_loss('dkd', warmup=2.)
+
+
+def test_mixup_and_a_loss_that_needs_labels_are_refused(tmp_path, monkeypatch, capsys):
+    argv = ['--dataset', 'digits', '--loss', 'dkd=1', '--mixup', '0.2', *TINY]
+    code, line = fails(argv, tmp_path, monkeypatch, capsys)
+    assert code and '--mixup and --cutmix make soft targets, but the loss dkd needs labels' in line

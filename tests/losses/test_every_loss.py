@@ -31,7 +31,17 @@ def _step(timesteps=T, batch=B, classes=K, dtype=torch.float64, equal=False):
     logits, *rest = (t.clone().requires_grad_() for t in tensors)
     return TrainStep(
         torch.zeros(batch, 3, 8, 8, dtype=dtype), torch.arange(batch) % classes, logits, nn.Linear(2, 2),
-        teacher_logits.to(dtype), rest[:2], [a.to(dtype) for a in teacher], dict(zip(rates, rest[2:])))
+        teacher_logits.to(dtype), rest[:2], [a.to(dtype) for a in teacher], dict(zip(rates, rest[2:])),
+        _head(classes, dtype), torch.tensor(0.5))
+
+
+def _head(classes, dtype):
+    """The teacher's classifier."""
+    head = nn.Linear(CHANNELS[1], classes)
+    with torch.no_grad():
+        head.weight.copy_(_randn(classes, CHANNELS[1], seed=30))
+        head.bias.copy_(_randn(classes, seed=31))
+    return head.to(torch.promote_types(dtype, torch.float32)).requires_grad_(False)
 
 
 def _create(name, dtype=torch.float64):
@@ -107,14 +117,16 @@ def test_order_of_the_samples_does_not_matter(name):
     step = _step()
     shuffled = TrainStep(
         step.input[order], step.target[order], step.step_logits[:, order], step.student, step.teacher_logits[order],
-        [s[:, order] for s in step.student_features], [a[:, order] for a in step.teacher_features], step.firing_rates)
+        [s[:, order] for s in step.student_features], [a[:, order] for a in step.teacher_features], step.firing_rates,
+        step.teacher_head)
     assert _create(name)(shuffled).item() == pytest.approx(_create(name)(step).item(), rel=1e-6)
 
 
 def _part(step, part):
     return TrainStep(
         step.input[part], step.target[part], step.step_logits[:, part], step.student, step.teacher_logits[part],
-        [s[:, part] for s in step.student_features], [a[:, part] for a in step.teacher_features], step.firing_rates)
+        [s[:, part] for s in step.student_features], [a[:, part] for a in step.teacher_features], step.firing_rates,
+        step.teacher_head)
 
 
 @pytest.mark.parametrize('name', [name for name in LOSSES if not loss_spec(name).global_batch])
@@ -164,7 +176,7 @@ def test_half_precision_is_computed_in_float32(name, dtype):
     wide = TrainStep(
         step.input.double(), step.target, step.step_logits.double(), step.student, step.teacher_logits.double(),
         [s.double() for s in step.student_features], [a.double() for a in step.teacher_features],
-        {k: r.double() for k, r in step.firing_rates.items()})
+        {k: r.double() for k, r in step.firing_rates.items()}, _head(K, torch.float64))
     # the mean over time of half precision logits is rounded to their 8 or 11 bits
     assert value.item() == pytest.approx(_create(name)(wide).item(), rel=2e-2 if dtype == torch.bfloat16 else 3e-3)
 

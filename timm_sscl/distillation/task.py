@@ -4,7 +4,6 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
-from timm.models import group_parameters
 from timm.task import TrainingTask
 from timm.task.classification import resolve_classification_loss
 from timm.utils import unwrap_model
@@ -12,98 +11,19 @@ from timm.utils import unwrap_model
 from timm_sscl.distributed import batch_share, world_size
 from timm_sscl.features.rates import RateRecorder
 from timm_sscl.features.stages import match_by_depth
-from timm_sscl.losses import TrainStep, create_loss, loss_spec
+from timm_sscl.losses import create_loss, loss_spec
 
 from .classes import check_classes
-from .frames_ann import fold_frames, takes_frames_folded
-from .loss_terms import TermCheck, compute_terms
+from .loss_terms import TermCheck
 from .presets import check_loss_options, resolve_losses
 from .sharing import check_nothing_shared
 from .tap_reader import Reader, create_reader
 from .teacher_input import TeacherInput, Transform
+from .trainable import SSCLTrainableModule, read_model
 
 __all__ = ['SSCLTrainableModule', 'SSCLTask']
 
 _logger = logging.getLogger(__name__)
-
-
-class SSCLTrainableModule(nn.Module):
-    """Everything that is trained: the student and the losses' parameters (projections). It has one forward, as DDP
-    requires.
-    """
-
-    def __init__(
-            self,
-            student: nn.Module,
-            losses: Mapping[str, nn.Module],
-            reader: Optional[Reader],
-            rate_recorder: Optional[RateRecorder] = None,
-    ):
-        super().__init__()
-        self.student = student
-        self.losses = nn.ModuleDict(losses)
-        self.reader = reader
-        self.rate_recorder = rate_recorder
-
-    def forward(
-            self,
-            input: torch.Tensor,
-            target: torch.Tensor,
-            teacher_logits: Optional[torch.Tensor] = None,
-            teacher_features: Optional[List[torch.Tensor]] = None,
-    ) -> Dict[str, torch.Tensor]:
-        """Return student logits (B, K) as 'output', and every loss by its name, not weighted."""
-        if self.rate_recorder is not None:
-            self.rate_recorder.begin()
-        step_logits, features = _read(self.student, self.reader, input)
-        rates = self.rate_recorder.take() if self.rate_recorder is not None else None
-        step = TrainStep(input, target, step_logits, self.student, teacher_logits, features, teacher_features, rates)
-        return {'output': step.logits, **compute_terms(self.losses, step)}
-
-    def no_weight_decay(self):
-        """Return the names of parameters without weight decay: those of the student, with the prefix 'student.'."""
-        student = self.student
-        names = student.no_weight_decay() if hasattr(student, 'no_weight_decay') else set()
-        return {f'student.{name}' for name in names}
-
-    def group_matcher(self, coarse: bool = False):
-        """Return layer groups for layer decay: the student's own. The losses' parameters belong to its last group."""
-        layer_map = group_parameters(self.student, self.student.group_matcher(coarse=coarse), reverse=True)
-        last = max(layer_map.values(), default=0)
-        return lambda name: layer_map.get(name[len('student.'):], last) if name.startswith('student.') else last
-
-
-def _read(
-        model: nn.Module,
-        reader: Optional[Reader],
-        input: torch.Tensor,
-) -> Tuple[torch.Tensor, Optional[List[torch.Tensor]]]:
-    """Return logits of every timestep (T, B, K), and the features if there is a reader.
-
-    An ANN has T = 1. On event frames its logits and features are means over the frames.
-    """
-    if takes_frames_folded(model, input):
-        logits, features = _read(model, reader, fold_frames(input))
-        logits, *features = (_mean_over_frames(x, input.shape[1]) for x in (logits, *(features or ())))
-        return logits, features if reader is not None else None
-    if reader is not None:
-        logits, features = reader(model, input)
-        return _check_logits(model, logits), features
-    if hasattr(model, 'set_timesteps'):
-        return _check_logits(model, model(input, per_step=True)), None
-    return _check_logits(model, model(input)).unsqueeze(0), None
-
-
-def _check_logits(model: nn.Module, logits: Any) -> torch.Tensor:
-    if not isinstance(logits, torch.Tensor):
-        raise TypeError(f'{type(model).__name__} returns a {type(logits).__name__} and no tensor of logits (B, K); of '
-                        f"timm's distilled models set_distilled_training(False) returns one.")
-    return logits
-
-
-def _mean_over_frames(x: torch.Tensor, timesteps: int) -> torch.Tensor:
-    """Average over frames: (1, T * B, ...) to (1, B, ...)."""
-    return x.squeeze(0).unflatten(0, (timesteps, -1)).mean(0, keepdim=True)
 
 
 class SSCLTask(TrainingTask):
@@ -189,7 +109,9 @@ class SSCLTask(TrainingTask):
         rate_recorder = RateRecorder(student) if any(spec.needs_firing_rates for spec in specs.values()) else None
         modules = {name: _create(name, (loss_options or {}).get(name, {}), reader, self.teacher_reader)
                    for name in self.weights}
-        self.trainable_module = SSCLTrainableModule(student, modules, reader, rate_recorder).to(self.device)
+        needs_head = any(spec.needs_teacher_head for spec in specs.values())
+        head = _classifier(teacher) if needs_head and teacher is not None else None
+        self.trainable_module = SSCLTrainableModule(student, modules, reader, rate_recorder, head).to(self.device)
         self.teacher = teacher.to(self.device).requires_grad_(False).eval() if self.needs_teacher else None
         self.criterion = resolve_classification_loss(criterion, self.device, criterion_kwargs=criterion_kwargs)
         if verbose:
@@ -257,8 +179,20 @@ class SSCLTask(TrainingTask):
         if self.teacher is None:
             return None, None
         self.teacher.eval()  # needed if the user called teacher.train(): its batch norms would update
-        step_logits, features = _read(self.teacher, self.teacher_reader, self.teacher_input(input))
+        step_logits, features = read_model(self.teacher, self.teacher_reader, self.teacher_input(input))
         return step_logits.mean(0), features
+
+    def set_progress(self, progress: float) -> None:
+        """Tell the losses which share of the training is done, from 0 to 1. Call it when an epoch begins.
+
+        Raises:
+            ValueError: progress is not between 0 and 1.
+        """
+        if not 0 <= progress <= 1:
+            raise ValueError(f'progress={progress}: must be a share of the training, 0 to 1.')
+        trained = unwrap_model(self.trainable_module)
+        trained.progress.fill_(progress)
+        trained.has_progress = True
 
     def train(self, mode: bool = True) -> 'SSCLTask':
         """Set the training mode. The teacher stays in evaluation mode."""
@@ -309,6 +243,16 @@ class SSCLTask(TrainingTask):
             raise RuntimeError(f'Cannot load {"EMA " if ema else ""}task state: there is no such module yet.')
         if state and 'losses' in state:
             unwrap_model(module).losses.load_state_dict(state['losses'], strict=strict)
+
+
+def _classifier(teacher: nn.Module) -> nn.Module:
+    """Return the teacher's classifier."""
+    teacher = unwrap_model(teacher)
+    head = teacher.get_classifier() if hasattr(teacher, 'get_classifier') else None
+    if not isinstance(head, nn.Module) or isinstance(head, nn.Identity):
+        raise ValueError(f"a loss uses the teacher's classifier, but {type(teacher).__name__} has none that "
+                         f'get_classifier() returns.')
+    return head
 
 
 def _match(student: Reader, teacher: Reader, cut: bool) -> None:

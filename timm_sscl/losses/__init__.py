@@ -5,6 +5,7 @@ from .cka_loss import cka_loss, cka_of_taps
 from .critics import info_nce_loss, mi_lower_bound, nce_loss
 from .dist import DISTLoss, dist_loss
 from .dkd import DKDLoss, dkd_loss
+from .enof import EnOFLoss
 from .feature_mse import KDSNNFeatureLoss
 from .firing_rate import FiringRateLoss, firing_rate_loss
 from .hta_kl import HTAKLLoss, hta_kl_loss
@@ -27,13 +28,13 @@ from .weightings import (
     Weighting)
 
 __all__ = [
-    'CKAWeighting', 'Critic', 'DISTLoss', 'DKDLoss', 'FiringRateLoss', 'FixedWeighting', 'FlattenedProjection',
-    'HTAKLLoss', 'InfoNCECritic', 'InverseCKAWeighting', 'KDLoss', 'KDSNNFeatureLoss', 'LossOption', 'LossSpec',
-    'NCECritic', 'PooledProjection', 'Projection', 'QueuedCritic', 'SSCLCriterion', 'ShuffledWeighting',
-    'StandardizedKDLoss', 'StepKDLoss', 'TETLoss', 'TSERLoss', 'TWSNNLoss', 'TrainStep', 'UncertaintyWeighting',
-    'UniformWeighting', 'Weighting', 'attention_transfer', 'cka', 'cka_loss', 'cka_of_taps', 'create_loss',
-    'dist_loss', 'dkd_loss', 'firing_rate_loss', 'hsic', 'hta_kl_loss', 'info_nce_loss', 'kd_loss', 'kd_step_loss',
-    'list_losses', 'loss_compares_classes', 'loss_is_global', 'loss_needs', 'loss_spec', 'mi_lower_bound',
-    'nce_loss', 'register_loss', 'self_distillation_loss', 'similarity_loss', 'similarity_preserving', 'tet_loss',
-    'unregister_loss',
+    'CKAWeighting', 'Critic', 'DISTLoss', 'DKDLoss', 'EnOFLoss', 'FiringRateLoss', 'FixedWeighting',
+    'FlattenedProjection', 'HTAKLLoss', 'InfoNCECritic', 'InverseCKAWeighting', 'KDLoss', 'KDSNNFeatureLoss',
+    'LossOption', 'LossSpec', 'NCECritic', 'PooledProjection', 'Projection', 'QueuedCritic', 'SSCLCriterion',
+    'ShuffledWeighting', 'StandardizedKDLoss', 'StepKDLoss', 'TETLoss', 'TSERLoss', 'TWSNNLoss', 'TrainStep',
+    'UncertaintyWeighting', 'UniformWeighting', 'Weighting', 'attention_transfer', 'cka', 'cka_loss', 'cka_of_taps',
+    'create_loss', 'dist_loss', 'dkd_loss', 'firing_rate_loss', 'hsic', 'hta_kl_loss', 'info_nce_loss', 'kd_loss',
+    'kd_step_loss', 'list_losses', 'loss_compares_classes', 'loss_is_global', 'loss_needs', 'loss_spec',
+    'mi_lower_bound', 'nce_loss', 'register_loss', 'self_distillation_loss', 'similarity_loss',
+    'similarity_preserving', 'tet_loss', 'unregister_loss',
 ]

@@ -6,7 +6,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from .inputs import TrainStep
-from .logits import as_float, check_logits, check_positive, hard_labels, kl
+from .logits import as_float, check_logits, check_positive, check_share, hard_labels, kl
 from .registry import register_loss
 
 __all__ = ['DKDLoss', 'dkd_loss']
@@ -59,7 +59,7 @@ def _decoupled(log_p: torch.Tensor, target: torch.Tensor):
     return torch.stack([of_target, of_others], -1), rest
 
 
-@register_loss('dkd', needs_teacher=True, minimum='teacher')
+@register_loss('dkd', needs_teacher=True, minimum='teacher', needs_labels=True)
 class DKDLoss(nn.Module):
     """`dkd_loss` between the student's mean logits and the teacher's. It needs hard labels.
 
@@ -67,15 +67,25 @@ class DKDLoss(nn.Module):
         alpha: Weight of the term on the target class.
         beta: Weight of the term among the other classes; published values are 2, 6 or 8 by pair of networks.
         temperature: Temperature that divides both logits.
+        warmup: Share of the training over which the loss grows from 0 to its weight, linearly, epoch by epoch; its
+            source has 20 epochs of 240. 0 is no warmup.
 
     Raises:
-        ValueError: temperature is not positive.
+        ValueError: An option is out of its range.
     """
 
-    def __init__(self, alpha: float = 1., beta: float = 8., temperature: float = 4.):
+    def __init__(self, alpha: float = 1., beta: float = 8., temperature: float = 4., warmup: float = 0.):
         super().__init__()
         check_positive(temperature=temperature)
+        check_share(warmup=warmup)
+        self.warmup = warmup
         self.alpha, self.beta, self.temperature = alpha, beta, temperature
 
     def forward(self, step: TrainStep) -> torch.Tensor:
-        return dkd_loss(step.logits, step.teacher_logits, step.target, self.alpha, self.beta, self.temperature)
+        loss = dkd_loss(step.logits, step.teacher_logits, step.target, self.alpha, self.beta, self.temperature)
+        if not self.warmup:
+            return loss
+        if step.progress is None:
+            raise ValueError(f'warmup={self.warmup}: needs the progress of the training; call set_progress of SSCLTask '
+                             f'at every epoch.')
+        return loss * (step.progress.to(loss.dtype) / self.warmup).clamp(max=1)

@@ -1,6 +1,6 @@
 """TrainStep: the input of every registered loss."""
 from dataclasses import dataclass, field
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Optional
 
 import torch
 import torch.nn as nn
@@ -25,6 +25,9 @@ class TrainStep:
         teacher_features: One (T', B, C', ...) tensor per tap, T' = 1 for an ANN.
         firing_rates: Module name -> spikes per neuron and timestep of a neuron layer of the student, 0-d,
             differentiable; None if no loss needs them.
+        teacher_head: The teacher's classifier, frozen: pooled features (..., C') to logits (..., K'); None if no loss
+            needs it.
+        progress: Share of the training that was done when the epoch began, 0 to 1, 0-d; None if nobody said it.
     """
     input: torch.Tensor
     target: torch.Tensor
@@ -34,6 +37,8 @@ class TrainStep:
     student_features: List[torch.Tensor] = field(default=_ABSENT, repr=False)
     teacher_features: List[torch.Tensor] = field(default=_ABSENT, repr=False)
     firing_rates: Dict[str, torch.Tensor] = field(default=_ABSENT, repr=False)
+    teacher_head: nn.Module = field(default=_ABSENT, repr=False)
+    progress: Optional[torch.Tensor] = None
 
     @property
     def logits(self) -> torch.Tensor:

@@ -26,6 +26,8 @@ class LossSpec:
         needs_features: It uses the features of student and teacher.
         needs_shapes: Its constructor receives the shapes of the features.
         needs_firing_rates: It uses the firing rates of the student's neuron layers.
+        needs_teacher_head: It uses the teacher's classifier.
+        needs_labels: It needs one label per sample, and no soft targets.
         global_batch: Every process returns the loss of the global batch.
         compares_classes: It compares the teacher's logits with the student's class by class.
         minimum: Where the loss is smallest.
@@ -36,6 +38,8 @@ class LossSpec:
     needs_features: bool = False
     needs_shapes: bool = False
     needs_firing_rates: bool = False
+    needs_teacher_head: bool = False
+    needs_labels: bool = False
     global_batch: bool = False
     compares_classes: bool = False
     minimum: str = 'nowhere'
@@ -78,6 +82,8 @@ def register_loss(
         global_batch: bool = False,
         other_classes: bool = False,
         minimum: Literal['teacher', 'nowhere'] = 'nowhere',
+        needs_teacher_head: bool = False,
+        needs_labels: bool = False,
 ) -> Callable[[Loss], Loss]:
     """Decorator that registers a loss by name, for SSCLTask and `train.py --loss NAME=WEIGHT`.
 
@@ -102,6 +108,8 @@ def register_loss(
             if the loss uses the teacher's logits and the numbers of classes differ.
         minimum: Where the loss is smallest: 'teacher' if it is 0, without a gradient, for a student that outputs what
             the teacher outputs. The tests of all losses check it.
+        needs_teacher_head: Whether it uses the teacher's classifier, `step.teacher_head`.
+        needs_labels: Whether it needs labels, one per sample. The script then refuses mixup and cutmix.
 
     Raises:
         ValueError: The name is taken by another loss, is one of SSCLTask's own results, or is not possible on the
@@ -118,10 +126,12 @@ def register_loss(
     def decorate(loss: Loss) -> Loss:
         _check_loss(name, loss)
         spec = LossSpec(
-            needs_teacher=needs_teacher or needs_features,
+            needs_teacher=needs_teacher or needs_features or needs_teacher_head,
             needs_features=needs_features,
             needs_shapes=needs_features and needs_shapes,
             needs_firing_rates=needs_firing_rates,
+            needs_teacher_head=needs_teacher_head,
+            needs_labels=needs_labels,
             global_batch=global_batch,
             compares_classes=needs_teacher and not other_classes,
             minimum=minimum,

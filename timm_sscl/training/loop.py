@@ -19,6 +19,7 @@ from timm.utils.clip_grad import dispatch_clip_grad
 from torchvision.utils import save_image
 
 from timm_sscl.data.samples import Samples
+from timm_sscl.distillation import SSCLTask
 from timm_sscl.neurons import SpikingNeuron, packed_spikes
 from timm_sscl.report import mean_per_step
 
@@ -76,6 +77,8 @@ def begin_epoch(training: Training, epoch: int, layers: Optional[SilentLayers] =
     for module in unwrap_model(training.module).modules():
         if isinstance(module, SpikingNeuron):
             module.set_progress(epoch / training.epochs)
+    if isinstance(training.task, SSCLTask):
+        training.task.set_progress(epoch / training.epochs)
     training.task.train()
     return EpochProgress(ProgressLine(training.accelerator.is_main_process), len(training.train_loader), layers=layers)
 

@@ -9,6 +9,8 @@ from timm_sscl.distillation import SSCLTask
 from timm_sscl.distillation.teacher_input import TeacherInput
 from timm_sscl.losses import loss_spec
 
+from .errors import OptionError
+
 __all__ = ['LOSS_OPTIONS', 'criterion_kwargs', 'parse_taps', 'create_task', 'needs_teacher']
 
 LOSS_OPTIONS = (
@@ -40,7 +42,15 @@ def create_task(
         device: torch.device,
         mixes: bool,
 ) -> SSCLTask:
-    """Create the student's training task."""
+    """Create the student's training task.
+
+    Raises:
+        OptionError: A loss needs labels, and mixup or cutmix make soft targets.
+    """
+    need_labels = [name for name in args.losses if loss_spec(name).needs_labels]
+    if mixes and need_labels:
+        raise OptionError(f'--mixup and --cutmix make soft targets, but the loss {", ".join(need_labels)} needs '
+                          f'labels; leave them out.')
     return SSCLTask(
         student, teacher, losses=args.losses, loss_options=args.loss_options,
         criterion_kwargs=criterion_kwargs(args, mixes),
