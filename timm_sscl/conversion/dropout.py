@@ -62,7 +62,6 @@ class _DropoutOverTime(OverTime):
 
 class DropoutOverTime(_DropoutOverTime, nn.Dropout):
     """nn.Dropout with one mask per sample."""
-    pass
 
 
 class Dropout1dOverTime(_DropoutOverTime, nn.Dropout1d):

@@ -67,7 +67,7 @@ def convert_ann(
         convert_to_spiking(model, timesteps=timesteps, input_size=size, **INTEGRATE_AND_FIRE)
     obstacles = ann_obstacles(model)
     if obstacles:
-        raise ValueError(f'{type(model).__name__} is no network of ReLU and batch norms, so that thresholds cannot '
+        raise ValueError(f'{type(model).__name__} is not a network of ReLU and batch norms, so thresholds cannot '
                          f'stand for its activations: {"; ".join(obstacles)}. Use its weights as an '
                          f'initialisation (calibrate).')
     calls = model.settings.calls or find_calls(model, images[:1])

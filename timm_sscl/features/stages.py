@@ -63,7 +63,7 @@ def indices_of_names(model: nn.Module, names: Sequence[str]) -> List[int]:
     known = known_stages(model)
     for name in names:
         if name != POOLED and name not in known:
-            raise ValueError(f"tap '{name}' is no stage of {type(model).__name__}; it has {', '.join(known)} "
+            raise ValueError(f"tap '{name}' is not a stage of {type(model).__name__}; it has {', '.join(known)} "
                              f'and {POOLED}.')
     return [known[name] for name in names if name != POOLED]
 

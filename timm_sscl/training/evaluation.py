@@ -99,7 +99,7 @@ def _weights_to_evaluate(args: Namespace) -> Tuple[Path, Dict[str, Optional[Dict
     file = args.resume if os.path.isfile(args.resume) else newest_file(Path(args.resume))
     if not file:
         raise FileNotFoundError(
-            f"--resume: '{args.resume}' is no checkpoint, and no folder that holds one that is whole.")
+            f"--resume: '{args.resume}' is neither a checkpoint nor a folder with an undamaged one.")
     if why_damaged(Path(file)):
         raise ValueError(f"--resume: '{file}' is damaged or no checkpoint ({why_damaged(Path(file))}).")
     try:

@@ -35,7 +35,7 @@ def import_plugin(source: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is None or not f'{source}.'.startswith(f'{error.name}.'):
             raise  # a module that the plug-in itself imports
-        raise FileNotFoundError(f"'{source}' is no file, and no module of that name is found.") from error
+        raise FileNotFoundError(f"'{source}' is not a file, and there is no module of that name.") from error
 
 
 def plugin_digests(sources: Iterable[str]) -> Dict[str, str]:
@@ -69,7 +69,7 @@ def _import_file(path: Path) -> ModuleType:
         sys.path.append(str(path.parent))
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise FileNotFoundError(f"'{path}' is no Python file: its name must end in .py.")
+        raise FileNotFoundError(f"'{path}' is not a Python file: its name must end in .py.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # timm's register_model looks the module up there
     try:

@@ -39,7 +39,7 @@ def load_recipe(name: str, inside: Tuple[str, ...] = ()) -> Dict[str, Any]:
     try:
         options = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
-        raise OptionError(f"--config: '{name}' is no YAML: {' '.join(str(error).split())}") from error
+        raise OptionError(f"--config: '{name}' is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(options, dict):
         raise OptionError(f"--config: '{name}' must map option names to values.")
     bases = options.pop('base', [])

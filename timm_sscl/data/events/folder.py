@@ -93,7 +93,7 @@ def _find_root(root: str, settings: FrameSettings) -> str:
             _logger.info(f'Event data: reading {folder}.')
             return folder
     raise ValueError(f"data folder '{root}' holds no class folders with recordings ({' or '.join(EXTENSIONS)}), and "
-                     f'is no folder of SpikingJelly that does.')
+                     f'is not a folder of SpikingJelly that does.')
 
 
 def _refuse_twice(root: str, recordings: Dict[str, List[str]]) -> None:
