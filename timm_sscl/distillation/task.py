@@ -109,8 +109,7 @@ class SSCLTask(TrainingTask):
         rate_recorder = RateRecorder(student) if any(spec.needs_firing_rates for spec in specs.values()) else None
         modules = {name: _create(name, (loss_options or {}).get(name, {}), reader, self.teacher_reader)
                    for name in self.weights}
-        needs_head = any(spec.needs_teacher_head for spec in specs.values())
-        head = _classifier(teacher) if needs_head and teacher is not None else None
+        head = _classifier(teacher) if teacher and any(spec.needs_teacher_head for spec in specs.values()) else None
         self.trainable_module = SSCLTrainableModule(student, modules, reader, rate_recorder, head).to(self.device)
         self.teacher = teacher.to(self.device).requires_grad_(False).eval() if self.needs_teacher else None
         self.criterion = resolve_classification_loss(criterion, self.device, criterion_kwargs=criterion_kwargs)
