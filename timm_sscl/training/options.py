@@ -209,7 +209,7 @@ def _parse_losses(text: str) -> Dict[str, float]:
         try:
             number = float(weight) if weight else 1.
         except ValueError as error:
-            raise OptionError(f"--loss: the weight in '{part}' is not a number; write NAME=WEIGHT,...") from error
+            raise OptionError(f"--loss: the weight in '{part}' is no number; write NAME=WEIGHT,...") from error
         if name in weights:
             raise OptionError(f"--loss {text}: '{name}' stands there twice, with {weights[name]:g} and {number:g}.")
         weights[name] = number

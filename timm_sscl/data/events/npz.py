@@ -39,7 +39,7 @@ def _load(file: str) -> Dict[str, np.ndarray]:
         raise
     # zipfile, zlib and numpy raise these for archives that are cut off, changed or no archives
     except (zipfile.BadZipFile, zlib.error, ValueError, KeyError, EOFError, OSError, NotImplementedError) as error:
-        raise DamagedEventFile(f"'{file}' is not a readable .npz file: {error}") from error
+        raise DamagedEventFile(f"'{file}' is no .npz file that can be read: {error}") from error
 
 
 def _events(file: str, arrays: Dict[str, np.ndarray], sensor_size: Tuple[int, int], ordered: bool) -> Events:
