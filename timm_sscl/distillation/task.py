@@ -91,7 +91,6 @@ class SSCLTask(TrainingTask):
         self.needs_teacher = any(spec.needs_teacher for spec in specs.values())
         if self.needs_teacher and teacher is None:
             raise ValueError(f'losses {", ".join(self.weights)} compare with a teacher, but teacher is None.')
-
         if self.needs_teacher:
             check_nothing_shared(student, teacher)
             check_classes(student, teacher, self.weights, input_size, teacher_shape)
