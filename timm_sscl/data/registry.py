@@ -65,7 +65,7 @@ def register_dataset(name: str) -> Callable[[Builder], Builder]:
     """
     def decorate(builder: Builder) -> Builder:
         if not callable(builder):
-            raise TypeError(f"register_dataset('{name}'): {builder!r} is neither a class nor a function.")
+            raise TypeError(f"register_dataset('{name}'): {builder!r} is no class and no function.")
         if not {'split', 'training'} & set(inspect.signature(builder).parameters):
             raise ValueError(f"register_dataset('{name}'): it has no parameter split or training, so that training and "
                              f'validation would be the same data.')

@@ -20,15 +20,19 @@ _State = Dict[str, Tuple[int, int]]  # name -> identity and version of a tensor
 
 
 class WrongLoss(ValueError):
-    """A loss returns no 0-d tensor with a gradient, changes the training step, or reads what it did not ask for."""
+    """A loss breaks its contract.
+
+    It does not return a 0-d tensor with a gradient, it changes the training step, or it reads a field that it did not
+    request when it was registered.
+    """
 
 
 def compute_terms(losses: Mapping[str, nn.Module], step: TrainStep) -> Dict[str, Any]:
     """Return what every loss returns for a training step. Code under torch.compile is not checked.
 
     Raises:
-        WrongLoss: A loss changed a tensor of the step in place, or read an attribute that is None since it did not ask
-            for it.
+        WrongLoss: A loss changed a tensor of the step in place, or read a field that is None because the loss did
+            not request it.
     """
     if torch.compiler.is_compiling():
         return {name: loss(step) for name, loss in losses.items()}
@@ -58,7 +62,7 @@ def _call(name: str, loss: nn.Module, step: TrainStep) -> Any:
 
 
 def _missing(step: TrainStep, error: Exception) -> Optional[Tuple[str, str]]:
-    """Return an attribute that is None and that the failed code reads, and the place; None if there is none."""
+    """Return the name of a None field that the failing code reads, with file and line; None if there is none."""
     for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
         for attribute in _ASKED_BY:
             if getattr(step, attribute) is None and attribute in frame.f_code.co_names:
@@ -67,7 +71,7 @@ def _missing(step: TrainStep, error: Exception) -> Optional[Tuple[str, str]]:
 
 
 def _state(step: TrainStep) -> _State:
-    """Return identity and version of every tensor of a step. A tensor's version counts changes in place."""
+    """Return the id and the version of every tensor of a step. PyTorch raises the version with each in-place change."""
     return {name: (id(tensor), -1 if tensor.is_inference() else tensor._version) for name, tensor in _tensors(step)}
 
 
@@ -122,7 +126,7 @@ class TermCheck:
 
 
 def _problem(term: Any) -> str:
-    """Return what is wrong with the type of a loss's value, '' if nothing."""
+    """Describe what is wrong with the type of a loss's value; '' if it is right."""
     if not isinstance(term, torch.Tensor):
         return f'{term!r} ({type(term).__name__})' if isinstance(term, (bool, int, float)) else \
             'None' if term is None else f'a {type(term).__name__}'

@@ -146,7 +146,7 @@ class SSCLTask(TrainingTask):
         Args:
             input: Images (B, C, H, W) or event frames (B, T, C, H, W).
             target: Labels (B,) or soft targets (B, K).
-            taught: Teacher outputs, the result of `teach` for these images, if it is known already.
+            taught: Teacher outputs: the result of `teach` for these images. None calls `teach`.
 
         Returns:
             'loss' (weighted sum), 'output' (student logits (B, K)), 'task_loss', and '<name>_loss' per loss, not
@@ -181,7 +181,10 @@ class SSCLTask(TrainingTask):
         return step_logits.mean(0), features
 
     def set_progress(self, progress: float) -> None:
-        """Tell the losses which share of the training is done, from 0 to 1. Call it when an epoch begins.
+        """Set the completed share of the training, which losses read as `step.progress`. Call it when an epoch begins.
+
+        Args:
+            progress: 0 to 1.
 
         Raises:
             ValueError: progress is not between 0 and 1.

@@ -67,8 +67,8 @@ class DKDLoss(nn.Module):
         alpha: Weight of the term on the target class.
         beta: Weight of the term among the other classes; published values are 2, 6 or 8 by pair of networks.
         temperature: Temperature that divides both logits.
-        warmup: Share of the training over which the loss grows from 0 to its weight, linearly, epoch by epoch; its
-            source has 20 epochs of 240. 0 is no warmup.
+        warmup: Share of the training over which the loss grows linearly, epoch by epoch, from 0 to its weight. The
+            authors' code uses 20 epochs of 240. 0 disables the warmup.
 
     Raises:
         ValueError: An option is out of its range.

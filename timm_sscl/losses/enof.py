@@ -1,4 +1,4 @@
-"""EnOF: the teacher's own classifier compares the features of both (NeurIPS 2024)."""
+"""EnOF: distil through the teacher's classifier, applied to the features of both networks (NeurIPS 2024)."""
 from typing import Sequence
 
 import torch
@@ -17,9 +17,10 @@ __all__ = ['EnOFLoss']
 class EnOFLoss(nn.Module):
     """KL(head(teacher feature) || head(student feature)) of the last tap, the head being the teacher's classifier.
 
-    The student's feature is averaged over time and space. A linear map to the teacher's channels goes before the head
-    where the numbers of channels differ; it is trained with the student. The head is frozen. Weight and temperature of
-    the paper are not known here. Its change of the last activation, which changes inference, is no part of the loss.
+    Both features are averaged over time and space. If the numbers of channels differ, a linear map, trained with the
+    student, takes the student's feature to the teacher's channels. The head is frozen. The paper's weight and
+    temperature could not be checked, so the defaults are not from the paper. The paper also changes the last
+    activation, which changes inference; this loss does not.
 
     Args:
         temperature: Temperature that divides both logits; the loss is multiplied by its square.

@@ -8,7 +8,7 @@ import torch.nn as nn
 __all__ = ['TrainStep']
 
 
-_ABSENT: Any = None  # of what no loss needs; a loss that said its need finds the declared type
+_ABSENT: Any = None  # default of fields computed on request; a loss that requests one gets the declared type
 
 
 @dataclass
@@ -27,7 +27,8 @@ class TrainStep:
             differentiable; None if no loss needs them.
         teacher_head: The teacher's classifier, frozen: pooled features (..., C') to logits (..., K'); None if no loss
             needs it.
-        progress: Share of the training that was done when the epoch began, 0 to 1, 0-d; None if nobody said it.
+        progress: Share of the training completed when the epoch began, 0 to 1, 0-d; None before the first
+            `SSCLTask.set_progress`.
     """
     input: torch.Tensor
     target: torch.Tensor

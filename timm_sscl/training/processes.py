@@ -51,7 +51,7 @@ def create_accelerator(args: Namespace) -> Accelerator:
 
 
 def _use_deterministic_kernels() -> None:
-    """Ask PyTorch for kernels that sum in a fixed order. It warns of operations that have none."""
+    """Make PyTorch use deterministic kernels. It warns about operations that have none."""
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # read when CUDA starts
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True

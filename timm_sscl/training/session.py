@@ -27,7 +27,7 @@ class Session:
         self._first_scale = scaler.state_dict() if scaler is not None else {}
 
     def reset_loss_scale(self) -> None:
-        """Restore the loss scale of --amp that the run began with, so that no training depends on the one before."""
+        """Restore the initial loss scale of --amp, so that each training is independent of the previous one."""
         if self._first_scale:
             self.accelerator.scaler.load_state_dict(self._first_scale)
 
