@@ -4,9 +4,9 @@ import argparse
 from timm_sscl.data.events.aedat import AXES
 from timm_sscl.data.events.frames import BY, MODES, FrameSettings
 
-from .loss_options import describe_losses
 from .option_types import HelpFormatter, KeyValues, OptionParser, home_path
 from .refused_options import UNSUPPORTED
+from .registered_help import describe_registered
 from .spiking_options import add_distillation_options, add_spiking_options
 
 __all__ = ['create_parser']
@@ -16,7 +16,7 @@ def create_parser() -> argparse.ArgumentParser:
     """Create the parser of all options, in timm's groups."""
     parser = OptionParser(
         description='Train a spiking timm model with its real-valued twin as the teacher (SSCL)', allow_abbrev=False,
-        formatter_class=HelpFormatter, epilog=describe_losses())
+        formatter_class=HelpFormatter, epilog=describe_registered())
     parser.add_argument('--config', '-c', type=home_path, default=None, metavar='NAME|FILE',
                         help='recipe by name, or a YAML file')
     for add in (add_spiking_options, add_distillation_options, _add_dataset, _add_events, _add_model, _add_device,

@@ -13,8 +13,8 @@ from .errors import OptionError
 from .loss_options import resolve_loss_options
 from .option_groups import create_parser
 from .option_ranges import check_counts
-from .option_types import home_path
-from .plugins import import_plugin, plugin_digests
+from .option_types import OptionParser, home_path
+from .plugins import describe_failure, import_plugin, plugin_digests
 from .recipes import DIGITS_RECIPE, load_recipe
 from .refused_options import IMAGE_ONLY, UNSUPPORTED
 from .unused_options import check_loss_options
@@ -38,6 +38,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> Tuple[argparse.Namespace
     Raises:
         OptionError: An option is unknown, refused or wrong.
     """
+    _import_for_help(argv)
     parser = create_parser()
     given = _given(parser, argv)
     args = parser.parse_args(argv)
@@ -64,6 +65,17 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> Tuple[argparse.Namespace
     _check_batch_size(args)
     check_loss_options(args, given, args.losses)
     return args, recipe
+
+
+def _import_for_help(argv: Optional[Sequence[str]]) -> None:
+    """Import the plug-ins of the command line if it asks for help, which lists what is registered."""
+    probe = OptionParser(add_help=False, allow_abbrev=False)
+    probe.add_argument('--help', '-h', action='store_true')
+    probe.add_argument('--plugin', type=home_path, nargs='+')
+    probe.add_argument('--loss-file', type=home_path)
+    args, _ = probe.parse_known_args(argv)
+    if args.help:
+        _import_plugins(args)
 
 
 def _resumed_options(resume: str) -> Dict[str, Any]:
@@ -226,4 +238,6 @@ def _import_plugins(args: argparse.Namespace) -> None:
                 import_plugin(source)
             except FileNotFoundError as error:
                 raise OptionError(f'--{option}: {error}') from error
+            except Exception as error:  # a user's file may raise anything
+                raise OptionError(f'--{option} {describe_failure(source, error)}') from error
     args.plugin_digests = plugin_digests([*(args.plugin or []), *([args.loss_file] if args.loss_file else [])])

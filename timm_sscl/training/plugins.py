@@ -3,11 +3,14 @@ import hashlib
 import importlib
 import importlib.util
 import sys
+import traceback
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Dict, Iterable
 
-__all__ = ['import_plugin', 'plugin_digests', 'source_digest']
+__all__ = ['describe_failure', 'import_plugin', 'plugin_digests', 'source_digest']
+
+_PACKAGE = str(Path(__file__).resolve().parent.parent)
 
 
 def import_plugin(source: str) -> ModuleType:
@@ -36,6 +39,23 @@ def import_plugin(source: str) -> ModuleType:
         if error.name is None or not f'{source}.'.startswith(f'{error.name}.'):
             raise  # a module that the plug-in itself imports
         raise FileNotFoundError(f"'{source}' is not a file, and there is no module of that name.") from error
+
+
+def describe_failure(source: str, error: Exception) -> str:
+    """Return file, line and reason of an error that a plug-in's import raised: 'FILE, line N: REASON'."""
+    reason = ' '.join(str(error).split())
+    if isinstance(error, SyntaxError):
+        file, line, reason = error.filename or source, error.lineno, str(error.msg)
+    else:
+        frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)
+                  if not frame.filename.startswith((_PACKAGE, '<frozen importlib'))]
+        folder = str(Path(source).resolve().parent)  # a line of the user's tells more than one of torch
+        own = [frame for frame in frames if Path(source).is_file() and frame[0].startswith(folder)]
+        file, line = (own or frames or [(source, None)])[-1]
+    if not isinstance(error, ValueError):
+        reason = f'{type(error).__name__}: {reason}'
+    place = file if file == source else f'{source}: {file}'
+    return f'{place}{f", line {line}" if line else ""}: {reason}'
 
 
 def plugin_digests(sources: Iterable[str]) -> Dict[str, str]:

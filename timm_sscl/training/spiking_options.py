@@ -112,10 +112,10 @@ def add_distillation_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--loss', default=None, metavar='NAME=WEIGHT,...',
                        help='losses by name instead of --distill, for example sscl=0.1,kd=1')
     group.add_argument('--loss-file', type=home_path, default=None, metavar='FILE',
-                       help='Python file with your own @register_loss losses')
+                       help='the same as --plugin for one file, as in version 0.1.0')
     group.add_argument('--plugin', type=home_path, default=None, nargs='+', metavar='FILE|MODULE',
                        help='Python files or modules with your own models (timm\'s @register_model), losses, neurons, '
-                            'surrogates and data sets')
+                            'surrogates, norms, residuals and data sets; --help lists them, too')
     _add_loss_options(group)
 
 
