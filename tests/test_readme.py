@@ -44,7 +44,7 @@ def _registries_as_they_were(monkeypatch):
     for name in {'tiny_net', 'spiking_tiny_net'} - models:
         _registry._clear_model_entries(name)
         _registry._model_entrypoints.pop(name, None)
-    for name in {'my_loss', 'my_model', 'my_neuron', 'my_data', 'my_norm'} - modules:
+    for name in {'my_loss', 'my_model', 'my_neuron', 'my_data', 'my_norm', 'my_events'} - modules:
         sys.modules.pop(name, None)
 
 
@@ -121,10 +121,10 @@ def test_the_commands_of_readme_and_manual_parse(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path('mine.yaml').write_text(''.join(code for _, code in blocks(ROOT / 'docs/pages/recipes.md', 'yaml')))
     seen = list(itertools.chain.from_iterable(map(commands, TEXTS)))
-    page = blocks(ROOT / 'docs/pages/extending.md', 'python')
+    page = [block for name in ('extending', 'event-data') for block in blocks(ROOT / f'docs/pages/{name}.md', 'python')]
     for name, registers in (('my_loss.py', "@register_loss('logit_norm')"), ('my_model.py', '@register_model'),
                             ('my_neuron.py', '@register_neuron'), ('my_data.py', '@register_dataset'),
-                            ('my_norm.py', '@register_variant')):
+                            ('my_norm.py', '@register_variant'), ('my_events.py', "@register_dataset('events/")):
         Path(name).write_text(next(code for _, code in page if registers in code))
     for words in seen:
         if 'logit_norm' in list_losses():  # every command is a process of its own

@@ -8,6 +8,7 @@ import torch
 
 from files import HEADER, write_aedat, write_classes
 from timm_sscl.data import DigitsDataset, create_dataset
+from timm_sscl.data.checks import check_sensor
 from timm_sscl.data.events import (
     DamagedEventFile, EventAugment, EventDigits, EventFolder, FrameSettings, TonicDataset, create_event_loader,
     read_aedat, to_frames)
@@ -281,3 +282,25 @@ def test_a_data_set_that_tonic_does_not_split_is_split_by_name(tmp_path, monkeyp
     # of classes 0 (samples 0, 2, 5, 6) and 1 (samples 1, 3, 4) the last one each
     assert (train.indices.tolist(), val.indices.tolist()) == ([0, 1, 2, 3, 5], [4, 6])
     assert train.targets == [0, 1, 0, 1, 0] and val.targets == [1, 0]
+
+
+# ---- the sensor
+
+@pytest.mark.parametrize('width, height, said', [(34, 34, True), (64, 64, True), (65, 20, False), (20, 65, False)])
+def test_recordings_of_a_smaller_sensor_are_said(width, height, said, tmp_path, caplog):
+    rng = np.random.default_rng(0)
+    for name in ('a/0', 'a/1', 'b/0', 'b/1'):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        x, y, p = rng.integers(0, (width, height, 2), (2000, 3)).T
+        np.savez(tmp_path / f'{name}.npz', t=np.arange(2000), x=x, y=y, p=p)
+    (tmp_path / 'b/1.npz').write_bytes(b'damaged')  # is said where it is read
+    check_sensor(EventFolder(str(tmp_path), training=False, split='last1'))
+    assert ('All events of the 1 recordings looked at' in caplog.text) == said
+    if said:
+        assert f'the first {width} x {height} pixels of a sensor of 128 x 128' in caplog.text
+        assert '--event-size' in caplog.text
+
+
+def test_recordings_that_fill_their_sensor_are_not_named(caplog):
+    check_sensor(EventDigits('validation', num_samples=10))
+    assert not caplog.text

@@ -207,3 +207,14 @@ def test_data_is_described_as_it_is(make, tmp_path):
     assert (found['files'] is None) == isinstance(data, (DigitsDataset, EventDigits))
     assert json.loads(json.dumps(found)) == found and describe_data(data) == found
     assert describe_data([1, 2]) == dict(classes=None, samples=2, files=None)
+
+
+def test_recordings_of_a_smaller_sensor_are_said_before_training(tmp_path, caplog):
+    rng = np.random.default_rng(0)
+    for name in ('a/0', 'a/1', 'b/0', 'b/1'):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        x, y, p = rng.integers(0, (34, 34, 2), (500, 3)).T
+        np.savez(tmp_path / f'{name}.npz', t=np.arange(500), x=x, y=y, p=p)
+    argv = ['--dataset', 'events/cifar10dvs', '--data-dir', str(tmp_path), '--event-split', 'last1', '-T', '2']
+    create_datasets(parse_args(argv)[0])
+    assert caplog.text.count('the first 34 x 34 pixels of a sensor of 128 x 128') == 1

@@ -8,18 +8,23 @@ import numpy as np
 import torch
 from PIL import Image
 
+from timm_sscl.random_state import seeded
+
 from .copies import find_copies, find_shared_samples
+from .events.dataset import EventDataset, spread_indices
+from .events.recording import Events
 from .folders import class_to_idx_of, classes_of, some
 from .samples import Samples, WrongLabel, sample_name
 
 __all__ = [
     'check_apart', 'check_classes', 'check_copies', 'check_differ', 'check_first', 'check_labels', 'check_metadata',
-    'check_repeats', 'check_seen', 'known_labels']
+    'check_repeats', 'check_seen', 'check_sensor', 'known_labels']
 
 _logger = logging.getLogger(__name__)
 
 _ORIENTATION, _UPRIGHT = 0x0112, 1  # EXIF
 _HEADERS = 200  # number of image headers that check_metadata reads
+_RECORDINGS = 8  # number of recordings that check_sensor reads
 _MANY_FILES = 200_000  # check_copies skips larger data sets; on a network disk it would take minutes
 
 
@@ -239,6 +244,29 @@ def _equal(one: Any, other: Any) -> bool:
     if isinstance(one, (Image.Image, np.ndarray, torch.Tensor)):
         return type(one) is type(other) and np.array_equal(np.asarray(one), np.asarray(other))
     return bool(one == other)
+
+
+def check_sensor(dataset: EventDataset) -> None:
+    """Log if all events lie in a quarter of the sensor's area at its origin, as those of a smaller sensor do.
+
+    Reads up to 8 evenly spaced recordings. Recordings of frames, whose shape is checked, are not looked at.
+    """
+    columns, rows, sizes = [], [], []
+    for index in spread_indices(len(dataset), _RECORDINGS).tolist():
+        try:
+            with seeded((0,)):
+                events = dataset.read(index)
+        except Exception:  # reading the sample later reports the file
+            continue
+        if isinstance(events, Events) and len(events.t):
+            columns.append(int(np.max(events.x)) + 1)
+            rows.append(int(np.max(events.y)) + 1)
+            sizes.append(dataset.extent(events))
+    if columns and all(2 * x <= width and 2 * y <= height for x, y, (height, width) in zip(columns, rows, sizes)):
+        _logger.warning(f'All events of the {len(columns)} recordings looked at lie in the first {max(columns)} x '
+                        f'{max(rows)} pixels of a sensor of {sizes[0][1]} x {sizes[0][0]}, so that most of a frame is '
+                        f'empty. For another sensor write an EventDataset with its sensor_size; --event-size only '
+                        f'resizes the frames of the whole sensor.')
 
 
 def check_metadata(dataset: Any, split: str) -> None:

@@ -11,7 +11,7 @@ from torch.utils.data import IterableDataset
 from timm_sscl.data import create_dataset
 from timm_sscl.data.checks import (
     check_apart, check_classes, check_copies, check_differ, check_first, check_labels, check_metadata, check_repeats,
-    check_seen)
+    check_seen, check_sensor)
 from timm_sscl.data.events import EventDataset, FrameSettings, is_event_dataset
 from timm_sscl.data.folders import classes_of
 from timm_sscl.data.items import FramesCheck, ImageCheck, as_pair
@@ -50,6 +50,8 @@ def _create_datasets(args: Namespace) -> Tuple[Any, Any]:
         num_samples=args.val_num_samples, **common)
     if events:
         _set_frame_input(args, val)
+    if isinstance(val, EventDataset):
+        check_sensor(val)
     if args.eval_only:
         return val, val
     train = create_dataset(
