@@ -113,6 +113,7 @@ def test_a_loss_may_change_a_copy():
     (lambda step: step.teacher_logits.mean(), 'teacher_logits', 'needs_teacher=True'),
     (lambda step: sum(f.mean() for f in step.student_features), 'student_features', 'needs_features=True'),
     (lambda step: torch.stack(list(step.firing_rates.values())).mean(), 'firing_rates', 'needs_firing_rates=True'),
+    (lambda step: step.teacher_head(step.logits).mean(), 'teacher_head', 'needs_teacher_head=True'),
 ])
 def test_what_a_loss_forgot_to_ask_for_is_named(loss, attribute, flag):
     words = rf"loss 'test_det': step.{attribute} is None .*test_loss_terms.py, line \d+.*\('test_det', {flag}"

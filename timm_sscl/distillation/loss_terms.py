@@ -15,7 +15,8 @@ _logger = logging.getLogger(__name__)
 # attributes of a TrainStep that are None if no loss asked for them, and how a loss asks
 _ASKED_BY = {
     'teacher_logits': 'needs_teacher=True', 'student_features': 'needs_features=True',
-    'teacher_features': 'needs_features=True', 'firing_rates': 'needs_firing_rates=True'}
+    'teacher_features': 'needs_features=True', 'firing_rates': 'needs_firing_rates=True',
+    'teacher_head': 'needs_teacher_head=True'}
 _State = Dict[str, Tuple[int, int]]  # name -> identity and version of a tensor
 
 
