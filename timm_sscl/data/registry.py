@@ -5,7 +5,7 @@ from typing import Any, Callable, Dict, List, Mapping, TypeVar
 from timm.data import IterableImageDataset
 from torch.utils.data import Dataset, IterableDataset
 
-from timm_sscl.knobs import check_known
+from timm_sscl.knobs import check_known, declared_type, read_value, type_hints
 from timm_sscl.named import Registry
 
 __all__ = ['ARGUMENTS', 'TIMM_ARGUMENTS', 'register_dataset', 'unregister_dataset', 'list_datasets', 'build_dataset',
@@ -145,6 +145,10 @@ def build_dataset(name: str, arguments: Mapping[str, Any], options: Mapping[str,
     if arguments.get('num_samples') is not None and 'num_samples' not in parameters:
         raise ValueError(f"data set '{own}' cannot be cut to {arguments['num_samples']} samples (--train-num-samples, "
                          f'--val-num-samples): it has no parameter num_samples.')
+    hints = type_hints(builder.__init__ if isinstance(builder, type) else builder)
+    options = {option: read_value(declared_type(hints.get(option), parameters[option].default), value,
+                                  f"data set '{own}': {option}", parameters[option].default)
+               if option in known else value for option, value in options.items()}
     split = arguments['split']
     if 'split' not in parameters and split not in _SPLITS:
         raise ValueError(f"split '{split}': data set '{own}' has 'train' and 'validation'.")

@@ -212,9 +212,8 @@ def create_loss(name: str, **options: Any) -> nn.Module:
     loss: Callable[..., Any] = _losses.get(name)
     spec = loss_spec(name)
     taps = TAP_ARGUMENTS if spec.needs_features else ()
-    for option in options:
-        if option not in taps:
-            spec.option(option, f"loss '{name}'")
+    options = {option: value if option in taps else spec.option(option, f"loss '{name}'").read(value, name)
+               for option, value in options.items()}
     if not isinstance(underlying(loss), type):
         return _FunctionLoss(loss, {k: v for k, v in options.items() if k not in taps})
     try:

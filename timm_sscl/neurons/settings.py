@@ -6,7 +6,7 @@ import torch
 
 from timm_sscl.knobs import knob
 
-from .surrogate import Surrogate, follows_progress, resolve_surrogate, spike
+from .surrogate import Surrogate, follows_progress, read_surrogate_options, resolve_surrogate, spike
 
 __all__ = ['NeuronSettings', 'ResetSettings', 'OwnGradient', 'hashable']
 
@@ -40,7 +40,11 @@ class NeuronSettings:
 
     def _resolve(self) -> None:
         """Look up the surrogate once, outside of compiled code."""
-        surrogate = None if self.surrogate is None else resolve_surrogate(self.surrogate, self.surrogate_kwargs)
+        surrogate = None
+        if self.surrogate is not None:
+            options = read_surrogate_options(self.surrogate, self.surrogate_kwargs)
+            object.__setattr__(self, 'surrogate_kwargs', options)
+            surrogate = resolve_surrogate(self.surrogate, options)
         object.__setattr__(self, '_surrogate', surrogate)
 
     def __getstate__(self) -> Dict[str, Any]:

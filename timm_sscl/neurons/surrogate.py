@@ -5,10 +5,11 @@ from typing import Any, Callable, List, Optional, Tuple, Union
 
 import torch
 
+from timm_sscl.knobs import declared_type, read_value, type_hints
 from timm_sscl.named import Registry
 
-__all__ = ['Surrogate', 'rectangle_window', 'spike', 'resolve_surrogate', 'follows_progress', 'register_surrogate',
-           'unregister_surrogate', 'list_surrogates', 'surrogate_name']
+__all__ = ['Surrogate', 'rectangle_window', 'spike', 'resolve_surrogate', 'read_surrogate_options', 'follows_progress',
+           'register_surrogate', 'unregister_surrogate', 'list_surrogates', 'surrogate_name']
 
 Surrogate = Callable[..., torch.Tensor]  # (potential, threshold, options) -> dO/dU
 
@@ -55,6 +56,28 @@ def resolve_surrogate(surrogate: Union[str, Surrogate], options: Tuple[Tuple[str
     if not callable(function):
         raise ValueError(f'surrogate={surrogate!r}: must be a registered name or a function h(u, v_threshold).')
     return _bound(function, options) if options else function
+
+
+def read_surrogate_options(
+        surrogate: Union[str, Surrogate],
+        options: Tuple[Tuple[str, Any], ...],
+) -> Tuple[Tuple[str, Any], ...]:
+    """Return the options of a surrogate with every value read by its type.
+
+    Args:
+        surrogate: Registered name, or function.
+        options: (name, value) pairs. One that the surrogate lacks is left to `resolve_surrogate`.
+
+    Raises:
+        ValueError: The name is unknown, or a value does not have its type.
+    """
+    function: Any = _surrogates.get(surrogate) if isinstance(surrogate, str) else surrogate
+    if not options or not callable(function):
+        return options
+    parameters, hints = inspect.signature(function).parameters, type_hints(function)
+    return tuple((name, read_value(declared_type(hints.get(name), parameters[name].default), value,
+                                   f"surrogate '{_name_of(function)}': {name}", parameters[name].default)
+                  if name in parameters else value) for name, value in options)
 
 
 @functools.lru_cache(maxsize=None)

@@ -34,11 +34,23 @@ def home_path(text: str) -> str:
 
 
 class KeyValues(ParseKwargs):
-    """timm's parser of KEY=VALUE pairs, with an error for anything else."""
+    """timm's parser of KEY=VALUE pairs, with an error for anything else and for a key that has two values.
+
+    An option that stands twice on the command line adds its pairs.
+    """
     def __call__(self, parser, namespace, values, option_string=None):
-        if not all('=' in value for value in values):
-            parser.error(f'{option_string} {" ".join(values)}: takes KEY=VALUE pairs.')
-        super().__call__(parser, namespace, values, option_string)
+        before = getattr(namespace, self.dest)
+        pairs = dict(before) if isinstance(before, dict) and before is not self.default else {}
+        for value in values:
+            key, equals, text = value.partition('=')
+            if not equals:
+                parser.error(f'{option_string} {" ".join(values)}: takes KEY=VALUE pairs.')
+            super().__call__(parser, namespace, [value], option_string)
+            read = getattr(namespace, self.dest)[key]
+            if key in pairs and pairs[key] != read:
+                parser.error(f"{option_string}: '{key}' stands there twice, with {pairs[key]} and {text}.")
+            pairs[key] = read
+        setattr(namespace, self.dest, pairs)
 
 
 def reset_potential(text: str):
