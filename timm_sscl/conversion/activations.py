@@ -3,7 +3,8 @@ from typing import Optional, Set, Type
 
 import torch.nn as nn
 
-__all__ = ['register_activation', 'unregister_activation', 'is_activation', 'is_gate', 'runs_functions']
+__all__ = ['register_activation', 'unregister_activation', 'is_activation', 'is_gate', 'runs_functions',
+           'refuse_weights']
 
 # by class name, since timm has several classes for one activation, and models define their own
 _ACTIVATIONS = {
@@ -30,6 +31,7 @@ def register_activation(cls: Type[nn.Module]) -> Type[nn.Module]:
 
     Raises:
         TypeError: cls is not a subclass of nn.Module.
+        ValueError: cls is a layer of torch's that is no activation.
 
     Examples:
         ```python
@@ -42,6 +44,9 @@ def register_activation(cls: Type[nn.Module]) -> Type[nn.Module]:
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise TypeError(f'register_activation({cls!r}): needs a class of modules (a subclass of nn.Module), '
                         f'not a function or an instance.')
+    if cls.__module__.startswith('torch.nn.modules.') and not cls.__module__.endswith('.activation'):
+        raise ValueError(f"register_activation({cls.__name__}): this is a layer of torch's and no activation; a neuron "
+                         f'would replace it, weights and all.')
     _registered.add(cls)
     return cls
 
@@ -70,6 +75,25 @@ def is_gate(module: nn.Module) -> bool:
 def runs_functions(module: nn.Module) -> bool:
     """Return whether a module's forward may be a call of an activation function such as F.relu."""
     return is_activation(module) or _inherited(module, _GATES_OF_FUNCTIONS) is not None
+
+
+def refuse_weights(name: str, module: nn.Module) -> None:
+    """Raise an error for an activation with weights, which a neuron in its place would drop.
+
+    Scalars and vectors, such as the slopes of a PReLU, are an activation's.
+
+    Args:
+        name: Name of the module.
+        module: An activation.
+
+    Raises:
+        ValueError: It has a parameter of two or more axes, or a child with parameters.
+    """
+    weights = [key for key, parameter in module.named_parameters() if parameter.ndim > 1 or '.' in key]
+    if weights:
+        kind = type(module).__name__
+        raise ValueError(f"'{name}' ({kind}) has weights ({', '.join(weights[:3])}), which a neuron in its place would "
+                         f'drop; {kind} is no activation. Register the class of the activation inside.')
 
 
 def _inherited(

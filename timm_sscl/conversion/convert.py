@@ -323,8 +323,9 @@ def _nothing_spikes(model: nn.Module, records: Sequence[ConversionRecord]) -> st
         return f'{type(model).__name__}: nothing would spike, all activations stay analog: {found}.'
     own = sorted({type(m).__name__ for m in model.modules()
                   if not any(m.children()) and type(m).__module__.split('.')[0] not in ('torch', 'timm')})
-    hint = f' Its own classes are {", ".join(own[:5])}; register_activation names one that is an activation.'
-    return f'{type(model).__name__}: nothing would spike, no activation found to swap.{hint if own else ""}'
+    hint = (f' Its own classes are {", ".join(own[:5])}. If one of these is an activation, register it before: '
+            f'register_activation({own[0]}).' if own else '')
+    return f'{type(model).__name__}: nothing would spike, no activation found to swap.{hint}'
 
 
 def _mixin(model: nn.Module) -> type:

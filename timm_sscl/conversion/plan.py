@@ -7,7 +7,7 @@ import torch.nn as nn
 
 from timm_sscl.neurons import SpikingNeuron
 
-from .activations import is_activation, is_gate, runs_functions
+from .activations import is_activation, is_gate, refuse_weights, runs_functions
 from .batch_axis import PENDING, BatchAxis
 from .dropout import OverTime, share_mask_over_time
 from .function_calls import Caller, called_by_source, give_neurons
@@ -105,6 +105,7 @@ class Plan:
             self._visited_ids.add(id(child))
             if is_activation(child):
                 if self._decide(name, kind, around, 'activation', first):
+                    refuse_weights(name, child)
                     self.swaps[name] = parent, child_name, child
                 continue
             if _is_position_bias(child_name, child):

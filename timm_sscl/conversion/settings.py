@@ -48,7 +48,7 @@ def is_option_key(key: str, of: str = 'neuron') -> bool:
     return (of == 'neuron' and key in _LIF_OPTIONS) or key.startswith(f'{of}_kwargs.')
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SpikingSettings:
     """Everything besides the weights that determines a converted model's output. Defaults are the paper's.
 
@@ -98,6 +98,14 @@ class SpikingSettings:
                 object.__setattr__(self, f'{kind}_kwargs', _pairs(variant.settings.at(self.timesteps)))
         if self.include or self.exclude or self.calls or any(getattr(self, name) for name in _KWARGS):
             encode(self.stored())
+
+    def __repr__(self) -> str:
+        return f'{type(self).__name__}({", ".join(f"{k}={v!r}" for k, v in self._shown())})'
+
+    def _shown(self) -> Pairs:
+        """Settings to show: none of a LIF if the neuron is another one."""
+        return tuple((f.name, getattr(self, f.name)) for f in fields(self)
+                     if self.neuron == 'lif' or f.name not in _LIF_OPTIONS)
 
     def neuron_options(self) -> Dict[str, Any]:
         """Return the settings of the neuron, by name."""

@@ -21,10 +21,10 @@ State = Tuple[torch.Tensor, ...]
 _SHOWN_IF_SET = 'surrogate', 'surrogate_kwargs', 'v_init'
 
 
-def check_timesteps(timesteps: Any) -> None:
+def check_timesteps(timesteps: Any, name: str = 'timesteps') -> None:
     """Raise ValueError if timesteps is not a positive whole number."""
     if isinstance(timesteps, bool) or timesteps != int(timesteps) or timesteps < 1:
-        raise ValueError(f'timesteps={timesteps!r}: must be a whole number of time steps, 1 or more.')
+        raise ValueError(f'{name}={timesteps!r}: must be a whole number of time steps, 1 or more.')
 
 
 class SpikingNeuron(Factors):

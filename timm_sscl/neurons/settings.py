@@ -105,7 +105,7 @@ class ResetSettings(NeuronSettings):
 @dataclass(frozen=True)
 class OwnGradient(NeuronSettings):
     """Settings of a neuron whose output has a gradient of its own instead of a surrogate chosen by name."""
-    surrogate: None = knob(None, 'none: the neuron has a gradient of its own', kw_only=True)
+    surrogate: Any = knob(None, 'none: the neuron has a gradient of its own', kw_only=True)
 
     def __post_init__(self):
         if self.surrogate is not None or self.surrogate_kwargs:

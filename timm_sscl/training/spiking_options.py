@@ -1,5 +1,6 @@
 """Add the options of the neuron, the teacher and the losses."""
 import argparse
+import difflib
 from typing import Any, Dict
 
 from timm_sscl.conversion import list_variants
@@ -79,8 +80,10 @@ def neuron_arguments(args: argparse.Namespace) -> Dict[str, Any]:
                         ('norm', list_variants('norm')), ('residual', list_variants('residual'))):
         value = getattr(args, name)
         if value is not None and value not in known:
+            close = difflib.get_close_matches(value, known, n=1)
             raise OptionError(f'--{name} {value}: is not registered; there are {", ".join(known) or "none"}. A plug-in '
-                              f'that registers it is imported by --plugin FILE|MODULE.')
+                              f'that registers it is imported by --plugin FILE|MODULE.'
+                              + (f" Did you mean '{close[0]}'?" if close else ''))
     names = ('timesteps', 'tau', 'v_threshold', 'v_reset', 'detach_reset', 'neuron', 'neuron_kwargs', 'surrogate',
              'surrogate_kwargs', 'norm', 'norm_kwargs', 'residual', 'residual_kwargs')
     return {name: getattr(args, name) for name in names if getattr(args, name) not in (None, {})}

@@ -45,7 +45,7 @@ class PerStepSettings(VariantSettings):
 
     def check(self) -> None:
         if self.steps is not None:
-            check_timesteps(self.steps)
+            check_timesteps(self.steps, 'steps')
 
     def at(self, timesteps: int) -> 'PerStepSettings':
         return replace(self, steps=timesteps) if self.steps is None else self
@@ -79,7 +79,7 @@ class Variant:
         settings: Fields of `Settings`, by name.
 
     Raises:
-        ValueError: A setting is unknown or out of range.
+        ValueError: A setting is unknown or out of range, or the class lacks `apply` or `remove`.
     """
     Settings = VariantSettings
     kind = 'variant'
@@ -88,6 +88,10 @@ class Variant:
     scales_currents = False
 
     def __init__(self, **settings: Any):
+        for method in ('apply', 'remove'):
+            if getattr(type(self), method) is getattr(Variant, method):
+                raise ValueError(f'{type(self).__name__} has no method {method}; a variant needs apply(self, model, '
+                                 f'settings) and remove(self, model).')
         self.settings: Any = build(self.Settings, settings, f"variant '{type(self).__name__}'")
 
     def __str__(self) -> str:

@@ -1,6 +1,6 @@
 """BNTT (Kim and Panda 2021): a separate batch norm for every timestep, without a shift."""
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Optional
 
 import torch
 import torch.nn as nn
@@ -48,7 +48,7 @@ class BNTT(StepwiseNormVariant):
     @dataclass(frozen=True)
     class Settings(PerStepSettings):
         eps: float = knob(1e-4, 'added to the variance')
-        momentum: float = knob(.1, 'share of a batch in the running statistics')
+        momentum: Optional[float] = knob(.1, 'share of a batch in the running statistics')
 
     def set_up(self, norm: nn.Module, settings: Any) -> None:
         super().set_up(norm, settings)

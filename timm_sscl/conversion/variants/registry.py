@@ -1,4 +1,5 @@
 """Register variants by kind and name with a decorator, and create them."""
+import difflib
 from typing import Any, Callable, Dict, List, Optional, Type, Union
 
 from timm_sscl.named import Registry
@@ -62,8 +63,10 @@ def check_registered(kind: str, name: Any) -> None:
     names = _registry(kind).names()
     if name not in names:
         known = ', '.join(map(repr, names)) or 'registered first; there is none'
+        close = difflib.get_close_matches(str(name), names, n=1)
+        hint = f" Did you mean '{close[0]}'?" if close else ''
         raise ValueError(f"{kind}={name!r}: must be {known}, or None for the model's own. A plug-in may register "
-                         f'others.')
+                         f'others.{hint}')
 
 
 def variant_name(kind: str, variant: Union[str, Type[Variant]]) -> str:
