@@ -52,7 +52,13 @@ def new_mixed(mixin: Type[Mixin], base: Type[nn.Module]) -> nn.Module:
 
 
 def mix_in(module: nn.Module, mixin: Type[Mixin]) -> None:
-    """Put a mixin in front of a module's class, in place. Nothing is changed if it is there already."""
+    """Put a mixin in front of a module's class, in place. Nothing is changed if it is there already.
+
+    Raises:
+        TypeError: mixin is no subclass of Mixin.
+    """
+    if not (isinstance(mixin, type) and issubclass(mixin, Mixin)):
+        raise TypeError(f'{mixin!r} is no subclass of timm_sscl.class_swap.Mixin, which copies and pickles need.')
     if not isinstance(module, mixin):
         module.__class__ = mixed_class(cast(Any, mixin), cast(Any, type(module)))
 

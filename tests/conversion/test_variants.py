@@ -261,7 +261,7 @@ def test_names_and_errors():
     for options, message in (
             (dict(norm='step_scal'), "norm='step_scal': must be .*'step_scale'"),
             (dict(norm='step_scale', norm_kwargs=dict(strat=1.)), "'StepScale' has no option 'strat'.*'start'"),
-            (dict(norm='step_scale', norm_kwargs=dict(steps=0)), 'timesteps=0'),
+            (dict(norm='step_scale', norm_kwargs=dict(steps=0)), '^steps=0: '),
             (dict(norm_kwargs=dict(start=1.)), "norm_kwargs={'start': 1.0}.*norm=NAME"),
             (dict(residual='halved'), "residual='halved': VisionTransformer has no BasicBlock"),
             (dict(norm='step_scale'), "norm='step_scale': VisionTransformer has no batch norm")):

@@ -17,13 +17,15 @@ from .variants import bntt as _bntt, ds as _ds, ms as _ms, sew as _sew  # noqa: 
 from .variants import mpbn as _mpbn, tab as _tab, tdbn as _tdbn, tebn as _tebn  # noqa: F401, likewise
 from .variants.base import PerStepSettings, Variant, VariantRecord, VariantSettings
 from .variants.batch_norms import BatchNormOverTime, BatchNormVariant
+from .variants.resnet_blocks import ResidualVariant, last_act, residual_branch
 from .variants.registry import list_variants, register_variant, unregister_variant
 from .variants.shared_stem import share_stem
 from .variants.stem_pool import set_stem_pool
 
 __all__ = [
-    'BatchNormOverTime', 'BatchNormVariant', 'ConversionRecord', 'PerStepSettings', 'SOFT_RESET', 'SpikingModel',
-    'SpikingModule', 'SpikingReport', 'SpikingSettings', 'Variant', 'VariantRecord', 'VariantSettings', 'calibrate',
-    'convert_ann', 'convert_to_spiking', 'fold_gains', 'list_variants', 'register_activation', 'register_variant',
-    'set_stem_pool', 'share_stem', 'unregister_activation', 'unregister_variant',
+    'BatchNormOverTime', 'BatchNormVariant', 'ConversionRecord', 'PerStepSettings', 'ResidualVariant', 'SOFT_RESET',
+    'SpikingModel', 'SpikingModule', 'SpikingReport', 'SpikingSettings', 'Variant', 'VariantRecord',
+    'VariantSettings', 'calibrate', 'convert_ann', 'convert_to_spiking', 'fold_gains', 'last_act', 'list_variants',
+    'register_activation', 'register_variant', 'residual_branch', 'set_stem_pool', 'share_stem',
+    'unregister_activation', 'unregister_variant',
 ]
