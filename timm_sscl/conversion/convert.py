@@ -20,6 +20,7 @@ from .feature_activations import repeats_activations
 from .functional_calls import calls_noise
 from .hidden_activations import why_no_adapter
 from .model import SpikingModel, SpikingModule
+from .neuron_probe import probe_neuron
 from .plan import ConversionRecord, Plan
 from .policy import GROUPS, HEAD, Policy
 from .settings import SpikingSettings, option_key
@@ -237,10 +238,10 @@ def convert_to_spiking(
 
     Raises:
         ValueError: A neuron, a surrogate, a variant or an option of one is unknown; a setting is out of range; a
-            pattern matches nothing; the model is already spiking or compiled; the model runs on no guessed input; axis
-            0 is not the batch at an activation; no activation would be replaced; a nonlinear operation is unknown;
-            stem_pool, norm or residual is given but the model has no max pooling in its stem, no batch norms or no such
-            blocks.
+            surrogate is not finite; a neuron's output is not what its class says; a pattern matches nothing; the model
+            is already spiking or compiled; the model runs on no guessed input; axis 0 is not the batch at an
+            activation; no activation would be replaced; a nonlinear operation is unknown; stem_pool, norm or residual
+            is given but the model has no max pooling in its stem, no batch norms or no such blocks.
         NotImplementedError: The model has a part whose activation cannot be replaced. The message names it.
     """
     v_reset = None if v_reset is _NOT_GIVEN else SOFT_RESET if v_reset is None else v_reset
@@ -255,6 +256,7 @@ def convert_to_spiking(
     if stem_pool is None and has_average_stem_pool(model):  # set_stem_pool was called on the ANN
         settings = replace(settings, stem_pool='avg')
     _refuse_unsupported(model)
+    probe_neuron(settings)
     for variant in settings.variants().values():
         variant.check(model, settings)
     policy = Policy(model, settings.include, settings.exclude)
