@@ -1,5 +1,5 @@
 """Classify modules as activations or gates, by class."""
-from typing import Optional, Set, Type
+from typing import AbstractSet, Any, Optional, Set, Tuple, Type
 
 import torch.nn as nn
 
@@ -99,12 +99,13 @@ def refuse_weights(name: str, module: nn.Module) -> None:
 def _inherited(
         module: nn.Module,
         names: Set[str],
-        classes: Set[Type[nn.Module]] = frozenset(),
+        classes: AbstractSet[Type[nn.Module]] = frozenset(),
 ) -> Optional[Type[nn.Module]]:
     """Return the class in the module's MRO that is listed by name or registered and has the module's forward, or None.
     """
     cls = type(module)
-    for base in cls.__mro__:
+    bases: Tuple[Any, ...] = cls.__mro__
+    for base in bases:
         if (base.__name__ in names or base in classes) and (base is cls or base.forward is cls.forward):
             return base
     return None

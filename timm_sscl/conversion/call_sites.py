@@ -2,7 +2,7 @@
 """
 import copy
 from collections import OrderedDict
-from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 import torch
 import torch.nn as nn
@@ -55,7 +55,8 @@ class _Place(NamedTuple):
     child_name: str
 
     @property
-    def neuron(self) -> nn.Module:
+    def neuron(self) -> Any:
+        """The neuron, or the CallSites with its copies."""
         return self.parent._modules[self.child_name]
 
 

@@ -64,12 +64,15 @@ def find_channels(
     except ProbeError as error:
         raise ProbeError(f'{what} has parameters per channel, and {type(model).__name__} was run to see how many there '
                          f'are: {error}') from error
+    found: Dict[str, _Shape] = {}
     for name in neurons:
         shapes = seen.get(name, set())
-        if len(shapes) != 1 or None in shapes:
+        shape = next(iter(shapes)) if len(shapes) == 1 else None
+        if shape is None:
             raise ValueError(f'{what} has parameters per channel, but {name} {_why(shapes)}. exclude={name!r} leaves '
                              f'it analog; other neurons have parameters per layer, or none.')
-    return {name: next(iter(seen[name])) for name in neurons}
+        found[name] = shape
+    return found
 
 
 def _why(shapes: Set[Optional[_Shape]]) -> str:
@@ -78,7 +81,7 @@ def _why(shapes: Set[Optional[_Shape]]) -> str:
         return 'did not run in a forward'
     if None in shapes:
         return 'has an input of which the axis of the channels is not known'
-    widths = sorted(shape[0] for shape in shapes)
+    widths = sorted(shape[0] for shape in shapes if shape is not None)
     return f'runs on inputs of {" and ".join(map(str, widths))} channels'
 
 
@@ -94,7 +97,7 @@ def _run(model: nn.Module, neurons: Dict[str, SpikingNeuron], example: Example) 
             shape = None if axis is None else (x.shape[axis], *(1,) * (x.ndim - 1 - axis))
             seen.setdefault(name, set()).add(shape)
             return x
-        neuron.forward = note
+        neuron.__dict__['forward'] = note
     with axes:
         example(model)
     return seen

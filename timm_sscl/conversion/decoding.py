@@ -35,7 +35,7 @@ def decode(out: Any, timesteps: int, per_step: bool = False, batch: Optional[int
     if type(out) in (list, tuple):
         return type(out)(map(inside, out))
     if isinstance(out, dict):
-        decoded = {} if type(out) is dict else copy.copy(out)  # other classes may have further attributes
+        decoded: Any = {} if type(out) is dict else copy.copy(out)  # other classes may have further attributes
         for key, entry in out.items():
             decoded[key] = inside(entry)
         return decoded
@@ -76,7 +76,7 @@ def _holds_rows(out: Any) -> bool:
         return any(map(_is_or_holds_rows, out.values()))
     if isinstance(out, Set):
         return any(map(_is_or_holds_rows, out))
-    if isinstance(out, Iterator) or getattr(out, 'ndim', 0):  # a generator, or an array
+    if isinstance(out, Iterator) or bool(getattr(out, 'ndim', 0)):  # a generator, or an array
         return True
     return not isinstance(out, type) and any(isinstance(leaf, torch.Tensor)
                                              for leaf in tree_leaves(dict(getattr(out, '__dict__', {}))))

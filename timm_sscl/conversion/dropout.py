@@ -3,7 +3,7 @@
 Each class here replaces the class of an existing module in place, so that names, hooks and settings stay. Axis 0 of
 their input is time-major, (T * B, ...).
 """
-from typing import Any, Dict, Optional, Tuple, Type
+from typing import TYPE_CHECKING, Any, Dict, Optional, Tuple, Type, cast
 
 import torch
 import torch.nn as nn
@@ -29,7 +29,13 @@ def _keep_mask(x: torch.Tensor, shape: Tuple[int, ...], p: float) -> torch.Tenso
     return mask.div_(1 - p) if p < 1 else mask
 
 
-class OverTime:
+if TYPE_CHECKING:
+    _Base = nn.Module  # the base that the mixins have in every class here
+else:
+    _Base = object
+
+
+class OverTime(_Base):
     """Mixin for a module that draws one mask per sample. The conversion sets `timesteps`."""
     timesteps: int = 1
     part_of_model = False  # whether it may run only inside a call of its model
@@ -112,8 +118,8 @@ class _PatchDropoutOverTime(OverTime):
             return x, None
         prefix, patches = x[:, :self.num_prefix_tokens], x[:, self.num_prefix_tokens:]
         positions = torch.arange(patches.shape[1], device=x.device).expand(self._samples(x), -1).unsqueeze(-1)
-        _, keep = patch_dropout_forward(positions, self.prob, 0, self.ordered, True)
-        keep = repeat_over_time(keep, self.timesteps)
+        _, indices = patch_dropout_forward(positions, self.prob, 0, self.ordered, True)
+        keep = repeat_over_time(cast(torch.Tensor, indices), self.timesteps)
         patches = patches.gather(1, keep.unsqueeze(-1).expand((-1, -1) + patches.shape[2:]))
         return torch.cat((prefix, patches), dim=1), keep
 

@@ -45,7 +45,8 @@ def feature_neuron(model: nn.Module, x: torch.Tensor) -> SpikingNeuron:
         raise RuntimeError(
             f'{type(model).__name__} calls an activation as a function on {x.shape[1]} channels, where it has no '
             f'feature; make it a module that is an activation (nn.ReLU).')
-    return _neurons(model).get(names[0]) or model._modules[_KEPT][_key(names[0])]
+    modules: Dict[str, Any] = model._modules
+    return _neurons(model).get(names[0]) or modules[_KEPT][_key(names[0])]
 
 
 def pruning_methods(base: Type[nn.Module]) -> Dict[str, Callable]:

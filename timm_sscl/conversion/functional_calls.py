@@ -6,6 +6,7 @@ import inspect
 import sys
 import textwrap
 from functools import lru_cache, wraps
+from types import FrameType
 from typing import Any, Callable, Dict, FrozenSet, List, Optional, Sequence, Set, Type
 
 import torch
@@ -93,7 +94,8 @@ def _function_name(node: ast.AST, own: Optional[str]) -> Optional[str]:
 
 def called_activations(module: nn.Module) -> List[str]:
     """Return the activations that a module calls as functions or has as attributes (`self.activation = F.relu`)."""
-    called = frozenset().union(*_calls(type(module)).values()) & ACTIVATION_FUNCTIONS
+    cls: type = type(module)
+    called = frozenset().union(*_calls(cls).values()) & ACTIVATION_FUNCTIONS
     held = {getattr(value, '__name__', '') for value in vars(module).values()
             if callable(value) and not isinstance(value, nn.Module)}
     return sorted(called | (held & ACTIVATION_FUNCTIONS))
@@ -107,13 +109,12 @@ def function_module(functions: Sequence[str]) -> Optional[nn.Module]:
     return kind() if kind is not None else None
 
 
-def methods_that_fire(cls: Type[nn.Module]) -> Set[str]:
+def methods_that_fire(cls: type) -> Set[str]:
     """Return the names of a class's methods that call activations as functions."""
     return {name for name, names in _calls(cls).items() if names & ACTIVATION_FUNCTIONS}
 
 
-@lru_cache(maxsize=None)
-def calls_noise(cls: Type[nn.Module]) -> bool:
+def calls_noise(cls: type) -> bool:
     """Return whether a class calls dropout or random number functions."""
     return any(names & _NOISE_FUNCTIONS for names in _calls(cls).values())
 
@@ -192,7 +193,7 @@ class FunctionsOverTime(TorchFunctionMode):
         """
         if not self.differentiable or torch.compiler.is_compiling():
             return
-        frame = sys._getframe(2)
+        frame: Optional[FrameType] = sys._getframe(2)
         while frame is not None and frame.f_code.co_name != '_call_folded' and frame.f_code is not _FORWARD:
             if frame.f_code.co_filename == torch.utils.checkpoint.__file__:
                 raise RuntimeError(
@@ -231,7 +232,7 @@ class _Functions(OverTime, Mixin):
         return out
 
 
-def methods_inside_only(base: Type[nn.Module]) -> Dict[str, Callable]:
+def methods_inside_only(base: type) -> Dict[str, Callable]:
     """Return overrides for a class's methods, other than forward methods, that call activations as functions.
 
     They raise outside a call of the converted model, where no neuron replaces the activations.

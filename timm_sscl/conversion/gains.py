@@ -2,7 +2,8 @@
 import logging
 import math
 from contextlib import contextmanager
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from functools import partial
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Tuple
 
 import torch
 import torch.nn as nn
@@ -96,7 +97,7 @@ def _measure(model: SpikingModule, images: torch.Tensor) -> Dict[str, '_Drive']:
     drives: Dict[str, _Drive] = {}
     with normalising_by_batch(model):
         for name, lif in model.neurons().items():
-            drive = _Drive(lif, lambda drive, name=name: drives.setdefault(name, drive))
+            drive = _Drive(lif, partial(drives.setdefault, name))
             lif.register_forward_pre_hook(drive.measure)
             lif.register_forward_hook(drive.count)
         model(images)
@@ -115,9 +116,10 @@ class _Drive:
     def __init__(self, lif: SpikingNeuron, ran: Callable[['_Drive'], Any]):
         self.lif = lif
         self.ran = ran  # called at every call of the layer
-        self.gain: Optional[torch.Tensor] = None
+        self.gain = torch.ones(())
         self.squares: List[float] = []
-        self.fired = self.elements = 0
+        self.fired: float = 0
+        self.elements = 0
         lif.set_gain(None, lif.scale)
 
     def measure(self, lif: SpikingNeuron, args: Tuple[torch.Tensor]) -> None:

@@ -71,7 +71,9 @@ def give_neuron(module: nn.Module, neuron: nn.Module) -> None:
     """Replace the activation inside a norm by a neuron in its attribute `act`; parameters of the activation are
     dropped.
     """
-    mixin, dropped = _adapter(module)
+    adapter = _adapter(module)
+    assert adapter is not None, f'{type(module).__name__} hides no activation'
+    mixin, dropped = adapter
     mix_in(module, mixin)
     module.__dict__['_kept'] = {
         'act': getattr(module, 'act', None), **{name: getattr(module, name) for name in dropped}}
@@ -108,7 +110,7 @@ class SplitBatchNormOverTime(OverTime, SplitBatchNorm2d):
         parts += [bn(part.flatten(0, 1)) for bn, part in zip(self.aux_bn, others)]
         x = torch.cat([part.unflatten(0, (self.timesteps, -1)) for part in parts], dim=1).flatten(0, 1)
         for name in ('drop', 'act'):  # present only if a norm-act layer was split
-            x = self._modules[name](x) if name in self._modules else x
+            x = getattr(self, name)(x) if name in self._modules else x
         return x
 
 

@@ -20,7 +20,7 @@ def _stored(module: nn.Module, *names: str) -> Optional[torch.Tensor]:
     return next((p for p in found if p is not None and not nn.parameter.is_lazy(p)), None)
 
 
-def _parametrization(module: nn.Module) -> Optional[nn.Module]:
+def _parametrization(module: nn.Module) -> Optional[nn.ModuleList]:
     """Return the parametrization (torch.nn.utils.parametrize) of a module's weight, or None."""
     return module.parametrizations['weight'] if 'weight' in getattr(module, 'parametrizations', ()) else None
 

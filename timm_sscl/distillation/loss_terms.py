@@ -28,7 +28,7 @@ class WrongLoss(ValueError):
     """
 
 
-def compute_terms(losses: Mapping[str, nn.Module], step: TrainStep) -> Dict[str, Any]:
+def compute_terms(losses: nn.ModuleDict, step: TrainStep) -> Dict[str, Any]:
     """Return what every loss returns for a training step. Code under torch.compile is not checked.
 
     Raises:

@@ -48,7 +48,7 @@ class TeacherInput:
         if x.ndim == 5:
             return self(x.flatten(0, 1)).unflatten(0, x.shape[:2])
         if self.transform is not None:
-            return self._transformed(x)
+            return _transformed(self.transform, x)
         if self.scale_shift is not None:
             scale, shift = (t.to(x) for t in self.scale_shift)
             x = x * scale + shift
@@ -62,22 +62,24 @@ class TeacherInput:
         if input_size is None:
             return None
         if self.transform is not None:
-            return tuple(self._transformed(torch.zeros(1, *input_size)).shape[1:])
+            return tuple(_transformed(self.transform, torch.zeros(1, *input_size)).shape[1:])
         return tuple(input_size) if self.size is None else (input_size[0], *self.size)
-
-    def _transformed(self, x: torch.Tensor) -> torch.Tensor:
-        out = self.transform(x)
-        if not isinstance(out, torch.Tensor) or out.ndim != 4 or len(out) != len(x):
-            given = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
-            raise ValueError(f'teacher_transform made {given} of images {tuple(x.shape)}: must return a tensor of as '
-                             f'many images, row by row.')
-        return out
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update({'transform': None, **state})  # version 0.1.0 had no transform
 
     def __repr__(self) -> str:
         return f'TeacherInput(size={self.size}, renormalize={self.renormalize}, transform={self.transform})'
+
+
+def _transformed(transform: Transform, x: torch.Tensor) -> torch.Tensor:
+    """Return the images that the user's transform makes of x, checked."""
+    out = transform(x)
+    if not isinstance(out, torch.Tensor) or out.ndim != 4 or len(out) != len(x):
+        given = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
+        raise ValueError(f'teacher_transform made {given} of images {tuple(x.shape)}: must return a tensor of as '
+                         f'many images, row by row.')
+    return out
 
 
 def _scale_shift(

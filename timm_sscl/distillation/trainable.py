@@ -49,9 +49,11 @@ class SSCLTrainableModule(nn.Module):
             self.rate_recorder.begin()
         step_logits, features = read_model(self.student, self.reader, input)
         rates = self.rate_recorder.take() if self.rate_recorder is not None else None
-        step = TrainStep(
-            input, target, step_logits, self.student, teacher_logits, features, teacher_features, rates,
-            self.__dict__.get('teacher_head'), self.progress if self.__dict__.get('has_progress') else None)
+        wanted: Dict[str, Any] = dict(  # None is what no loss asked for
+            teacher_logits=teacher_logits, student_features=features, teacher_features=teacher_features,
+            firing_rates=rates, teacher_head=self.__dict__.get('teacher_head'),
+            progress=self.progress if self.__dict__.get('has_progress') else None)
+        step = TrainStep(input, target, step_logits, self.student, **wanted)
         return {'output': step.logits, **compute_terms(self.losses, step)}
 
     def no_weight_decay(self):

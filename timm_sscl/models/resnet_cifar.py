@@ -42,9 +42,10 @@ class ResNetCifar(ResNet):
         if width < 2 or width % 2:
             raise ValueError(f'width={width}: must be an even number of channels.')
         channels = tuple(width * 2 ** i for i in range(len(layers)))
+        block: Any = BasicBlock  # timm's annotation is that of an instance
         # a deep stem of width / 2 gives timm's first stage `width` input channels
         super().__init__(
-            BasicBlock, layers, in_chans=in_chans, channels=channels, stem_type='deep', stem_width=width // 2, **kwargs)
+            block, layers, in_chans=in_chans, channels=channels, stem_type='deep', stem_width=width // 2, **kwargs)
         # timm's forward runs four stages; missing ones are empty, as after its pruning
         for i in range(len(layers), _MAX_STAGES):
             self.add_module(f'layer{i + 1}', nn.Sequential())
@@ -58,9 +59,9 @@ class ResNetCifar(ResNet):
             conv = nn.Conv2d(width if i else in_chans, width, 3, padding=1, bias=False, **dd)
             nn.init.kaiming_normal_(conv.weight, mode='fan_out', nonlinearity='relu')
             stem += [conv] if i + 1 == convs else [conv, norm(width, **dd), act(inplace=True)]
-        self.conv1 = stem[0] if convs == 1 else nn.Sequential(*stem)
+        self.add_module('conv1', stem[0] if convs == 1 else nn.Sequential(*stem))
         self.bn1 = norm(width, **dd)
-        self.maxpool = nn.AvgPool2d(reduction) if reduction > 1 else nn.Identity()
+        self.add_module('maxpool', nn.AvgPool2d(reduction) if reduction > 1 else nn.Identity())
         self.feature_info[0]['num_chs'] = width
         self.feature_info[0]['reduction'] = 1
         for i, info in enumerate(self.feature_info[1:]):
@@ -70,11 +71,12 @@ class ResNetCifar(ResNet):
             self,
             x: torch.Tensor,
             indices: Optional[Union[int, List[int]]] = None,
+            *args: Any,
             **kwargs: Any,
     ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
         """Run timm's forward_intermediates with indices that count the existing stages: the stem, layer1, ..."""
         take_indices, _ = feature_take_indices(len(self.feature_info), indices)
-        return super().forward_intermediates(x, take_indices, **kwargs)
+        return super().forward_intermediates(x, take_indices, *args, **kwargs)
 
     def prune_intermediate_layers(
             self,

@@ -43,7 +43,7 @@ class VGGCifar(VGG):
             if isinstance(layer, nn.MaxPool2d):
                 self.features[i] = nn.AvgPool2d(2)
         self.num_classes, self.drop_rate = num_classes, drop_rate
-        self.pre_logits = nn.Identity()
+        self.add_module('pre_logits', nn.Identity())
         self.head = ClassifierHead(
             self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **get_device_dtype(self))
         self.head_hidden_size = self.head.num_features

@@ -23,8 +23,14 @@ def _integrate(x, state, decay, decay_b, settings):
     return decay * u + (1 - decay) * x - v_threshold * s, v_threshold, b
 
 
+class _Adaptive:
+    """Settings of both adaptive neurons, whose defaults differ."""
+    v_threshold: float
+    beta: float
+
+
 @dataclass(frozen=True)
-class _AdaptiveSettings(NeuronSettings):
+class _AdaptiveSettings(_Adaptive, NeuronSettings):
     """Common settings of both adaptive neurons."""
     detach_reset: bool = knob(False, 'no gradient through the reset')
 

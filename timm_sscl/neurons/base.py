@@ -266,13 +266,13 @@ class SpikingNeuron(Factors):
     def adopt_steps(self, state_dict: Dict[str, torch.Tensor], prefix: str) -> None:
         """Resize parameters per timestep to the number of timesteps in a state dict."""
         for name in self.per_step:
-            own, value = self._parameters[name], state_dict.get(f'{prefix}{name}')
+            own, value = self.get_parameter(name), state_dict.get(f'{prefix}{name}')
             if value is not None and value.ndim == own.ndim and value.shape != own.shape:
                 own.data = own.new_zeros(self.shape_of(name, len(value)))
 
     def shape_of(self, name: str, timesteps: int) -> Tuple[int, ...]:
         """Return the shape of a parameter per timestep for this number of timesteps."""
-        return timesteps, *self._parameters[name].shape[1:]
+        return timesteps, *self.get_parameter(name).shape[1:]
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         self.adopt_steps(state_dict, prefix)

@@ -1,5 +1,5 @@
 """A neuron's input gain and output scale, stored in buffers that are loaded, saved and averaged like other state."""
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Optional, TypeVar
 
 import torch
 import torch.nn as nn
@@ -9,6 +9,9 @@ from .watched import BufferSnapshot, changed, is_readable, read_values
 __all__ = ['Factors', 'FACTORS']
 
 FACTORS = {'gain': 'spiking_gain', 'scale': 'spiking_scale'}  # factor -> buffer that holds it
+
+
+_Self = TypeVar('_Self', bound='Factors')
 
 
 class Factors(nn.Module):
@@ -63,8 +66,8 @@ class Factors(nn.Module):
         dtype = torch.promote_types(like.dtype, torch.float32)
         for key in FACTORS.values():
             if self._buffers[key] is None:
-                self._buffers[key] = torch.ones((), dtype=dtype, device=like.device)
-                self._seen[key] = BufferSnapshot.now(self._buffers[key])
+                ones = self._buffers[key] = torch.ones((), dtype=dtype, device=like.device)
+                self._seen[key] = BufferSnapshot.now(ones)
 
     def _factor(self, key: str) -> Optional[torch.Tensor]:
         """Return a factor, None if it is 1. The buffer is read again if it changed."""
@@ -72,26 +75,23 @@ class Factors(nn.Module):
         if value is None:
             return None
         if not torch.compiler.is_compiling() and changed(value, self._seen.get(key), self.training):
-            self._read_factor(key)
+            self._read_factor(key, value)
         return value if self._in_force[key] else None
 
-    def _read_factor(self, key: str) -> None:
-        value = self._buffers[key]
+    def _read_factor(self, key: str, value: torch.Tensor) -> None:
         if is_readable(value):
             self._in_force[key] = any(v != 1 for v in read_values(value))
             self._seen[key] = BufferSnapshot.now(value)
 
     def _set_factor(self, key: str, value: Optional[torch.Tensor]) -> None:
         before = self._factor(key)
-        if value is None and before is None:
-            return
-        neutral = value is None
-        if neutral:
-            value = torch.ones((), dtype=before.dtype, device=before.device)
-        self._buffers[key] = value.detach() if value.requires_grad else value
-        self._in_force[key] = not neutral
-        if not neutral:
-            self._read_factor(key)
+        if value is not None:
+            own = self._buffers[key] = value.detach() if value.requires_grad else value
+            self._in_force[key] = True
+            self._read_factor(key, own)
+        elif before is not None:
+            self._buffers[key] = torch.ones((), dtype=before.dtype, device=before.device)
+            self._in_force[key] = False
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
         """Load factors and take over their shapes. Factors that are missing, as in an ANN's state, keep their values.
@@ -108,7 +108,7 @@ class Factors(nn.Module):
         for key in FACTORS.values():
             self._factor(key)  # read now, since a compiled forward does not
 
-    def train(self, mode: bool = True) -> 'Factors':
+    def train(self: _Self, mode: bool = True) -> _Self:
         self._seen = {key: seen.again() for key, seen in self._seen.items()}
         return super().train(mode)
 

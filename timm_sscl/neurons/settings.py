@@ -20,8 +20,13 @@ def hashable(value: Any) -> Any:
     return tuple(map(hashable, value)) if isinstance(value, (list, tuple)) else value
 
 
+class _Resolved:
+    """What settings look up once. It is no setting."""
+    _surrogate: Optional[Surrogate]
+
+
 @dataclass(frozen=True)
-class NeuronSettings:
+class NeuronSettings(_Resolved):
     """Base of a neuron's settings: plain values, declared by `knob(default, help)`, for its step.
 
     A subclass may check its values in `check`, and declare `surrogate` again with another default.
@@ -69,7 +74,8 @@ class NeuronSettings:
 
     def spike(self, u: torch.Tensor, v_threshold: Any) -> torch.Tensor:
         """Return 1 where u >= v_threshold, else 0, with the surrogate's gradient."""
-        return spike(u, v_threshold, self._surrogate)
+        surrogate: Any = self._surrogate  # a neuron that calls this has one
+        return spike(u, v_threshold, surrogate)
 
 
 @dataclass(frozen=True)

@@ -131,7 +131,7 @@ class Interpreter(TorchDispatchMode):
         known = self._merge(metas).but(stacked=name == 'stack', shift=None, exp=None,
                                        binary=all(m.binary for m in metas))
 
-        def of(x: torch.Tensor) -> Meta:
+        def of(x: torch.Tensor) -> Optional[Meta]:
             if name in SLICES and self.taint.has(x):  # the same slice was taken before
                 return self.taint.get(x)
             return known.but(root=self.taint.new_root())

@@ -96,8 +96,8 @@ def _pass(model: nn.Module, example: Example) -> Run:
 
 def _known_norm(x: torch.Tensor) -> torch.Tensor:
     """Run a single operation that the interpreter knows as a norm."""
-    statistics = (torch.full((x.shape[1],), value, device=x.device, dtype=x.dtype) for value in (0., 1.))
-    return F.batch_norm(x, *statistics)
+    mean, var = (torch.full((x.shape[1],), value, device=x.device, dtype=x.dtype) for value in (0., 1.))
+    return F.batch_norm(x, mean, var)
 
 
 def _is_clip(lif: SpikingNeuron) -> bool:

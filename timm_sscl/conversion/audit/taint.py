@@ -1,7 +1,7 @@
 """Metadata of tensors that depend on the model's input."""
 import itertools
 from dataclasses import dataclass, field, replace
-from typing import Dict, FrozenSet, Iterable, Optional, Set, Tuple
+from typing import Dict, FrozenSet, Iterable, Optional, Set, Tuple, Union
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -57,7 +57,7 @@ class Meta:
         return self.but(shift=None, exp=None, stacked=False)
 
 
-_Geometry = Tuple[int, Tuple[int, ...], Tuple[int, ...]]
+_Geometry = Tuple[Union[int, torch.SymInt], Tuple[int, ...], Tuple[int, ...]]
 
 
 class Taint:

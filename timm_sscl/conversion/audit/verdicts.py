@@ -105,7 +105,7 @@ def _finding(event: Event, modules: Dict[str, nn.Module], policy: Policy) -> Fin
 
 def class_name(module: nn.Module) -> str:
     """Return the qualified name of a module's class; for a converted module, of its class before."""
-    cls = type(module)
+    cls: Any = type(module)
     if 'mixed' in vars(cls):
         cls = cls.mixed[1]
     return f'{cls.__module__}.{cls.__name__}'

@@ -1,6 +1,6 @@
 """Common base of norm variants: a mixin for every batch norm, which computes another batch norm."""
 from collections import Counter
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple, Type
+from typing import Any, Iterator, List, NamedTuple, Optional, Tuple, Type
 
 import torch
 import torch.nn as nn
@@ -52,7 +52,7 @@ class BatchNormOverTime(Mixin):
         self._check_input_dim(x)
         x = self.normalise(x)
         for name in ('drop', 'act'):  # present only in norm-act layers
-            x = self._modules[name](x) if name in self._modules else x
+            x = getattr(self, name)(x) if name in self._modules else x
         return x
 
     def batch_norm(self, x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
@@ -156,6 +156,6 @@ class BatchNormVariant(Variant):
         """Give a norm a parameter with this value, in the norm's device and dtype. An existing one of this shape is
         kept.
         """
-        own: Dict[str, Optional[nn.Parameter]] = norm._parameters
-        if own.get(name) is None or own[name].shape != value.shape:
+        own = norm._parameters.get(name)
+        if own is None or own.shape != value.shape:
             setattr(norm, name, nn.Parameter(value.to(norm.weight.device, norm.weight.dtype)))

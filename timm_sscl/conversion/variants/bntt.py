@@ -29,8 +29,8 @@ class BatchNormThroughTime(StepwiseBatchNorm):
         tracks = self.running_mean is not None and (not self.training or self.track_running_stats)
         steps = []
         for x_t, i in zip(x.chunk(self.timesteps), self.steps_used()):
-            statistics = (self.running_mean[i], self.running_var[i]) if tracks else (None, None)
-            steps.append(F.batch_norm(x_t, *statistics, self.weight[i], None, by_batch, momentum, self.eps))
+            mean, var = (self.running_mean[i], self.running_var[i]) if tracks else (None, None)
+            steps.append(F.batch_norm(x_t, mean, var, self.weight[i], None, by_batch, momentum, self.eps))
         return torch.cat(steps)
 
 

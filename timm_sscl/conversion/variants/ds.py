@@ -20,7 +20,7 @@ class DS(SEW):
     its factor is 1 everywhere here, since spikes are added.
     """
     label = 'DS'
-    Settings = VariantSettings
+    Settings: Any = VariantSettings  # SEW's have one more
     connect = 'add'
 
     def check(self, model: nn.Module, settings: Any) -> None:

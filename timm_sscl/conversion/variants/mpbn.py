@@ -1,6 +1,6 @@
 """MPBN (Guo et al. 2023): a batch norm between a neuron's potential and its threshold."""
 from dataclasses import dataclass
-from typing import Any, Iterator, List, Tuple
+from typing import Any, Iterator, List, Tuple, cast
 
 import torch
 import torch.nn as nn
@@ -72,12 +72,13 @@ class NormalisedNeuron(Mixin):
         return surrogate if progress is None else lambda u, v: surrogate(u, v, progress=progress)
 
     def run(self, x: torch.Tensor, folded: torch.Tensor) -> torch.Tensor:
+        step = cast(Any, type(self)).step  # the neuron's
         dtype, settings, gain = membrane_dtype(x.dtype), _Normalised(self), self.gain
         state = tuple(s.to(dtype) for s in self.start(x[0].to(dtype)))
         constants, outputs = tuple(c.to(dtype) for c in self.constants()), []
         for t, x_t in enumerate(x.to(dtype)):
             x_t = x_t if gain is None else x_t * gain.to(dtype)
-            output, state = type(self).step(x_t, state, constants, t, settings)
+            output, state = step(x_t, state, constants, t, settings)
             outputs.append(output.to(x.dtype))
         return torch.stack(outputs)
 

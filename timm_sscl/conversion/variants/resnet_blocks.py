@@ -17,9 +17,9 @@ __all__ = ['ResidualVariant', 'residual_branch', 'last_act', 'last_norm', 'add_n
 STAGES = 'layer1', 'layer2', 'layer3', 'layer4'
 
 
-def _own_class(module: nn.Module) -> type:
+def _own_class(module: nn.Module) -> Type[nn.Module]:
     """Return a module's class without mixins."""
-    cls = type(module)
+    cls: Any = type(module)
     while hasattr(cls, 'mixed'):
         cls = cls.mixed[1]
     return cls

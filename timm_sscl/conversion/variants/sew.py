@@ -69,7 +69,7 @@ class SEW(ResidualVariant):
         if block.downsample is not None and not isinstance(block.downsample, nn.Sequential):
             raise ValueError(f'{self}: {name}.downsample is a {type(block.downsample).__name__}, to which no neuron '
                              f'can be added; it has to be an nn.Sequential.')
-        if self.connect != 'add' and getattr(block.drop_path, 'drop_prob', 0):
+        if self.connect != 'add' and bool(getattr(block.drop_path, 'drop_prob', 0)):
             raise ValueError(f"{self}: connect='{self.connect}' multiplies spikes, which stochastic depth would scale "
                              f"in {name}; use connect='add', or create the model with drop_path_rate=0.")
 

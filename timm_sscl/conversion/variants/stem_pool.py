@@ -1,6 +1,6 @@
 """Average pooling of spikes in the stem of a ResNet instead of max pooling, as in the paper's ResNet18 and 34."""
 from dataclasses import replace
-from typing import Any, Optional, Tuple
+from typing import Any, Optional, Tuple, cast
 
 import torch.nn as nn
 
@@ -58,7 +58,7 @@ class AvgStemPool(Variant):
         if not has_average_stem_pool(model):
             # by changing its class, so that name, hooks and the settings of MaxPool2d are kept
             _, pool = stem_max_pool(model)
-            pool.__class__ = StemAvgPool2d
+            pool.__class__ = cast(Any, StemAvgPool2d)
             pool.count_include_pad, pool.divisor_override = True, None
 
     def remove(self, model: nn.Module) -> None:

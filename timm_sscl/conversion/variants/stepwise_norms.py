@@ -11,6 +11,11 @@ __all__ = ['StepwiseBatchNorm', 'StepwiseNormVariant']
 _STATE = 'weight', 'bias', 'running_mean', 'running_var'
 
 
+def _tables(norm: nn.Module) -> Tuple[Dict[str, Any], ...]:
+    """Return the tables in which a norm holds its parameters and buffers."""
+    return norm._parameters, norm._buffers
+
+
 class StepwiseBatchNorm(BatchNormOverTime):
     """Mixin for a batch norm whose weight, bias, running_mean and running_var are (T, C)."""
     per_step = True
@@ -33,7 +38,7 @@ class StepwiseNormVariant(BatchNormVariant):
 
     def set_up(self, norm: nn.Module, settings: Any) -> None:
         with torch.no_grad():
-            for table in (norm._parameters, norm._buffers):
+            for table in _tables(norm):
                 for name in _STATE:
                     value = table.get(name)
                     if value is not None and value.shape[:-1] != (self.settings.steps,):
@@ -55,7 +60,7 @@ class StepwiseNormVariant(BatchNormVariant):
 
     def tear_down(self, norm: nn.Module) -> None:
         super().tear_down(norm)
-        for table in (norm._parameters, norm._buffers):
+        for table in _tables(norm):
             for name in _STATE:
                 if table.get(name) is not None:
                     first = table[name].detach()[0].clone()

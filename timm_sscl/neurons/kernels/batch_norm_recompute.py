@@ -1,5 +1,5 @@
 """Recompute the neuron's input from the batch norm's saved tensors instead of saving a copy."""
-from typing import NamedTuple, Optional, Tuple
+from typing import Any, NamedTuple, Optional, Tuple
 
 import torch
 
@@ -10,7 +10,7 @@ __all__ = ['NormSource']
 
 class NormSource(NamedTuple):
     """The batch norm that computed a current, as autograd represents it."""
-    node: torch.autograd.graph.Node
+    node: Any  # an autograd Node, which does not declare its saved tensors
     bias: Optional[torch.Tensor]
 
     @classmethod
@@ -22,9 +22,10 @@ class NormSource(NamedTuple):
         """
         if torch.compiler.is_compiling() or type(x.grad_fn).__name__ != 'NativeBatchNormBackward0':
             return None
-        if not x.grad_fn._saved_training or not only_packing_hooks():
+        node: Any = x.grad_fn
+        if not node._saved_training or not only_packing_hooks():
             return None
-        node, (bias, _) = x.grad_fn, x.grad_fn.next_functions[2]
+        bias, _ = node.next_functions[2]
         if node._saved_weight is None and bias is None:
             return cls(node, None)
         bias = getattr(bias, 'variable', None)  # the leaf's bias; the node itself does not hold it

@@ -1,6 +1,6 @@
 """Save the spikes that layers need for their backward as bits."""
 from contextlib import contextmanager
-from typing import Any, Dict, Iterator, NamedTuple, Optional, Tuple
+from typing import Any, Dict, Iterator, NamedTuple, Optional, Tuple, Union
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -27,7 +27,7 @@ class _Packed(NamedTuple):
     dtype: torch.dtype
     size: Tuple[int, ...]
     stride: Tuple[int, ...]
-    offset: int
+    offset: Union[int, torch.SymInt]
 
 
 class SpikePacking:

@@ -1,5 +1,5 @@
 """The LIF recursion and its gradient as plain tensor code, for eager mode and for the compiler."""
-from typing import Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Iterator, List, NamedTuple, Optional, Tuple, Union
 
 import torch
 
@@ -51,7 +51,8 @@ def _steps(
         neuron: Neuron,
 ) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
     """Yield (potential before the reset, spikes as 0 and 1) for every timestep."""
-    dtype, v = membrane_dtype(x.dtype), neuron.v_init
+    dtype = membrane_dtype(x.dtype)
+    v: Union[float, torch.Tensor] = neuron.v_init
     for t in range(timesteps):
         x_t = _at(x, t).to(dtype)
         u = v * neuron.tau + (x_t if gain is None else x_t * gain.to(dtype))
@@ -106,7 +107,8 @@ def traced(x: torch.Tensor, gain: Optional[torch.Tensor], timesteps: int, neuron
 
     A spike is its value plus the window times (u - u), which is 0 and has the surrogate's gradient.
     """
-    dtype, v, spikes = membrane_dtype(x.dtype), neuron.v_init, []
+    dtype, spikes = membrane_dtype(x.dtype), []
+    v: Union[float, torch.Tensor] = neuron.v_init
     for t in range(timesteps):
         x_t = _at(x, t).to(dtype)
         u = v * neuron.tau + (x_t if gain is None else x_t * gain.to(dtype))
@@ -144,7 +146,7 @@ def backward_from_bits(
     """Return the gradient by the current from two bits per element. They suffice for a soft or a detached reset."""
     dtype = membrane_dtype(grad.dtype)
     windows, fired = (_unpack(bits, timesteps, dtype) for bits in (window_bits, fired_bits))
-    return _backward(grad, windows, fired, None, gain, neuron)
+    return _backward(grad, windows, fired, [], gain, neuron)
 
 
 def backward_from_norm(
@@ -166,7 +168,8 @@ def backward_from_norm(
     """
     dtype = membrane_dtype(x.dtype)
     windows, fired = (_unpack(bits, timesteps, dtype) for bits in (window_bits, fired_bits))
-    potentials, v = [], neuron.v_init
+    potentials: List[torch.Tensor] = []
+    v: Union[float, torch.Tensor] = neuron.v_init
     for t, o in enumerate(fired):
         current = _at(x, t).to(dtype) * scale.to(dtype) + shift.to(dtype)
         potentials.append(v * neuron.tau + (current if gain is None else current * gain.to(dtype)))
@@ -178,7 +181,7 @@ def _backward(
         grad: torch.Tensor,
         windows: List[torch.Tensor],
         fired: List[torch.Tensor],
-        potentials: Optional[List[torch.Tensor]],
+        potentials: List[torch.Tensor],
         gain: Optional[torch.Tensor],
         neuron: Neuron,
 ) -> torch.Tensor:
@@ -188,7 +191,7 @@ def _backward(
         grad: Gradient by the spikes, (T, ...) or (1, ...).
         windows: Surrogate window, 0 and 1, per timestep.
         fired: Spikes per timestep.
-        potentials: Potential before the reset per timestep; None if the reset passes no gradient that needs it.
+        potentials: Potential before the reset per timestep; empty if the reset passes no gradient that needs it.
         gain: Factor on the current.
         neuron: Settings.
     """
@@ -217,7 +220,7 @@ def _window(u: torch.Tensor, neuron: Neuron) -> torch.Tensor:
 
 def _pack_bits(flags: List[torch.Tensor]) -> torch.Tensor:
     """Pack flags of 0 and 1, one tensor per timestep, to uint8 tensors of 8 timesteps each."""
-    bytes_ = [sum(flag * float(1 << bit) for bit, flag in enumerate(flags[i:i + _BYTE]))
+    bytes_: List[Any] = [sum(flag * float(1 << bit) for bit, flag in enumerate(flags[i:i + _BYTE]))
               for i in range(0, len(flags), _BYTE)]
     return torch.stack([b.to(torch.uint8) for b in bytes_])
 
