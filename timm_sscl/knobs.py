@@ -79,8 +79,8 @@ def build(cls: Type[D], options: Mapping[str, Any], owner: str) -> D:
     check_known(options, list(fields), owner)
     hints = type_hints(cls)
     return cls(**{
-        name: read_value(declared_type(hints.get(name), fields[name].default), value, f'{owner}: {name}',
-                         fields[name].default) for name, value in options.items()})
+        name: read_value(declared_type(hints.get(name), fields[name].default), value, name, fields[name].default,
+                         owner) for name, value in options.items()})
 
 
 def type_hints(declared: Any) -> Dict[str, Any]:
@@ -100,15 +100,22 @@ def declared_type(annotation: Any, default: Any) -> Any:
     return type(default) if type(default) in _PLAIN else Any
 
 
-def read_value(kind: Any, value: Any, where: str, default: Any = inspect.Parameter.empty) -> Any:
+def read_value(
+        kind: Any,
+        value: Any,
+        name: str,
+        default: Any = inspect.Parameter.empty,
+        owner: str = '',
+) -> Any:
     """Return a value as its declared type. The default is accepted as it is.
 
     Args:
         kind: Type: bool, int, float, str, None, Literal, Optional, Union, a sequence of one of these, or Any. A value
             of another type is only asked whether it is an instance of it.
         value: Value, or a text of the command line. Items of a sequence are separated by commas: '0.05,0.25'.
-        where: Owner and option, for the message: "neuron 'plif': tau".
+        name: Name of the option, for the message.
         default: Default of the option.
+        owner: What the option belongs to, for the message: "neuron 'plif'".
 
     Raises:
         ValueError: The value does not have the type, or is a number that is not finite.
@@ -121,7 +128,8 @@ def read_value(kind: Any, value: Any, where: str, default: Any = inspect.Paramet
         described = _described(kind)
         if _is_not_finite(value):
             described = described.replace('a number', 'a finite number')
-        raise ValueError(f'{where}={_text(value)}: must be {described}.') from None
+        of = f' (an option of {owner})' if owner else ''
+        raise ValueError(f'{name}={_text(value)}: must be {described}{of}.') from None
 
 
 def _read(kind: Any, value: Any) -> Any:

@@ -146,8 +146,8 @@ def build_dataset(name: str, arguments: Mapping[str, Any], options: Mapping[str,
         raise ValueError(f"data set '{own}' cannot be cut to {arguments['num_samples']} samples (--train-num-samples, "
                          f'--val-num-samples): it has no parameter num_samples.')
     hints = type_hints(builder.__init__ if isinstance(builder, type) else builder)
-    options = {option: read_value(declared_type(hints.get(option), parameters[option].default), value,
-                                  f"data set '{own}': {option}", parameters[option].default)
+    options = {option: read_value(declared_type(hints.get(option), parameters[option].default), value, option,
+                                  parameters[option].default, f"data set '{own}'")
                if option in known else value for option, value in options.items()}
     split = arguments['split']
     if 'split' not in parameters and split not in _SPLITS:

@@ -75,8 +75,8 @@ def read_surrogate_options(
     if not options or not callable(function):
         return options
     parameters, hints = inspect.signature(function).parameters, type_hints(function)
-    return tuple((name, read_value(declared_type(hints.get(name), parameters[name].default), value,
-                                   f"surrogate '{_name_of(function)}': {name}", parameters[name].default)
+    return tuple((name, read_value(declared_type(hints.get(name), parameters[name].default), value, name,
+                                   parameters[name].default, f"surrogate '{_name_of(function)}'")
                   if name in parameters else value) for name, value in options)
 
 
