@@ -64,11 +64,18 @@ def test_pickle(name):
     same_numbers(again, name)
 
 
-def test_unfinished_run_goes_on(tmp_path, monkeypatch):
-    """Its second epoch as version 0.1.0 trained it."""
+@pytest.mark.parametrize('resume', ['folder', 'auto'])
+def test_unfinished_run_goes_on(tmp_path, monkeypatch, resume):
+    """Its second epoch as version 0.1.0 trained it. Options that the version lacked have their defaults."""
     with tarfile.open(make.HERE / 'run.tar.xz') as archive:
         archive.extractall(tmp_path)
-    run_here(['--resume', 'out/run'], tmp_path, monkeypatch)
+    if resume == 'folder':
+        run_here(['--resume', 'out/run'], tmp_path, monkeypatch)
+    else:
+        options = tmp_path / 'out/run/args.yaml'
+        options.write_text(options.read_text().replace('experiment: run', "experiment: ''"))
+        at = make.RUN.index('--experiment')
+        run_here([*make.RUN[:at], *make.RUN[at + 2:], '--resume', 'auto'], tmp_path, monkeypatch)
     with open(tmp_path / 'out/run/summary.csv') as file:
         first, second = csv.DictReader(file)
     assert first['epoch'] == '0' and second['epoch'] == '1'

@@ -14,7 +14,10 @@ from timm.task._helpers import load_task_ema_checkpoint, resume_task_checkpoint
 from timm.task.task import TrainingTask
 
 from .checkpoint import LAST, find_newest, holds_a_run, why_damaged
+from .loss_options import LOSS_FLAGS
+from .option_groups import create_parser
 from .options import ARGS_FILE, AUTO
+from .teacher_key import plain
 
 __all__ = ['SUMMARY_FILE', 'restore', 'find_run', 'newest_file', 'options_as_yaml']
 
@@ -84,11 +87,22 @@ def newest_file(folder: Path) -> str:
 
 def _newest_run(args: Namespace, root: Path) -> Optional[Path]:
     """Return the newest unfinished run under root that was started with these options, or None."""
-    options = yaml.safe_load(options_as_yaml(args))
+    options = _differing(yaml.safe_load(options_as_yaml(args)))
     for file in sorted(root.glob(f'*/{ARGS_FILE}'), key=lambda f: f.stat().st_mtime, reverse=True):
-        if not (file.parent / SUMMARY_FILE).exists() and _read_options(file) == options:
+        if not (file.parent / SUMMARY_FILE).exists() and _differing(_read_options(file)) == options:
             return file.parent
     return None
+
+
+def _differing(options: Any) -> Any:
+    """Return the options that differ from their defaults: a file of an earlier version lacks later options."""
+    if not isinstance(options, dict):
+        return None
+    parser = create_parser()
+    defaults = {name: plain(parser.get_default(name)) for name in options}
+    implied = {name: plain(LOSS_FLAGS[name].declared.default) for name in options if name in LOSS_FLAGS}
+    return {name: plain(value) for name, value in options.items()
+            if plain(value) != defaults[name] and (name not in implied or plain(value) != implied[name])}
 
 
 def _read_options(file: Path) -> Any:

@@ -18,7 +18,7 @@ from .option_groups import create_parser
 from .plugins import source_digest
 from .teacher import teacher_name
 
-__all__ = ['IRRELEVANT', 'teacher_settings', 'settings_digest', 'legacy_settings', 'differing_from_legacy']
+__all__ = ['IRRELEVANT', 'plain', 'teacher_settings', 'settings_digest', 'legacy_settings', 'differing_from_legacy']
 
 # options that a teacher's training does not depend on, or that the key contains in another form
 IRRELEVANT = frozenset((
@@ -82,8 +82,8 @@ def teacher_settings(args: Namespace, launch: Optional[Mapping[str, Any]] = None
     counted = {name: value for name, value in vars(args).items() if name not in IRRELEVANT | _DERIVED}
     if args.sched == 'plateau':
         counted.update({name: getattr(args, name) for name in _VALIDATION})
-    settings = {name: _plain(value) for name, value in counted.items()
-                if _plain(value) != _plain(parser.get_default(name))}
+    settings = {name: plain(value) for name, value in counted.items()
+                if plain(value) != plain(parser.get_default(name))}
     if args.class_map and Path(args.class_map).is_file():
         settings['class_map'] = hashlib.sha256(Path(args.class_map).read_bytes()).hexdigest()
     sources = {f'{kind}_source': source_digest(value) for kind, value in _definitions(args).items()}
@@ -105,12 +105,12 @@ def _definitions(args: Namespace) -> Dict[str, Any]:
         if optimizer in default_registry.list_optimizers() else None)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Convert numbers to floats, since a file may say 0 for 0., and tuples to lists."""
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     return float(value) if type(value) is int else value
 
 
