@@ -94,7 +94,7 @@ class TermCheck:
     that out, the value of a loss without a gradient is read, once.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.constant: Set[str] = set()  # losses that the warning named
 
     def __call__(self, terms: Mapping[str, Any], student: nn.Module) -> None:
