@@ -1,6 +1,6 @@
 """Register data sets by name with a decorator, and build them."""
 import inspect
-from typing import Any, Callable, Dict, List, Mapping, TypeVar
+from typing import Any, Callable, Dict, List, Mapping, TypeVar, cast
 
 from timm.data import IterableImageDataset
 from torch.utils.data import Dataset, IterableDataset
@@ -145,7 +145,7 @@ def build_dataset(name: str, arguments: Mapping[str, Any], options: Mapping[str,
     if arguments.get('num_samples') is not None and 'num_samples' not in parameters:
         raise ValueError(f"data set '{own}' cannot be cut to {arguments['num_samples']} samples (--train-num-samples, "
                          f'--val-num-samples): it has no parameter num_samples.')
-    hints = type_hints(builder.__init__ if isinstance(builder, type) else builder)
+    hints = type_hints(cast(Any, builder).__init__ if isinstance(builder, type) else builder)
     options = {option: read_value(declared_type(hints.get(option), parameters[option].default), value, option,
                                   parameters[option].default, f"data set '{own}'")
                if option in known else value for option, value in options.items()}
