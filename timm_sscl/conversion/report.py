@@ -2,7 +2,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -35,6 +35,7 @@ class SpikingReport(Sequence):
         obstacles: What prevents `convert_ann`; empty if it applies.
         audit: Status of the conversion's audit; None if the model's classes are known.
         mac_shares: MACs by the kind of their input; None until `macs` has counted them.
+        mac_size: Shape of one image for which the MACs were counted.
         output: What the neurons pass on, in words.
     """
     model: nn.Module
@@ -50,6 +51,7 @@ class SpikingReport(Sequence):
     obstacles: List[str]
     audit: Optional[str]
     mac_shares: Optional[MacShares] = None
+    mac_size: Optional[Tuple[int, ...]] = None
     output: str = 'binary'
 
     def __getitem__(self, index: Any) -> Any:
@@ -73,13 +75,13 @@ class SpikingReport(Sequence):
         once.
 
         Args:
-            images: Real images, for realistic firing rates; one image of noise by default.
+            images: Real images, for realistic firing rates. By default one image of noise, of a guessed size.
 
         Returns:
             MacShares; None on the meta device, or if the model runs on no guessed image.
         """
         if images is not None:
-            self.mac_shares = count_macs(self.model, images)
+            self.mac_shares, self.mac_size = count_macs(self.model, images), tuple(images.shape[1:])
         elif self.mac_shares is None:
             self.mac_shares = self._guessed()
         return self.mac_shares
@@ -92,9 +94,11 @@ class SpikingReport(Sequence):
         generator = torch.Generator().manual_seed(0)
         for size in probe_sizes(self.model):
             try:
-                return count_macs(self.model, torch.randn(1, *size, generator=generator).to(like))
+                shares = count_macs(self.model, torch.randn(1, *size, generator=generator).to(like))
             except Exception:  # an unknown model may raise anything on an unsuitable input
                 continue
+            self.mac_size = tuple(size)
+            return shares
         return None
 
     def as_dict(self) -> Dict[str, Any]:
@@ -124,7 +128,8 @@ class SpikingReport(Sequence):
         lines += [f'  {kind}: {summary}' for kind, summary in self.summaries.items() if summary]
         if self.mac_shares is not None:
             shares = ', '.join(f'{100 * self.mac_shares.share(kind):.1f} % {kind}' for kind in KINDS)
-            lines.append(f'  MACs per image {self.mac_shares.total:.3g}, by their input: {shares}')
+            lines.append(f'  MACs per image of shape {self.mac_size}: {self.mac_shares.total:.3g}, by their input: '
+                         f'{shares}')
         lines.append('  convert_ann (thresholds from a trained ANN): '
                      + ('does not apply, ' + '; '.join(self.obstacles) if self.obstacles else 'applies'))
         return '\n'.join(lines)
