@@ -175,9 +175,10 @@ def test_the_report_says_for_which_images_it_counted():
     """At 8 x 8 pixels: 6 * 6 positions of the first convolution, 4 * 4 of the second, T = 3."""
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
                         nn.Flatten(), nn.Linear(8, 5))
-    report = convert_to_spiking(net, timesteps=3).spiking_report()
+    model = convert_to_spiking(net, timesteps=3)
+    report = model.spiking_report()
     macs = 3 * (36 * 8 * 27 + 16 * 8 * 72 + 8 * 5)
     assert report.macs(torch.rand(2, 3, 8, 8)).total == macs
     assert f'MACs per image of shape (3, 8, 8): {macs:.3g}' in str(report)
-    guessed = convert_to_spiking(net, timesteps=3).spiking_report()
+    guessed = model.spiking_report()
     assert guessed.macs() is not None and f'MACs per image of shape {guessed.mac_size}: ' in str(guessed)
