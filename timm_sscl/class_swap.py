@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Dict, Tuple, Type, cast
 
 import torch.nn as nn
 
-__all__ = ['Mixin', 'mixed_class', 'new_mixed', 'mix_in', 'take_out']
+__all__ = ['Mixin', 'TimmMixin', 'mixed_class', 'new_mixed', 'mix_in', 'take_out']
 
 
 if TYPE_CHECKING:
@@ -36,6 +36,17 @@ class Mixin(_Base):
     def __reduce_ex__(self, protocol: Any) -> Tuple[Any, ...]:
         state = self.__getstate__() if hasattr(self, '__getstate__') else self.__dict__
         return new_mixed, self.mixed, state
+
+
+if TYPE_CHECKING:
+    class TimmMixin(Mixin):
+        """Mixin for a timm model, whose methods it calls by super()."""
+        def forward_features(self, *args: Any, **kwargs: Any) -> Any: ...
+        def forward_head(self, *args: Any, **kwargs: Any) -> Any: ...
+        def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any: ...
+        def reset_classifier(self, *args: Any, **kwargs: Any) -> None: ...
+else:
+    TimmMixin = Mixin
 
 
 @lru_cache(maxsize=None)

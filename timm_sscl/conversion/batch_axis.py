@@ -4,7 +4,7 @@ Time is folded into axis 0, so a neuron treats rows as timesteps. The probe sets
 where the NaN arrives. What this leaves open is decided with other values for the sample.
 """
 from functools import partial
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple, cast
 
 import torch
 import torch.nn as nn
@@ -121,14 +121,19 @@ def _in_training_too(
         training = probe(model, run, batch, input_size, example_inputs)
     except ProbeError:
         training = {}
-    return {name: merge_modes(name, calls.get(name, training.get(name)), training.get(name, calls.get(name)))
-            for name in {**calls, **training}}
+    evaluation = {**training, **calls}  # a module that ran in one mode only has the calls of that mode
+    return {name: merge_modes(name, evaluation[name], called) for name, called in {**calls, **training}.items()}
+
+
+def _batch(example: Example) -> int:
+    """Return the number of samples. The examples of a probe hold a tensor."""
+    return cast(int, example.batch)
 
 
 def _by_shapes(run: _Runner, example: Example) -> BatchAxis:
     """Find activations whose input does not grow with the batch, by shapes alone."""
     small, calls = run(example)
-    large, _ = run(example.with_batch(2 * example.batch))
+    large, _ = run(example.with_batch(2 * _batch(example)))
     unbatched = {name for name, inputs in small.items() if name != _OUTPUT and not _grows(inputs, large.get(name, []))}
     return BatchAxis(unbatched, calls, True)
 
@@ -144,7 +149,7 @@ def _check(model: nn.Module, run: _Runner, example: Example) -> BatchAxis:
     Raises:
         _WrongAxis: Rows of other samples change, or the input has five axes.
     """
-    batch = example.batch
+    batch = _batch(example)
     if example.tensors() and example.tensors()[0].ndim == _FRAMES:
         raise _WrongAxis(
             f'{type(model).__name__} takes {example}, five axes with the batch: a spiking model takes those for event '

@@ -125,29 +125,30 @@ def _explicit_settings(
         others: All other settings; None if not given.
     """
     options = {**{k: v for k, v in options.items() if v is not None}, **(neuron_kwargs or {})}
+    named: Any = neuron
     if isinstance(neuron, partial):
-        neuron, options = neuron.func, {**neuron.keywords, **options}
+        named, options = neuron.func, {**neuron.keywords, **options}
     if isinstance(options.get('v_reset'), str):
         if options['v_reset'] != SOFT_RESET:
             raise ValueError(f"v_reset={options['v_reset']!r}: must be a number, or 'soft' for the soft reset.")
         options['v_reset'] = None
     given = {k: v for k, v in others.items() if v is not None}
-    given.update({} if neuron is None else {'neuron': neuron_name(neuron)})
+    given.update({} if neuron is None else {'neuron': neuron_name(named)})
     given.update({} if surrogate is None else {'surrogate': surrogate_name(surrogate)})
     given.update({} if surrogate_kwargs is None else {'surrogate_kwargs': tuple(surrogate_kwargs.items())})
     keys = {*map(option_key, options)}
-    kwargs = {'neuron_kwargs': tuple(options.items())}
+    kwargs: Dict[str, Any] = {'neuron_kwargs': tuple(options.items())}
     for kind, (variant, own) in variants.items():
-        own = dict(own or {})
+        named, own = variant, dict(own or {})
         if isinstance(variant, partial):
-            variant, own = variant.func, {**variant.keywords, **own}
-        given.update({} if variant is None else {kind: variant_name(kind, variant)})
+            named, own = variant.func, {**variant.keywords, **own}
+        given.update({} if variant is None else {kind: variant_name(kind, named)})
         kwargs[f'{kind}_kwargs'] = tuple(own.items())
         keys.update(option_key(name, kind) for name in own)
     return SpikingSettings(**given, **kwargs), frozenset((*given, *keys))
 
 
-_NOT_GIVEN = object()
+_NOT_GIVEN: Any = object()
 
 
 def convert_to_spiking(

@@ -133,7 +133,7 @@ class FunctionsOverTime(TorchFunctionMode):
     def __init__(
             self,
             timesteps: int,
-            neuron: Optional[nn.Module] = None,
+            neuron: Optional[Callable[..., Any]] = None,
             first: int = 0,
             last: Optional[int] = None,
     ):

@@ -17,7 +17,7 @@ from .channels import give_channels
 from .decoding import decode
 from .feature_activations import feature_neuron, fires_features, pruning_methods
 from .functional_calls import NEURON_NAME, FunctionsOverTime, methods_inside_only, number_of_calls
-from timm_sscl.class_swap import Mixin, new_mixed
+from timm_sscl.class_swap import Mixin, TimmMixin, new_mixed
 from timm_sscl.neurons import SpikingNeuron, neuron_class
 from timm_sscl.neurons.folding import enter_fold, folding_model, leave_fold
 from timm_sscl.untouched import undone_on_error
@@ -69,7 +69,7 @@ def fold_traced_input(x: Any, timesteps: int, stem: Optional[str], args: Sequenc
     return encode_input(x, timesteps, stem)
 
 
-fold_traced_input.folds_time = True
+fold_traced_input.__dict__['folds_time'] = True
 
 
 _new_spiking = new_mixed  # its name in pickles of version 0.1.0
@@ -226,7 +226,7 @@ class SpikingModule(SpikingState, Mixin):
         """Return the context in which functions become neurons, and noise has one mask over time, in a call of this
         method.
         """
-        neuron = self._modules.get(NEURON_NAME)
+        neuron: Optional[Callable[..., Any]] = self._modules.get(NEURON_NAME)
         if self._repeats_activations:
             neuron = self._fire_feature if fires_features(self, method) else None
         noise = self.training and self._calls_noise and (
@@ -284,7 +284,7 @@ class SpikingModule(SpikingState, Mixin):
 
     def no_weight_decay(self) -> Set[str]:
         """Return the names of parameters without weight decay: the base model's, and all of neurons and variants."""
-        own = getattr(super(), 'no_weight_decay', set)()
+        own: Set[str] = getattr(super(), 'no_weight_decay', set)()
         parameters = {name for name, _ in self.named_parameters()}
         added = {name for variant in self.settings.variants().values() for name in variant.own_state(self)}
         return {*own, *(added & parameters), *(f'{name}.{key}' for name, neuron in self.neurons().items()
@@ -298,7 +298,7 @@ class SpikingModule(SpikingState, Mixin):
                            f'use torch.compile or torch.export.')
 
 
-class SpikingModel(SpikingModule):
+class SpikingModel(SpikingModule, TimmMixin):
     """Mixin for a converted timm model: the outermost forward method folds its input and decodes its output.
 
     `forward_features` and the final features of `forward_intermediates` are (T * B, ...). `forward`, `forward_head` and

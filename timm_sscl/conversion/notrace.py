@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 __all__ = ['functions_as_nodes']
 
 
-def _as_node(function: Callable, tracer: torch.fx.Tracer) -> Callable:
+def _as_node(function: Callable, tracer: torch.fx.proxy.TracerBase) -> Callable:
     """Wrap a function: a call with a Proxy among its arguments adds a node to the tracer's graph."""
     def call(*args: Any, **kwargs: Any) -> Any:
         if any(isinstance(leaf, torch.fx.Proxy) for leaf in tree_leaves((args, kwargs))):
@@ -23,7 +23,7 @@ def _as_node(function: Callable, tracer: torch.fx.Tracer) -> Callable:
 
 
 @contextmanager
-def functions_as_nodes(cls: type, tracer: torch.fx.Tracer) -> Iterator[None]:
+def functions_as_nodes(cls: type, tracer: torch.fx.proxy.TracerBase) -> Iterator[None]:
     """Inside, calls of timm's notrace functions in the modules of a class and its bases become one graph node each."""
     functions = set(get_notrace_functions())
     modules = {base.__module__ for base in cls.__mro__ if not base.__module__.startswith(('torch.', 'builtins'))}

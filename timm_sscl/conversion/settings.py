@@ -110,7 +110,9 @@ class SpikingSettings:
     def neuron_options(self) -> Dict[str, Any]:
         """Return the settings of the neuron, by name."""
         lif = {name: getattr(self, name) for name in _LIF_OPTIONS} if self.neuron == 'lif' else {}
-        surrogate = {} if self.surrogate is None else dict(surrogate=self.surrogate, surrogate_kwargs=())
+        surrogate: Dict[str, Any] = {}
+        if self.surrogate is not None:
+            surrogate.update(surrogate=self.surrogate, surrogate_kwargs=())
         surrogate.update(dict(surrogate_kwargs=self.surrogate_kwargs) if self.surrogate_kwargs else {})
         return {**lif, **dict(self.neuron_kwargs), **surrogate}
 
@@ -163,7 +165,8 @@ class SpikingSettings:
                 given[name] = value
             else:
                 given.setdefault(f'{of}_kwargs', {})[name.removeprefix(f'{of}_kwargs.')] = value
-        return cls(**{k: tuple(v.items()) if k in _KWARGS else v for k, v in given.items()})
+        values: Dict[str, Any] = {k: tuple(v.items()) if k in _KWARGS else v for k, v in given.items()}
+        return cls(**values)
 
     def stored(self, gains: str = 'none') -> Dict[str, Any]:
         """Return the content of the settings in a state dict.
@@ -197,7 +200,8 @@ class SpikingSettings:
                     f"the checkpoint was made with the {kind} '{stored[kind]}', which is not registered. Import the "
                     f'plug-in that registers it first (train.py --plugin FILE|MODULE). '
                     f'Registered are {", ".join(names)}.')
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items() if k in known})
+        values: Dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items() if k in known}
+        return cls(**values)
 
     @classmethod
     def from_tensor(cls, tensor: torch.Tensor) -> 'SpikingSettings':

@@ -1,19 +1,23 @@
 """Settings and gains of a converted model are buffers, so that they are loaded, moved and averaged with other state."""
 import logging
-from typing import Any, Dict, FrozenSet, Iterable, List, Optional
+from typing import Any, Dict, FrozenSet, Iterable, List, Optional, TypeVar
 
 import torch
 
-from .function_calls import spread_over_calls
+from timm_sscl.class_swap import Mixin
 from timm_sscl.neurons import SpikingNeuron
 from timm_sscl.neurons.factors import FACTORS
 from timm_sscl.neurons.watched import BufferSnapshot, changed, is_readable, read_values
+
+from .function_calls import spread_over_calls
 from .settings import (
     SETTINGS_KEY, WITH_OPTIONS, SpikingSettings, decode_bytes, decode_tensor, encode, is_option_key)
 
 __all__ = ['SpikingState', 'split_spiking_state']
 
 _logger = logging.getLogger(__name__)
+
+_Self = TypeVar('_Self', bound='SpikingState')
 
 
 def split_spiking_state(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
@@ -31,7 +35,7 @@ def _as_tensor(data: bytes, device: Any) -> torch.Tensor:
     return torch.tensor(list(data), dtype=torch.uint8, device=device)
 
 
-class SpikingState:
+class SpikingState(Mixin):
     """Mixin for a converted model: settings in the buffer spiking_settings, gains in the buffers of its neurons.
 
     The buffer is authoritative. In eager mode it is read again if someone wrote to it or replaced it, which its
@@ -60,6 +64,9 @@ class SpikingState:
 
     # ---- the buffer
 
+    def _settings_buffer(self) -> Any:
+        return self._buffers[SETTINGS_KEY]
+
     def _kind_of_gains(self) -> str:
         """Return the kind of the neurons' gains and scales: 'none', one per 'layer', or one per 'channel'."""
         return max((lif.kind_of_factors() for lif in self.neurons().values()), key=['none', 'layer', 'channel'].index,
@@ -70,14 +77,14 @@ class SpikingState:
 
     def _put_settings(self, data: bytes) -> None:
         """Write the buffer in place, since others may refer to this tensor."""
-        buffer, self._spiking_data = self._buffers[SETTINGS_KEY], data
+        buffer, self._spiking_data = self._settings_buffer(), data
         new = _as_tensor(data, buffer.device)
         if buffer.dtype != torch.uint8 or (buffer.is_inference() and not torch.is_inference_mode_enabled()):
             self._buffers[SETTINGS_KEY] = new
         else:
             with torch.no_grad():
                 buffer.copy_(new)
-        self.__dict__['_spiking_seen'] = BufferSnapshot.now(self._buffers[SETTINGS_KEY])
+        self.__dict__['_spiking_seen'] = BufferSnapshot.now(self._settings_buffer())
 
     def _read_settings(self) -> None:
         """Apply settings that were written to the buffer, or put in its place, since it was last read.
@@ -87,13 +94,13 @@ class SpikingState:
         """
         if torch.compiler.is_compiling():
             return
-        buffer, seen = self._buffers[SETTINGS_KEY], self._spiking_seen
+        buffer, seen = self._settings_buffer(), self._spiking_seen
         if not changed(buffer, seen, self.training) or not is_readable(buffer):
             return
         data = bytes(map(int, read_values(buffer)))
         if data != self._spiking_data:
             self._adopt_settings(data, asked_for_stays=seen is None or buffer is not seen.tensor)
-        self.__dict__['_spiking_seen'] = BufferSnapshot.now(self._buffers[SETTINGS_KEY])
+        self.__dict__['_spiking_seen'] = BufferSnapshot.now(self._settings_buffer())
 
     def _adopt_settings(self, data: bytes, asked_for_stays: bool) -> None:
         """Apply settings that did not come through load_state_dict, but from an averaged copy or another loader."""
@@ -102,7 +109,7 @@ class SpikingState:
             settings = SpikingSettings.from_stored(stored) if stored is not None else None
         except ValueError as error:
             raise RuntimeError(f'{type(self).__name__}: {error}') from error
-        if stored is None:  # uninitialised memory
+        if stored is None or settings is None:  # uninitialised memory
             self._put_settings(self._spiking_data)
             return
         # settings that determine which neurons and parameters exist
@@ -139,7 +146,7 @@ class SpikingState:
 
     # ---- a state dict
 
-    def state_dict(self, *args, prefix: str = '', **kwargs) -> Dict[str, Any]:
+    def state_dict(self, *args: Any, prefix: str = '', **kwargs: Any) -> Any:
         if self._encode_settings() != self._spiking_data:  # gains were set since
             self._read_settings()
             self._put_settings(self._encode_settings())
@@ -290,7 +297,7 @@ class SpikingState:
         self._put_settings(self._encode_settings())  # to_empty leaves arbitrary values
         return self
 
-    def train(self, mode: bool = True) -> 'SpikingState':
+    def train(self: _Self, mode: bool = True) -> _Self:
         if self._spiking_seen is not None:
             self.__dict__['_spiking_seen'] = self._spiking_seen.again()
         return super().train(mode)
@@ -299,4 +306,4 @@ class SpikingState:
         super().__setstate__(state)
         if SETTINGS_KEY not in self._buffers:  # a pickle of version 0.1.0
             self.settings = self.__dict__.pop('settings')
-        self.__dict__['_spiking_seen'] = BufferSnapshot(self._buffers[SETTINGS_KEY], None).again()
+        self.__dict__['_spiking_seen'] = BufferSnapshot(self._settings_buffer(), None).again()

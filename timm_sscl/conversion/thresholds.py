@@ -1,7 +1,7 @@
 """convert_ann: turn a trained ReLU network into integrate-and-fire neurons whose rates approach its activations."""
 import logging
 from dataclasses import replace
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -19,7 +19,7 @@ __all__ = ['INTEGRATE_AND_FIRE', 'convert_ann']
 
 _logger = logging.getLogger(__name__)
 
-INTEGRATE_AND_FIRE = dict(tau=1., v_threshold=1., v_reset=None, v_init=.5)
+INTEGRATE_AND_FIRE: Dict[str, Any] = dict(tau=1., v_threshold=1., v_reset=None, v_init=.5)
 _CHUNK = 64  # images per forward
 
 
@@ -83,7 +83,7 @@ def convert_ann(
 
 
 def _thresholds(
-        model: SpikingModule,
+        model: nn.Module,
         images: torch.Tensor,
         per_channel: bool,
         q: float,
@@ -127,11 +127,11 @@ def _quantile(out: torch.Tensor, axis: Optional[int], q: float) -> torch.Tensor:
     """Return a quantile of activations: 0-d, or one per channel along an axis in a shape that broadcasts against a
     sample.
     """
-    by_channel = axis is not None and axis > 0
-    rows = out.movedim(axis, 0).flatten(1) if by_channel else out.reshape(1, -1)
+    along = axis if axis is not None and axis > 0 else None
+    rows = out.reshape(1, -1) if along is None else out.movedim(along, 0).flatten(1)
     k = max(1, round(q * rows.shape[1]))
     values = rows.kthvalue(k, dim=1).values if k < rows.shape[1] else rows.amax(1)
-    return values.view(-1, *(1,) * (out.ndim - 1 - axis)) if by_channel else values[0]
+    return values[0] if along is None else values.view(-1, *(1,) * (out.ndim - 1 - along))
 
 
 def _threshold(quantiles: torch.Tensor, q: float) -> torch.Tensor:

@@ -115,16 +115,16 @@ class SSCLLoss(nn.Module):
         self._timesteps = None if follows else timesteps
         self.teacher_input = TeacherInput(teacher_size, renormalize, teacher_transform)
         shape = self.teacher_input.shape(input_size)
-        student_taps, teacher_taps = _pair_taps(inner_student, inner_teacher, taps, teacher_taps, input_size, shape)
+        of_student, of_teacher = _pair_taps(inner_student, inner_teacher, taps, teacher_taps, input_size, shape)
         shapes = {}
         if create_projection(projection).needs_shapes:
-            shapes = dict(student_shapes=tap_shapes(inner_student, student_taps, input_size),
-                          teacher_shapes=tap_shapes(inner_teacher, teacher_taps, shape))
+            shapes = dict(student_shapes=tap_shapes(inner_student, of_student, input_size),
+                          teacher_shapes=tap_shapes(inner_teacher, of_teacher, shape))
         device = next((p.device for p in inner_student.parameters()), torch.device('cpu'))
         self.criterion = SSCLCriterion(
-            [tap.name for tap in student_taps],
-            [tap.channels for tap in student_taps],
-            [tap.channels for tap in teacher_taps],
+            [tap.name for tap in of_student],
+            [tap.channels for tap in of_student],
+            [tap.channels for tap in of_teacher],
             dim=dim, temperature=temperature, critic=critic, weighting=weighting, cka_floor=cka_floor,
             cka_momentum=cka_momentum, projection=projection, cka_scope=cka_scope, queue_size=queue_size,
             layer_weights=layer_weights, **shapes,
@@ -132,13 +132,13 @@ class SSCLLoss(nn.Module):
         teacher.requires_grad_(False)
         # not registered as submodules, so that their parameters and keys are not part of this loss
         self.__dict__['_wrapped_teacher'] = teacher
-        self.__dict__['_student_recorder'] = Recorder(inner_student, student_taps)
-        self.__dict__['_teacher_recorder'] = Recorder(inner_teacher, teacher_taps, training_only=False)
+        self.__dict__['_student_recorder'] = Recorder(inner_student, of_student)
+        self.__dict__['_teacher_recorder'] = Recorder(inner_teacher, of_teacher, training_only=False)
         # enabled only inside this loss; other calls of the teacher are not recorded
         self._teacher_recorder.enabled = False
         self.__dict__['_trained'] = TrainedCheck()
-        _logger.info(f'SSCLLoss: {len(student_taps)} pairs of taps: ' + ', '.join(
-            f'{s.module} - {a.module}' for s, a in zip(student_taps, teacher_taps)))
+        _logger.info(f'SSCLLoss: {len(of_student)} pairs of taps: ' + ', '.join(
+            f'{s.module} - {a.module}' for s, a in zip(of_student, of_teacher)))
 
     @property
     def timesteps(self) -> int:
@@ -271,15 +271,16 @@ class SSCLLoss(nn.Module):
     def _run_teacher(self, x: torch.Tensor) -> List[torch.Tensor]:
         """Run the teacher without gradients and return its features, averaged over event frames for an ANN."""
         self._teacher_recorder.check_attached()
-        self._teacher.eval()
+        teacher: Any = self._teacher  # an attached loss has one
+        teacher.eval()
         self._teacher_recorder.enabled = True
         try:
             with torch.no_grad():
-                if not takes_frames_folded(unwrap_model(self._teacher), x):
-                    self._teacher(x)
+                if not takes_frames_folded(unwrap_model(teacher), x):
+                    teacher(x)
                     return self._teacher_recorder.take(x)
                 frames = fold_frames(x)  # the features of an ANN are means over the frames
-                self._teacher(frames)
+                teacher(frames)
                 return [a.unflatten(0, (x.shape[1], -1)).mean(0) for a in self._teacher_recorder.take(frames)]
         finally:
             self._teacher_recorder.enabled = False

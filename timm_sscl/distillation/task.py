@@ -1,6 +1,6 @@
 """SSCLTask: student, teacher and named losses as a timm TrainingTask."""
 import logging
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union, cast
 
 import torch
 import torch.nn as nn
@@ -9,6 +9,7 @@ from timm.task.classification import resolve_classification_loss
 from timm.utils import unwrap_model
 
 from timm_sscl.distributed import batch_share, world_size
+from timm_sscl.features.reader import FeatureReader
 from timm_sscl.features.rates import RateRecorder
 from timm_sscl.features.stages import match_by_depth
 from timm_sscl.losses import create_loss, loss_spec
@@ -60,6 +61,9 @@ class SSCLTask(TrainingTask):
         ValueError: A loss does not exist, needs a teacher that is not given, or does not fit the models; student and
             teacher share a module, a parameter or a buffer; or a loss compares logits of different numbers of classes.
     """
+    trainable_module: nn.Module
+    teacher: Optional[nn.Module]
+    teacher_reader: Optional[Reader]
 
     def __init__(
             self,
@@ -91,18 +95,19 @@ class SSCLTask(TrainingTask):
         self.needs_teacher = any(spec.needs_teacher for spec in specs.values())
         if self.needs_teacher and teacher is None:
             raise ValueError(f'losses {", ".join(self.weights)} compare with a teacher, but teacher is None.')
+        frozen = cast(nn.Module, teacher)  # is one where a loss needs it
         if self.needs_teacher:
-            check_nothing_shared(student, teacher)
-            check_classes(student, teacher, self.weights, input_size, teacher_shape)
+            check_nothing_shared(student, frozen)
+            check_classes(student, frozen, self.weights, input_size, teacher_shape)
 
-        reader = self.teacher_reader = None
+        reader = self.teacher_reader = cast(Optional[Reader], None)
         if any(spec.needs_features for spec in specs.values()):
             teacher_taps = taps if teacher_taps is None else teacher_taps
             if isinstance(taps, int) != isinstance(teacher_taps, int):
                 raise ValueError(f'taps={taps} and teacher_taps={teacher_taps}: give numbers of stages, or names, of '
                                  f'both.')
             reader = create_reader(student, taps, input_size)
-            self.teacher_reader = create_reader(teacher, teacher_taps, teacher_shape)
+            self.teacher_reader = create_reader(frozen, teacher_taps, teacher_shape)
             _match(reader, self.teacher_reader, cut=isinstance(taps, int))
         self.global_losses = {name for name, spec in specs.items() if spec.global_batch}
         rate_recorder = RateRecorder(student) if any(spec.needs_firing_rates for spec in specs.values()) else None
@@ -110,11 +115,11 @@ class SSCLTask(TrainingTask):
                    for name in self.weights}
         head = _classifier(teacher) if teacher and any(spec.needs_teacher_head for spec in specs.values()) else None
         self.trainable_module = SSCLTrainableModule(student, modules, reader, rate_recorder, head).to(self.device)
-        self.teacher = teacher.to(self.device).requires_grad_(False).eval() if self.needs_teacher else None
+        self.teacher = frozen.to(self.device).requires_grad_(False).eval() if self.needs_teacher else None
         self.criterion = resolve_classification_loss(criterion, self.device, criterion_kwargs=criterion_kwargs)
         if verbose:
             taps = ''
-            if reader:
+            if reader and self.teacher_reader:
                 pairs = [s if s == t else f'{s} - {t}' for s, t in zip(reader.names, self.teacher_reader.names)]
                 taps = f' on {len(pairs)} taps ({", ".join(pairs)})'
             terms = ' + '.join(f'{weight:g} {name}' for name, weight in self.weights.items())
@@ -208,12 +213,17 @@ class SSCLTask(TrainingTask):
         self.trainable_module = DDP(self.trainable_module, device_ids=device_ids, **ddp_kwargs)
         return self
 
-    def compile(self, backend: str = 'inductor', mode: Optional[str] = None, **compile_kwargs) -> nn.Module:
+    def compile(  # type: ignore[override]  # timm's TrainingTask.compile differs from nn.Module's alike
+            self,
+            backend: str = 'inductor',
+            mode: Optional[str] = None,
+            **compile_kwargs,
+    ) -> nn.Module:
         """Compile the student (for validation) and the trainable module. Call this before DDP or Accelerate's prepare.
         """
-        options = dict(backend=backend, mode=mode, **compile_kwargs)
-        self.eval_model = torch.compile(self.student, **options)
-        self.trainable_module = torch.compile(self.trainable_module, **options)
+        options: Dict[str, Any] = dict(backend=backend, mode=mode, **compile_kwargs)
+        self.eval_model = cast(nn.Module, torch.compile(self.student, **options))
+        self.trainable_module = cast(nn.Module, torch.compile(self.trainable_module, **options))
         return self.eval_model
 
     def get_eval_model(self, module: Optional[nn.Module] = None, ema: bool = False) -> Optional[nn.Module]:
@@ -258,7 +268,7 @@ def _classifier(teacher: nn.Module) -> nn.Module:
 
 def _match(student: Reader, teacher: Reader, cut: bool) -> None:
     """Pair the taps of both models: stages by relative depth, names one to one."""
-    if cut:
+    if cut and isinstance(student, FeatureReader) and isinstance(teacher, FeatureReader):
         for reader, kept in zip((student, teacher), match_by_depth(len(student.indices), len(teacher.indices))):
             reader.keep(kept)
     if len(student.names) != len(teacher.names):
@@ -274,9 +284,9 @@ def _create(
 ) -> nn.Module:
     """Build a loss for the taps of both readers."""
     spec = loss_spec(name)
-    taps = {}
-    if spec.needs_features:
+    taps: Dict[str, Any] = {}
+    if spec.needs_features and student is not None and teacher is not None:
         taps = dict(names=student.names, student_channels=student.channels, teacher_channels=teacher.channels)
-    if spec.needs_shapes:
-        taps.update(student_shapes=student.shapes, teacher_shapes=teacher.shapes)
+        if spec.needs_shapes:
+            taps.update(student_shapes=student.shapes, teacher_shapes=teacher.shapes)
     return create_loss(name, **taps, **options)

@@ -25,8 +25,8 @@ def guard_on_hooks() -> None:
         torch._dynamo.reset()  # graphs compiled earlier lack the check
 
 
-class _Hook:
-    """Forward hook that passes a module's output to a recorder.
+class _Attached:
+    """Base of the hooks that pass something to a recorder.
 
     A copy of the model (deepcopy or pickle) holds a copy of the hook, which refers to a copy of the recorder. The
     copied recorder records only if its owner was copied together with the model.
@@ -37,22 +37,27 @@ class _Hook:
         self.key = key
         self.handle: Optional[RemovableHandle] = None
 
+    def added(self, handle: RemovableHandle) -> None:
+        """Store the handle of this hook, so that a copy of the hook can be removed, too."""
+        self.handle = handle
+        if self.recorder is not None:
+            self.recorder.handles.append(handle)
+
+    def __setstate__(self, state: Dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self.recorder is not None and self.handle is not None:
+            self.recorder.handles.append(self.handle)
+
+
+class _Hook(_Attached):
+    """Forward hook that passes a module's output to a recorder."""
+
     def __call__(self, module: nn.Module, args: Tuple, kwargs: Dict, out: Any) -> None:
         if self.recorder is not None:
             self.recorder.record(self.key, out)
 
-    def added(self, handle: RemovableHandle) -> None:
-        """Store the handle of this hook, so that a copy of the hook can be removed, too."""
-        self.handle = handle
-        self.recorder.handles.append(handle)
 
-    def __setstate__(self, state: Dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        if self.recorder is not None:
-            self.recorder.handles.append(self.handle)
-
-
-class _PreHook(_Hook):
+class _PreHook(_Attached):
     """Forward pre-hook of the whole model. It starts a record."""
 
     def __getstate__(self) -> Dict[str, Any]:
@@ -70,7 +75,7 @@ class _PreHook(_Hook):
             self.recorder.begin(args, kwargs)
 
 
-class _InputHook(_Hook):
+class _InputHook(_Attached):
     """Forward pre-hook of a tapped module. It records the module's first argument."""
 
     def __call__(self, module: nn.Module, args: Tuple, kwargs: Dict) -> None:
@@ -139,7 +144,7 @@ class Recorder:
             training_only: bool = True,
             compiled: bool = True,
     ):
-        self.model = model
+        self.model: Any = model  # None in a copy of the recorder alone
         self.taps = list(taps)
         self.training_only = training_only
         self.enabled = True
@@ -150,7 +155,7 @@ class Recorder:
         self.took_training = False  # whether the last call taken was a training step
         self.handles: List[RemovableHandle] = []
         modules = dict(model.named_modules())
-        hook: _Hook = _PreHook(self)
+        hook: Any = _PreHook(self)
         hook.added(model.register_forward_pre_hook(hook, with_kwargs=True))
         for place in dict.fromkeys(part.place for tap in self.taps for part in tap.parts or (tap,)):
             module, of_input = modules[place[0]], place[1]

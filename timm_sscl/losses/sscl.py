@@ -320,10 +320,10 @@ class _SSCL(SSCLCriterion):
             cka_momentum=cka_momentum, projection=projection, cka_scope=cka_scope, queue_size=queue_size,
             layer_weights=layer_weights)
 
-    def forward(self, step: TrainStep) -> torch.Tensor:
+    def forward(self, step: TrainStep) -> torch.Tensor:  # type: ignore[override]  # called as every registered loss
         return super().forward(step.student_features, step.teacher_features)
 
 
-_of_features = dict(needs_features=True, needs_shapes=True, global_batch=True)
+_of_features: Dict[str, Any] = dict(needs_features=True, needs_shapes=True, global_batch=True)
 register_loss('sscl', **_of_features)(_SSCL)
 register_loss('contrastive', **_of_features)(partial(_SSCL, weighting='uniform'))

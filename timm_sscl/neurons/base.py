@@ -86,8 +86,8 @@ class SpikingNeuron(Factors):
     """
     Settings = NeuronSettings
     output = 'binary'
-    top = 1
-    needs_channels = False
+    top: Any = 1  # an int, which a subclass may compute
+    needs_channels: Any = False  # a bool, which a subclass may compute
     per_step: Tuple[str, ...] = ()
     built_from: Tuple[str, ...] = ()
     channels: Optional[Tuple[int, ...]] = None

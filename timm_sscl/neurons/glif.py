@@ -51,7 +51,7 @@ class GLIF(SpikingNeuron):
         self.input_weight = nn.Parameter(torch.zeros(self.timesteps, *shape))
 
     def constants(self) -> Tuple[torch.Tensor, ...]:
-        values = {name: self._parameters[name].sigmoid() for name in _START}
+        values = {name: getattr(self, name).sigmoid() for name in _START}
         gates = (values.pop(name) for name in ('gate_leak', 'gate_input', 'gate_reset'))
         a, b, c = gates if self.settings.soft_gates else map(binary_gate, gates)
         keep, weight = 1 - a * (1 - values['decay']), 1 - b * (1 - self.over_time(self.input_weight).sigmoid())
