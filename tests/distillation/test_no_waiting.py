@@ -1,4 +1,6 @@
 """A training step does not wait for the device: nothing of it reads a number on the host."""
+import logging
+
 import pytest
 import timm
 import torch
@@ -93,7 +95,7 @@ def test_warnings_come_once_the_device_is_done(monkeypatch, caplog):
     step, optimizer = _loop(cka_floor=1.)
     for _ in range(3):
         step()
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     ready[0] = True
     step()
     assert sum('taken as the floor' in record.getMessage() for record in caplog.records) >= 1

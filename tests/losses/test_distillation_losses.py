@@ -288,7 +288,7 @@ def test_kdsnn_features_against_loops():
     ('dkd', dict(temperature=0.), 'temperature=0.0'), ('dist', dict(temperature=-1.), 'temperature=-1.0'),
     ('hta_kl', dict(head_mass=1.5), r'head_mass=1.5: must lie in \[0, 1\]'),
     ('tser', dict(kd_share=2.), 'kd_share=2.0'),
-    ('twsnn', dict(steps='right'), "steps='right': must be one of"),
+    ('twsnn', dict(steps='right'), 'steps=right: must be one of'),
     ('kd_standardized', dict(temperature=0.), 'temperature')])
 def test_options_out_of_range(name, options, words):
     with pytest.raises(ValueError, match=words):

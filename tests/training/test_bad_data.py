@@ -215,7 +215,7 @@ def test_nonfinite_loss_stops_before_the_weights_and_names_step_and_term(images,
 
 
 def test_nonfinite_nce_and_cka_are_named_by_layer(images, tmp_path, monkeypatch, capsys):
-    from timm_sscl.losses import sscl as module
+    from timm_sscl.losses import pair_critics as module
 
     def broken(s, a, *args, **kwargs):
         return s.sum() * float('inf')

@@ -307,9 +307,10 @@ def test_so_many_samples_of_torchvisions_arrays(tmp_path):
 # ---- names
 
 @pytest.mark.parametrize('name, meant', [
-    ('my_ds/foo', None), ('trch/cifar10', 'torch/cifar10'), ('torch/cifar', 'torch/cifar10'), ('torch/', None),
+    ('my_ds/foo', None), ('trch/cifar10', 'torch/cifar10'), ('torch/cifar', 'torch/cifar10'), ('torch/', 'torch/inat'),
     ('cifar10', 'torch/cifar10'), ('event/digits', 'events/digits'), ('Events/digits', 'events/digits'),
-    ('DIGITS', 'digits'), ('tfd/mnist', None), ('ImageFolder', None), ('hfds/', None), ('events', None), (' ', None)])
+    ('DIGITS', 'digits'), ('tfd/mnist', 'torch/mnist'), ('ImageFolder', 'torch/image_folder'),
+    ('hfds/', 'hfds/NAME'), ('events', 'events/digits'), (' ', None)])
 def test_unknown_data_set_is_an_error_with_those_there_are(name, meant, tmp_path):
     root = write_images(tmp_path / 'images', per_class=1)
     with pytest.raises(ValueError) as error:

@@ -109,7 +109,7 @@ def test_validation_images_are_those_of_timms_transform(argv, size, kwargs, imag
     (['--input-key', 'png'], 'input_key', 'png', 'png'),
     (['--target-key', 'label'], 'target_key', 'label', 'label'),
     (['--dataset-trust-remote-code'], 'trust_remote_code', True, True),
-    (['--epoch-repeats', '2'], 'repeats', 2., None),
+    (['--epoch-repeats', '2'], 'repeats', 2., 0),
     (['--seed', '7'], 'seed', 7, 7),
     (['--batch-size', '2'], 'batch_size', 2, 2),
 ], ids=lambda x: x[0] if isinstance(x, list) else '')

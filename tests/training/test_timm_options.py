@@ -14,6 +14,7 @@ import pytest
 from timm_options import ALL, OBSERVED, TIMM_OPTIONS, dest
 from tiny_training import Tiny, parse
 from timm_sscl.distillation.teacher_input import TeacherInput
+from timm_sscl.training.loss_options import LOSS_FLAGS
 from timm_sscl.training.refused_options import UNSUPPORTED
 from timm_sscl.training.options import OptionError
 from timm_sscl.training.option_groups import create_parser
@@ -45,6 +46,8 @@ def test_refused_options_say_why(option):
 def test_defaults_are_timms():
     parser = create_parser()
     defaults = {name: action.default for action in parser._actions for name in action.option_strings}
+    for name, flag in LOSS_FLAGS.items():  # a flag that is not given leaves the loss's own default
+        defaults[f'--{name.replace("_", "-")}'] = flag.declared.default
     differ = {option for option, default in ALL.items()
               if dest(option) not in UNSUPPORTED and defaults[option] != default}
     assert differ == {'--model', '--device'} and differ <= IN_DIFFERENCES

@@ -77,7 +77,7 @@ def read_surrogate_options(
     parameters, hints = inspect.signature(function).parameters, type_hints(function)
     return tuple((name, read_value(declared_type(hints.get(name), parameters[name].default), value, name,
                                    parameters[name].default, f"surrogate '{_name_of(function)}'")
-                  if name in parameters else value) for name, value in options)
+                  if name in parameters and name != _PROGRESS else value) for name, value in options)
 
 
 @functools.lru_cache(maxsize=None)
