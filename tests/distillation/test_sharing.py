@@ -124,7 +124,9 @@ def test_tied_weights_within_a_model_pass():
         net.twin = net.head
         net.tied = nn.Linear(8, 5)
         net.tied.weight = net.head.weight
-    SSCLLoss(student, teacher, ['body'], input_size=(3, 16, 16))
+    loss = SSCLLoss(student, teacher, ['body'], input_size=(3, 16, 16))
+    assert [tap.name for tap in loss.taps] == ['body']
+    assert student.head.weight.requires_grad and not teacher.head.weight.requires_grad
 
 
 def test_shallow_copy_of_the_student():
@@ -137,6 +139,7 @@ def test_shallow_copy_of_the_student():
 def test_task_without_a_teacher_does_not_look():
     student = _Net()
     SSCLTask(student, student, 'none', verbose=False)
+    assert all(p.requires_grad for p in student.parameters())
 
 
 @pytest.mark.parametrize('number, more', [(1, ''), (3, ''), (4, ' and 1 more'), (6, ' and 3 more')])

@@ -3,7 +3,7 @@ from typing import Any
 
 import torch
 
-__all__ = ['as_float', 'check_logits', 'check_positive', 'check_share', 'check_step_logits', 'hard_labels', 'kl']
+__all__ = ['as_float', 'check_logits', 'check_positive', 'check_share', 'hard_labels', 'kl']
 
 
 def as_float(x: torch.Tensor) -> torch.Tensor:
@@ -16,15 +16,6 @@ def check_logits(logits: torch.Tensor, teacher_logits: torch.Tensor) -> None:
     if logits.ndim != 2 or logits.shape != teacher_logits.shape:
         raise ValueError(f'student logits {tuple(logits.shape)} and teacher logits {tuple(teacher_logits.shape)} must '
                          f'be (B, K), of the same samples and classes.')
-
-
-def check_step_logits(step_logits: torch.Tensor, teacher_logits: torch.Tensor) -> None:
-    """Raise ValueError unless the student's logits are (T, B, K) and the teacher's (B, K) with equal samples and
-    classes.
-    """
-    if step_logits.ndim != 3 or step_logits.shape[1:] != teacher_logits.shape:
-        raise ValueError(f'student logits {tuple(step_logits.shape)} must be (T, B, K), and teacher logits '
-                         f'{tuple(teacher_logits.shape)} must be (B, K).')
 
 
 def check_positive(**values: float) -> None:
