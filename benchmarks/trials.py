@@ -10,7 +10,8 @@ the line says 'failed' and the trial is asked for again with retry. All accuraci
 
     name            unique: plan-phase-arm-scale-T-seed and 6 hexadecimal digits of all settings
     plan, phase, arm, seed, timesteps, split, config, arch, teacher, scale (object with name, data, classes, width,
-    epochs, batch_size), model, losses, loss_options, criterion, step_ce, optimizer
+    epochs, batch_size, teacher_epochs), model, losses, loss_options, criterion, step_ce,
+                    task_weight, optimizer:
                     the fields of `Trial`, see there
     status          'ok' or 'failed'; a failed trial has `error` (str) and none of the numbers below
     top1            accuracy after the last epoch on all images of the split
@@ -86,12 +87,13 @@ class Trial:
         config: Number of the configuration of this arm, counted from 0, in phase 'tune'.
         arch: Network, a timm name without 'spiking_'.
         teacher: Which teacher: 'same' is fitted to the student's training images, 'strong' is trained on them with
-            strong augmentation, 'more' with all images there are; '' for none.
+            strong augmentation (cutout and mixup); '' for none.
         model: Arguments of create_model: neuron, norm, residual, neuron_kwargs ...
         losses: {registered loss: weight}.
         loss_options: {loss: {option: value}}.
         criterion: Arguments of the classification loss: smoothing.
         step_ce: Whether the classification loss is that of every timestep instead of that of the mean logits.
+        task_weight: Weight of the classification loss; 0 with a loss that classifies by itself.
         optimizer: opt, lr, weight_decay and momentum, where they differ from the defaults.
         split: Images that it is evaluated on: 'validation', trained on all training images, or 'heldout', a tenth of
             the training images that it isn't trained on.
@@ -110,6 +112,7 @@ class Trial:
     loss_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     criterion: Mapping[str, Any] = field(default_factory=dict)
     step_ce: bool = False
+    task_weight: float = 1.
     optimizer: Mapping[str, Any] = field(default_factory=dict)
     split: str = 'validation'
 

@@ -3,7 +3,12 @@ from typing import List, Optional
 
 import torch
 
-__all__ = ['HostCopy']
+__all__ = ['HostCopy', 'is_capturing']
+
+
+def is_capturing() -> bool:
+    """Return whether a CUDA graph records the current step. It must not ask for values on the host then."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 class HostCopy:

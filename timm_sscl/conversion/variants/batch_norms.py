@@ -48,6 +48,13 @@ class BatchNormOverTime(Mixin):
         steps = len(getattr(self, self.own_state[0] if self.own_state else 'weight'))
         return [min(t, steps - 1) for t in range(self.timesteps)]
 
+    def over_time(self, parameter: torch.Tensor) -> torch.Tensor:
+        """Return a parameter per timestep for the current T: its first T entries, or with the last entry repeated."""
+        missing = self.timesteps - len(parameter)  # slices, since indices would be copied from the host at every call
+        if missing <= 0:
+            return parameter[:self.timesteps]
+        return torch.cat([parameter, parameter[-1:].expand(missing, *parameter.shape[1:])])
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self._check_input_dim(x)
         x = self.normalise(x)

@@ -22,14 +22,13 @@ class AccumulatedBatchNorm(StepwiseBatchNorm):
 
     def normalise(self, x: torch.Tensor) -> torch.Tensor:
         steps = x.unflatten(0, (self.timesteps, -1))
-        used = self.steps_used()
         if self.training or self.running_mean is None:
             mean, var = self._accumulate(steps)
         else:
-            mean, var = self.running_mean[used], self.running_var[used]
-        squared = self.step_scale[used].square().to(mean.dtype).unsqueeze(1)
-        scale = squared * self.weight[used] / (var + self.eps).sqrt()
-        shift = squared * self.bias[used] - mean * scale
+            mean, var = self.over_time(self.running_mean), self.over_time(self.running_var)
+        squared = self.over_time(self.step_scale).square().to(mean.dtype).unsqueeze(1)
+        scale = squared * self.over_time(self.weight) / (var + self.eps).sqrt()
+        shift = squared * self.over_time(self.bias) - mean * scale
         shape = self.timesteps, 1, -1, *(1,) * (steps.ndim - 3)
         return (steps.to(scale.dtype) * scale.view(shape) + shift.view(shape)).to(x.dtype).flatten(0, 1)
 

@@ -23,7 +23,7 @@ class TemporalEffectiveBatchNorm(BatchNormOverTime):
 
     def normalise(self, x: torch.Tensor) -> torch.Tensor:
         steps = super().normalise(x).unflatten(0, (self.timesteps, -1))
-        scale = self.step_scale[self.steps_used()].to(x.dtype)
+        scale = self.over_time(self.step_scale).to(x.dtype)
         return (steps * scale.view(-1, *(1,) * (steps.ndim - 1))).flatten(0, 1)
 
 

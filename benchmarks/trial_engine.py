@@ -1,0 +1,324 @@
+"""Run trials: teachers, rounds, worker processes, results, time limit."""
+import gc
+import math
+import time
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import replace
+from datetime import datetime, timedelta
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Dict, Hashable, List, Optional, Sequence, Tuple
+
+import torch
+import torch.nn as nn
+
+from timm_sscl.neurons import lif_backend
+
+from trial_data import PAD, DeviceSet, load_device_set
+from trial_graphs import Group, check_replay
+from trial_models import State, as_arrays, initial_state, measure, teacher_model
+from trial_replica import Replica
+from trial_results import append_line, failed_line, machine_facts, ok_line
+from trial_rounds import Round, rounds
+from trials import Trial, read_results
+
+__all__ = ['Engine', 'teacher_trial']
+
+_EVALUATIONS = 4  # evaluations per trial, the last after the last epoch
+_MEASURED = 100  # validation images on which firing rates are measured
+_AHEAD = 3  # rounds that are prepared while one trains
+
+
+def teacher_trial(trial: Trial) -> Trial:
+    """Return the trial that trains the teacher of a trial."""
+    scale = replace(trial.scale, epochs=trial.scale.teacher_epochs)
+    return Trial('teachers', 'teacher', 'ann' if trial.teacher == 'same' else f'ann_{trial.teacher}', 0, 0, scale,
+                 arch=trial.arch, teacher=trial.teacher)
+
+
+class Engine:
+    """Train trials on one device and append their results to OUTPUT/runs.jsonl.
+
+    Args:
+        data: Folder of the images' .npz files.
+        output: Folder of results and teachers.
+        device: 'cpu' or 'cuda'.
+        replicas: Trials that train side by side on CUDA.
+        deadline: time.time() at which training must be over; a round that would not be done by then is not started.
+        backend: How neurons run, see `lif_backend`.
+        workers: Processes that prepare initial states and measure energy; 0 does it here.
+        graph: Whether to capture steps on CUDA.
+    """
+
+    def __init__(
+            self,
+            data: Path,
+            output: Path,
+            device: str = 'cpu',
+            replicas: int = 8,
+            deadline: Optional[float] = None,
+            backend: str = 'auto',
+            workers: int = 0,
+            graph: bool = True,
+    ):
+        self.data, self.output, self.device = data, output, torch.device(device)
+        self.replicas, self.deadline, self.backend, self.graph = replicas, deadline, backend, graph
+        self.sets: Dict[str, DeviceSet] = {}
+        self.teachers: Dict[str, nn.Module] = {}
+        self.accuracies: Dict[Tuple[str, str], float] = {}
+        self.groups: Tuple[Any, List[Group]] = (None, [])  # of the last round: its key, its groups
+        self.seconds_per_step = 0.
+        self.unwritten: List[Tuple[Future, Trial, Dict[str, Any]]] = []
+        self.pool = ProcessPoolExecutor(workers, get_context('spawn')) if workers else None
+        self.checked = self.device.type != 'cuda' or not graph
+        self.facts = machine_facts(self.device)
+        output.mkdir(parents=True, exist_ok=True)
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False
+
+    def close(self) -> None:
+        """Write what is left and end the worker processes."""
+        self.write(wait=True)
+        if self.pool is not None:
+            self.pool.shutdown(cancel_futures=True)
+
+    # ---- parts of a trial
+
+    def images(self, name: str) -> DeviceSet:
+        """Return a set of images on the device."""
+        if name not in self.sets:
+            self.sets[name] = load_device_set(self.data, name, self.device)
+        return self.sets[name]
+
+    def create(self, trial: Trial) -> Replica:
+        return Replica(trial, self.images(trial.scale.data), self.teacher(trial))
+
+    def submit(self, function: Any, *args: Any) -> Future:
+        """Run a function in a worker process, or now if there is none."""
+        if self.pool is not None:
+            return self.pool.submit(function, *args)
+        future: Future = Future()
+        try:
+            future.set_result(function(*args))
+        except Exception as error:  # raised where the result is read
+            future.set_exception(error)
+        return future
+
+    def prepare(self, trial: Trial) -> Future:
+        """Return the future initial state of a trial."""
+        data = self.images(trial.scale.data)
+        images = data.normalise(data.train[:100, :, PAD:-PAD, PAD:-PAD]).cpu().numpy()
+        return self.submit(initial_state, trial, data.classes, images)
+
+    def measure(self, trial: Trial, replica: Replica) -> Future:
+        """Return the future firing rate and energy of a trained student."""
+        data = self.images(trial.scale.data)
+        images = data.normalise(data.evaluated[trial.split][0][:_MEASURED]).cpu().numpy()
+        return self.submit(measure, trial, data.classes, as_arrays(replica.task.student), images)
+
+    # ---- teachers
+
+    def _teacher_file(self, trial: Trial) -> Path:
+        return self.output / 'teachers' / f'{trial.name}.pt'
+
+    def teacher(self, trial: Trial) -> Optional[nn.Module]:
+        """Return the trained teacher of a trial; None if none of its losses can use one."""
+        if not trial.teacher or not trial.timesteps or not trial.losses:
+            return None
+        teacher = teacher_trial(trial)
+        if teacher.name not in self.teachers:
+            model = teacher_model(trial, self.images(trial.scale.data).classes)
+            model.load_state_dict(torch.load(self._teacher_file(teacher), map_location='cpu', weights_only=True))
+            self.teachers[teacher.name] = model.to(self.device).eval()
+        return self.teachers[teacher.name]
+
+    @torch.no_grad()
+    def teacher_top1(self, trial: Trial) -> Optional[float]:
+        """Return the teacher's accuracy on the trial's split."""
+        teacher = self.teacher(trial)
+        if teacher is None:
+            return None
+        key = teacher_trial(trial).name, trial.split
+        if key not in self.accuracies:
+            data = self.images(trial.scale.data)
+            batches = zip(*(x.split(data.eval_batch) for x in data.evaluated[trial.split]))
+            right = torch.cat([teacher(data.normalise(x)).argmax(1) == y for x, y in batches])
+            self.accuracies[key] = 100 * right[:data.sizes[trial.split]].float().mean().item()
+        return self.accuracies[key]
+
+    def train_teachers(self, trials: Sequence[Trial]) -> None:
+        """Train the teachers of these trials that are not there yet."""
+        needed = {teacher_trial(trial) for trial in trials if trial.teacher and trial.losses and trial.timesteps}
+        self.run_rounds(sorted((t for t in needed if not self._teacher_file(t).is_file()), key=lambda t: t.name))
+
+    # ---- all trials
+
+    def run(self, trials: Sequence[Trial], retry: bool = False) -> None:
+        """Run trials that have no result yet.
+
+        Args:
+            trials: The trials, with unique names.
+            retry: Whether to run failed trials again.
+        """
+        done = {line['name'] for line in read_results(self.output) if line['status'] == 'ok' or not retry}
+        left = [trial for trial in trials if trial.name not in done]
+        print(f'{len(trials)} trials, {len(trials) - len(left)} of them done', flush=True)
+        with lif_backend(self.backend):
+            self.train_teachers(left)
+            self.check(left)
+            self.run_rounds(left)
+        self.write(wait=True)
+
+    def check(self, trials: Sequence[Trial]) -> None:
+        """Check once a session, on CUDA, that replayed steps equal eager ones."""
+        by_losses = {tuple(trial.losses): trial for trial in trials}
+        chosen = sorted(by_losses.values(), key=lambda trial: 'sscl' not in trial.losses)[:2]
+        if self.checked or not chosen:
+            return
+        chosen = [trial for trial in chosen if trial.scale == chosen[0].scale and trial.split == chosen[0].split]
+        states = [self.prepare(trial).result() for trial in chosen]
+        for name, difference in check_replay(self.create, chosen, states):
+            print(f'replayed = eager within {difference:.1e}: {name}', flush=True)
+        self.checked = True
+
+    def run_rounds(self, trials: Sequence[Trial]) -> None:
+        """Run all trials, prepared by the workers while others train, until the time limit."""
+        planned = list(rounds(trials, self.replicas))
+        ready: Dict[str, Future] = {}
+        done, began = 0, time.time()
+        for i, current in enumerate(planned):
+            if self.deadline is not None and time.time() + self._estimate(current) > self.deadline:
+                print(f'time limit: {len(trials) - done} trials are not started', flush=True)
+                return
+            for trial in (trial for ahead in planned[i:i + _AHEAD] for trial in ahead.trials):
+                if trial.name not in ready:
+                    ready[trial.name] = self.prepare(trial)
+            self._run_round(current, [ready.pop(trial.name) for trial in current.trials])
+            done += len(current.trials)
+            rate = (time.time() - began) / done
+            print(f'{datetime.now():%H:%M:%S} {done}/{len(trials)} trials, {rate:.1f} s each, '
+                  f'ETA {timedelta(seconds=round(rate * (len(trials) - done)))}', flush=True)
+            self.write()
+
+    def _estimate(self, current: Round) -> float:
+        """Return seconds that a round will take, from the last one's step; 0 before the first."""
+        trial = current.trials[0]
+        steps = trial.scale.epochs * (len(self.images(trial.scale.data).train) // trial.scale.batch_size)
+        return 1.1 * steps * self.seconds_per_step + (10 if self.seconds_per_step else 0)
+
+    def _fail(self, trial: Trial, error: BaseException) -> None:
+        text = ' '.join(f'{type(error).__name__}: {error}'.split())[:500]
+        print(f'{trial.name} failed: {text}', flush=True)
+        append_line(self.output, failed_line(trial, self.facts, text))
+
+    def write(self, wait: bool = False) -> None:
+        """Write the lines whose firing rates and energy have been measured; all of them with wait."""
+        for item in [item for item in self.unwritten if wait or item[0].done()]:
+            future, trial, line = item
+            self.unwritten.remove(item)
+            try:
+                line['firing_rate'], line['energy'] = future.result()
+            except Exception as error:
+                print(f'{trial.name}: no firing rate: {error}', flush=True)
+            append_line(self.output, line)
+
+    # ---- one round
+
+    def _run_round(self, current: Round, futures: Sequence[Future]) -> None:
+        states: List[State] = []
+        good: List[Trial] = []
+        keys = []
+        for key, trial, future in zip(current.key, current.trials, futures):
+            try:
+                states.append(future.result())
+                good.append(trial)
+                keys.append(key)
+            except Exception as error:
+                self._fail(trial, error)
+        if tuple(keys) != self.groups[0]:
+            good, states, keys = self._build(good, states, keys)
+        first = 0
+        for group in self.groups[1]:
+            n = len(group.replicas)
+            try:
+                self._train(group, good[first:first + n], states[first:first + n])
+            except Exception as error:
+                for trial in good[first:first + n]:
+                    self._fail(trial, error)
+            first += n
+
+    def _build(self, trials: List[Trial], states: List[State], keys: List[Hashable]) -> Tuple[List, List, List]:
+        """Create the groups of a round. Return trials, states and keys without those that cannot be created."""
+        self.groups = (None, [])
+        gc.collect()
+        if self.device.type == 'cuda':
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        replicas, kept = [], []
+        for i, trial in enumerate(trials):
+            try:
+                replicas.append(self.create(trial))
+                kept.append(i)
+            except Exception as error:
+                self._fail(trial, error)
+        self.groups = tuple(keys[i] for i in kept), self._groups(replicas)
+        return [trials[i] for i in kept], [states[i] for i in kept], [keys[i] for i in kept]
+
+    def _groups(self, replicas: List[Replica]) -> List[Group]:
+        """Return one captured group of all replicas; where that is not possible, a group for each."""
+        if not self.graph or self.device.type != 'cuda' or not replicas:
+            return [Group([replica], graph=False) for replica in replicas]
+        try:
+            return [Group(replicas)]
+        except Exception as error:
+            print(f'not captured together: {type(error).__name__}: {error}', flush=True)
+        groups = []
+        for replica in replicas:
+            try:
+                groups.append(Group([replica]))
+            except Exception as error:
+                print(f'{replica.trial.name} is not captured, its steps run eagerly: {error}', flush=True)
+                groups.append(Group([replica], graph=False))
+        return groups
+
+    def _train(self, group: Group, trials: Sequence[Trial], states: Sequence[State]) -> None:
+        """Train a group to the end and collect the results."""
+        epochs, began, training = trials[0].scale.epochs, time.perf_counter(), 0.
+        group.load(trials, states)
+        history: List[List[Tuple[int, float]]] = [[] for _ in trials]
+        layers: List[Dict[str, Any]] = [{} for _ in trials]
+        for epoch in range(epochs):
+            start = time.perf_counter()
+            group.train_epoch(epoch)
+            group.synchronize()
+            training += time.perf_counter() - start
+            for name in ('first',) * (epoch == 0) + ('last',) * (epoch == epochs - 1):
+                for replica, values in zip(group.replicas, layers):
+                    values[name] = replica.task.stats
+            if (epoch + 1) % max(1, math.ceil(epochs / _EVALUATIONS)) == 0 or epoch == epochs - 1:
+                group.evaluate()
+                for replica, values in zip(group.replicas, history):
+                    values.append((epoch + 1, replica.evaluation()[0]))
+        self.seconds_per_step = training / (epochs * group.replicas[0].steps)
+        memory = torch.cuda.max_memory_allocated() / 2 ** 20 if self.device.type == 'cuda' else None
+        shared = dict(
+            seconds=time.perf_counter() - began, replicas=len(trials), ms_per_step=1e3 * self.seconds_per_step,
+            peak_memory=memory, graph=group.captured)
+        for replica, trial, points, values in zip(group.replicas, trials, history, layers):
+            self._finish(replica, trial, top1_epochs=points, layers=values if values['last'] else {}, **shared)
+
+    def _finish(self, replica: Replica, trial: Trial, **numbers: Any) -> None:
+        """Collect a trained replica's numbers; its line is written when firing rates and energy are known."""
+        means = replica.means()
+        top1, loss, correct = replica.evaluation()
+        if not all(map(math.isfinite, [*means.values(), loss])):
+            self._fail(trial, FloatingPointError(f'loss is not finite: {means}, validation {loss}'))
+            return
+        train_loss = means.pop('loss')
+        if trial.timesteps == 0:
+            self._teacher_file(trial).parent.mkdir(exist_ok=True)
+            torch.save(replica.task.student.state_dict(), self._teacher_file(trial))
+        line = ok_line(
+            trial, self.facts, correct, top1=top1, val_loss=loss, train_loss=train_loss, train_terms=means,
+            firing_rate=None, energy=None, teacher_top1=self.teacher_top1(trial), **numbers)
+        self.unwritten.append((self.measure(trial, replica), trial, line))

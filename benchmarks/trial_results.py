@@ -1,0 +1,65 @@
+"""The lines of runs.jsonl: facts of the machine, what a finished or failed trial gives, appending."""
+import json
+import os
+import subprocess
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Dict, Mapping, Sequence
+
+import numpy as np
+import timm
+import torch
+
+from trials import Trial, encode_correct
+
+__all__ = ['append_line', 'code_revision', 'failed_line', 'machine_facts', 'ok_line']
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def code_revision() -> str:
+    """Return git's name of the code; the variable CODE_REVISION names it where there is no git."""
+    result = subprocess.run(['git', 'describe', '--always', '--dirty'], cwd=ROOT, capture_output=True, text=True)
+    return result.stdout.strip() if result.returncode == 0 else os.environ.get('CODE_REVISION', 'unknown')
+
+
+def machine_facts(device: torch.device) -> Dict[str, Any]:
+    """Return what every line says about machine, versions and precision."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'CPU {capability}'
+    return dict(
+        precision='float32, TF32 off', device=name, cpu=capability, torch=torch.__version__, timm=timm.__version__,
+        revision=code_revision())
+
+
+def ok_line(trial: Trial, facts: Mapping[str, Any], correct: np.ndarray, **numbers: Any) -> Dict[str, Any]:
+    """Return the line of a trial that ended well."""
+    return dict(
+        name=trial.name, status='ok', **asdict(trial), **numbers, num_images=len(correct),
+        correct=encode_correct(correct), **facts, finished=_now())
+
+
+def failed_line(trial: Trial, facts: Mapping[str, Any], error: str) -> Dict[str, Any]:
+    return dict(name=trial.name, status='failed', error=error, **asdict(trial), **facts, finished=_now())
+
+
+def _now() -> str:
+    return datetime.now().isoformat(timespec='seconds')
+
+
+def append_line(folder: Path, line: Mapping[str, Any]) -> None:
+    """Append a line to runs.jsonl in one write; a line that was cut off before is ended first."""
+    file = folder / 'runs.jsonl'
+    cut = file.is_file() and file.stat().st_size and not file.read_bytes().endswith(b'\n')
+    with open(file, 'a') as out:
+        out.write(('\n' if cut else '') + json.dumps(_rounded(line)) + '\n')
+
+
+def _rounded(value: Any) -> Any:
+    """Round floats to 6 digits, so that a line stays short."""
+    if isinstance(value, float):
+        return float(f'{value:.6g}')
+    if isinstance(value, Mapping):
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, Sequence) and not isinstance(value, str) else value
