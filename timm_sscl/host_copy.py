@@ -3,12 +3,14 @@ from typing import List, Optional
 
 import torch
 
-__all__ = ['HostCopy', 'is_capturing']
+__all__ = ['HostCopy', 'can_copy']
 
 
-def is_capturing() -> bool:
-    """Return whether a CUDA graph records the current step. It must not ask for values on the host then."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+def can_copy(values: torch.Tensor) -> bool:
+    """Return whether numbers can be copied to the host here: not in a graph that is compiled or captured."""
+    if torch.compiler.is_compiling():
+        return False
+    return not (values.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 class HostCopy:

@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 
 from timm_sscl.distributed import batch_counts, gather_rows, world_size
-from timm_sscl.host_copy import HostCopy, is_capturing
+from timm_sscl.host_copy import HostCopy, can_copy
 
 from .cka import RunningCKA
 from .inputs import TrainStep
@@ -163,7 +163,7 @@ class SSCLCriterion(nn.Module):
         for stats, weight in zip(layers, weights):
             stats['weight'] = weight
         self._stats = dict(zip(self.names, layers))
-        if self.weighting.uses_cka and not (torch.compiler.is_compiling() or is_capturing()):
+        if self.weighting.uses_cka and can_copy(losses[0]):
             self._warn_floored(layers)
         loss = torch.stack([weight * nce for weight, nce in zip(weights, losses)]).sum()
         penalty = self.weighting.penalty(torch.stack(losses))
