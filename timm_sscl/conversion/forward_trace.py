@@ -1,0 +1,102 @@
+"""ForwardTrace: record one forward as a graph, in which neurons and norm variants are single nodes."""
+from typing import Any, Callable, Dict, List, NamedTuple, Tuple
+
+import torch
+import torch.nn as nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from timm_sscl.neurons import SpikingNeuron
+
+from .variants.batch_norms import BatchNormOverTime
+
+__all__ = ['ForwardTrace', 'Call', 'AFFINE', 'LINEAR', 'RESHAPES', 'POOLS', 'NORM']
+
+NORM = 'batch_norm_over_time'  # name of the call of a norm variant
+# function -> positions of weight and bias among its arguments; its output scales with both
+AFFINE = {'conv1d': (1, 2), 'conv2d': (1, 2), 'conv3d': (1, 2), 'linear': (1, 2), 'batch_norm': (3, 4),
+          'layer_norm': (2, 3), 'group_norm': (2, 3), NORM: (1, 2)}
+LINEAR = {'conv1d', 'conv2d', 'conv3d', 'linear'}
+RESHAPES = {'permute', 'transpose', 'reshape', 'view', 'flatten', 'unflatten', 'contiguous', 'movedim', 'squeeze',
+            'unsqueeze'}
+POOLS = {'max_pool2d', 'avg_pool2d', 'adaptive_avg_pool2d', 'adaptive_max_pool2d'}  # commute with a positive scale
+
+
+class Call(NamedTuple):
+    """One call of a function in a forward."""
+    func: Callable
+    name: str  # name of the function
+    args: Tuple[Any, ...]
+    kwargs: Dict[str, Any]
+    out: Any
+
+    def parameter(self, what: str) -> Any:
+        """Return the weight or bias argument of the call."""
+        position = AFFINE[self.name][what == 'bias']
+        return self.kwargs.get(what, self.args[position] if len(self.args) > position else None)
+
+
+class ForwardTrace(TorchFunctionMode):
+    """Function mode that records which call made each tensor and which calls used it.
+
+    It hooks the model's modules; create it inside `untouched(model)`.
+
+    Args:
+        model: Spiking model.
+
+    Attributes:
+        made: Call that made a tensor, by the tensor's id.
+        taken: Calls, and names of neurons, that used a tensor, by its id.
+        neurons: Input and output of every call of a neuron, by its name.
+        norms: Calls of batch norms by the id of their weight.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.made: Dict[int, Call] = {}
+        self.taken: Dict[int, List[Any]] = {}
+        self.neurons: Dict[str, List[Tuple[torch.Tensor, torch.Tensor]]] = {}
+        self.norms: Dict[int, List[Call]] = {}
+        self.inside = 0  # depth of running neurons and norm variants
+        for name, module in model.named_modules():
+            if isinstance(module, SpikingNeuron):
+                module.register_forward_pre_hook(self._enter)
+                module.register_forward_hook(self._leave(name))
+            elif isinstance(module, BatchNormOverTime):
+                module.__dict__['normalise'] = self._as_one_call(module, module.normalise)
+
+    def _enter(self, neuron: SpikingNeuron, args: Tuple[torch.Tensor]) -> None:
+        self.inside += 1
+
+    def _leave(self, name: str) -> Callable:
+        def leave(neuron: SpikingNeuron, args: Tuple[torch.Tensor], out: torch.Tensor) -> None:
+            self.inside -= 1
+            self.taken.setdefault(id(args[0]), []).append(name)
+            self.neurons.setdefault(name, []).append((args[0], out))
+        return leave
+
+    def _as_one_call(self, norm: BatchNormOverTime, normalise: Callable) -> Callable:
+        def traced(x: torch.Tensor) -> torch.Tensor:
+            self.inside += 1
+            out = normalise(x)
+            self.inside -= 1
+            self._record(Call(normalise, NORM, (x, norm.weight, norm.bias), {}, out))
+            return out
+        return traced
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if not self.inside and any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(out)):
+            self._record(Call(func, getattr(func, '__name__', ''), args, kwargs, out))
+        return out
+
+    def _record(self, call: Call) -> None:
+        """Add a call, which keeps its tensors alive, so that ids stay unique."""
+        for leaf in tree_leaves((call.args, call.kwargs)):
+            if isinstance(leaf, torch.Tensor):
+                self.taken.setdefault(id(leaf), []).append(call)
+        if isinstance(call.out, torch.Tensor):
+            self.made[id(call.out)] = call
+        if call.name in ('batch_norm', NORM):
+            self.norms.setdefault(id(call.parameter('weight')), []).append(call)
