@@ -2,7 +2,7 @@
 from . import _moved
 from . import models  # noqa: F401, registers the architectures that timm lacks, before their spiking_ twins
 from .conversion import (
-    Variant, calibrate, convert_ann, convert_to_spiking, fold_gains, list_variants, register_activation,
+    Variant, calibrate, convert_ann, convert_to_spiking, fold_gains, fold_norms, list_variants, register_activation,
     register_variant, set_stem_pool, share_stem, unregister_activation, unregister_variant)
 from .data import list_datasets, register_dataset, unregister_dataset
 from .distillation import SSCLLoss, SSCLTask, accept_frames
@@ -14,8 +14,8 @@ from .neurons import (
 from .report import FiringRates, estimate_energy, record_spikes, representation_bits
 
 __all__ = [
-    'FiringRates', 'LIF', 'SSCLLoss', 'SSCLTask', 'SpikingNeuron', 'TrainStep', 'Variant', 'accept_frames',
-    'calibrate', 'cka', 'convert_ann', 'convert_to_spiking', 'create_loss', 'estimate_energy', 'fold_gains', 'hsic',
+    'FiringRates', 'LIF', 'SSCLLoss', 'SSCLTask', 'SpikingNeuron', 'TrainStep', 'Variant', 'accept_frames', 'calibrate',
+    'cka', 'convert_ann', 'convert_to_spiking', 'create_loss', 'estimate_energy', 'fold_gains', 'fold_norms', 'hsic',
     'lif', 'list_datasets', 'list_losses', 'list_neurons', 'list_surrogates', 'list_variants', 'nce_loss',
     'record_spikes', 'register_activation', 'register_dataset', 'register_loss', 'register_neuron',
     'register_surrogate', 'register_variant', 'representation_bits', 'set_stem_pool', 'share_stem',

@@ -8,6 +8,7 @@ from .activations import register_activation, unregister_activation
 from .convert import SOFT_RESET, convert_to_spiking
 from .gain_folding import fold_gains
 from .gains import calibrate
+from .norm_folding import fold_norms
 from .model import SpikingModel, SpikingModule
 from .plan import ConversionRecord
 from .report import SpikingReport
@@ -24,8 +25,8 @@ from .variants.stem_pool import set_stem_pool
 
 __all__ = [
     'BatchNormOverTime', 'BatchNormVariant', 'ConversionRecord', 'PerStepSettings', 'ResidualVariant', 'SOFT_RESET',
-    'SpikingModel', 'SpikingModule', 'SpikingReport', 'SpikingSettings', 'Variant', 'VariantRecord',
-    'VariantSettings', 'calibrate', 'convert_ann', 'convert_to_spiking', 'fold_gains', 'last_act', 'list_variants',
+    'SpikingModel', 'SpikingModule', 'SpikingReport', 'SpikingSettings', 'Variant', 'VariantRecord', 'VariantSettings',
+    'calibrate', 'convert_ann', 'convert_to_spiking', 'fold_gains', 'fold_norms', 'last_act', 'list_variants',
     'register_activation', 'register_variant', 'residual_branch', 'set_stem_pool', 'share_stem',
     'unregister_activation', 'unregister_variant',
 ]

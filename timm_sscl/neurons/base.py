@@ -164,6 +164,11 @@ class SpikingNeuron(Factors):
             return parameter[:self.timesteps]
         return torch.cat([parameter, parameter[-1:].expand(missing, *parameter.shape[1:])])
 
+    def set_step_gain(self, gain: torch.Tensor) -> None:
+        """Multiply the current of every timestep by a factor of its own, (T,), besides the gain. `fold_norms` uses it.
+        """
+        self.register_buffer('step_gain', gain)
+
     def unit(self) -> Optional[torch.Tensor]:
         """Return the size of one level of the output, amplitude times scale; None is 1."""
         amplitude, scale = self._parameters.get('amplitude'), self.scale
@@ -238,8 +243,11 @@ class SpikingNeuron(Factors):
         if self.needs_channels and self.channels is None:
             raise RuntimeError(f'{type(self).__name__} has parameters per channel, whose number it was not told: '
                                f'channels=(C, 1, 1), or set_channels.')
-        current = self._unfold(x)
-        out = self.run(current, x)
+        current, folded = self._unfold(x), x
+        if 'step_gain' in self._buffers:
+            gain = self.over_time(self.step_gain).to(x.dtype)
+            current = folded = current * gain.view(-1, *(1,) * (current.ndim - 1))
+        out = self.run(current, folded)
         check_output(type(self).__name__, out, current)
         out = out.flatten(0, 1)
         for factor in (self._parameters.get('amplitude'), self.scale):

@@ -33,10 +33,13 @@ class BatchNormOverTime(Mixin):
     Attributes:
         own_state: Names of the parameters and buffers that the mixin adds to the norm.
         per_step: Whether the norm differs between timesteps; `share_stem` then refuses it.
+        step_factor: Name of a parameter (steps,) that multiplies the whole output and is all that differs between
+            timesteps; '' for none. `fold_norms` makes it a gain of the neuron.
         timesteps: T, set by the variant.
     """
     own_state: Tuple[str, ...] = ()
     per_step = False
+    step_factor = ''
     timesteps: int
 
     def normalise(self, x: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from .base import Variant, VariantSettings
 from .batch_norms import NormRecord
 from .registry import register_variant
 
-__all__ = ['NormalisedNeuron', 'MembraneBatchNorm', 'MPBN']
+__all__ = ['NormalisedNeuron', 'MembraneBatchNorm', 'MPBN', 'fold_threshold']
 
 _CHILD = 'membrane_norm'
 
@@ -41,10 +41,10 @@ class MembraneBatchNorm(_BatchNorm):
         return super().forward(u.movedim(self.axis, 1)).movedim(1, self.axis)
 
 
-class _Normalised:
-    """A neuron's settings whose `spike` normalises the potential before comparing it with the threshold."""
+class _OwnSpike:
+    """A neuron's settings whose `spike` is the neuron's `fire`."""
 
-    def __init__(self, neuron: 'NormalisedNeuron'):
+    def __init__(self, neuron: Any):
         self.settings = neuron.settings
         self.neuron = neuron
 
@@ -52,12 +52,30 @@ class _Normalised:
         return getattr(self.settings, name)
 
     def spike(self, u: torch.Tensor, v_threshold: Any) -> torch.Tensor:
-        normalised = self.neuron.membrane_norm(u).to(u.dtype)
-        return spike(normalised, v_threshold, self.neuron.surrogate_now())
+        return self.neuron.fire(u, v_threshold)
 
 
-class NormalisedNeuron(Mixin):
-    """Mixin for a neuron whose step calls its settings' `spike` once, such as the LIF.
+class _OwnFire(Mixin):
+    """Mixin for a neuron whose step calls its settings' `spike` once, such as the LIF, to compute it by `fire`."""
+
+    def fire(self, u: torch.Tensor, v_threshold: Any) -> torch.Tensor:
+        """Return the spikes of a potential (B, ...)."""
+        raise NotImplementedError
+
+    def run(self, x: torch.Tensor, folded: torch.Tensor) -> torch.Tensor:
+        step = cast(Any, type(self)).step  # the neuron's
+        dtype, settings, gain = membrane_dtype(x.dtype), _OwnSpike(self), self.gain
+        state = tuple(s.to(dtype) for s in self.start(x[0].to(dtype)))
+        constants, outputs = tuple(c.to(dtype) for c in self.constants()), []
+        for t, x_t in enumerate(x.to(dtype)):
+            x_t = x_t if gain is None else x_t * gain.to(dtype)
+            output, state = step(x_t, state, constants, t, settings)
+            outputs.append(output.to(x.dtype))
+        return torch.stack(outputs)
+
+
+class NormalisedNeuron(_OwnFire):
+    """Mixin for a neuron with a batch norm of its potential.
 
         spike = Theta(norm(u) - v_threshold)        the reset applies to u itself
 
@@ -66,21 +84,49 @@ class NormalisedNeuron(Mixin):
     """
     membrane_norm: MembraneBatchNorm
 
+    def fire(self, u: torch.Tensor, v_threshold: Any) -> torch.Tensor:
+        return spike(self.membrane_norm(u).to(u.dtype), v_threshold, self.surrogate_now())
+
     def surrogate_now(self) -> Any:
         """Return the surrogate at the current progress of the training."""
         progress, surrogate = self._buffers.get('progress'), self.settings.surrogate_function
         return surrogate if progress is None else lambda u, v: surrogate(u, v, progress=progress)
 
-    def run(self, x: torch.Tensor, folded: torch.Tensor) -> torch.Tensor:
-        step = cast(Any, type(self)).step  # the neuron's
-        dtype, settings, gain = membrane_dtype(x.dtype), _Normalised(self), self.gain
-        state = tuple(s.to(dtype) for s in self.start(x[0].to(dtype)))
-        constants, outputs = tuple(c.to(dtype) for c in self.constants()), []
-        for t, x_t in enumerate(x.to(dtype)):
-            x_t = x_t if gain is None else x_t * gain.to(dtype)
-            output, state = step(x_t, state, constants, t, settings)
-            outputs.append(output.to(x.dtype))
-        return torch.stack(outputs)
+
+class FoldedThreshold(_OwnFire):
+    """Mixin for a neuron whose norm was folded: it fires where fold_sign * u >= fold_threshold, both per channel.
+
+    The reset is the neuron's own. It has no gradient.
+    """
+    fold_sign: torch.Tensor
+    fold_threshold: torch.Tensor
+
+    def fire(self, u: torch.Tensor, v_threshold: Any) -> torch.Tensor:
+        if self.training:
+            raise RuntimeError(f'{type(self).__name__}: its norm was folded into thresholds (fold_norms), which cannot '
+                               f'be trained; use model.eval(), or the model before the fold.')
+        return (self.fold_sign.to(u.dtype) * u >= self.fold_threshold.to(u.dtype)).to(u.dtype)
+
+
+def fold_threshold(neuron: Any) -> None:
+    """Replace the norm of a NormalisedNeuron by thresholds per channel, in place, for inference.
+
+    BN(u) >= theta is u >= mean + (theta - bias) * sqrt(var + eps) / weight for a positive weight, u <= it for a
+    negative one, and constant for 0.
+    """
+    norm = neuron.membrane_norm
+    shape = norm.num_features, *(1,) * (-norm.axis - 1)
+    weight, bias, mean, var = (t.detach().double() for t in (
+        norm.weight, norm.bias, norm.running_mean, norm.running_var))
+    missing = neuron.threshold() - bias
+    threshold = weight.sign() * (mean + missing * (var + norm.eps).sqrt() / weight)
+    constant = torch.where(missing <= 0, -torch.inf, torch.inf).to(threshold)
+    threshold = torch.where(weight == 0, constant, threshold)
+    del neuron._modules[_CHILD]
+    take_out(neuron, NormalisedNeuron)
+    mix_in(neuron, FoldedThreshold)
+    for name, value in (('fold_sign', weight.sign()), ('fold_threshold', threshold)):
+        neuron.register_buffer(name, value.view(shape).to(norm.weight.dtype))
 
 
 @register_variant('norm', 'mpbn')

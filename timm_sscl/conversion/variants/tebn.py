@@ -20,6 +20,7 @@ class TemporalEffectiveBatchNorm(BatchNormOverTime):
     """
     own_state = ('step_scale',)
     per_step = True
+    step_factor = 'step_scale'
 
     def normalise(self, x: torch.Tensor) -> torch.Tensor:
         steps = super().normalise(x).unflatten(0, (self.timesteps, -1))
