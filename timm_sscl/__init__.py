@@ -11,16 +11,18 @@ from .models import spiking as _spiking_names  # noqa: F401, registers the spiki
 from .neurons import (
     LIF, SpikingNeuron, lif, list_neurons, list_surrogates, register_neuron, register_surrogate, unregister_neuron,
     unregister_surrogate)
-from .report import FiringRates, estimate_energy, record_spikes, representation_bits
+from .report import (
+    FiringRates, cka_map, estimate_energy, plot_cka_map, plot_energy, plot_firing_rates, plot_raster, record_spikes,
+    representation_bits)
 
 __all__ = [
     'FiringRates', 'LIF', 'SSCLLoss', 'SSCLTask', 'SpikingNeuron', 'TrainStep', 'Variant', 'accept_frames', 'calibrate',
-    'cka', 'convert_ann', 'convert_to_spiking', 'create_loss', 'estimate_energy', 'fold_gains', 'fold_norms', 'hsic',
-    'lif', 'list_datasets', 'list_losses', 'list_neurons', 'list_surrogates', 'list_variants', 'nce_loss',
-    'record_spikes', 'register_activation', 'register_dataset', 'register_loss', 'register_neuron',
-    'register_surrogate', 'register_variant', 'representation_bits', 'set_stem_pool', 'share_stem',
-    'unregister_activation', 'unregister_dataset', 'unregister_loss', 'unregister_neuron', 'unregister_surrogate',
-    'unregister_variant',
+    'cka', 'cka_map', 'convert_ann', 'convert_to_spiking', 'create_loss', 'estimate_energy', 'fold_gains', 'fold_norms',
+    'hsic', 'lif', 'list_datasets', 'list_losses', 'list_neurons', 'list_surrogates', 'list_variants', 'nce_loss',
+    'plot_cka_map', 'plot_energy', 'plot_firing_rates', 'plot_raster', 'record_spikes', 'register_activation',
+    'register_dataset', 'register_loss', 'register_neuron', 'register_surrogate', 'register_variant',
+    'representation_bits', 'set_stem_pool', 'share_stem', 'unregister_activation', 'unregister_dataset',
+    'unregister_loss', 'unregister_neuron', 'unregister_surrogate', 'unregister_variant',
 ]
 __version__ = '0.1.0'
 

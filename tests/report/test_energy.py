@@ -24,4 +24,9 @@ def test_energy_is_the_formula_by_hand():
     assert energy.additions == pytest.approx(additions, rel=1e-6)  # a float32 rate
     assert energy.spiking == pytest.approx((4.6 * T * 24 + .9 * additions) * 1e-6, rel=1e-6)  # microjoules
     assert energy.ann == pytest.approx(4.6 * 80 * 1e-6, rel=1e-12)
+    layers = energy.layers
+    assert list(layers) == ['0', '2', '4'] and [layer.macs for layer in layers.values()] == [T * 24, 0, 0]
+    assert [layers['2'].additions, layers['4'].additions] == pytest.approx([first * 7 / B, second * 2 / B], rel=1e-6)
+    assert [layer.ann for layer in layers.values()] == pytest.approx([4.6e-6 * n for n in (24, 42, 14)], rel=1e-12)
+    assert sum(layer.spiking for layer in layers.values()) == pytest.approx(energy.spiking, rel=1e-12)
     assert energy.ratio == pytest.approx(energy.spiking / energy.ann, rel=1e-12)

@@ -8,7 +8,7 @@ import torch.nn as nn
 
 from timm_sscl.distributed import batch_counts, blocks_in_turn, world_size
 
-__all__ = ['hsic', 'cka', 'gram_matrix', 'hsic_terms', 'RunningCKA', 'CKA_SCOPES']
+__all__ = ['hsic', 'cka', 'gram_matrix', 'hsic_matrix', 'hsic_terms', 'RunningCKA', 'CKA_SCOPES']
 
 CKA_SCOPES = ('process', 'global')
 
@@ -118,6 +118,23 @@ def hsic(K: torch.Tensor, L: torch.Tensor, unbiased: bool = True) -> torch.Tenso
 def _unbiased_hsic(trace, total_k, total_l, cross, n: int) -> torch.Tensor:
     """Evaluate Eq. 9 from sums over matrices without their diagonals: tr(K L), 1'K 1, 1'L 1 and 1'K L 1."""
     return (trace + total_k * total_l / ((n - 1) * (n - 2)) - 2 / (n - 2) * cross) / (n * (n - 3))
+
+
+def hsic_matrix(K: torch.Tensor, L: torch.Tensor) -> torch.Tensor:
+    """Return the unbiased HSIC of every pair of two stacks of Gram matrices of the same n samples.
+
+    Args:
+        K: Gram matrices, shape (S, n, n), n >= 4.
+        L: Gram matrices, shape (A, n, n).
+
+    Returns:
+        Tensor of shape (S, A).
+    """
+    n = K.shape[-1]
+    K, L = (M - torch.diag_embed(M.diagonal(dim1=1, dim2=2)) for M in (K, L))
+    rows_k, rows_l = K.sum(2), L.sum(2)
+    traces = K.flatten(1) @ L.mT.flatten(1).T
+    return _unbiased_hsic(traces, rows_k.sum(1, keepdim=True), rows_l.sum(1), K.sum(1) @ rows_l.T, n)
 
 
 def hsic_terms(K: torch.Tensor, L: torch.Tensor, unbiased: bool = True) -> torch.Tensor:

@@ -1,11 +1,14 @@
-"""Measure a spiking model: firing rates, recorded spikes, MACs, energy, bound on the representation."""
-from .energy import Energy, estimate_energy
+"""Measure a spiking model and draw it: firing rates, spikes, MACs, energy, similarity to its teacher."""
+from .cka_map import CKAMap, cka_map
+from .energy import Energy, LayerEnergy, estimate_energy
 from .firing import FiringRates, mean_per_step
 from .macs import MacShares, count_macs
+from .plots import plot_cka_map, plot_energy, plot_firing_rates, plot_raster
 from .representation import representation_bits, spike_entropy
 from .spikes import SpikeRecord, record_spikes
 
 __all__ = [
-    'Energy', 'FiringRates', 'MacShares', 'SpikeRecord', 'count_macs', 'estimate_energy', 'mean_per_step',
+    'CKAMap', 'Energy', 'FiringRates', 'LayerEnergy', 'MacShares', 'SpikeRecord', 'cka_map', 'count_macs',
+    'estimate_energy', 'mean_per_step', 'plot_cka_map', 'plot_energy', 'plot_firing_rates', 'plot_raster',
     'record_spikes', 'representation_bits', 'spike_entropy',
 ]

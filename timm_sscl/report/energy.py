@@ -1,6 +1,6 @@
 """Estimate the energy of the arithmetic for one image, spiking and real-valued (45 nm, float32; Horowitz 2014)."""
 import warnings
-from typing import NamedTuple
+from typing import Dict, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -8,12 +8,24 @@ import torch.nn as nn
 from timm_sscl.neurons import SpikingNeuron
 from timm_sscl.untouched import untouched
 
-from .macs import count_macs
+from .macs import MacShares, count_macs
 
-__all__ = ['Energy', 'estimate_energy', 'MAC_PJ', 'AC_PJ']
+__all__ = ['Energy', 'LayerEnergy', 'estimate_energy', 'MAC_PJ', 'AC_PJ', 'RULE']
 
 MAC_PJ = 4.6  # energy of one multiplication and addition
 AC_PJ = 0.9  # energy of one addition
+RULE = (
+    f'{MAC_PJ} pJ for a multiply-accumulate (MAC) whose input is not whole numbers, {AC_PJ} pJ for an addition. A MAC '
+    f'whose input is spikes is as many additions as its input has spikes. Real-valued: {MAC_PJ} pJ for every MAC of '
+    f'one timestep. 45 nm, float32 (Horowitz 2014); no memory traffic, norms or neurons.')
+
+
+class LayerEnergy(NamedTuple):
+    """Energy of one layer per image in microjoules, by the rule of `Energy`."""
+    spiking: float
+    ann: float
+    macs: int  # multiply-accumulates in the spiking network
+    additions: float  # additions in the spiking network
 
 
 class Energy(NamedTuple):
@@ -32,6 +44,7 @@ class Energy(NamedTuple):
     macs: int  # multiply-accumulates of the spiking network
     additions: float  # additions of the spiking network
     ann_macs: int
+    layers: Dict[str, LayerEnergy] = {}  # energy by module, in the order of the first calls; its sum is the whole
 
     @property
     def ratio(self) -> float:
@@ -55,8 +68,26 @@ def estimate_energy(model: nn.Module, images: torch.Tensor) -> Energy:
         warnings.simplefilter('ignore')  # some neurons change with one timestep, which does not affect the count
         model.set_timesteps(1)
         ann = count_macs(model, frames[:1])
-    own = (ann.by_module.get(name, {}) for name, m in model.named_modules() if isinstance(m, SpikingNeuron))
-    ann_macs = ann.total - sum(sum(macs.values()) for macs in own)  # an activation takes none
-    macs = shares.total - shares.whole
-    return Energy(
-        (MAC_PJ * macs + AC_PJ * shares.additions) * 1e-6, MAC_PJ * ann_macs * 1e-6, macs, shares.additions, ann_macs)
+    neurons = {name for name, module in model.named_modules() if isinstance(module, SpikingNeuron)}
+    ann_by_layer = {name: sum(macs.values()) for name, macs in ann.by_module.items()
+                    if name not in neurons}  # an activation takes none
+    layers = _by_layer(shares, ann_by_layer)
+    macs, ann_macs = shares.total - shares.whole, sum(ann_by_layer.values())
+    return Energy((MAC_PJ * macs + AC_PJ * shares.additions) * 1e-6, MAC_PJ * ann_macs * 1e-6, macs, shares.additions,
+                  ann_macs, layers)
+
+
+def _by_layer(shares: MacShares, ann: Dict[str, int]) -> Dict[str, LayerEnergy]:
+    """Return the energy of every module.
+
+    Args:
+        shares: MACs of the spiking network.
+        ann: MACs of one real-valued timestep by module.
+    """
+    layers = {}
+    for name in dict.fromkeys([*shares.by_module, *ann]):
+        whole, additions = shares.added_by_module.get(name, (0, 0.))
+        macs = sum(shares.by_module.get(name, {}).values()) - whole
+        layers[name] = LayerEnergy(
+            (MAC_PJ * macs + AC_PJ * additions) * 1e-6, MAC_PJ * ann.get(name, 0) * 1e-6, macs, additions)
+    return layers

@@ -41,6 +41,7 @@ class MacShares(NamedTuple):
     by_module: Dict[str, Dict[str, int]]  # module -> kind -> MACs
     whole: int = 0  # MACs whose input is whole numbers (spikes, sums of spikes): additions only
     additions: float = 0.  # number of these additions: MACs times the mean |input| (the firing rate)
+    added_by_module: Dict[str, Tuple[int, float]] = {}  # module -> its part of (whole, additions)
 
     @property
     def total(self) -> int:
@@ -95,7 +96,7 @@ class _CountMacs(TorchDispatchMode):
         self.tracker = ModuleTracker()
         self.fired = False  # before the first neuron, a fraction is a pixel (k / 255), not an average of spikes
         self.by_module: Dict[str, Dict[str, int]] = {}
-        self.whole, self.additions = 0, 0.
+        self.added: Dict[str, Tuple[int, float]] = {}  # module -> (MACs whose input is whole numbers, additions)
         self.inside_neuron = False
         self.units: List[torch.Tensor] = []  # units of the neurons that ran last
 
@@ -126,8 +127,8 @@ class _CountMacs(TorchDispatchMode):
         self._add('analog' if kind == 'fractional' and not self.fired else kind, macs)
         x = inputs[kinds.index(kind)] if inputs else None
         if x is not None and self.fired and (kind == 'binary' or _is_whole(x)):
-            self.whole += macs
-            self.additions += macs * x.double().abs().mean().item()
+            whole, additions = self.added.get(self._module(), (0, 0.))
+            self.added[self._module()] = whole + macs, additions + macs * x.double().abs().mean().item()
 
     def enter_neuron(self, *_: Any) -> None:
         """Forward pre-hook of a neuron."""
@@ -140,10 +141,12 @@ class _CountMacs(TorchDispatchMode):
         if unit is not None:
             self.units = [unit.detach(), *self.units][:_UNITS]
 
+    def _module(self) -> str:
+        """Return the name of the module that runs."""
+        return max(self.tracker.parents - {'Global'}, key=len, default='').partition('.')[2]
+
     def _add(self, kind: str, macs: int) -> None:
-        module = max(self.tracker.parents - {'Global'}, key=len, default='')
-        counts = self.by_module.setdefault(module.partition('.')[2], dict.fromkeys(KINDS, 0))
-        counts[kind] += macs
+        self.by_module.setdefault(self._module(), dict.fromkeys(KINDS, 0))[kind] += macs
 
 
 @contextmanager
@@ -186,5 +189,7 @@ def count_macs(model: nn.Module, images: torch.Tensor) -> MacShares:
     n = len(images)
     by_module = {name: {kind: macs // n for kind, macs in counts.items()} for name, counts in counter.by_module.items()}
     totals = {kind: sum(counts[kind] for counts in by_module.values()) for kind in KINDS}
+    added = {name: (whole // n, additions / n) for name, (whole, additions) in counter.added.items()}
     return MacShares(
-        **totals, by_module=by_module, whole=counter.whole // n, additions=counter.additions / n)
+        **totals, by_module=by_module, whole=sum(whole for whole, _ in added.values()),
+        additions=sum(additions for _, additions in added.values()), added_by_module=added)
