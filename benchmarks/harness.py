@@ -20,7 +20,7 @@ import torch
 from timm_sscl.neurons import lif_backend
 
 RESULTS = Path(__file__).resolve().parent / 'results'
-PACKAGES = 'torch', 'timm', 'spikingjelly', 'snntorch'
+PACKAGES = 'torch', 'timm', 'triton', 'spikingjelly', 'snntorch'
 
 # glibc otherwise keeps freed blocks below 32 MiB, and a process's memory then depends more on holes than on tensors
 EXACT_MALLOC = {'MALLOC_MMAP_THRESHOLD_': '65536'}
@@ -126,7 +126,9 @@ def machine() -> Dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = None
-    return dict(cpu=model, cores=os.cpu_count(), memory_gib=memory, python=platform.python_version(), **versions)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return dict(cpu=model, cpu_capability=torch.backends.cpu.get_cpu_capability(), cores=os.cpu_count(),
+                memory_gib=memory, gpu=gpu, python=platform.python_version(), **versions)
 
 
 def show(title: str, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -7,6 +7,10 @@ from .packing import only_packing_hooks
 
 __all__ = ['NormSource']
 
+# training nodes that save input, weight, mean (result1) and inverse standard deviation (result2): torch's own, which
+# also serves CUDA for some dtypes and shapes, and cuDNN's
+_NODES = 'NativeBatchNormBackward0', 'CudnnBatchNormBackward0'
+
 
 class NormSource(NamedTuple):
     """The batch norm that computed a current, as autograd represents it."""
@@ -20,7 +24,7 @@ class NormSource(NamedTuple):
 
         With hooks on saved tensors, as in checkpointing, a tensor can be unpacked only once.
         """
-        if torch.compiler.is_compiling() or type(x.grad_fn).__name__ != 'NativeBatchNormBackward0':
+        if torch.compiler.is_compiling() or type(x.grad_fn).__name__ not in _NODES:
             return None
         node: Any = x.grad_fn
         if not node._saved_training or not only_packing_hooks():
