@@ -152,12 +152,12 @@ def _create_step(device: torch.device, net: Net, layout: str, precision: str, co
     forward = torch.compile(model, backend=compiled) if compiled else model
 
     def step() -> None:
-        optimizer.zero_grad()
         with torch.autocast(device.type, torch.bfloat16) if precision == 'bfloat16' else nullcontext():
             with packed_spikes() if 'packed' in kind else nullcontext():
                 loss = F.cross_entropy(forward(images), labels)
         loss.backward()
         optimizer.step()
+        optimizer.zero_grad()
     return step
 
 
