@@ -25,6 +25,8 @@ TEXTS = [ROOT / 'README.md', *PAGES]
 sys.path.insert(0, str(ROOT / 'benchmarks'))
 
 import ablation
+import compare
+import compare_results
 
 by_name = pytest.mark.parametrize('file', TEXTS, ids=lambda file: file.stem)
 
@@ -141,7 +143,7 @@ OTHERS = {  # of launchers, pytest, pip and the benchmarks
 
 
 def test_every_option_that_is_named_exists():
-    parsers = create_parser(), ablation.create_parser()
+    parsers = create_parser(), *(script.create_parser() for script in (ablation, compare, compare_results))
     known = {option for parser in parsers for action in parser._actions for option in action.option_strings}
     known |= set(re.findall(r"'(--[a-z-]+)'", (ROOT / 'benchmarks/coverage.py').read_text()))
     named = set().union(*(re.findall(r'(?<![\w-])--[a-z][a-z_-]*[a-z]', file.read_text()) for file in TEXTS))
