@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from runs import TINY, fails
 
 from timm_sscl import SSCLTask, create_loss, register_loss
-from timm_sscl.losses import TrainStep, cka, kd_loss
+from timm_sscl.losses import TrainStep, cka, kd_loss, loss_spec
 from timm_sscl.losses.at import attention_map, attention_transfer
 from timm_sscl.losses.cka_loss import cka_loss
 from timm_sscl.losses.dist import dist_loss
@@ -376,3 +376,12 @@ def test_mixup_and_a_loss_that_needs_labels_are_refused(tmp_path, monkeypatch, c
     argv = ['--dataset', 'digits', '--loss', 'dkd=1', '--mixup', '0.2', *TINY]
     code, line = fails(argv, tmp_path, monkeypatch, capsys)
     assert code and '--mixup and --cutmix make soft targets, but the loss dkd needs labels' in line
+
+
+def test_needs_may_depend_on_options(tmp_path, monkeypatch, capsys):
+    spec = loss_spec('twsnn')
+    assert not spec.needs_labels and not spec.with_options(dict(temperature=2.)).needs_labels
+    assert spec.with_options(dict(steps='correct')).needs_labels and loss_spec('dkd').with_options({}).needs_labels
+    argv = ['--dataset', 'digits', '--loss', 'twsnn', '--loss-kwargs', 'twsnn.steps=correct', '--mixup', '0.2', *TINY]
+    code, line = fails(argv, tmp_path, monkeypatch, capsys)
+    assert code and 'but the loss twsnn needs labels with twsnn.steps=correct; leave them out' in line

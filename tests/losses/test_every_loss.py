@@ -10,6 +10,7 @@ from timm_sscl.losses import TrainStep, create_loss, list_losses, loss_spec
 
 T, B, K = 2, 6, 5
 CHANNELS = (3, 4)  # of two taps, equal in student and teacher
+SAMPLES = 50  # of the training set
 LOSSES = list_losses()
 DRAWS = {'bkdsnn'}  # draw numbers for every sample in training mode
 
@@ -18,22 +19,29 @@ def _randn(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def _step(timesteps=T, batch=B, classes=K, dtype=torch.float64, equal=False):
-    """A step of random tensors; with equal=True the student shows what the teacher shows, at every timestep."""
+def _step(timesteps=T, batch=B, classes=K, dtype=torch.float64, equal=False, potential=None):
+    """A step of random tensors.
+
+    With equal=True the student shows what the teacher shows, at every timestep. With a potential, all have it.
+    """
     teacher_logits = 2 * _randn(batch, classes, seed=1)
     logits = teacher_logits.repeat(timesteps, 1, 1) if equal else 2 * _randn(timesteps, batch, classes)
     shapes = [(CHANNELS[0], 4, 4), (CHANNELS[1],)]
     teacher = [_randn(1, batch, *shape, seed=2 + i) for i, shape in enumerate(shapes)]
     student = [a.repeat(timesteps, *(1,) * (a.ndim - 1)) if equal else _randn(timesteps, *a.shape[1:], seed=5 + i).abs()
                for i, a in enumerate(teacher)]
-    rates = {name: _randn(seed=9 + i).sigmoid() for i, name in enumerate('ab')}
-    wide = torch.promote_types(dtype, torch.float32)  # rates are means in float32 at least
-    tensors = [logits.to(dtype), *(s.to(dtype) for s in student), *(r.to(wide) for r in rates.values())]
+    layers = 'abc'
+    rates = [_randn(seed=9 + i).sigmoid() for i in range(len(layers))]
+    shapes = [(timesteps, batch, 3, 4, 4), (timesteps, batch, 4), (timesteps, batch, 2, 3)]
+    membranes = [torch.full(s, potential).double() if potential is not None else _randn(*s, seed=12 + i)
+                 for i, s in enumerate(shapes)]
+    wide = torch.promote_types(dtype, torch.float32)  # rates are means in float32 at least, as potentials are
+    tensors = [logits.to(dtype), *(s.to(dtype) for s in student), *(x.to(wide) for x in (*rates, *membranes))]
     logits, *rest = (t.clone().requires_grad_() for t in tensors)
     return TrainStep(
         torch.zeros(batch, 3, 8, 8, dtype=dtype), torch.arange(batch) % classes, logits, nn.Linear(2, 2),
-        teacher_logits.to(dtype), rest[:2], [a.to(dtype) for a in teacher], dict(zip(rates, rest[2:])),
-        _head(classes, dtype), torch.tensor(0.5))
+        teacher_logits.to(dtype), rest[:2], [a.to(dtype) for a in teacher], dict(zip(layers, rest[2:5])),
+        _head(classes, dtype), torch.tensor(0.5), dict(zip(layers, rest[5:])), (7 * torch.arange(batch)) % SAMPLES)
 
 
 def _head(classes, dtype):
@@ -52,13 +60,15 @@ def _create(name, dtype=torch.float64):
         taps = dict(names=['a', 'b'], student_channels=CHANNELS, teacher_channels=CHANNELS)
     if spec.needs_shapes:
         taps.update(student_shapes=[(T, 3, 4, 4), (T, 4)], teacher_shapes=[(1, 3, 4, 4), (1, 4)])
+    if spec.needs_index:
+        taps.update(num_samples=SAMPLES)
     torch.manual_seed(0)
     return create_loss(name, **taps).to(dtype).train()
 
 
 def _inputs(step):
     """What gradients flow to."""
-    return [step.step_logits, *step.student_features, *step.firing_rates.values()]
+    return [step.step_logits, *step.student_features, *step.firing_rates.values(), *step.membranes.values()]
 
 
 def _gradients(loss, step):
@@ -91,6 +101,17 @@ def test_smallest_where_the_student_is_the_teacher(name, options):
         assert loss(_step()).item() > 1e-3
 
 
+@pytest.mark.parametrize('name', [name for name in LOSSES if isinstance(loss_spec(name).minimum, float)])
+@pytest.mark.parametrize('options', [{}, dict(timesteps=1)], ids=str)
+def test_smallest_at_a_potential(name, options):
+    loss = _create(name)
+    step = _step(**options, potential=loss_spec(name).minimum)
+    value = loss(step)
+    assert value.item() == pytest.approx(0., abs=1e-12)
+    assert max(g.abs().max().item() for g in _gradients(value, step)) < 1e-10
+    assert loss(_step(**options)).item() > 1e-3
+
+
 # these hold parts fixed that move with the inputs: weights, the mean of the steps, the prediction of the next step
 @pytest.mark.parametrize('name', sorted({*LOSSES} - {'sscl', 'twsnn', 'hta_kl', 'seal_kd', 'meom', 'bkdsnn'}))
 def test_gradient_is_that_of_differences(name):
@@ -116,11 +137,7 @@ def test_gradient_is_that_of_differences(name):
 def test_order_of_the_samples_does_not_matter(name):
     order = torch.randperm(B, generator=torch.Generator().manual_seed(3))
     step = _step()
-    shuffled = TrainStep(
-        step.input[order], step.target[order], step.step_logits[:, order], step.student, step.teacher_logits[order],
-        [s[:, order] for s in step.student_features], [a[:, order] for a in step.teacher_features], step.firing_rates,
-        step.teacher_head)
-    losses = [_create(name).train(name not in DRAWS)(x).item() for x in (shuffled, step)]
+    losses = [_create(name).train(name not in DRAWS)(x).item() for x in (_part(step, order), step)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
@@ -128,7 +145,7 @@ def _part(step, part):
     return TrainStep(
         step.input[part], step.target[part], step.step_logits[:, part], step.student, step.teacher_logits[part],
         [s[:, part] for s in step.student_features], [a[:, part] for a in step.teacher_features], step.firing_rates,
-        step.teacher_head)
+        step.teacher_head, step.progress, {k: u[:, part] for k, u in step.membranes.items()}, step.index[part])
 
 
 @pytest.mark.parametrize('name', [name for name in LOSSES if not loss_spec(name).global_batch])
@@ -150,7 +167,8 @@ def _on_a_process(rank=None):
         step = _step(batch=10)
         part = slice(None) if rank is None else (slice(0, 6), slice(6, 10))[rank]
         loss = _create(name)(_part(step, part))
-        gradients = _gradients(loss, step)[:3]
+        gradients = _gradients(loss, step)
+        gradients = [*gradients[:3], *gradients[6:]]  # but rates, which are this process's own
         if rank is not None:  # DDP's mean
             for g in gradients:
                 dist.all_reduce(g)
@@ -178,7 +196,8 @@ def test_half_precision_is_computed_in_float32(name, dtype):
     wide = TrainStep(
         step.input.double(), step.target, step.step_logits.double(), step.student, step.teacher_logits.double(),
         [s.double() for s in step.student_features], [a.double() for a in step.teacher_features],
-        {k: r.double() for k, r in step.firing_rates.items()}, _head(K, torch.float64))
+        {k: r.double() for k, r in step.firing_rates.items()}, _head(K, torch.float64), step.progress,
+        {k: u.double() for k, u in step.membranes.items()}, step.index)
     # the mean over time of half precision logits is rounded to their 8 or 11 bits
     assert value.item() == pytest.approx(_create(name)(wide).item(), rel=2e-2 if dtype == torch.bfloat16 else 3e-3)
 

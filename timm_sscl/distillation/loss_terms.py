@@ -16,7 +16,7 @@ _logger = logging.getLogger(__name__)
 _ASKED_BY = {
     'teacher_logits': 'needs_teacher=True', 'student_features': 'needs_features=True',
     'teacher_features': 'needs_features=True', 'firing_rates': 'needs_firing_rates=True',
-    'teacher_head': 'needs_teacher_head=True'}
+    'teacher_head': 'needs_teacher_head=True', 'membranes': 'needs_membranes=True', 'index': 'needs_index=True'}
 _State = Dict[str, Tuple[int, int]]  # name -> identity and version of a tensor
 
 
@@ -77,14 +77,15 @@ def _state(step: TrainStep) -> _State:
 
 
 def _tensors(step: TrainStep) -> Iterator[Tuple[str, torch.Tensor]]:
-    for name in ('input', 'target', 'step_logits', 'teacher_logits'):
+    for name in ('input', 'target', 'step_logits', 'teacher_logits', 'index'):
         if getattr(step, name) is not None:
             yield name, getattr(step, name)
     for name in ('student_features', 'teacher_features'):
         for i, tensor in enumerate(getattr(step, name) or ()):
             yield f'{name}[{i}]', tensor
-    for layer, tensor in (step.firing_rates or {}).items():
-        yield f"firing_rates['{layer}']", tensor
+    for name in ('firing_rates', 'membranes'):
+        for layer, tensor in (getattr(step, name) or {}).items():
+            yield f"{name}['{layer}']", tensor
 
 
 class TermCheck:

@@ -10,6 +10,7 @@ from timm.utils import unwrap_model
 
 from timm_sscl.distributed import batch_share, world_size
 from timm_sscl.features.reader import FeatureReader
+from timm_sscl.features.membranes import MembraneRecorder
 from timm_sscl.features.rates import RateRecorder
 from timm_sscl.features.stages import match_by_depth
 from timm_sscl.losses import create_loss, loss_spec
@@ -56,10 +57,12 @@ class SSCLTask(TrainingTask):
         verbose: Whether to log what is trained.
         teacher_transform: Function that converts a batch of the student's images to the teacher's, instead of
             renormalize and teacher_size.
+        num_samples: Number of training samples. Required if a loss uses the indices of the samples.
 
     Raises:
-        ValueError: A loss does not exist, needs a teacher that is not given, or does not fit the models; student and
-            teacher share a module, a parameter or a buffer; or a loss compares logits of different numbers of classes.
+        ValueError: A loss does not exist, needs a teacher or num_samples that is not given, or does not fit the models;
+            student and teacher share a module, a parameter or a buffer; or a loss compares logits of different numbers
+            of classes.
     """
     trainable_module: nn.Module
     teacher: Optional[nn.Module]
@@ -83,6 +86,7 @@ class SSCLTask(TrainingTask):
             dtype: Optional[torch.dtype] = None,
             verbose: bool = True,
             teacher_transform: Optional[Transform] = None,
+            num_samples: Optional[int] = None,
     ):
         super().__init__(device=device, dtype=dtype, verbose=verbose)
         self.teacher_input = TeacherInput(teacher_size, renormalize, teacher_transform)
@@ -102,19 +106,16 @@ class SSCLTask(TrainingTask):
 
         reader = self.teacher_reader = cast(Optional[Reader], None)
         if any(spec.needs_features for spec in specs.values()):
-            teacher_taps = taps if teacher_taps is None else teacher_taps
-            if isinstance(taps, int) != isinstance(teacher_taps, int):
-                raise ValueError(f'taps={taps} and teacher_taps={teacher_taps}: give numbers of stages, or names, of '
-                                 f'both.')
-            reader = create_reader(student, taps, input_size)
-            self.teacher_reader = create_reader(frozen, teacher_taps, teacher_shape)
-            _match(reader, self.teacher_reader, cut=isinstance(taps, int))
+            reader, self.teacher_reader = _readers(student, frozen, taps, teacher_taps, input_size, teacher_shape)
         self.global_losses = {name for name, spec in specs.items() if spec.global_batch}
+        self.index_losses = [name for name, spec in specs.items() if spec.needs_index]
         rate_recorder = RateRecorder(student) if any(spec.needs_firing_rates for spec in specs.values()) else None
-        modules = {name: _create(name, (loss_options or {}).get(name, {}), reader, self.teacher_reader)
+        membranes = MembraneRecorder(student) if any(spec.needs_membranes for spec in specs.values()) else None
+        modules = {name: _create(name, (loss_options or {}).get(name, {}), reader, self.teacher_reader, num_samples)
                    for name in self.weights}
         head = _classifier(teacher) if teacher and any(spec.needs_teacher_head for spec in specs.values()) else None
-        self.trainable_module = SSCLTrainableModule(student, modules, reader, rate_recorder, head).to(self.device)
+        self.trainable_module = SSCLTrainableModule(
+            student, modules, reader, rate_recorder, head, membranes).to(self.device)
         self.teacher = frozen.to(self.device).requires_grad_(False).eval() if self.needs_teacher else None
         self.criterion = resolve_classification_loss(criterion, self.device, criterion_kwargs=criterion_kwargs)
         if verbose:
@@ -145,6 +146,7 @@ class SSCLTask(TrainingTask):
             input: torch.Tensor,
             target: torch.Tensor,
             taught: Optional[Tuple[Optional[torch.Tensor], Optional[List[torch.Tensor]]]] = None,
+            index: Optional[torch.Tensor] = None,
     ) -> Dict[str, torch.Tensor]:
         """Return the losses of one training step.
 
@@ -152,6 +154,8 @@ class SSCLTask(TrainingTask):
             input: Images (B, C, H, W) or event frames (B, T, C, H, W).
             target: Labels (B,) or soft targets (B, K).
             taught: Teacher outputs: the result of `teach` for these images. None calls `teach`.
+            index: Indices of the samples in the training set, (B,) int64, 0 to num_samples - 1. Required if a loss uses
+                them (`step.index`). Under mixup, the index of the first of both images.
 
         Returns:
             'loss' (weighted sum), 'output' (student logits (B, K)), 'task_loss', and '<name>_loss' per loss, not
@@ -159,8 +163,14 @@ class SSCLTask(TrainingTask):
             registered with global_batch, over the global batch. In 'loss' the former are weighted by the number of
             samples, so that the mean of gradients over processes, as DDP computes it, is the gradient of the global
             batch's loss.
+
+        Raises:
+            ValueError: A loss uses the indices, and index is not one whole number per sample.
         """
-        result = self.trainable_module(input, target, *(self.teach(input) if taught is None else taught))
+        inputs: List[Any] = [input, target, *(self.teach(input) if taught is None else taught)]
+        if self.index_losses:
+            inputs.append(self._check_index(index, input))
+        result = self.trainable_module(*inputs)
         output = result.pop('output')
         self._term_check(result, self.student)
         task_loss = self.criterion(output, target)
@@ -170,6 +180,13 @@ class SSCLTask(TrainingTask):
             loss = loss + self.weights[name] * (term if name in self.global_losses else share * term)
         terms = {f'{name}_loss': term for name, term in result.items()}
         return {'loss': loss, 'output': output, 'task_loss': task_loss, **terms}
+
+    def _check_index(self, index: Optional[torch.Tensor], input: torch.Tensor) -> torch.Tensor:
+        if index is None or index.shape != input.shape[:1] or index.dtype != torch.int64:
+            given = 'None' if index is None else f'{tuple(index.shape)} {index.dtype}'
+            raise ValueError(f'index={given}: loss {", ".join(self.index_losses)} uses the indices of the samples in '
+                             f'the training set, ({len(input)},) torch.int64.')
+        return index
 
     @staticmethod
     def _batch_share(output: torch.Tensor) -> Union[int, torch.Tensor]:
@@ -266,6 +283,23 @@ def _classifier(teacher: nn.Module) -> nn.Module:
     return head
 
 
+def _readers(
+        student: nn.Module,
+        teacher: nn.Module,
+        taps: Union[int, Sequence[str]],
+        teacher_taps: Union[int, Sequence[str], None],
+        input_size: Optional[Sequence[int]],
+        teacher_shape: Optional[Sequence[int]],
+) -> Tuple[Reader, Reader]:
+    """Create the readers of both models' features."""
+    teacher_taps = taps if teacher_taps is None else teacher_taps
+    if isinstance(taps, int) != isinstance(teacher_taps, int):
+        raise ValueError(f'taps={taps} and teacher_taps={teacher_taps}: give numbers of stages, or names, of both.')
+    readers = create_reader(student, taps, input_size), create_reader(teacher, teacher_taps, teacher_shape)
+    _match(*readers, cut=isinstance(taps, int))
+    return readers
+
+
 def _match(student: Reader, teacher: Reader, cut: bool) -> None:
     """Pair the taps of both models: stages by relative depth, names one to one."""
     if cut and isinstance(student, FeatureReader) and isinstance(teacher, FeatureReader):
@@ -281,12 +315,18 @@ def _create(
         options: Mapping[str, Any],
         student: Optional[Reader],
         teacher: Optional[Reader],
+        num_samples: Optional[int],
 ) -> nn.Module:
-    """Build a loss for the taps of both readers."""
+    """Build a loss for the taps of both readers and for a training set of this size."""
     spec = loss_spec(name)
     taps: Dict[str, Any] = {}
+    if spec.needs_index:
+        if num_samples is None or num_samples < 1:
+            raise ValueError(f"num_samples={num_samples}: loss '{name}' uses the indices of the samples and needs the "
+                             f'number of training samples.')
+        taps.update(num_samples=num_samples)
     if spec.needs_features and student is not None and teacher is not None:
-        taps = dict(names=student.names, student_channels=student.channels, teacher_channels=teacher.channels)
+        taps.update(names=student.names, student_channels=student.channels, teacher_channels=teacher.channels)
         if spec.needs_shapes:
             taps.update(student_shapes=student.shapes, teacher_shapes=teacher.shapes)
     return create_loss(name, **taps, **options)

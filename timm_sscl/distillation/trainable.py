@@ -5,6 +5,7 @@ import torch
 import torch.nn as nn
 from timm.models import group_parameters
 
+from timm_sscl.features.membranes import MembraneRecorder
 from timm_sscl.features.rates import RateRecorder
 from timm_sscl.losses import TrainStep
 
@@ -27,6 +28,7 @@ class SSCLTrainableModule(nn.Module):
             reader: Optional[Reader],
             rate_recorder: Optional[RateRecorder] = None,
             teacher_head: Optional[nn.Module] = None,
+            membrane_recorder: Optional[MembraneRecorder] = None,
     ):
         super().__init__()
         self.__dict__['teacher_head'] = teacher_head  # not registered as a submodule: it is not trained
@@ -36,6 +38,7 @@ class SSCLTrainableModule(nn.Module):
         self.losses = nn.ModuleDict(losses)
         self.reader = reader
         self.rate_recorder = rate_recorder
+        self.membrane_recorder = membrane_recorder
 
     def forward(
             self,
@@ -43,15 +46,18 @@ class SSCLTrainableModule(nn.Module):
             target: torch.Tensor,
             teacher_logits: Optional[torch.Tensor] = None,
             teacher_features: Optional[List[torch.Tensor]] = None,
+            index: Optional[torch.Tensor] = None,
     ) -> Dict[str, torch.Tensor]:
         """Return student logits (B, K) as 'output', and every loss by its name, not weighted."""
-        if self.rate_recorder is not None:
-            self.rate_recorder.begin()
+        recorders = dict(firing_rates=self.rate_recorder, membranes=self.__dict__.get('membrane_recorder'))
+        for recorder in recorders.values():
+            if recorder is not None:
+                recorder.begin()
         step_logits, features = read_model(self.student, self.reader, input)
-        rates = self.rate_recorder.take() if self.rate_recorder is not None else None
+        recorded = {name: None if recorder is None else recorder.take() for name, recorder in recorders.items()}
         wanted: Dict[str, Any] = dict(  # None is what no loss asked for
             teacher_logits=teacher_logits, student_features=features, teacher_features=teacher_features,
-            firing_rates=rates, teacher_head=self.__dict__.get('teacher_head'),
+            **recorded, teacher_head=self.__dict__.get('teacher_head'), index=index,
             progress=self.progress if self.__dict__.get('has_progress') else None)
         step = TrainStep(input, target, step_logits, self.student, **wanted)
         return {'output': step.logits, **compute_terms(self.losses, step)}

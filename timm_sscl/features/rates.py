@@ -1,10 +1,11 @@
 """Measure firing rates in a training forward, with gradients."""
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional
 
 import torch
-import torch.nn as nn
 
 from timm_sscl.neurons import SpikingNeuron
+
+from .neuron_recorder import NeuronHook, NeuronRecorder
 
 __all__ = ['RateRecorder']
 
@@ -42,26 +43,13 @@ def _rate(calls: List[_Call]) -> torch.Tensor:
     return total / sum(call.elements for call in calls)
 
 
-class _RateHook:
-    """Forward hook of a neuron that passes its output to a recorder.
-
-    A copy of the model holds a copy of the hook, which refers to the copy of the recorder.
-    """
-
-    def __init__(self, recorder: Optional['RateRecorder'] = None, name: str = ''):
-        self.recorder = recorder
-        self.name = name
-
-    def __call__(self, lif: SpikingNeuron, args: Tuple[Any, ...], out: torch.Tensor) -> None:
-        if self.recorder is not None and self.recorder.recording:
-            self.recorder.record(self.name, lif, out)
+_RateHook = NeuronHook  # name in pickles of version 0.1.0
 
 
-class RateRecorder:
+class RateRecorder(NeuronRecorder):
     """Measure the firing rate of every neuron layer between `begin` and `take`, differentiably.
 
-    While it records, it computes one mean per layer. It works under gradient checkpointing (the recomputation runs
-    after `take` and is ignored) and in a compiled model. Both at once fail: dynamo refuses the side effect.
+    While it records, it computes one mean per layer.
 
     Args:
         model: Spiking model. Hooks are added to its neurons; add them before compiling it.
@@ -69,47 +57,20 @@ class RateRecorder:
     Raises:
         ValueError: The model has no neurons, or one whose output is analog.
     """
+    what = 'firing rates'
 
-    def __init__(self, model: nn.Module):
-        neurons = {name: module for name, module in model.named_modules() if isinstance(module, SpikingNeuron)}
-        if not neurons:
-            raise ValueError(f'{type(model).__name__} has no spiking neurons, so no firing rates.')
-        analog = [name for name, neuron in neurons.items() if neuron.output == 'analog']
-        if analog:
-            raise ValueError(f"'{analog[0]}' ({type(neurons[analog[0]]).__name__}) passes on analog values, which have "
-                             f'no firing rate.')
-        self.recording = False
-        self._gradients = False
-        self._seen: Dict[str, List[_Call]] = {}
-        for name, lif in neurons.items():
-            lif.register_forward_hook(_RateHook(self, name))
+    def check(self, name: str, neuron: SpikingNeuron) -> None:
+        if neuron.output == 'analog':
+            raise ValueError(f"'{name}' ({type(neuron).__name__}) passes on analog values, which have no firing rate.")
 
-    def begin(self) -> None:
-        """Start recording."""
-        self._seen = {}
-        self._gradients = torch.is_grad_enabled()
-        self.recording = True
-
-    def record(self, name: str, lif: SpikingNeuron, out: torch.Tensor) -> None:
-        """Add the output of one neuron call.
-
-        Raises:
-            RuntimeError: The neuron ran without gradients although recording started with gradients on.
-        """
-        if self._gradients and not torch.is_grad_enabled():
-            raise RuntimeError(f"'{name}' ran without gradients, as under reentrant checkpointing, so its firing rate "
-                               f'cannot be trained; use timm.layers.set_reentrant_ckpt(False).')
-        self._seen.setdefault(name, []).append(_Call.of(lif, out))
+    def of_call(self, neuron: SpikingNeuron, x: torch.Tensor, out: torch.Tensor) -> _Call:
+        return _Call.of(neuron, out)
 
     def take(self) -> Dict[str, torch.Tensor]:
         """Stop recording and return the firing rate of every layer that ran, 0-d, by name in the order of the first
         calls.
         """
-        seen, self._seen, self.recording = self._seen, {}, False
-        return {name: _rate(calls) for name, calls in seen.items()}
-
-    def __getstate__(self) -> Dict[str, Any]:
-        return {'recording': False, '_gradients': False, '_seen': {}}  # a copy starts without records
+        return {name: _rate(calls) for name, calls in self._stop().items()}
 
 
 def _detached() -> RateRecorder:

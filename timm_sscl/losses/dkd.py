@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from .inputs import TrainStep
 from .logits import as_float, check_logits, check_positive, check_share, hard_labels, kl
 from .registry import register_loss
+from .schedules import known_progress
 
 __all__ = ['DKDLoss', 'dkd_loss']
 
@@ -85,7 +86,4 @@ class DKDLoss(nn.Module):
         loss = dkd_loss(step.logits, step.teacher_logits, step.target, self.alpha, self.beta, self.temperature)
         if not self.warmup:
             return loss
-        if step.progress is None:
-            raise ValueError(f'warmup={self.warmup}: needs the progress of the training; call set_progress of SSCLTask '
-                             f'at every epoch.')
-        return loss * (step.progress.to(loss.dtype) / self.warmup).clamp(max=1)
+        return loss * (known_progress(step, warmup=self.warmup).to(loss.dtype) / self.warmup).clamp(max=1)

@@ -27,6 +27,9 @@ class TrainStep:
             differentiable; None if no loss needs them.
         teacher_head: The teacher's classifier, frozen: pooled features (..., C') to logits (..., K'); None if no loss
             needs it.
+        membranes: Module name -> potential before the reset of a neuron layer of the student, divided by its firing
+            threshold, (T, B, ...), at least float32, differentiable; None if no loss needs them.
+        index: Indices of the samples in the training set, (B,) int64; None if no loss needs them.
         progress: Share of the training completed when the epoch began, 0 to 1, 0-d; None before the first
             `SSCLTask.set_progress`.
     """
@@ -40,6 +43,8 @@ class TrainStep:
     firing_rates: Dict[str, torch.Tensor] = field(default=_ABSENT, repr=False)
     teacher_head: nn.Module = field(default=_ABSENT, repr=False)
     progress: Optional[torch.Tensor] = None
+    membranes: Dict[str, torch.Tensor] = field(default=_ABSENT, repr=False)
+    index: torch.Tensor = _ABSENT
 
     @property
     def logits(self) -> torch.Tensor:

@@ -8,13 +8,15 @@ import inspect
 import re
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Callable, Dict, Iterator, Literal, Mapping, Tuple, get_args, get_origin
+from typing import Any, Callable, Collection, Dict, Iterator, Literal, Mapping, Tuple, get_args, get_origin
 
 from timm_sscl.knobs import declared_type, literal, read_value, type_hints
 
-__all__ = ['REQUIRED', 'TAP_ARGUMENTS', 'LossOption', 'read_options', 'check_option', 'takes_any_option', 'underlying']
+__all__ = ['REQUIRED', 'INDEX_ARGUMENTS', 'TAP_ARGUMENTS', 'LossOption', 'read_options', 'check_option',
+           'takes_any_option', 'underlying']
 
 TAP_ARGUMENTS = ('names', 'student_channels', 'teacher_channels', 'student_shapes', 'teacher_shapes')
+INDEX_ARGUMENTS = ('num_samples',)
 REQUIRED = inspect.Parameter.empty
 
 
@@ -60,18 +62,17 @@ def underlying(loss: Callable) -> Callable:
     return underlying(loss.func) if isinstance(loss, partial) else loss
 
 
-def read_options(loss: Callable, taps: bool) -> Dict[str, LossOption]:
+def read_options(loss: Callable, passed: Collection[str] = ()) -> Dict[str, LossOption]:
     """Return the options of a loss: a class's keyword arguments, or a function's arguments after the TrainStep.
 
     `**kwargs` of a constructor stands for the options of the base class. Arguments bound by a partial are not options.
 
     Args:
         loss: Class, function or partial of one.
-        taps: Whether the loss receives the names and channels of the taps, which are then not options.
+        passed: Arguments that the task passes, such as the channels of the taps. They are not options.
     """
     target = underlying(loss)
-    hidden = {*loss.keywords} if isinstance(loss, partial) else set()
-    hidden |= {*TAP_ARGUMENTS} if taps else set()
+    hidden = {*passed, *(loss.keywords if isinstance(loss, partial) else ())}
     options: Dict[str, LossOption] = {}
     for function, owner in _signatures(target):
         hints, texts = type_hints(function), _argument_texts(owner)

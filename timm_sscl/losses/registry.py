@@ -1,7 +1,7 @@
 """Register losses by name with a decorator, and build them."""
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any, Callable, Dict, List, Literal, Mapping, Type, Union
+from typing import Any, Callable, Dict, List, Literal, Mapping, Optional, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
@@ -9,12 +9,15 @@ import torch.nn as nn
 from timm_sscl.named import Registry
 
 from .inputs import TrainStep
-from .options import REQUIRED, TAP_ARGUMENTS, LossOption, check_option, read_options, takes_any_option, underlying
+from .options import (
+    INDEX_ARGUMENTS, REQUIRED, TAP_ARGUMENTS, LossOption, check_option, read_options, takes_any_option, underlying)
 
 __all__ = ['LossSpec', 'register_loss', 'unregister_loss', 'create_loss', 'list_losses', 'loss_spec',
            'loss_compares_classes', 'loss_is_global', 'loss_needs']
 
 Loss = Union[Type[nn.Module], Callable[..., Any]]
+OptionTest = Callable[[Mapping[str, Any]], bool]
+Minimum = Union[Literal['teacher', 'nowhere'], float]
 
 
 @dataclass(frozen=True)
@@ -27,12 +30,15 @@ class LossSpec:
         needs_shapes: Its constructor receives the shapes of the features.
         needs_firing_rates: It uses the firing rates of the student's neuron layers.
         needs_teacher_head: It uses the teacher's classifier.
-        needs_labels: It needs one label per sample, and no soft targets.
+        needs_labels: It needs one label per sample, and no soft targets; with the defaults of its options.
+        needs_membranes: It uses the membrane potentials of the student's neuron layers.
+        needs_index: It uses the indices of the samples.
         global_batch: Every process returns the loss of the global batch.
         compares_classes: It compares the teacher's logits with the student's class by class.
-        minimum: Where the loss is smallest.
+        minimum: Where the loss is smallest: 'teacher', 'nowhere', or a value of every membrane potential.
         options: Its options by name.
         any_option: It accepts keyword arguments that its signature does not name.
+        labels_if: Function of the options that decides needs_labels; None if it does not depend on them.
     """
     needs_teacher: bool = False
     needs_features: bool = False
@@ -42,9 +48,24 @@ class LossSpec:
     needs_labels: bool = False
     global_batch: bool = False
     compares_classes: bool = False
-    minimum: str = 'nowhere'
+    minimum: Minimum = 'nowhere'
     options: Mapping[str, LossOption] = field(default_factory=dict, compare=False, repr=False)
     any_option: bool = False
+    needs_membranes: bool = False
+    needs_index: bool = False
+    labels_if: Optional[OptionTest] = field(default=None, compare=False, repr=False)
+
+    @property
+    def passed(self) -> Tuple[str, ...]:
+        """Arguments of the constructor that the task passes."""
+        return (*(TAP_ARGUMENTS if self.needs_features else ()), *(INDEX_ARGUMENTS if self.needs_index else ()))
+
+    def with_options(self, options: Mapping[str, Any]) -> 'LossSpec':
+        """Return the properties of the loss with these options. The others have their defaults."""
+        if self.labels_if is None:
+            return self
+        defaults = {name: option.default for name, option in self.options.items()}
+        return replace(self, needs_labels=bool(self.labels_if({**defaults, **options})))
 
     def option(self, name: str, owner: str) -> LossOption:
         """Return one option.
@@ -81,9 +102,11 @@ def register_loss(
         needs_firing_rates: bool = False,
         global_batch: bool = False,
         other_classes: bool = False,
-        minimum: Literal['teacher', 'nowhere'] = 'nowhere',
+        minimum: Minimum = 'nowhere',
         needs_teacher_head: bool = False,
-        needs_labels: bool = False,
+        needs_labels: Union[bool, OptionTest] = False,
+        needs_membranes: bool = False,
+        needs_index: bool = False,
 ) -> Callable[[Loss], Loss]:
     """Decorator that registers a loss by name, for SSCLTask and `train.py --loss NAME=WEIGHT`.
 
@@ -91,7 +114,8 @@ def register_loss(
     Keyword arguments of the function or of the constructor are the options of the loss, which `create_loss` and
     `train.py --loss-kwargs NAME.OPTION=VALUE` accept. Type annotations determine how a text is parsed, and the
     docstring's Args are the help texts. A class that needs features also receives `names`, `student_channels` and
-    `teacher_channels`, one entry per tap. A module may have `stats`, a dict of dicts of floats per layer, which become
+    `teacher_channels`, one entry per tap. A class that needs the index receives `num_samples`, the size of the training
+    set. A module may have `stats`, a dict of dicts of floats per layer, which become
     columns of the training summary. The decorated object is returned unchanged and may be registered under several
     names.
 
@@ -106,10 +130,14 @@ def register_loss(
             Otherwise the loss is a mean over the process's own samples and is weighted by their number.
         other_classes: Whether the teacher's logits may have other classes than the student's. Otherwise SSCLTask raises
             if the loss uses the teacher's logits and the numbers of classes differ.
-        minimum: Where the loss is smallest: 'teacher' if it is 0, without a gradient, for a student that outputs what
-            the teacher outputs. The tests of all losses check it.
+        minimum: Where the loss is smallest, with the defaults of its options: 'teacher' if it is 0, without a gradient,
+            for a student that outputs what the teacher outputs; a number if it is so where all membrane potentials
+            have this value. The tests of all losses check it.
         needs_teacher_head: Whether it uses the teacher's classifier, `step.teacher_head`.
-        needs_labels: Whether it needs labels, one per sample. The script then refuses mixup and cutmix.
+        needs_labels: Whether it needs labels, one per sample; or a function of its options, by name, that decides it.
+            The script then refuses mixup and cutmix.
+        needs_membranes: Whether it uses the membrane potentials of the student's neuron layers, `step.membranes`.
+        needs_index: Whether it uses the indices of the samples, `step.index`.
 
     Raises:
         ValueError: The name is taken by another loss, is one of SSCLTask's own results, or is not possible on the
@@ -125,19 +153,23 @@ def register_loss(
     """
     def decorate(loss: Loss) -> Loss:
         _check_loss(name, loss)
+        by_options = None if isinstance(needs_labels, bool) else needs_labels
         spec = LossSpec(
             needs_teacher=needs_teacher or needs_features or needs_teacher_head,
             needs_features=needs_features,
             needs_shapes=needs_features and needs_shapes,
             needs_firing_rates=needs_firing_rates,
             needs_teacher_head=needs_teacher_head,
-            needs_labels=needs_labels,
+            needs_labels=by_options is None and bool(needs_labels),
             global_batch=global_batch,
             compares_classes=needs_teacher and not other_classes,
             minimum=minimum,
-            options=MappingProxyType(read_options(loss, needs_features)),
             any_option=takes_any_option(loss),
+            needs_membranes=needs_membranes,
+            needs_index=needs_index,
+            labels_if=by_options,
         )
+        spec = replace(spec, options=MappingProxyType(read_options(loss, spec.passed))).with_options({})
         _losses.register(name, loss)
         _specs[name] = spec
         return loss
@@ -151,7 +183,7 @@ def _check_loss(name: str, loss: Loss) -> None:
         raise ValueError(f"register_loss('{name}'): SSCLTask uses this name itself; choose another one.")
     if isinstance(underlying(loss), type):
         return  # `create_loss` checks a constructor's arguments
-    for option in read_options(loss, taps=False).values():
+    for option in read_options(loss).values():
         if option.default is REQUIRED:
             raise ValueError(f"register_loss('{name}'): the option {option.name} has no default. A function is called "
                              f'with a TrainStep; its other parameters are options, each with a default.')
@@ -201,7 +233,7 @@ def create_loss(name: str, **options: Any) -> nn.Module:
     Args:
         name: Registered name, see list_losses().
         **options: Options of the loss, see `loss_spec(name).options`. A loss that needs features also takes `names`,
-            `student_channels` and `teacher_channels` of the taps.
+            `student_channels` and `teacher_channels` of the taps, and one that needs the index `num_samples`.
 
     Returns:
         Module that maps a TrainStep to a 0-d tensor.
@@ -211,11 +243,10 @@ def create_loss(name: str, **options: Any) -> nn.Module:
     """
     loss: Callable[..., Any] = _losses.get(name)
     spec = loss_spec(name)
-    taps = TAP_ARGUMENTS if spec.needs_features else ()
-    options = {option: value if option in taps else spec.option(option, f"loss '{name}'").read(value, name)
+    options = {option: value if option in spec.passed else spec.option(option, f"loss '{name}'").read(value, name)
                for option, value in options.items()}
     if not isinstance(underlying(loss), type):
-        return _FunctionLoss(loss, {k: v for k, v in options.items() if k not in taps})
+        return _FunctionLoss(loss, {k: v for k, v in options.items() if k not in spec.passed})
     try:
         return loss(**options)
     except TypeError as error:

@@ -45,7 +45,7 @@ def self_distillation_loss(
     return kd_loss((o * known).flatten(0, 1), (s * known).repeat(len(o), 1), temperature)
 
 
-@register_loss('twsnn', needs_teacher=True)
+@register_loss('twsnn', needs_teacher=True, needs_labels=lambda options: options['steps'] != 'all')
 class TWSNNLoss(nn.Module):
     """mean_t CE(o_t, y) + a * mean_t KL_tau(teacher || o_t) + b * mean_t KL_tau(s || o_t), with s the student's mean
     logits.

@@ -10,7 +10,7 @@ from .contract import check_output, check_start, check_step
 from .factors import Factors
 from .folding import require_fold
 from .kernels.recursion import membrane_dtype
-from .kernels.scan import scan
+from .kernels.scan import potentials, scan
 from .settings import NeuronSettings, hashable
 
 __all__ = ['NeuronSettings', 'SpikingNeuron', 'OUTPUTS', 'check_timesteps', 'hashable']
@@ -264,12 +264,31 @@ class SpikingNeuron(Factors):
         Returns:
             Output (T, B, ...).
         """
+        return scan(type(self).step, *self._recursion(x))
+
+    def potential(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the potential before the reset, divided by the firing threshold, (T, B, ...), at least float32.
+
+        It is recomputed from the neuron's input, with gradients. A value of 1 or more fires.
+
+        Args:
+            x: Input as in forward, (T * B, ...), or (B, ...) of a neuron that encodes.
+
+        Raises:
+            ValueError: The neuron's step does not compare one potential per timestep with its threshold by
+                `settings.spike`.
+        """
+        if type(self).step is SpikingNeuron.step:
+            raise ValueError(f'{type(self).__name__} has no step that computes a potential.')
+        return potentials(type(self).step, *self._recursion(self._unfold(x)))
+
+    def _recursion(self, x: torch.Tensor) -> Tuple[Any, ...]:
+        """Return the arguments of `scan` after the step, for a current (T, B, ...)."""
         settings = self.settings
         state, constants = self.start(x[0].to(membrane_dtype(x.dtype))), self.constants()
         check_start(f'{type(self).__name__}.start', state)
         check_start(f'{type(self).__name__}.constants', constants)
-        return scan(type(self).step, x, self.gain, state, constants, settings, settings.surrogate_function,
-                    self._buffers.get('progress'))
+        return (x, self.gain, state, constants, settings, settings.surrogate_function, self._buffers.get('progress'))
 
     def adopt_steps(self, state_dict: Dict[str, torch.Tensor], prefix: str) -> None:
         """Resize parameters per timestep to the number of timesteps in a state dict."""

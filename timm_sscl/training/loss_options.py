@@ -175,8 +175,10 @@ def _check_built(name: str, options: Mapping[str, Any]) -> None:
     """Build a loss on taps of one channel, so that a wrong option is found before a teacher is trained."""
     spec, taps = loss_spec(name), {}
     num = len(options.get('layer_weights', 'ab'))
+    if spec.needs_index:
+        taps.update(num_samples=1)
     if spec.needs_features:
-        taps = dict(names=['tap'] * num, student_channels=[1] * num, teacher_channels=[1] * num)
+        taps.update(names=['tap'] * num, student_channels=[1] * num, teacher_channels=[1] * num)
     if spec.needs_shapes:
         taps.update(student_shapes=[(1, 1)] * num, teacher_shapes=[(1, 1)] * num)
     try:

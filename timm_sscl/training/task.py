@@ -1,6 +1,6 @@
 """Create the student's training task with its losses and their options."""
 from argparse import Namespace
-from typing import Any, Dict, Optional
+from typing import Any, Dict, List, Optional
 
 import torch
 import torch.nn as nn
@@ -47,10 +47,11 @@ def create_task(
     Raises:
         OptionError: A loss needs labels, and mixup or cutmix make soft targets.
     """
-    need_labels = [name for name in args.losses if loss_spec(name).needs_labels]
+    specs = {name: loss_spec(name).with_options(args.loss_options.get(name, {})) for name in args.losses}
+    need_labels = [name for name, spec in specs.items() if spec.needs_labels]
     if mixes and need_labels:
         raise OptionError(f'--mixup and --cutmix make soft targets, but the loss {", ".join(need_labels)} needs '
-                          f'labels; leave them out.')
+                          f'labels{_because(need_labels, args)}; leave them out.')
     return SSCLTask(
         student, teacher, losses=args.losses, loss_options=args.loss_options,
         criterion_kwargs=criterion_kwargs(args, mixes),
@@ -58,6 +59,14 @@ def create_task(
         taps=parse_taps(args.sscl_taps), teacher_taps=parse_taps(args.sscl_teacher_taps),
         input_size=data_config['input_size'], renormalize=teacher_input.renormalize, teacher_size=teacher_input.size,
         device=device, dtype=getattr(torch, args.model_dtype or 'float32'))
+
+
+def _because(losses: List[str], args: Namespace) -> str:
+    """Return the changed options of losses that need labels only with some options."""
+    specs = {name: loss_spec(name) for name in losses}
+    texts = [f'{name}.{option}={value}' for name, spec in specs.items() if spec.labels_if is not None
+             for option, value in args.loss_options.get(name, {}).items() if value != spec.options[option].default]
+    return f' with {", ".join(texts)}' if texts else ''
 
 
 def needs_teacher(args: Namespace) -> bool:

@@ -1,6 +1,6 @@
 """Run the recursion over time of any neuron from its step."""
 from functools import partial
-from typing import Any, Callable, Hashable, Optional, Tuple
+from typing import Any, Callable, Hashable, Iterator, List, Optional, Tuple
 
 import torch
 
@@ -10,7 +10,7 @@ from timm_sscl.neurons.surrogate import spike
 from .backend import run
 from .recursion import membrane_dtype
 
-__all__ = ['scan', 'settings_at']
+__all__ = ['potentials', 'scan', 'settings_at']
 
 State = Tuple[torch.Tensor, ...]
 Step = Callable[[torch.Tensor, State, State, int, Any], Tuple[torch.Tensor, State]]
@@ -46,6 +46,42 @@ def scan(
     return run(_scan, tensors, x.shape[0], step, settings, key, owner=step)
 
 
+def potentials(
+        step: Step,
+        x: torch.Tensor,
+        gain: Optional[torch.Tensor],
+        state: State,
+        constants: State,
+        settings: Any,
+        key: Hashable = None,
+        progress: Optional[torch.Tensor] = None,
+) -> torch.Tensor:
+    """Return the potentials before the reset, divided by the threshold, (T, ...), at least float32. See `scan`.
+
+    They are what the step passes to `settings.spike`.
+
+    Raises:
+        ValueError: The step does not call `settings.spike` once per timestep.
+    """
+    tensors = x, gain, tuple(state), tuple(constants), progress
+    return run(_potentials, tensors, x.shape[0], step, settings, key, owner=step)
+
+
+class _Watched:
+    """A neuron's settings that store every potential, divided by its threshold."""
+
+    def __init__(self, settings: Any):
+        self.settings = settings
+        self.seen: List[torch.Tensor] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.settings, name)
+
+    def spike(self, u: torch.Tensor, v_threshold: Any) -> torch.Tensor:
+        self.seen.append(u / v_threshold)
+        return self.settings.spike(u, v_threshold)
+
+
 class _SettingsNow:
     """A neuron's settings at one time of the training, for a surrogate that changes during it."""
 
@@ -76,14 +112,46 @@ def _scan(
         settings: Any,
         key: Hashable,
 ) -> torch.Tensor:
-    dtype, outputs = membrane_dtype(x.dtype), []
+    settings = settings_at(settings, progress, membrane_dtype(x.dtype))
+    return torch.stack([o.to(x.dtype) for o in _outputs(x, gain, state, constants, timesteps, step, settings)])
+
+
+def _potentials(
+        x: torch.Tensor,
+        gain: Optional[torch.Tensor],
+        state: State,
+        constants: State,
+        progress: Optional[torch.Tensor],
+        timesteps: int,
+        step: Step,
+        settings: Any,
+        key: Hashable,
+) -> torch.Tensor:
+    watched = _Watched(settings_at(settings, progress, membrane_dtype(x.dtype)))
+    for _ in _outputs(x, gain, state, constants, timesteps, step, watched):
+        pass
+    if len(watched.seen) != timesteps:
+        raise ValueError(f'{getattr(step, "__qualname__", step)} compares {len(watched.seen) / timesteps:g} potentials '
+                         f'per timestep with a threshold by settings.spike, expected 1.')
+    return torch.stack(watched.seen)
+
+
+def _outputs(
+        x: torch.Tensor,
+        gain: Optional[torch.Tensor],
+        state: State,
+        constants: State,
+        timesteps: int,
+        step: Step,
+        settings: Any,
+) -> Iterator[torch.Tensor]:
+    """Yield the output of every timestep in the membrane's dtype."""
+    dtype = membrane_dtype(x.dtype)
     constants = tuple(c.to(dtype) for c in constants)
     state = tuple(s.to(dtype) for s in state)
-    settings = settings_at(settings, progress, dtype)
     for t in range(timesteps):
         x_t = x[t].to(dtype)
         stepped = step(x_t if gain is None else x_t * gain.to(dtype), state, constants, t, settings)
         check_stepped(step, stepped)
         output, state = stepped
-        outputs.append(output.to(x.dtype))
-    return torch.stack(outputs)
+        yield output
