@@ -1,4 +1,5 @@
 """Images of a trial on the device, and the order, crops and flips of an epoch from its seed alone."""
+from functools import lru_cache
 from pathlib import Path
 from typing import Dict, Mapping, NamedTuple, Tuple
 
@@ -78,6 +79,7 @@ class _Draws(NamedTuple):
     tables: Dict[str, torch.Tensor]
 
 
+@lru_cache(maxsize=256)  # the arms of a seed share it
 def draw_epoch(seed: int, epoch: int, images: int, steps: int, batch: int, size: int) -> _Draws:
     """Return an epoch's order of the images and what is drawn per image, (steps, batch) each. They depend on nothing
     but the arguments.
@@ -109,6 +111,7 @@ class EpochBuffers:
         self.order = drawn.order.to(device)
         self.tables = {name: table.contiguous().to(device) for name, table in drawn.tables.items()}
         self.step = torch.zeros(1, dtype=torch.int64, device=device)
+        self._classes = torch.arange(data.classes, device=device)
 
     def fill(self, seed: int, epoch: int) -> None:
         """Set the epoch's order and draws, and go to its first step."""
@@ -128,7 +131,7 @@ class EpochBuffers:
             return images, labels
         images = self.data.cut(images, draws)
         share = draws['share'].view(-1, 1)
-        targets = F.one_hot(labels, self.data.classes).float()
+        targets = (labels.view(-1, 1) == self._classes).float()
         targets = share * targets + (1 - share) * targets.flip(0)
         share = share.view(-1, 1, 1, 1)
         return share * images + (1 - share) * images.flip(0), targets

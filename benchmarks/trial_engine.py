@@ -1,7 +1,9 @@
 """Run trials: teachers, rounds, worker processes, results, time limit."""
 import gc
 import math
+import os
 import time
+import traceback
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -120,6 +122,16 @@ class Engine:
 
     def _teacher_file(self, trial: Trial) -> Path:
         return self.output / 'teachers' / f'{trial.name}.pt'
+
+    def _save_teacher(self, trial: Trial, replica: Replica) -> None:
+        """Store a teacher, unless another process has stored it meanwhile: all arms share one."""
+        file = self._teacher_file(trial)
+        file.parent.mkdir(exist_ok=True)
+        part = file.with_suffix(f'.{os.getpid()}')
+        torch.save(replica.task.student.state_dict(), part)
+        if not file.exists():
+            part.rename(file)
+        part.unlink(missing_ok=True)
 
     def teacher(self, trial: Trial) -> Optional[nn.Module]:
         """Return the trained teacher of a trial; None if none of its losses can use one."""
@@ -272,6 +284,7 @@ class Engine:
             return [Group(replicas)]
         except Exception as error:
             print(f'not captured together: {type(error).__name__}: {error}', flush=True)
+            traceback.print_exc()  # the reason comes before the error of the capture
         groups = []
         for replica in replicas:
             try:
@@ -316,8 +329,7 @@ class Engine:
             return
         train_loss = means.pop('loss')
         if trial.timesteps == 0:
-            self._teacher_file(trial).parent.mkdir(exist_ok=True)
-            torch.save(replica.task.student.state_dict(), self._teacher_file(trial))
+            self._save_teacher(trial, replica)
         line = ok_line(
             trial, self.facts, correct, top1=top1, val_loss=loss, train_loss=train_loss, train_terms=means,
             firing_rate=None, energy=None, teacher_top1=self.teacher_top1(trial), **numbers)

@@ -12,6 +12,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 
 import timm_sscl
+from timm_sscl.neurons.factors import FACTORS
 
 from trial_data import DeviceSet, EpochBuffers
 from trial_models import State, create_student, create_task, named_tensors
@@ -71,6 +72,8 @@ class Replica:
         self.steps = len(data.train) // trial.scale.batch_size
         self.epoch_buffers = EpochBuffers(data, self.steps, trial.scale.batch_size)
         self.tensors = named_tensors(self.task.trainable_module)
+        self._ones = [name for name, tensor in self.tensors.items()
+                      if name.endswith(tuple(FACTORS.values())) and (tensor == 1).all()]
         self._create_optimizer(device)
         self.update = torch.zeros(1, dtype=torch.int64, device=device)
         terms = ['loss', 'task', *self.task.weights]
@@ -85,8 +88,10 @@ class Replica:
         options = {**(STUDENT if self.trial.timesteps else TEACHER), **self.trial.optimizer}
         if options['opt'] not in ('adamw', 'sgd'):
             raise ValueError(f"opt='{options['opt']}': must be adamw or sgd, whose state starts at zero.")
-        fused = dict(fused=True) if device.type == 'cuda' else {}
-        self.optimizer = create_optimizer_v2(self.task.trainable_module, **options, **fused)
+        fast: Dict[str, Any] = {}
+        if device.type == 'cuda':  # a rate on the device, in a graph; SGD has no setting for it
+            fast = dict(fused=True, capturable=True) if options['opt'] == 'adamw' else dict(fused=True)
+        self.optimizer = create_optimizer_v2(self.task.trainable_module, **options, **fast)
         table = learning_rates(options, self.trial.scale.epochs, self.steps)
         self.rates = torch.tensor(table, device=device)
         self.rate = torch.zeros((), device=device)
@@ -110,6 +115,10 @@ class Replica:
         if set(state) != set(self.tensors):
             raise ValueError(f'{trial.name}: the state has other tensors than the replica: '
                              f'{", ".join(sorted(set(state) ^ set(self.tensors))[:4])}.')
+        ones = {name for name in self._ones if (state[name] != 1).any()}
+        if ones:
+            raise ValueError(f'{trial.name}: {sorted(ones)[0]} is not 1, but was when the steps were captured, which '
+                             f'leave out a multiplication by 1.')
         self.trial = trial
         with torch.no_grad():
             for name, tensor in self.tensors.items():

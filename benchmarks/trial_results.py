@@ -1,4 +1,5 @@
 """The lines of runs.jsonl: facts of the machine, what a finished or failed trial gives, appending."""
+import fcntl
 import json
 import os
 import subprocess
@@ -20,8 +21,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def code_revision() -> str:
     """Return git's name of the code; the variable CODE_REVISION names it where there is no git."""
-    result = subprocess.run(['git', 'describe', '--always', '--dirty'], cwd=ROOT, capture_output=True, text=True)
-    return result.stdout.strip() if result.returncode == 0 else os.environ.get('CODE_REVISION', 'unknown')
+    named = os.environ.get('CODE_REVISION', 'unknown')
+    try:
+        result = subprocess.run(['git', 'describe', '--always', '--dirty'], cwd=ROOT, capture_output=True, text=True)
+    except FileNotFoundError:
+        return named
+    return result.stdout.strip() if result.returncode == 0 else named
 
 
 def machine_facts(device: torch.device) -> Dict[str, Any]:
@@ -49,11 +54,14 @@ def _now() -> str:
 
 
 def append_line(folder: Path, line: Mapping[str, Any]) -> None:
-    """Append a line to runs.jsonl in one write; a line that was cut off before is ended first."""
-    file = folder / 'runs.jsonl'
-    cut = file.is_file() and file.stat().st_size and not file.read_bytes().endswith(b'\n')
-    with open(file, 'a') as out:
-        out.write(('\n' if cut else '') + json.dumps(_rounded(line)) + '\n')
+    """Append a line to runs.jsonl, which several processes may do; a line that was cut off before is ended first."""
+    with open(folder / 'runs.jsonl', 'ab+') as out:
+        fcntl.flock(out, fcntl.LOCK_EX)
+        end = out.seek(0, os.SEEK_END)
+        if end:
+            out.seek(end - 1)
+        cut = end and out.read(1) != b'\n'
+        out.write((('\n' if cut else '') + json.dumps(_rounded(line)) + '\n').encode())
 
 
 def _rounded(value: Any) -> Any:
