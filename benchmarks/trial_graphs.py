@@ -109,7 +109,7 @@ class Group:
             self._evaluate()
 
     def train_steps(self, steps: int) -> List[Dict[str, float]]:
-        """Train some steps of the first epoch; return the terms of every replica, averaged over the steps so far."""
+        """Train some steps of the epoch; return the terms of every replica, averaged over its steps so far."""
         for replica in self.replicas:
             replica.train_mode(True)
         for _ in range(steps):
@@ -117,16 +117,15 @@ class Group:
         return [replica.means() for replica in self.replicas]
 
     def time_step(self, steps: int = 20) -> float:
-        """Return milliseconds of one training step of the whole group."""
-        self.train_steps(3)
-        self.synchronize()
-        began = time.perf_counter()
-        for replica in self.replicas:
-            replica.epoch_buffers.step.zero_()
-            replica.update.zero_()
-        for _ in range(steps):
-            self._train()
-        self.synchronize()
+        """Return milliseconds of one training step of the whole group. There must be so many in an epoch."""
+        for timed in (min(3, steps), steps):
+            for replica in self.replicas:
+                replica.epoch_buffers.step.zero_()
+                replica.update.zero_()
+            self.synchronize()
+            began = time.perf_counter()
+            self.train_steps(timed)
+            self.synchronize()
         return 1e3 * (time.perf_counter() - began) / steps
 
     def synchronize(self) -> None:

@@ -1,15 +1,17 @@
 #!/usr/bin/env python3
 """Time the steps of benchmarks/trials.py on a GPU: how many trials side by side, compiled neurons, cuDNN's choices.
 
-    python benchmarks/trial_speed.py --data FOLDER --output DIR [--minutes 1]
+    python benchmarks/trial_speed.py --data FOLDER --output DIR [--minutes 1] [--plan benchmarks/plans/zoo.yaml]
 
 First it checks that replayed steps give the losses of eager ones. Then it prints milliseconds per step and trial of
-each way, the most important first, until the time limit, and writes speed.json.
+each way, the most important first, until the time limit, and writes speed.json. With plans, it also times a step of
+each of their arms alone, with its memory.
 """
 import argparse
 import gc
 import json
 import time
+import traceback
 from pathlib import Path
 from typing import Any, Callable, Dict, List
 
@@ -17,6 +19,7 @@ import torch
 
 from timm_sscl.neurons import lif_backend
 
+from compare_plan import ComparisonPlan, merged
 from trial_engine import Engine, teacher_trial
 from trial_graphs import Group, check_replay
 from trial_models import teacher_model
@@ -40,9 +43,8 @@ class Speed:
     def trial(self, arm: str, seed: int = 1, **fields: Any) -> Trial:
         return Trial('speed', 'speed', arm, seed, 2, self.scale, **{**ARMS[arm], **fields})
 
-    def untrained_teacher(self) -> None:
-        """Store an ANN with random weights as the teacher; its values don't change the speed."""
-        trial = self.trial('sscl')
+    def untrained_teacher(self, trial: Trial) -> None:
+        """Store an ANN with random weights as the trial's teacher; its values don't change the speed."""
         file = self.engine.output / 'teachers' / f'{teacher_trial(trial).name}.pt'
         file.parent.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(0)
@@ -65,23 +67,50 @@ class Speed:
 
     def measure(self, name: str, count: int, backend: str = 'eager', graph: bool = True) -> None:
         """Time a step of the first `count` replicas side by side."""
+        def replicas() -> List[Replica]:
+            self.create(count)
+            return self.replicas[:count]
+
+        self._measure(name, count, replicas, backend, graph)
+
+    def measure_arm(self, plan: ComparisonPlan, arm: str, backend: str) -> None:
+        """Time a step of a plan's arm alone."""
+        fields = {key: value for key, value in plan.arms[arm].items() if key in Trial.__dataclass_fields__}
+        trial = Trial(plan='speed', phase='speed', arm=arm, seed=1, scale=self.scale,
+                      **merged(plan.content.get('defaults', {}), fields))
+
+        def replicas() -> List[Replica]:
+            self.untrained_teacher(trial)
+            replica = self.engine.create(trial)
+            replica.load(trial, self.engine.prepare(trial).result())
+            return [replica]
+
+        self._measure(f'{plan.name}/{arm}', 1, replicas, backend, True)
+
+    def _measure(
+            self, name: str, count: int, create: Callable[[], List[Replica]], backend: str, graph: bool) -> None:
         if time.time() > self.deadline:
             print(f'{name}: no time left', flush=True)
             return
         began = time.perf_counter()
+        if self.on_cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
         try:
-            self.create(count)
+            replicas = create()
             with lif_backend(backend):
-                group = Group(self.replicas[:count], graph)
+                group = Group(replicas, graph)
                 ready = time.perf_counter() - began
-                ms = group.time_step(10 if graph else 3)
+                ms = group.time_step(20 if graph else 3)
                 start = time.perf_counter()
                 group.evaluate()
                 group.synchronize()
             row = dict(name=name, trials=count, ms_per_step=ms, ms_per_trial=ms / count, ready_seconds=ready,
                        evaluate_seconds=time.perf_counter() - start,
-                       memory_mib=torch.cuda.max_memory_allocated() / 2 ** 20 if self.on_cuda else None)
+                       memory_mib=(torch.cuda.max_memory_allocated() - before) / 2 ** 20 if self.on_cuda else None)
         except Exception as error:
+            traceback.print_exc()
             row = dict(name=name, trials=count, error=f'{type(error).__name__}: {error}'[:300])
         self.rows.append(row)
         print(' '.join(f'{key}={value:.2f}' if isinstance(value, float) else f'{key}={value}'
@@ -98,10 +127,9 @@ class Speed:
         self.create(2)
         group = Group(self.replicas[1:2], graph=False)
         with lif_backend('eager'):
-            group.train_steps(1)
+            group.time_step(1)
             with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA][:1 + self.on_cuda]) as record:
-                group.train_steps(1)
-                group.synchronize()
+                group.time_step(1)
         key = 'self_cuda_time_total' if self.on_cuda else 'self_cpu_time_total'
         print(record.key_averages().table(sort_by=key, row_limit=25, max_name_column_width=60), flush=True)
 
@@ -123,13 +151,16 @@ def main() -> None:
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--minutes', type=float, default=1., help='no measurement is started later')
     parser.add_argument('--width', type=int, default=16, help='channels of the first stage')
+    parser.add_argument('--plan', type=Path, nargs='*', default=[], help='plans whose arms are timed alone')
+    parser.add_argument('--backend', default='eager', help='how neurons of these arms run')
+    parser.add_argument('--profile', action='store_true', help='print the kernels that take longest')
     args = parser.parse_args()
     deadline = time.time() + 60 * args.minutes
     engine = Engine(args.data, args.output, args.device)
     classes = engine.images(args.set).classes
     speed = Speed(engine, Scale(args.set, args.set, classes, args.width), deadline)
     print(engine.facts, flush=True)
-    speed.untrained_teacher()
+    speed.untrained_teacher(speed.trial('sscl'))
     speed.check()
     speed.measure('eager neurons', 8)
     speed.measure('alone', 1)
@@ -138,7 +169,10 @@ def main() -> None:
     _with(torch.backends.cudnn, 'benchmark', True, lambda: speed.measure('cuDNN benchmark', 8))
     _with(torch.backends.cudnn, 'allow_tf32', True, lambda: speed.measure('TF32', 8))
     speed.measure('no graph', 1, graph=False)
-    if time.time() < deadline:
+    for plan in map(ComparisonPlan, args.plan):
+        for arm in plan.arms:
+            speed.measure_arm(plan, arm, args.backend)
+    if args.profile:
         speed.profile()
     (args.output / 'speed.json').write_text(json.dumps(dict(facts=engine.facts, rows=speed.rows), indent=1) + '\n')
 
