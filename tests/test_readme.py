@@ -41,8 +41,10 @@ def blocks(file, language):
 @pytest.fixture(autouse=True)
 def _registries_as_they_were(monkeypatch):
     monkeypatch.setattr(sys, 'path', list(sys.path))
-    models, modules = set(timm.list_models()), set(sys.modules)
+    models, modules, rules = set(timm.list_models()), set(sys.modules), set(timm_sscl.list_threshold_rules())
     yield
+    for name in set(timm_sscl.list_threshold_rules()) - rules:
+        timm_sscl.unregister_threshold_rule(name)
     for name in {'tiny_net', 'spiking_tiny_net'} - models:
         _registry._clear_model_entries(name)
         _registry._model_entrypoints.pop(name, None)

@@ -2,8 +2,9 @@
 from . import _moved
 from . import models  # noqa: F401, registers the architectures that timm lacks, before their spiking_ twins
 from .conversion import (
-    Variant, calibrate, convert_ann, convert_to_spiking, fold_gains, fold_norms, list_variants, register_activation,
-    register_variant, set_stem_pool, share_stem, unregister_activation, unregister_variant)
+    Variant, calibrate, convert_ann, convert_to_qcfs, convert_to_spiking, fold_gains, fold_norms, list_threshold_rules,
+    list_variants, poisson_input, register_activation, register_threshold_rule, register_variant, set_stem_pool,
+    share_stem, unregister_activation, unregister_threshold_rule, unregister_variant)
 from .data import list_datasets, register_dataset, unregister_dataset
 from .distillation import SSCLLoss, SSCLTask, accept_frames
 from .losses import TrainStep, cka, create_loss, hsic, list_losses, nce_loss, register_loss, unregister_loss
@@ -17,12 +18,13 @@ from .report import (
 
 __all__ = [
     'FiringRates', 'LIF', 'SSCLLoss', 'SSCLTask', 'SpikingNeuron', 'TrainStep', 'Variant', 'accept_frames', 'calibrate',
-    'cka', 'cka_map', 'convert_ann', 'convert_to_spiking', 'create_loss', 'estimate_energy', 'fold_gains', 'fold_norms',
-    'hsic', 'lif', 'list_datasets', 'list_losses', 'list_neurons', 'list_surrogates', 'list_variants', 'nce_loss',
-    'plot_cka_map', 'plot_energy', 'plot_firing_rates', 'plot_raster', 'record_spikes', 'register_activation',
-    'register_dataset', 'register_loss', 'register_neuron', 'register_surrogate', 'register_variant',
-    'representation_bits', 'set_stem_pool', 'share_stem', 'unregister_activation', 'unregister_dataset',
-    'unregister_loss', 'unregister_neuron', 'unregister_surrogate', 'unregister_variant',
+    'cka', 'cka_map', 'convert_ann', 'convert_to_qcfs', 'convert_to_spiking', 'create_loss', 'estimate_energy',
+    'fold_gains', 'fold_norms', 'hsic', 'lif', 'list_datasets', 'list_losses', 'list_neurons', 'list_surrogates',
+    'list_threshold_rules', 'list_variants', 'nce_loss', 'plot_cka_map', 'plot_energy', 'plot_firing_rates',
+    'plot_raster', 'poisson_input', 'record_spikes', 'register_activation', 'register_dataset', 'register_loss',
+    'register_neuron', 'register_surrogate', 'register_threshold_rule', 'register_variant', 'representation_bits',
+    'set_stem_pool', 'share_stem', 'unregister_activation', 'unregister_dataset', 'unregister_loss',
+    'unregister_neuron', 'unregister_surrogate', 'unregister_threshold_rule', 'unregister_variant',
 ]
 __version__ = '0.1.0'
 

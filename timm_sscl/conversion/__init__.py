@@ -6,12 +6,16 @@ settings and state, set gains and thresholds.
 from . import tracing as _tracing  # noqa: F401, tells timm which parts torch.fx takes as one node
 from .activations import register_activation, unregister_activation
 from .convert import SOFT_RESET, convert_to_spiking
+from .encoding import poisson_input
 from .gain_folding import fold_gains
 from .gains import calibrate
 from .norm_folding import fold_norms
 from .model import SpikingModel, SpikingModule
 from .plan import ConversionRecord
+from .qcfs import QCFS, convert_to_qcfs
 from .report import SpikingReport
+from .rules import (
+    ThresholdRule, list_threshold_rules, register_threshold_rule, unregister_threshold_rule)
 from .settings import SpikingSettings
 from .thresholds import convert_ann
 from .variants import bntt as _bntt, ds as _ds, ms as _ms, sew as _sew  # noqa: F401, they register themselves
@@ -24,9 +28,10 @@ from .variants.shared_stem import share_stem
 from .variants.stem_pool import set_stem_pool
 
 __all__ = [
-    'BatchNormOverTime', 'BatchNormVariant', 'ConversionRecord', 'PerStepSettings', 'ResidualVariant', 'SOFT_RESET',
-    'SpikingModel', 'SpikingModule', 'SpikingReport', 'SpikingSettings', 'Variant', 'VariantRecord', 'VariantSettings',
-    'calibrate', 'convert_ann', 'convert_to_spiking', 'fold_gains', 'fold_norms', 'last_act', 'list_variants',
-    'register_activation', 'register_variant', 'residual_branch', 'set_stem_pool', 'share_stem',
-    'unregister_activation', 'unregister_variant',
+    'BatchNormOverTime', 'BatchNormVariant', 'ConversionRecord', 'PerStepSettings', 'QCFS', 'ResidualVariant',
+    'SOFT_RESET', 'SpikingModel', 'SpikingModule', 'SpikingReport', 'SpikingSettings', 'ThresholdRule', 'Variant',
+    'VariantRecord', 'VariantSettings', 'calibrate', 'convert_ann', 'convert_to_qcfs', 'convert_to_spiking',
+    'fold_gains', 'fold_norms', 'last_act', 'list_threshold_rules', 'list_variants', 'poisson_input',
+    'register_activation', 'register_threshold_rule', 'register_variant', 'residual_branch', 'set_stem_pool',
+    'share_stem', 'unregister_activation', 'unregister_threshold_rule', 'unregister_variant',
 ]

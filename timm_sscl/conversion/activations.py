@@ -11,6 +11,7 @@ _ACTIVATIONS = {
     'ReLU', 'ReLU6', 'LeakyReLU', 'PReLU', 'RReLU', 'ELU', 'SELU', 'CELU', 'GELU', 'GELUTanh', 'QuickGELU', 'SiLU',
     'Swish', 'SwishMe', 'Mish', 'MishMe', 'Hardswish', 'HardSwish', 'HardSwishMe', 'HardMish', 'HardMishMe', 'Hardtanh',
     'Tanh', 'Softplus', 'Softsign', 'StarReLU', 'SquaredReLU', 'GammaAct',
+    'QCFS',
 }
 _GATES = {'Sigmoid', 'HardSigmoid', 'HardSigmoidMe', 'Hardsigmoid', 'LogSigmoid', 'Softmax', 'Softmax2d', 'GLU'}
 _GATES_OF_FUNCTIONS = {'HardSigmoid', 'HardSigmoidMe'}  # gates whose forward may call relu6

@@ -6,9 +6,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .settings import WITH_OPTIONS
 
-__all__ = ['ann_obstacles']
+__all__ = ['RECTIFIERS', 'ann_obstacles', 'obstacles_by_class']
 
-_RECTIFIERS = {'ReLU', 'ReLU6', 'relu', 'relu_', 'relu6'}
+RECTIFIERS = {'ReLU', 'ReLU6', 'relu', 'relu_', 'relu6', 'QCFS'}
 
 
 def ann_obstacles(model: nn.Module) -> List[str]:
@@ -23,13 +23,26 @@ def ann_obstacles(model: nn.Module) -> List[str]:
     """
     found: Dict[str, List[str]] = {}
     for record in model._records():
-        if record.was not in _RECTIFIERS:
+        if record.was not in RECTIFIERS:
             found.setdefault(record.was, []).append(record.name)
     for kind in WITH_OPTIONS:
         variant = model.settings.variants().get(kind)
         for record in variant.records(model) if variant is not None else ():
             if record.now != record.was:
                 found.setdefault(record.now, []).append(record.name)
+    return obstacles_by_class(model, found)
+
+
+def obstacles_by_class(model: nn.Module, found: Dict[str, List[str]]) -> List[str]:
+    """List norms and attention that prevent convert_ann, after what was found already.
+
+    Args:
+        model: Any model.
+        found: Class -> names of obstacles so far; completed in place.
+
+    Returns:
+        One line per class.
+    """
     for name, module in model.named_modules():
         kind = type(module).__name__
         attends = 'attention' in kind.lower() and any(True for _ in module.children())

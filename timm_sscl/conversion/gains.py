@@ -3,7 +3,7 @@ import logging
 import math
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -12,14 +12,17 @@ from torch.nn.modules.batchnorm import _NormBase
 from timm_sscl.neurons import SpikingNeuron
 from .revive import revive_zeros
 from .model import SpikingModule
+from .rules import ThresholdRule, rule_maker
+from .rules.base import Rule
 from timm_sscl.untouched import undone_on_error, untouched
 
-__all__ = ['calibrate', 'normalising_by_batch', 'LayerDrive']
+__all__ = ['calibrate', 'normalising_by_batch', 'LayerDrive', 'RMS', 'calibration_rule']
 
 _logger = logging.getLogger(__name__)
 
 # if a smaller share of inputs exceeds the threshold, the input is skewed and its mean square is not used
 _MIN_RATE = 0.01
+RMS = 'rms'
 
 
 class LayerDrive(NamedTuple):
@@ -30,16 +33,25 @@ class LayerDrive(NamedTuple):
     rate: float  # spikes per neuron and timestep with the gain
 
 
-def calibrate(model: SpikingModule, images: torch.Tensor) -> SpikingModule:
+def calibrate(
+        model: SpikingModule,
+        images: torch.Tensor,
+        rule: Rule = RMS,
+        factor: float = 1.,
+) -> SpikingModule:
     """Set the input gain of every neuron layer so that its input is as large as a batch norm's output.
 
-        gain = (v_threshold / 0.5) / rms(x)        threshold 0.5 corresponds to a root mean square of 1
+        gain = (v_threshold / 0.5) / (factor * rms(x))    rule 'rms'; 0.5 corresponds to a root mean square of 1
+        gain = v_threshold / (factor * max(x))            rule 'spike_norm'
 
-    If hardly any input would reach the threshold (a few large negative values dominate the mean square), the gain lets
-    the median of the positive inputs reach it. One forward measures and sets the layers in the order in which they run,
-    so that each is measured after the calibrated layers before it. Batch norms normalise by the batch, as in training,
-    and keep their running statistics. Dropout and stochastic depth are off. A layer that runs several times gets one
-    gain from all its inputs.
+    With 'rms', if hardly any input would reach the threshold (a few large negative values dominate the mean square),
+    the gain lets the median of the positive inputs reach it. With 'spike_norm', the largest current over timesteps,
+    images and neurons just reaches it (Sengupta et al. 2019); with a factor of 0.7 this is the start of hybrid training
+    (Rathi et al. 2020), made for networks without batch norms and biases.
+
+    One forward measures and sets the layers in the order in which they run, so that each is measured after the
+    calibrated layers before it. Batch norms normalise by the batch, as in training, and keep their running statistics.
+    Dropout and stochastic depth are off. A layer that runs several times gets one gain from all its inputs.
 
     A neuron behind a zero gets no gradient. A norm's scale (or the gain of a weight-standardised convolution) that is
     all zeros, as at the end of zero-initialised branches, is therefore set to 0.1. Weights that are all zeros, as in
@@ -51,6 +63,8 @@ def calibrate(model: SpikingModule, images: torch.Tensor) -> SpikingModule:
     Args:
         model: Spiking model.
         images: A batch of real images in the model's input format, (B, C, H, W) or (B, T, C, H, W).
+        rule: 'rms', or a threshold rule that measures spiking layers: its name, class or a functools.partial.
+        factor: Factor on the threshold, above 0. The smaller, the more neurons fire.
 
     Returns:
         The model itself. `model.spiking_report().drives` has one LayerDrive per layer that ran, in the order of the
@@ -58,8 +72,9 @@ def calibrate(model: SpikingModule, images: torch.Tensor) -> SpikingModule:
 
     Raises:
         ValueError: The model is not spiking, its neurons have output scales (thresholds from an ANN), images or a
-            layer's current has a value that is not finite, or no layer runs.
+            layer's current has a value that is not finite, no layer runs, or rule or factor is unknown or out of range.
     """
+    make = calibration_rule(rule, factor)
     _check(model, images)
     variants = model.settings.variants().values()
     for variant in variants:
@@ -69,7 +84,7 @@ def calibrate(model: SpikingModule, images: torch.Tensor) -> SpikingModule:
     stay = {name for variant in variants for name in variant.zeros_stay(model)}
     with undone_on_error(model, parameters=True):
         revive_zeros(model, stay)
-        drives = _measure(model, images)
+        drives = _measure(model, images, make, factor)
         for name, lif in model.neurons().items():
             lif.set_gain(drives[name].gain if name in drives else None, lif.scale)
     idle = [name for name in model.neurons() if name not in drives]
@@ -77,6 +92,24 @@ def calibrate(model: SpikingModule, images: torch.Tensor) -> SpikingModule:
     _warn(model, result, idle, [drive.name for drive in result if stay and drive.rms == 0])
     model._drives = result
     return model
+
+
+def calibration_rule(rule: Rule, factor: float) -> Callable[[], Optional[ThresholdRule]]:
+    """Return what makes one rule per layer, None for 'rms', after checking the arguments.
+
+    Raises:
+        ValueError: The rule is unknown or measures the ANN, or factor is out of range.
+        TypeError: rule is neither a name nor a class of rules.
+    """
+    if not 0 < factor < math.inf:
+        raise ValueError(f'factor={factor}: must be a finite number above 0.')
+    if rule == RMS:
+        return lambda: None
+    make = rule_maker(rule, also=(RMS,))
+    if not make().spiking:
+        raise ValueError(f"rule={rule!r}: measures the ANN's activations (convert_ann); a calibration measures spiking "
+                         f"layers, by '{RMS}', 'spike_norm' or another rule with `spiking`.")
+    return make
 
 
 def _check(model: nn.Module, images: torch.Tensor) -> None:
@@ -90,14 +123,19 @@ def _check(model: nn.Module, images: torch.Tensor) -> None:
         raise ValueError('images: holds values that are not finite.')
 
 
-def _measure(model: SpikingModule, images: torch.Tensor) -> Dict[str, '_Drive']:
+def _measure(
+        model: SpikingModule,
+        images: torch.Tensor,
+        make: Callable[[], Optional[ThresholdRule]],
+        factor: float,
+) -> Dict[str, '_Drive']:
     """Run one forward that sets the gains; return the measurements of the layers that ran, in the order of the first
     calls.
     """
     drives: Dict[str, _Drive] = {}
     with normalising_by_batch(model):
         for name, lif in model.neurons().items():
-            drive = _Drive(lif, partial(drives.setdefault, name))
+            drive = _Drive(lif, partial(drives.setdefault, name), make(), factor)
             lif.register_forward_pre_hook(drive.measure)
             lif.register_forward_hook(drive.count)
         model(images)
@@ -111,11 +149,26 @@ def _measure(model: SpikingModule, images: torch.Tensor) -> Dict[str, '_Drive']:
 
 
 class _Drive:
-    """Measure one layer's input and set its gain, call by call."""
+    """Measure one layer's input and set its gain, call by call.
 
-    def __init__(self, lif: SpikingNeuron, ran: Callable[['_Drive'], Any]):
+    Args:
+        lif: The layer.
+        ran: Called at every call of the layer.
+        rule: Rule of the threshold; None is the root mean square.
+        factor: Factor on the threshold.
+    """
+
+    def __init__(
+            self,
+            lif: SpikingNeuron,
+            ran: Callable[['_Drive'], Any],
+            rule: Optional[ThresholdRule],
+            factor: float,
+    ):
         self.lif = lif
-        self.ran = ran  # called at every call of the layer
+        self.rule = rule
+        self.factor = factor
+        self.ran = ran
         self.gain = torch.ones(())
         self.squares: List[float] = []
         self.fired: float = 0
@@ -126,14 +179,19 @@ class _Drive:
         self.ran(self)
         x = args[0].detach()
         self.squares.append(x.to(torch.promote_types(x.dtype, torch.float32)).square().mean().item())
-        self.gain = torch.tensor(self._gain(x), device=x.device)
+        dtype = None if self.rule is None else torch.promote_types(x.dtype, torch.float32)
+        self.gain = torch.tensor(self._gain(x), device=x.device, dtype=dtype)
         lif.set_gain(self.gain, lif.scale)
 
     def _gain(self, x: torch.Tensor) -> float:
-        if self.rms == 0:
+        if not 0 < self.rms < math.inf:
             return 1.
         threshold = self.lif.threshold()
-        gain = threshold / 0.5 / self.rms
+        if self.rule is not None:
+            self.rule.measure(x, None)
+            measured = self.factor * self.rule.threshold().item()
+            return threshold / measured if measured > 0 else 1.
+        gain = threshold / 0.5 / self.rms / self.factor
         if (x * gain >= threshold).float().mean() < _MIN_RATE and (x > 0).any():
             gain = max(gain, threshold / x[x > 0].median().item())  # skewed: half of the positive inputs fire
         return gain

@@ -277,14 +277,22 @@ class SpikingState(Mixin):
             self._set_settings(restored)
 
     def _forget(self, state_dict: Dict[str, torch.Tensor], prefix: str) -> None:
-        """Remove an ANN's parameters of activations that became neurons (StarReLU's scale and bias, EvoNorm's v)."""
+        """Remove an ANN's parameters of activations that became neurons (StarReLU's scale and bias, EvoNorm's v).
+
+        The activation that a neuron keeps takes them over, since convert_ann reads the thresholds of QCFS there.
+        """
         dropped = 0
         for name, module in self.named_modules():
             forgotten = getattr(module, 'forgotten', ())
             if forgotten and prefix + SETTINGS_KEY in state_dict:
                 forgotten = [parameter for parameter in forgotten if parameter not in module.state_dict()]
             for parameter in forgotten:
-                dropped += state_dict.pop(f'{prefix}{name}.{parameter}', None) is not None
+                value = state_dict.pop(f'{prefix}{name}.{parameter}', None)
+                dropped += value is not None
+                own = getattr(vars(module).get('replaced'), parameter, None)
+                if value is not None and own is not None and own.shape == value.shape and not value.is_meta:
+                    with torch.no_grad():
+                        own.copy_(value)
         if dropped:
             _logger.info(f'{type(self).__name__}: {dropped} parameters of activations that are neurons now were not '
                          f'loaded.')

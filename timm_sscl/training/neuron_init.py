@@ -9,7 +9,9 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 
 from timm_sscl.conversion import SpikingReport, calibrate, convert_ann
+from timm_sscl.conversion.gains import RMS
 from timm_sscl.conversion.model import SpikingModule
+from timm_sscl.conversion.thresholds import PERCENTILE
 
 __all__ = ['prepare_neurons']
 
@@ -37,9 +39,10 @@ def prepare_neurons(
     if resumed or has_gains:
         _logger.info('Neurons keep the gains of the checkpoint.')
     elif args.neuron_init == 'calibrated':
-        calibrate(student, images)
+        calibrate(student, images, args.threshold_rule or RMS, args.threshold_factor)
     elif args.neuron_init == 'ann':
-        convert_ann(student, images, student.timesteps, percentile=args.ann_percentile)
+        convert_ann(student, images, student.timesteps, percentile=args.ann_percentile,
+                    rule=args.threshold_rule or PERCENTILE, factor=args.threshold_factor)
     report = student.spiking_report()
     if accelerator.is_main_process:
         report.macs(images[:4])

@@ -17,6 +17,7 @@ from .option_types import OptionParser, home_path
 from .plugins import describe_failure, import_plugin, plugin_digests
 from .recipes import DIGITS_RECIPE, load_recipe
 from .refused_options import IMAGE_ONLY, UNSUPPORTED
+from .spiking_options import check_threshold_options
 from .unused_options import check_loss_options
 
 __all__ = ['ARGS_FILE', 'AUTO', 'parse_args']
@@ -60,6 +61,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> Tuple[argparse.Namespace
     if is_event_dataset(args.dataset):
         _check_events(parser, args)
     args.losses = _losses(args)
+    check_threshold_options(args)
     args.loss_options = resolve_loss_options(
         args, [('', recipe), (f'{source}: ', layers), ('', from_command_line)], list(args.losses))
     _check_batch_size(args)

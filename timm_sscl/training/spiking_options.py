@@ -1,9 +1,12 @@
 """Add the options of the neuron, the teacher and the losses."""
 import argparse
 import difflib
+import math
 from typing import Any, Dict
 
 from timm_sscl.conversion import list_variants
+from timm_sscl.conversion.gains import RMS, calibration_rule
+from timm_sscl.conversion.thresholds import PERCENTILE, conversion_rule
 from timm_sscl.distillation.presets import PRESETS
 from timm_sscl.knobs import knob_help
 from timm_sscl.neurons import LIF, list_neurons, list_surrogates
@@ -12,7 +15,7 @@ from .errors import OptionError
 from .loss_options import add_loss_flags
 from .option_types import KeyValues, home_path, reset_potential
 
-__all__ = ['add_spiking_options', 'add_distillation_options', 'neuron_arguments']
+__all__ = ['add_spiking_options', 'add_distillation_options', 'check_threshold_options', 'neuron_arguments']
 
 
 def add_spiking_options(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +28,14 @@ def add_spiking_options(parser: argparse.ArgumentParser) -> None:
                             'weights\' own ANN (ReLU networks, integrate-and-fire); or nothing')
     group.add_argument('--ann-percentile', type=float, default=100., metavar='P',
                        help='--neuron-init ann: percentile of the ANN\'s activations that is the threshold')
+    group.add_argument('--threshold-rule', default=None, metavar='NAME',
+                       help='rule of --neuron-init: rms or spike_norm for calibrated (rms); percentile, ltb or '
+                            'spike_norm for ann (percentile); a plug-in may register others')
+    group.add_argument('--threshold-factor', type=float, default=1., metavar='F',
+                       help='factor on the thresholds that --neuron-init measures; 0.7 with spike_norm starts hybrid '
+                            'training')
+    group.add_argument('--qcfs', type=int, default=None, metavar='LEVELS',
+                       help='train an ANN whose ReLUs are QCFS activations with this number of levels, for convert_ann')
     _add_variant_options(group)
     group.add_argument('--stem-pool', default=None, choices=['avg'],
                        help='average pooling in a ResNet\'s stem, as in the paper; the student\'s own ANN has it too')
@@ -39,6 +50,27 @@ def add_spiking_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--allow-analog', action='store_true', default=None,
                        help='train a model of your own whose nonlinear operations are not all known activations; they '
                             'stay analog, the report lists them')
+
+
+def check_threshold_options(args: argparse.Namespace) -> None:
+    """Check --threshold-rule and --threshold-factor, after plug-ins were imported.
+
+    Raises:
+        OptionError: The rule is unknown or does not fit --neuron-init, or the factor is out of range.
+    """
+    rule, factor = args.threshold_rule, args.threshold_factor
+    if not 0 < factor < math.inf:
+        raise OptionError(f'--threshold-factor {factor}: must be a finite number above 0.')
+    if args.neuron_init == 'none' and (rule is not None or factor != 1.):
+        given = f'--threshold-rule {rule}' if rule else f'--threshold-factor {factor}'
+        raise OptionError(f'{given}: --neuron-init none measures no thresholds.')
+    try:
+        if args.neuron_init == 'calibrated':
+            calibration_rule(rule or RMS, factor)
+        elif args.neuron_init == 'ann':
+            conversion_rule(rule or PERCENTILE, args.ann_percentile, factor)
+    except (TypeError, ValueError) as error:
+        raise OptionError(f'--neuron-init {args.neuron_init} --threshold-rule {rule}: {error}') from error
 
 
 def _add_neuron_options(group: argparse._ArgumentGroup) -> None:

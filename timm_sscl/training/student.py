@@ -10,7 +10,7 @@ import torch.nn as nn
 from timm.layers import convert_sync_batchnorm
 from timm.models import resolve_model_input_args
 
-from timm_sscl.conversion import set_stem_pool, share_stem
+from timm_sscl.conversion import convert_to_qcfs, set_stem_pool, share_stem
 from timm_sscl.data.events import is_event_dataset
 from timm_sscl.distillation.frames_ann import accept_frames
 from timm_sscl.models.spiking import PREFIX
@@ -95,6 +95,8 @@ def create_student(args: Namespace, num_classes: int) -> nn.Module:
         _check_pretrained(student, args.pretrained_path)
     if args.stem_pool is not None:
         set_stem_pool(student, args.stem_pool)
+    if args.qcfs is not None:
+        _convert_to_qcfs(student, args)
     if args.initial_checkpoint:
         load_weights(student, args.initial_checkpoint, '--initial-checkpoint')
     if args.share_stem:
@@ -134,6 +136,16 @@ def _why_not_built(args: Namespace, error: Exception) -> str:
         return f'--pretrained: the weights of {args.model} cannot be had: {reason}'
     kind = '' if isinstance(error, ValueError) else f' ({type(error).__name__})'
     return f'--model {args.model} cannot be built with these options{kind}: {reason}'
+
+
+def _convert_to_qcfs(student: nn.Module, args: Namespace) -> None:
+    if args.model.startswith(PREFIX):
+        raise OptionError(f'--qcfs {args.qcfs}: {args.model} spikes; train the ANN with it (--model '
+                          f'{args.model.removeprefix(PREFIX)}), then convert_ann makes it spike.')
+    try:
+        convert_to_qcfs(student, args.qcfs)
+    except ValueError as error:
+        raise OptionError(f'--qcfs {args.qcfs}: {error}') from error
 
 
 def _share_stem(student: Any) -> None:
