@@ -118,7 +118,8 @@ def test_gains_fold_before():
 def test_timm_models(options):
     torch.manual_seed(0)
     x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    model = _trained(timm.create_model('spiking_test_resnet', num_classes=K, timesteps=T, **options).double(), x, steps=10)
+    model = timm.create_model('spiking_test_resnet', num_classes=K, timesteps=T, **options).double()
+    model = _trained(model, x, steps=10)
     twin = copy.deepcopy(model)
     fold_norms(model, x[:1])
     assert all(fold.done for fold in model.spiking_report().folds) and model.settings.norm is None

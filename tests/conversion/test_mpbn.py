@@ -102,6 +102,36 @@ def test_channels_of_maps_and_vectors():
     assert tokens(torch.randn(2, 3, 160, 160)).shape == (2, K)
 
 
+class _OneSize(nn.Module):
+    """A net that no guessed input fits: images of 11 x 9, or a pair of tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.act, self.fc = nn.Conv2d(3, C, 3), nn.ReLU(), nn.Linear(C * 9 * 7, K)
+
+    def forward(self, x, factor=None):
+        return self.fc(self.act(self.conv(x if factor is None else x * factor)).flatten(1))
+
+
+@pytest.mark.parametrize('given', [
+    dict(input_size=(3, 11, 9)), dict(example_inputs=(torch.randn(1, 3, 11, 9), torch.ones(1, 1, 1, 1)))], ids=list)
+def test_the_input_that_was_given_shows_the_channels(given):
+    x = torch.randn(2, 3, 11, 9)
+    model = convert_to_spiking(_OneSize(), norm='mpbn', **given)
+    assert (model.act.membrane_norm.num_features, model.act.membrane_norm.axis) == (C, -3)
+    plain = convert_to_spiking(_OneSize(), **given)  # takes the norm from a checkpoint, and its copies do
+    for other in plain, copy.deepcopy(plain), pickle.loads(pickle.dumps(plain)):
+        other._explicit = frozenset()
+        other.load_state_dict(model.state_dict())
+        with torch.no_grad():
+            assert torch.equal(other.eval()(x), model.eval()(x)) and other.settings.norm == 'mpbn'
+
+
+def test_an_input_that_is_not_known_is_asked_for():
+    with pytest.raises(ValueError, match=r'say what it takes by .*input_size=\(C, H, W\)'):
+        convert_to_spiking(_OneSize(), norm='mpbn')
+
+
 def _images():
     return torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(3))
 

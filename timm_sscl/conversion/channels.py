@@ -3,27 +3,32 @@ from typing import Any, Dict, Optional, Sequence, Set, Tuple
 
 import torch
 import torch.nn as nn
+from torch.utils._pytree import tree_map
 
 from timm_sscl.features.channel_axis import ChannelAxes
 from timm_sscl.neurons import SpikingNeuron
 from timm_sscl.probing import Example, ProbeError, probe
 
-__all__ = ['give_channels', 'find_channels']
+__all__ = ['give_channels', 'find_channels', 'remember_input']
 
 _Shape = Tuple[int, ...]
 
 
-def give_channels(
-        model: nn.Module,
-        input_size: Optional[Sequence[int]] = None,
-        example_inputs: Any = None,
-) -> None:
-    """Create the parameters of a spiking model's neurons with parameters per channel whose channels are not set yet.
+def remember_input(model: nn.Module, input_size: Optional[Sequence[int]], example_inputs: Any) -> None:
+    """Store what a model takes, as given to its conversion, for later probes: shapes and dtypes, no values."""
+    def shape_only(leaf: Any) -> Any:
+        return leaf.new_zeros(()).expand(leaf.shape) if isinstance(leaf, torch.Tensor) else leaf
 
-    Args:
-        model: Spiking model.
-        input_size: Shape of one sample; guessed from the model by default.
-        example_inputs: Input of the model; see `probing.examples`.
+    model.__dict__['_known_input'] = dict(input_size=input_size, example_inputs=tree_map(shape_only, example_inputs))
+
+
+def _known_input(model: nn.Module) -> Dict[str, Any]:
+    known = vars(model).get('_known_input', {})
+    return tree_map(lambda leaf: leaf.contiguous() if isinstance(leaf, torch.Tensor) else leaf, known)
+
+
+def give_channels(model: nn.Module) -> None:
+    """Create the parameters of a spiking model's neurons with parameters per channel whose channels are not set yet.
 
     Raises:
         ValueError: A layer did not run, runs on different numbers of channels, or its channel axis is unknown.
@@ -33,7 +38,7 @@ def give_channels(
     if not waiting:
         return
     kind = type(next(iter(waiting.values()))).__name__
-    for name, shape in find_channels(model, waiting, kind, input_size, example_inputs).items():
+    for name, shape in find_channels(model, waiting, kind).items():
         neuron = waiting[name]
         neuron.set_channels(shape)
         like = next(p for p in model.parameters() if p.is_floating_point())
@@ -44,23 +49,21 @@ def find_channels(
         model: nn.Module,
         neurons: Dict[str, SpikingNeuron],
         what: str,
-        input_size: Optional[Sequence[int]] = None,
-        example_inputs: Any = None,
 ) -> Dict[str, _Shape]:
     """Return the shape of parameters per channel for neurons of a model: (C, 1, 1) for maps and (C,) for tokens.
+
+    A forward shows it, on the input that was given to the conversion (see `remember_input`) or a guessed one.
 
     Args:
         model: Spiking model.
         neurons: Some of its neurons, by name.
         what: Name of what has parameters per channel, for messages.
-        input_size: Shape of one sample; guessed from the model by default.
-        example_inputs: Input of the model; see `probing.examples`.
 
     Raises:
         ValueError: A layer did not run, runs on different numbers of channels, or its channel axis is unknown.
     """
     try:
-        seen = probe(model, lambda example: _run(model, neurons, example), 2, input_size, example_inputs)
+        seen = probe(model, lambda example: _run(model, neurons, example), 2, **_known_input(model))
     except ProbeError as error:
         raise ProbeError(f'{what} has parameters per channel, and {type(model).__name__} was run to see how many there '
                          f'are: {error}') from error

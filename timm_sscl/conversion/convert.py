@@ -14,7 +14,7 @@ from timm_sscl.untouched import all_or_nothing
 
 from .audit import Audit, audit, is_known, message
 from .batch_axis import find_batch_axis
-from .channels import give_channels
+from .channels import give_channels, remember_input
 from .dropout import why_no_shared_mask
 from .feature_activations import repeats_activations
 from .functional_calls import calls_noise
@@ -305,8 +305,9 @@ def _carry_out(
     model.settings = settings
     model._explicit = explicit
     model._report = plan.records
+    remember_input(model, **given)
     model._configure()
-    give_channels(model, **given)
+    give_channels(model)
     model._audit = None if inspect is None else inspect(model, plan.records)
     if model._audit is not None and model._audit.hard_sigmoids:
         raise _HardSigmoids(model._audit.hard_sigmoids)
