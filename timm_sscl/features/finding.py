@@ -1,4 +1,5 @@
 """Find taps: run a model on one probe image and see which modules return the features of its stages."""
+import logging
 from collections import Counter
 from contextlib import contextmanager
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
@@ -16,7 +17,9 @@ from .recorder import Recorder
 from .stages import POOLED, example_modules, known_stages, reference_features, stage_indices, stage_names
 from .tap import Call, Tap, fold_feature, tensors_in
 
-__all__ = ['run_probe', 'find_taps', 'named_taps', 'tap_shapes', 'module_calls']
+__all__ = ['run_probe', 'find_taps', 'named_taps', 'tap_shapes', 'module_calls', 'neuron_behind']
+
+_logger = logging.getLogger(__name__)
 
 
 # ---- finding taps by a probe
@@ -113,13 +116,36 @@ def _layout(out: torch.Tensor, feature: torch.Tensor, prefixes: Sequence[int]) -
     return None
 
 
+def neuron_behind(model: nn.Module, stage: str, feature: torch.Tensor, calls: Sequence[_ModuleCall]) -> Optional[str]:
+    """Return the name of the neuron that a stage's feature is read at, if the stage's output is not spikes and a neuron
+    behind the stage takes it directly (residual='ms'); None if the feature is the output itself.
+
+    Args:
+        model: The model.
+        stage: Name of the stage in feature_info.
+        feature: Its feature (T * B, C, ...) in a probe.
+        calls: Calls of the model's modules in that probe.
+    """
+    modules = dict(model.named_modules())
+    neurons = [call for call in calls if isinstance(modules[call.module], SpikingNeuron)]
+    if any(isinstance(call.out, torch.Tensor) and _same(call.out, feature) for call in neurons):
+        return None
+    found = next((call.module for call in neurons if not call.module.startswith(f'{stage}.')
+                  and isinstance(call.args[0], torch.Tensor) and _same(call.args[0], feature)), None)
+    if found is not None:
+        _logger.info(f'{type(model).__name__}: the output of {stage} is not spikes; its feature is read at the neuron '
+                     f'behind it, {found}.')
+    return found
+
+
 def find_taps(model: nn.Module, num_stages: int = 4, input_size: Optional[Sequence[int]] = None) -> List[Tap]:
     """Find taps on the last stages and on the pooled feature of a timm model by one probe.
 
     The probe computes the features by forward_intermediates and forward_head, runs the model's forward, and looks up
     which modules returned the same tensors. Per feature it takes the outermost module that is no nn.Sequential, since
     gradient checkpointing does not call those. If several modules return a feature (an untrained block may be the
-    identity), the one named in feature_info wins. If no module returns the pooled feature, the tap computes it from the
+    identity), the one named in feature_info wins. If a stage's output is not spikes and a neuron behind the stage takes
+    it (residual='ms'), the tap is on that neuron. If no module returns the pooled feature, the tap computes it from the
     final feature map by forward_head.
 
     Args:
@@ -145,6 +171,10 @@ def _find(model: nn.Module, indices: List[int], input_size: Optional[Sequence[in
         _, forward_calls = module_calls(model, lambda: model(x))
         search = _Search(model, forward_calls, feature_calls)
         taps = [search.find(name, feature) for name, feature in zip(names, [*stages, pooled])]
+        for i, (name, feature) in enumerate(zip(names, stages)):
+            neuron = neuron_behind(model, name, feature, forward_calls)
+            if neuron is not None:
+                taps[i] = Tap(name, neuron, feature.shape[1], 1)
         taps[-1] = taps[-1] or search.through_head(final, pooled)
         return taps
 
