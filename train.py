@@ -42,7 +42,7 @@ from timm_sscl.training.learning_rate import resolve_lr
 from timm_sscl.training.loaders import create_loaders
 from timm_sscl.training.loop import (
     agree_on_step, batches_left, begin_epoch, clip_gradients, count_update, end_of_batches, end_step, epochs_left,
-    finish_epoch, share_of_update, spike_packing, teacher_outputs, watch_layers)
+    finish_epoch, share_of_update, spike_packing, task_inputs, watch_layers)
 from timm_sscl.training.meters import layer_stats, scalar_terms
 from timm_sscl.training.neuron_init import prepare_neurons
 from timm_sscl.training.optimizer import create_optimizer_and_schedule
@@ -132,7 +132,8 @@ def prepare(args: Namespace, accelerator: Accelerator, stop: StopRequest, resour
     loaders = session.make_loaders()
     with blame_options({name: getattr(args, name) for name in LOSS_OPTIONS}, passing=(ValueError,)):
         task = create_task(
-            args, student, network, teacher_input, data_config, accelerator.device, loaders.mixup is not None)
+            args, student, network, teacher_input, data_config, accelerator.device, loaders.mixup is not None,
+            loaders.train.dataset)
     # one process decides, since the answer may change when it begins to write
     found = [find_run(args, root, data_config) if accelerator.is_main_process else None]
     folder, resume = broadcast_object_list(found)[0]
@@ -212,7 +213,7 @@ def train_step(training: Training, step: int, batch: Sequence[torch.Tensor]) -> 
             input, target = training.mixup(input, target)
         with accelerator.autocast(), spike_packing(args):
             input = training.prepare_input(input)
-            result = task(input, target, *teacher_outputs(training, input, index))
+            result = task(input, target, **task_inputs(training, input, index))
         accelerator.backward(result['loss'] * share_of_update(training, step))
         stop = agree_on_step(training, step, result)
         clip_gradients(training)

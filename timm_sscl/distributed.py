@@ -4,7 +4,7 @@ from typing import Iterator, List, Optional, Sequence
 import torch
 import torch.distributed as dist
 
-__all__ = ['gather_rows', 'blocks_in_turn', 'batch_counts', 'batch_mean', 'batch_share', 'world_size']
+__all__ = ['gather_rows', 'blocks_in_turn', 'batch_counts', 'batch_mean', 'batch_share', 'from_first', 'world_size']
 
 
 def world_size() -> int:
@@ -62,6 +62,13 @@ def blocks_in_turn(rows: torch.Tensor, counts: Sequence[int]) -> Iterator[torch.
         block = rows.contiguous() if own else rows.new_empty(rows.shape[0], count, *rows.shape[2:])
         dist.broadcast(block, rank)
         yield block
+
+
+def from_first(values: torch.Tensor) -> torch.Tensor:
+    """Return the first process's values on every process, in the same tensor."""
+    if world_size() > 1:
+        dist.broadcast(values, 0)
+    return values
 
 
 def batch_mean(values: torch.Tensor, count: int) -> torch.Tensor:

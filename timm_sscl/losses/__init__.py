@@ -3,6 +3,7 @@ from .at import attention_transfer
 from .bkdsnn import BKDSNNLoss, weighted_soft_loss
 from .cka import cka, hsic
 from .cka_loss import cka_loss, cka_of_taps
+from .crd import CRDLoss, crd_side
 from .critics import info_nce_loss, mi_lower_bound, nce_loss
 from .dist import DISTLoss, dist_loss
 from .dkd import DKDLoss, dkd_loss
@@ -33,14 +34,15 @@ from .weightings import (
     Weighting)
 
 __all__ = [
-    'BKDSNNLoss', 'CKAWeighting', 'Critic', 'DISTLoss', 'DKDLoss', 'EnOFLoss', 'FiringRateLoss', 'FixedWeighting',
-    'FlattenedProjection', 'HTAKLLoss', 'IMLoss', 'InfoNCECritic', 'InverseCKAWeighting', 'KDLoss', 'KDSNNFeatureLoss',
-    'LossOption', 'LossSpec', 'MEOMLoss', 'NCECritic', 'PooledProjection', 'Projection', 'QueuedCritic', 'RMPLoss',
-    'SSCLCriterion', 'SeAlKDLoss', 'ShuffledWeighting', 'StandardizedKDLoss', 'StepKDLoss', 'TETLoss', 'TSERLoss',
-    'TWSNNLoss', 'TrainStep', 'UncertaintyWeighting', 'UniformWeighting', 'Weighting', 'attention_transfer', 'cka',
-    'cka_loss', 'cka_of_taps', 'create_loss', 'dist_loss', 'dkd_loss', 'error_aware_loss', 'firing_rate_loss', 'hsic',
-    'hta_kl_loss', 'im_loss', 'info_nce_loss', 'kd_loss', 'kd_step_loss', 'list_losses', 'loss_compares_classes',
-    'loss_is_global', 'loss_needs', 'loss_spec', 'mi_lower_bound', 'nce_loss', 'next_step_loss', 'register_loss',
-    'rmp_loss', 'self_distillation_loss', 'similarity_loss', 'similarity_preserving', 'step_agreement_loss', 'tet_loss',
-    'unregister_loss', 'weighted_soft_loss',
+    'BKDSNNLoss', 'CKAWeighting', 'CRDLoss', 'Critic', 'DISTLoss', 'DKDLoss', 'EnOFLoss', 'FiringRateLoss',
+    'FixedWeighting', 'FlattenedProjection', 'HTAKLLoss', 'IMLoss', 'InfoNCECritic', 'InverseCKAWeighting', 'KDLoss',
+    'KDSNNFeatureLoss', 'LossOption', 'LossSpec', 'MEOMLoss', 'NCECritic', 'PooledProjection', 'Projection',
+    'QueuedCritic', 'RMPLoss', 'SSCLCriterion', 'SeAlKDLoss', 'ShuffledWeighting', 'StandardizedKDLoss', 'StepKDLoss',
+    'TETLoss', 'TSERLoss', 'TWSNNLoss', 'TrainStep', 'UncertaintyWeighting', 'UniformWeighting', 'Weighting',
+    'attention_transfer', 'cka', 'cka_loss', 'cka_of_taps', 'crd_side', 'create_loss', 'dist_loss', 'dkd_loss',
+    'error_aware_loss', 'firing_rate_loss', 'hsic', 'hta_kl_loss', 'im_loss', 'info_nce_loss', 'kd_loss',
+    'kd_step_loss', 'list_losses', 'loss_compares_classes', 'loss_is_global', 'loss_needs', 'loss_spec',
+    'mi_lower_bound', 'nce_loss', 'next_step_loss', 'register_loss', 'rmp_loss', 'self_distillation_loss',
+    'similarity_loss', 'similarity_preserving', 'step_agreement_loss', 'tet_loss', 'unregister_loss',
+    'weighted_soft_loss',
 ]

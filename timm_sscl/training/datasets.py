@@ -17,6 +17,7 @@ from timm_sscl.data.folders import classes_of
 from timm_sscl.data.items import FramesCheck, ImageCheck, as_pair
 from timm_sscl.data.registry import ARGUMENTS, TIMM_ARGUMENTS, is_own_dataset
 from timm_sscl.data.samples import Samples
+from timm_sscl.losses import loss_spec
 
 from .errors import OptionError, blame_options
 
@@ -116,11 +117,15 @@ def guard_samples(args: Namespace, datasets: Tuple[Any, Any], data_config: Dict[
     """
     guarded: List[Any] = []
     channels, *size = data_config['input_size']
+    indexed = [name for name in args.losses if loss_spec(name).needs_index]
     check = (FramesCheck((args.timesteps, channels, *size)) if is_event_dataset(args.dataset)
              else ImageCheck(channels))
     for dataset, training in zip(datasets, (not args.eval_only, False)):
         split = 'training' if training else 'validation'
         if isinstance(dataset, IterableDataset):
+            if training and indexed:
+                raise OptionError(f'--loss {", ".join(indexed)}: uses the indices of the samples, but the training '
+                                  f'data is a stream, which has none.')
             if training:
                 _logger.warning(
                     'The training data is a stream: a resumed run does not repeat its augmentation exactly.')
@@ -130,7 +135,8 @@ def guard_samples(args: Namespace, datasets: Tuple[Any, Any], data_config: Dict[
         check_metadata(dataset, split)
         cached = training and args.teacher_cache
         dataset = Samples(
-            dataset, num_classes, training, args.seed, args.max_unreadable, with_index=cached, check=check)
+            dataset, num_classes, training, args.seed, args.max_unreadable, check=check,
+            with_index=training and bool(cached or indexed))
         check_first(dataset, split)
         if cached:
             check_repeats(dataset)

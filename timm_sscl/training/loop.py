@@ -34,7 +34,7 @@ from .state import Training, collect_run_state
 __all__ = [
     'EpochProgress', 'epochs_left', 'begin_epoch', 'batches_left', 'watch_layers', 'end_step', 'end_of_batches',
     'finish_epoch', 'save_recovery', 'agree_on_step', 'check_weights', 'clip_gradients', 'count_update',
-    'share_of_update', 'spike_packing', 'teacher_outputs',
+    'share_of_update', 'spike_packing', 'task_inputs',
 ]
 
 _logger = logging.getLogger('train')
@@ -223,18 +223,28 @@ def spike_packing(args: Namespace) -> ContextManager:
     return packed_spikes() if args.pack_spikes else nullcontext()
 
 
-def teacher_outputs(training: Training, input: torch.Tensor, index: Sequence[torch.Tensor]) -> Tuple:
-    """--teacher-cache: return the cached teacher outputs of these samples as an extra argument of the task; else ()."""
-    cache = training.teacher_cache
+def task_inputs(training: Training, input: torch.Tensor, index: Sequence[torch.Tensor]) -> Dict[str, Any]:
+    """Return further arguments of the student's task: the indices of the samples if a loss uses them, and with
+    --teacher-cache the cached teacher outputs.
+
+    Args:
+        training: The training.
+        input: Images.
+        index: Indices of the samples, as the one item of a sequence; empty if the loader has none.
+    """
+    cache, task = training.teacher_cache, training.task
+    inputs: Dict[str, Any] = {}
+    if isinstance(task, SSCLTask) and task.index_losses:
+        inputs['index'], = index
     if cache is None:
-        return ()
+        return inputs
     teach: Callable[..., Any] = training.task.teach
     samples, = index
     if not cache.is_open:
         outputs = teach(input)
         with training.accelerator.local_main_process_first():
             cache.open(outputs)
-    return (cache(samples, partial(teach, input)),)
+    return {**inputs, 'taught': cache(samples, partial(teach, input))}
 
 
 def share_of_update(training: Training, step: int) -> float:

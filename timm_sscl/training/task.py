@@ -41,8 +41,9 @@ def create_task(
         data_config: Dict[str, Any],
         device: torch.device,
         mixes: bool,
+        dataset: Any = None,
 ) -> SSCLTask:
-    """Create the student's training task.
+    """Create the student's training task. `dataset` is the training set, whose size some losses need.
 
     Raises:
         OptionError: A loss needs labels, and mixup or cutmix make soft targets.
@@ -58,7 +59,8 @@ def create_task(
         task_loss_weight=1. if args.task_loss_weight is None else args.task_loss_weight,
         taps=parse_taps(args.sscl_taps), teacher_taps=parse_taps(args.sscl_teacher_taps),
         input_size=data_config['input_size'], renormalize=teacher_input.renormalize, teacher_size=teacher_input.size,
-        device=device, dtype=getattr(torch, args.model_dtype or 'float32'))
+        device=device, dtype=getattr(torch, args.model_dtype or 'float32'),
+        num_samples=len(dataset) if hasattr(dataset, '__len__') else None)
 
 
 def _because(losses: List[str], args: Namespace) -> str:
