@@ -8,6 +8,7 @@ import torch.nn as nn
 
 import timm_sscl
 from timm_sscl import SSCLTask
+from timm_sscl.neurons import lif_backend
 
 from trials import Trial
 
@@ -54,6 +55,7 @@ def as_arrays(module: nn.Module) -> State:
     return {name: tensor.detach().cpu().numpy().copy() for name, tensor in named_tensors(module).items()}
 
 
+@lif_backend('eager')  # a few images: compiling would take longer
 def initial_state(trial: Trial, classes: int, images: np.ndarray) -> State:
     """Return everything that a training starts with: weights, gains calibrated on these images, states of the losses.
     """
@@ -66,6 +68,7 @@ def initial_state(trial: Trial, classes: int, images: np.ndarray) -> State:
     return as_arrays(task.trainable_module)
 
 
+@lif_backend('eager')  # a few images: compiling would take longer
 def measure(trial: Trial, classes: int, state: State, images: np.ndarray) -> Tuple[Optional[float], Optional[float]]:
     """Return the firing rate, mean over layers, and the energy relative to the ANN's, of a trained student.
 
