@@ -108,8 +108,8 @@ class EpochBuffers:
         self.data, self.steps, self.batch = data, steps, batch
         device = data.train.device
         drawn = draw_epoch(0, 0, len(data.train), steps, batch, data.size)
-        self.order = drawn.order.to(device)
-        self.tables = {name: table.contiguous().to(device) for name, table in drawn.tables.items()}
+        self.order = drawn.order.to(device, copy=True)
+        self.tables = {name: table.contiguous().to(device, copy=True) for name, table in drawn.tables.items()}
         self.step = torch.zeros(1, dtype=torch.int64, device=device)
         self._classes = torch.arange(data.classes, device=device)
 

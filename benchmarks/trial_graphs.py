@@ -34,8 +34,7 @@ class Group:
         self._evaluate: Callable[[], None] = self._eager_evaluate
         self.captured = False
         if graph and self.device.type == 'cuda':
-            self._streams = [torch.cuda.Stream(self.device) for _ in self.replicas]
-            self._capture_all()
+            self.capture()
 
     # ---- eager
 
@@ -49,7 +48,11 @@ class Group:
 
     # ---- captured
 
-    def _capture_all(self) -> None:
+    def capture(self) -> None:
+        """Capture a training step and an evaluation step, after steps that create what is created lazily. The trials'
+        tensors are no longer initial then.
+        """
+        self._streams = [torch.cuda.Stream(self.device) for _ in self.replicas]
         for train in (True, False):
             for replica, stream in zip(self.replicas, self._streams):
                 replica.train_mode(train)
@@ -57,21 +60,20 @@ class Group:
                 stream.wait_stream(torch.cuda.current_stream())
                 with torch.cuda.stream(stream):
                     for _ in range(_WARMUP_STEPS if train else 1):
+                        replica.rewind()
                         replica.train_step() if train else replica.eval_step()
-                    replica.epoch_buffers.step.zero_()
-                    replica.update.zero_()
-                    replica.position.zero_()
+                    replica.rewind()
                     if train:
                         replica.optimizer.zero_grad(set_to_none=True)
             torch.cuda.synchronize()
-            graph = self._capture(train)
+            graph = self.record(train)
             if train:
                 self._train = graph.replay
             else:
                 self._evaluate = graph.replay
         self.captured = True
 
-    def _capture(self, train: bool) -> torch.cuda.CUDAGraph:
+    def record(self, train: bool) -> torch.cuda.CUDAGraph:
         """Capture one step of all replicas, each on its stream between a common start and a common end."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -120,8 +122,7 @@ class Group:
         """Return milliseconds of one training step of the whole group. There must be so many in an epoch."""
         for timed in (min(3, steps), steps):
             for replica in self.replicas:
-                replica.epoch_buffers.step.zero_()
-                replica.update.zero_()
+                replica.rewind()
             self.synchronize()
             began = time.perf_counter()
             self.train_steps(timed)
@@ -142,15 +143,17 @@ def check_replay(
 ) -> List[Tuple[str, float]]:
     """Check that replayed steps give the losses of eager ones, and that trials side by side don't touch each other.
 
-    Each trial is trained eagerly and alone in a fresh replica, then all are in one group.
+    Each trial is trained eagerly and alone, twice, in a fresh replica; then all are in one group, also twice, since a
+    second trial must not see the first one's state. The two eager runs show how far rounding goes: it differs where the
+    library adds in another order, and a spike may flip by it.
 
     Args:
         create: Create a replica.
         trials: One per replica.
         states: Their initial states.
         steps: Steps of the first epoch.
-        tolerance: Largest relative difference of a term. Rounding differs where the library chooses another algorithm,
-            and a spike may flip by it; a step that is skipped, counted twice or not restored changes a term by more.
+        tolerance: Largest relative difference of a term, or ten times that of the eager runs if this is more. A step
+            that is skipped, counted twice or not undone changes a term by more.
 
     Returns:
         Largest relative difference per trial.
@@ -158,19 +161,28 @@ def check_replay(
     Raises:
         RuntimeError: A term differs by more.
     """
-    expected = []
+    expected, rounding = [], []
     for trial, state in zip(trials, states):
-        alone = Group([create(trial)], graph=False)
-        alone.load([trial], [state])
-        expected += alone.train_steps(steps)
+        runs = []
+        for _ in range(2):
+            alone = Group([create(trial)], graph=False)
+            alone.load([trial], [state])
+            runs += alone.train_steps(steps)
+        expected.append(runs[0])
+        rounding.append(_difference(runs[1], runs[0]))
     group = Group([create(trial) for trial in trials])
     found = []
-    for _ in range(2):  # twice, since a second trial must not see the first one's state
+    for _ in range(2):
         group.load(trials, states)
-        for trial, ours, eager in zip(trials, group.train_steps(steps), expected):
-            difference = max(abs(ours[name] - eager[name]) / max(abs(eager[name]), 1e-6) for name in eager)
+        for trial, ours, eager, noise in zip(trials, group.train_steps(steps), expected, rounding):
+            difference = _difference(ours, eager)
             found.append((trial.name, difference))
-            if not difference <= tolerance:
+            if not difference <= max(tolerance, 10 * noise):
                 raise RuntimeError(f'{trial.name}: replayed losses {ours} differ from eager ones {eager} by '
-                                   f'{difference:.2g} > {tolerance:g}; the graph cannot be trusted.')
+                                   f'{difference:.2g} (eager ones by {noise:.2g}); the graph cannot be trusted.')
     return found
+
+
+def _difference(ours: Dict[str, float], theirs: Dict[str, float]) -> float:
+    """Return the largest relative difference of two sets of terms."""
+    return max(abs(ours[name] - theirs[name]) / max(abs(theirs[name]), 1e-6) for name in theirs)

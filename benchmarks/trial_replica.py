@@ -142,6 +142,11 @@ class Replica:
         for total in self.sums.values():
             total.zero_()
 
+    def rewind(self) -> None:
+        """Go to the first step, the first update and the first image to evaluate, without changing anything else."""
+        for index in (self.epoch_buffers.step, self.update, self.position):
+            index.zero_()
+
     def train_step(self) -> None:
         """Train on one batch, without waiting for the device."""
         images, targets = self.epoch_buffers.next(self.trial.timesteps == 0 and self.trial.teacher == 'strong')

@@ -98,7 +98,8 @@ class Speed:
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
         try:
-            replicas = create()
+            with lif_backend('eager'):  # compiling for the first state on the CPU would take a minute
+                replicas = create()
             with lif_backend(backend):
                 group = Group(replicas, graph)
                 ready = time.perf_counter() - began
@@ -124,9 +125,9 @@ class Speed:
     def profile(self) -> None:
         """Print the kernels of one eager step that take longest."""
         from torch.profiler import ProfilerActivity, profile
-        self.create(2)
-        group = Group(self.replicas[1:2], graph=False)
         with lif_backend('eager'):
+            self.create(2)
+            group = Group(self.replicas[1:2], graph=False)
             group.time_step(1)
             with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA][:1 + self.on_cuda]) as record:
                 group.time_step(1)
@@ -161,7 +162,8 @@ def main() -> None:
     speed = Speed(engine, Scale(args.set, args.set, classes, args.width), deadline)
     print(engine.facts, flush=True)
     speed.untrained_teacher(speed.trial('sscl'))
-    speed.check()
+    with lif_backend('eager'):
+        speed.check()
     speed.measure('eager neurons', 8)
     speed.measure('alone', 1)
     speed.measure('compiled neurons', 8, backend='auto')

@@ -1,8 +1,10 @@
 """Trials at toy size on the CPU: data, steps against a plain loop, resume, failures, plans and their phases."""
 import json
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ import trial_models
 import trial_replica
 import trial_rounds
 from trial_engine import Engine
+from trial_graphs import Group, check_replay
 from trials import Scale, Trial, decode_correct, encode_correct, read_results
 
 import timm_sscl
@@ -157,6 +160,93 @@ def test_learning_rates_warm_up_and_end_near_zero():
     assert np.allclose(np.diff(rates[:5]), (0.1 - 0.001) / 5) and rates[0] == 0.001
     assert rates[10] == pytest.approx(0.05 * (1 + np.cos(np.pi * 10 / 20)))  # timm counts the warm-up in
     assert 0 < rates[-1] < 0.002
+
+
+class _Replayed:
+    """Stands in for a captured graph on the CPU: its replay runs the steps that a capture would have recorded."""
+
+    def __init__(self, replicas, train):
+        self.replicas, self.train = replicas, train
+
+    def replay(self):
+        for replica in self.replicas:
+            replica.train_step() if self.train else replica.eval_step()
+
+
+@pytest.fixture
+def replaying_group(monkeypatch):
+    """A function that captures a group without CUDA. Streams do nothing."""
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, 'Stream', lambda device: stream)
+    monkeypatch.setattr(torch.cuda, 'stream', lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, 'current_stream', lambda: stream)
+    monkeypatch.setattr(torch.cuda, 'synchronize', lambda: None)
+    monkeypatch.setattr(Group, 'record', lambda self, train: _Replayed(self.replicas, train))
+
+    def create(replicas):
+        group = Group(replicas, graph=False)
+        group.capture()
+        return group
+    return create
+
+
+def test_warm_up_before_a_capture_does_not_count(data, replaying_group):
+    """A captured group, the steps before the capture undone, trains as a fresh replica does; the next trial, too."""
+    loaded = trial_data.load_device_set(data[0], 'toy', torch.device('cpu'), 8)
+    images = loaded.normalise(loaded.train[:8, :, 4:-4, 4:-4]).numpy()
+    trials = [_trial('ce', 1), _trial('tet', 2, losses={'tet': 1.}, optimizer=dict(opt='sgd', lr=0.1, momentum=0.9))]
+    states = [trial_models.initial_state(trial, 4, images) for trial in trials]
+    expected = []
+    for trial, state in zip(trials, states):
+        alone = Group([trial_replica.Replica(trial, loaded, None)])
+        assert not alone.captured
+        alone.load([trial], [state])
+        alone.train_epoch(0)
+        alone.train_epoch(1)
+        alone.evaluate()
+        expected.append((alone.replicas[0].means(), alone.replicas[0].evaluation()))
+    group = replaying_group([trial_replica.Replica(replace(trial, seed=7), loaded, None) for trial in trials])
+    assert group.captured
+    for _ in range(2):
+        group.load(trials, states)
+        group.train_epoch(0)
+        group.train_epoch(1)
+        group.evaluate()
+        for replica, (means, (top1, loss, correct)) in zip(group.replicas, expected):
+            assert replica.means() == means
+            assert replica.evaluation()[:2] == (top1, loss) and (replica.evaluation()[2] == correct).all()
+
+
+def test_replay_that_skips_a_step_is_found(data, replaying_group, monkeypatch):
+    loaded = trial_data.load_device_set(data[0], 'toy', torch.device('cpu'), 8)
+    trial = _trial('ce', 1, optimizer={'lr': 0.1})
+    states = [trial_models.initial_state(trial, 4, loaded.normalise(loaded.train[:8, :, 4:-4, 4:-4]).numpy())]
+
+    def create(trial):
+        return trial_replica.Replica(trial, loaded, None)
+
+    assert all(difference < 1e-3 for _, difference in check_replay(create, [trial], states, steps=2))
+    monkeypatch.setattr(Group, '__init__', _captured(Group.__init__))
+    check_replay(create, [trial], states, steps=2)
+    skipping = [False]
+
+    def replay(self):
+        skipping[0] = not skipping[0]
+        if skipping[0]:
+            self.replicas[0].train_step()
+
+    monkeypatch.setattr(_Replayed, 'replay', replay)
+    with pytest.raises(RuntimeError, match='cannot be trusted'):
+        check_replay(create, [trial], states, steps=2)
+
+
+def _captured(init):
+    """Capture every group that is asked to, without CUDA."""
+    def captured(self, replicas, graph=True):
+        init(self, replicas, False)
+        if graph:
+            self.capture()
+    return captured
 
 
 # ---- engine
