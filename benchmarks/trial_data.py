@@ -121,9 +121,14 @@ class EpochBuffers:
             table.copy_(drawn.tables[name])
         self.step.zero_()
 
+    @property
+    def index(self) -> torch.Tensor:
+        """Which images the next step has, (B,)."""
+        return self.order.index_select(0, self.step)[0]
+
     def next(self, strong: bool = False) -> Tuple[torch.Tensor, torch.Tensor]:
         """Return images and labels of the next step; with strong augmentation, soft targets (B, K)."""
-        index = self.order.index_select(0, self.step)[0]
+        index = self.index
         draws = {name: table.index_select(0, self.step)[0] for name, table in self.tables.items()}
         self.step.add_(1)
         images, labels = self.data.crop(index, draws), self.data.labels.index_select(0, index)

@@ -110,7 +110,7 @@ class Engine:
         """Return the future initial state of a trial."""
         data = self.images(trial.scale.data)
         images = data.normalise(data.train[:100, :, PAD:-PAD, PAD:-PAD]).cpu().numpy()
-        return self.submit(initial_state, trial, data.classes, images)
+        return self.submit(initial_state, trial, data.classes, images, len(data.train))
 
     def measure(self, trial: Trial, replica: Replica) -> Future:
         """Return the future firing rate and energy of a trained student."""

@@ -31,8 +31,15 @@ def teacher_model(trial: Trial, classes: int) -> nn.Module:
     return timm.create_model(trial.arch, num_classes=classes, width=trial.scale.width)
 
 
-def create_task(trial: Trial, student: nn.Module, teacher: Optional[nn.Module], size: int, device: Any) -> SSCLTask:
-    """Create the trial's losses. Their random parts depend on the seed alone."""
+def create_task(
+        trial: Trial,
+        student: nn.Module,
+        teacher: Optional[nn.Module],
+        size: int,
+        device: Any,
+        samples: int,
+) -> SSCLTask:
+    """Create the trial's losses for training images of this size and number. Random parts depend on the seed alone."""
     torch.manual_seed(trial.seed)
     losses, options = dict(trial.losses), {name: dict(given) for name, given in trial.loss_options.items()}
     if trial.step_ce:
@@ -42,7 +49,7 @@ def create_task(trial: Trial, student: nn.Module, teacher: Optional[nn.Module], 
         student, teacher if losses else None, losses=losses, loss_options=options,
         criterion=nn.CrossEntropyLoss(label_smoothing=float(trial.criterion.get('smoothing', 0.))),
         task_loss_weight=0. if trial.step_ce else trial.task_weight, input_size=(3, size, size), device=device,
-        verbose=False)
+        verbose=False, num_samples=samples)
 
 
 def named_tensors(module: nn.Module) -> Dict[str, torch.Tensor]:
@@ -56,15 +63,16 @@ def as_arrays(module: nn.Module) -> State:
 
 
 @lif_backend('eager')  # a few images: compiling would take longer
-def initial_state(trial: Trial, classes: int, images: np.ndarray) -> State:
-    """Return everything that a training starts with: weights, gains calibrated on these images, states of the losses.
+def initial_state(trial: Trial, classes: int, images: np.ndarray, samples: int) -> State:
+    """Return everything that a training on so many samples starts with: weights, gains calibrated on these images, and
+    states of the losses.
     """
     torch.set_num_threads(1)
     student = create_student(trial, classes)
     if trial.timesteps:
         timm_sscl.calibrate(student, torch.from_numpy(images))
     teacher = teacher_model(trial, classes) if trial.teacher else None
-    task = create_task(trial, student, teacher, images.shape[-1], torch.device('cpu'))
+    task = create_task(trial, student, teacher, images.shape[-1], torch.device('cpu'), samples)
     return as_arrays(task.trainable_module)
 
 

@@ -68,7 +68,7 @@ class Replica:
         student = create_student(trial, data.classes)
         if trial.timesteps:
             timm_sscl.calibrate(student, torch.randn(4, 3, data.size, data.size))  # `load` sets the gains
-        self.task = create_task(trial, student.to(device), teacher, data.size, device)
+        self.task = create_task(trial, student.to(device), teacher, data.size, device, len(data.train))
         self.steps = len(data.train) // trial.scale.batch_size
         self.epoch_buffers = EpochBuffers(data, self.steps, trial.scale.batch_size)
         self.tensors = named_tensors(self.task.trainable_module)
@@ -149,13 +149,14 @@ class Replica:
 
     def train_step(self) -> None:
         """Train on one batch, without waiting for the device."""
+        index = self.epoch_buffers.index
         images, targets = self.epoch_buffers.next(self.trial.timesteps == 0 and self.trial.teacher == 'strong')
         self.rate.copy_(self.rates.index_select(0, self.update)[0])
         if self._float_rates is not None:
             for group in self.optimizer.param_groups:
                 group['lr'] = self._float_rates[int(self.update)]
         self.optimizer.zero_grad(set_to_none=True)
-        result = self.task(images, targets)
+        result = self.task(images, targets, index=index)
         result['loss'].backward()
         self.optimizer.step()
         with torch.no_grad():

@@ -119,7 +119,7 @@ def test_steps_equal_a_plain_loop(data):
     loaded = trial_data.load_device_set(data[0], 'toy', torch.device('cpu'), 8)
     images = loaded.normalise(loaded.train[:8, :, 4:-4, 4:-4])
     replica = trial_replica.Replica(_trial(seed=1), loaded, None)
-    replica.load(trial, trial_models.initial_state(trial, 4, images.numpy()))
+    replica.load(trial, trial_models.initial_state(trial, 4, images.numpy(), 40))
 
     torch.manual_seed(5)
     model = timm.create_model('spiking_resnet20_cifar', timesteps=2, num_classes=4, width=4)
@@ -152,6 +152,24 @@ def test_steps_equal_a_plain_loop(data):
     assert top1 == pytest.approx(100 * (logits.argmax(1) == targets).float().mean().item())
     assert correct.tolist() == (logits.argmax(1) == targets).tolist()
     assert loss == pytest.approx(F.cross_entropy(logits, targets).item(), rel=1e-3)
+
+
+def test_losses_of_membranes_and_of_indices(data):
+    """The memory of crd knows the labels of the images that its steps had, by their places."""
+    losses = dict.fromkeys(('crd', 'im', 'rmp', 'bkdsnn', 'meom', 'seal_kd'), 0.1)
+    trial = _trial(losses=losses, loss_options=dict(crd=dict(num_negatives=8)), teacher='plain')
+    loaded = trial_data.load_device_set(data[0], 'toy', torch.device('cpu'), 8)
+    replica = trial_replica.Replica(trial, loaded, trial_models.teacher_model(trial, 4))
+    images = loaded.normalise(loaded.train[:8, :, 4:-4, 4:-4])
+    replica.load(trial, trial_models.initial_state(trial, 4, images.numpy(), 40))
+    replica.begin_epoch(1)
+    replica.train_mode(True)
+    for _ in range(2):
+        replica.train_step()
+    assert all(np.isfinite(value) for value in replica.means().values()) and {*losses} <= {*replica.means()}
+    labels = replica.task.trainable_module.losses['crd'].labels
+    seen = trial_data.draw_epoch(1, 1, 40, 2, 16, 16).order.flatten()
+    assert torch.equal(labels[seen], loaded.labels[seen]) and (labels == -1).sum() == 8
 
 
 def test_learning_rates_warm_up_and_end_near_zero():
