@@ -135,3 +135,45 @@ def test_calibration_and_macs_on_event_frames(frames):
     counts = report.macs(frames * 3)  # not binary: its MACs are MACs
     assert counts.by_module['conv1.0'] == dict(binary=0, fractional=0, analog=T * per_step)
     assert counts.total == binary.total
+
+
+# ---- the mean frame
+
+def test_a_teacher_may_see_the_mean_frame(frames):
+    student, plain = create('spiking_test_resnet', timesteps=T), create().eval()
+    teacher = accept_frames(create().eval(), frames='mean')
+    with torch.no_grad():
+        assert torch.equal(teacher(frames), plain(frames.mean(1)))
+        assert torch.equal(teacher(frames[:, 0]), plain(frames[:, 0]))  # images as before
+        copied = pickle.loads(pickle.dumps(teacher))
+        assert torch.equal(copied(frames), plain(frames.mean(1)))
+        assert not torch.allclose(teacher(frames), accept_frames(plain)(frames), atol=1e-3)  # the comparison can fail
+    task = SSCLTask(student, teacher, losses={'sscl': 1., 'kd': 1.}, input_size=(2, 32, 32), verbose=False)
+    logits, features = task.teach(frames)
+    with torch.no_grad():
+        final, stages = plain.forward_intermediates(frames.mean(1), indices=task.teacher_reader.indices)
+        expected = [*stages, plain.forward_head(final, pre_logits=True)]
+        assert torch.allclose(logits, plain(frames.mean(1)), atol=1e-6)  # the same convolutions in float32
+    assert [tuple(f.shape) for f in features] == [(1, *e.shape) for e in expected]
+    assert all(torch.allclose(f[0], e, atol=1e-5) for f, e in zip(features, expected))
+
+
+def test_sscl_loss_compares_with_the_mean_frame(frames):
+    student = create('spiking_test_resnet', timesteps=T).train()
+    losses = []
+    for seen, teacher_input in (('mean', None), ('each', frames.mean(1)), ('each', None)):
+        torch.manual_seed(0)
+        sscl = SSCLLoss(student, accept_frames(create().eval(), frames=seen), dim=4, input_size=(2, 32, 32))
+        student(frames)
+        losses.append(sscl(frames, teacher_input).item())
+        sscl.close()
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # float32
+    assert abs(losses[0] - losses[2]) > 1e-3
+
+
+def test_mean_frame_is_of_an_ann():
+    with pytest.raises(ValueError, match="frames='mean': is for an ANN"):
+        accept_frames(create('spiking_test_resnet', timesteps=T), frames='mean')
+    with pytest.raises(ValueError, match="frames='sum': must be one of each, mean"):
+        accept_frames(create(), frames='sum')
+    assert accept_frames(accept_frames(create(), 'mean')).frames_as == 'each'  # the last one counts

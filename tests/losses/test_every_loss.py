@@ -229,3 +229,14 @@ def test_soft_targets_are_refused_where_labels_are_needed(name):
     step.target = torch.full((B, K), 1 / K)
     with pytest.raises(ValueError, match=f"loss '{name}' needs one label per sample.*mixup"):
         _create(name)(step)
+
+
+@pytest.mark.parametrize('name', LOSSES)
+def test_state_is_changed_in_place(name):
+    """A captured CUDA graph goes on with the tensors that it saw."""
+    loss = _create(name)
+    state = {**dict(loss.named_buffers()), **dict(loss.named_parameters())}
+    for _ in range(2):
+        loss(_step(batch=8))
+    after = {**dict(loss.named_buffers()), **dict(loss.named_parameters())}
+    assert after.keys() == state.keys() and all(after[key] is tensor for key, tensor in state.items())

@@ -44,6 +44,26 @@ EVENTS = ['--dataset', 'events/cifar10dvs', '-T', '3', '--event-size', '32', '--
           '--event-roll', '2']
 
 
+@pytest.mark.parametrize('frames', ['each', 'mean'])
+def test_teacher_is_trained_on_the_frames_that_it_teaches_on(frames, bars, tmp_path, monkeypatch):
+    forward, rows = timm.models.ResNet.forward_features, []
+
+    def see(model, x):
+        if not hasattr(model, 'set_timesteps'):
+            rows.append(len(x))
+        return forward(model, x)
+
+    monkeypatch.setattr(timm.models.ResNet, 'forward_features', see)
+    run_here([*EVENTS, *TINY, '--data-dir', bars, '--loss', 'kd=1', '--teacher-frames', frames, '--experiment', 'run'],
+             tmp_path, monkeypatch)
+    assert max(rows) == (3 * 8 if frames == 'each' else 8) and len(rows) > 8  # its training and the student's
+
+
+def test_mean_frames_go_with_event_data():
+    with pytest.raises(OptionError, match='--teacher-frames mean: goes with event data'):
+        parse_args(['--teacher-frames', 'mean'])
+
+
 @pytest.mark.slow
 def test_aedat_files_go_in_and_a_trained_spiking_model_comes_out(bars, tmp_path, monkeypatch):
     run_here([*EVENTS, *TINY, '--data-dir', bars, '--epochs', '10', '--experiment', 'bars', '--loss', 'sscl=0.1,kd=1'],

@@ -17,7 +17,7 @@ from timm_sscl.losses.sscl import SSCLCriterion
 from timm_sscl.losses.sscl_parts import create_projection
 from timm_sscl.losses.weightings import Weighting
 
-from .frames_ann import fold_frames, takes_frames_folded
+from .frames_ann import as_mean_frame, fold_frames, takes_frames_folded
 from .sharing import check_nothing_shared
 from .teacher_input import TeacherInput, Transform
 from .trained_check import TrainedCheck
@@ -273,6 +273,7 @@ class SSCLLoss(nn.Module):
         self._teacher_recorder.check_attached()
         teacher: Any = self._teacher  # an attached loss has one
         teacher.eval()
+        x = as_mean_frame(unwrap_model(teacher), x)
         self._teacher_recorder.enabled = True
         try:
             with torch.no_grad():

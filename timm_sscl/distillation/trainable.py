@@ -9,7 +9,7 @@ from timm_sscl.features.membranes import MembraneRecorder
 from timm_sscl.features.rates import RateRecorder
 from timm_sscl.losses import TrainStep
 
-from .frames_ann import fold_frames, takes_frames_folded
+from .frames_ann import as_mean_frame, fold_frames, takes_frames_folded
 from .loss_terms import compute_terms
 from .tap_reader import Reader
 
@@ -82,8 +82,9 @@ def read_model(
 ) -> Tuple[torch.Tensor, Optional[List[torch.Tensor]]]:
     """Return logits of every timestep (T, B, K), and the features if there is a reader.
 
-    An ANN has T = 1. On event frames its logits and features are means over the frames.
+    An ANN has T = 1. On event frames its logits and features are means over the frames, or those of the mean frame.
     """
+    input = as_mean_frame(model, input)
     if takes_frames_folded(model, input):
         logits, features = read_model(model, reader, fold_frames(input))
         logits, *features = (_mean_over_frames(x, input.shape[1]) for x in (logits, *(features or ())))

@@ -7,6 +7,7 @@ from typing import Any, Dict, Mapping, Optional, Sequence, Tuple
 
 from timm_sscl.data.events.factory import is_event_dataset
 from timm_sscl.data.events.frames import FrameSettings
+from timm_sscl.distillation.frames_ann import FRAMES
 from timm_sscl.distillation.presets import PRESETS, resolve_losses
 
 from .errors import OptionError
@@ -60,6 +61,8 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> Tuple[argparse.Namespace
     _check(args, given | {name for name, value in layers.items() if value is not None})
     if is_event_dataset(args.dataset):
         _check_events(parser, args)
+    elif args.teacher_frames != FRAMES[0]:
+        raise OptionError(f'--teacher-frames {args.teacher_frames}: goes with event data.')
     args.losses = _losses(args)
     check_threshold_options(args)
     args.loss_options = resolve_loss_options(

@@ -7,6 +7,7 @@ from typing import Any, Dict
 from timm_sscl.conversion import list_variants
 from timm_sscl.conversion.gains import RMS, calibration_rule
 from timm_sscl.conversion.thresholds import PERCENTILE, conversion_rule
+from timm_sscl.distillation.frames_ann import FRAMES
 from timm_sscl.distillation.presets import PRESETS
 from timm_sscl.knobs import knob_help
 from timm_sscl.neurons import LIF, list_neurons, list_surrogates
@@ -135,6 +136,9 @@ def add_distillation_options(parser: argparse.ArgumentParser) -> None:
                        help='epochs to train the teacher for where there are no weights for it (--epochs)')
     group.add_argument('--teacher-size', type=int, nargs=2, default=None, metavar=('H', 'W'),
                        help='size of the teacher\'s images, resized from the student\'s (the same)')
+    group.add_argument('--teacher-frames', default=FRAMES[0], choices=FRAMES,
+                       help='of event data, the teacher sees each frame and its outputs are averaged, or sees their '
+                            'mean')
     group.add_argument('--teacher-mean', type=float, nargs='+', default=None, metavar='MEAN',
                        help='mean that the teacher\'s images were normalised by in its training (the student\'s)')
     group.add_argument('--teacher-std', type=float, nargs='+', default=None, metavar='STD', help='likewise, deviation')

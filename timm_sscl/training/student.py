@@ -155,10 +155,10 @@ def _share_stem(student: Any) -> None:
         raise OptionError(f'--share-stem: {error}') from error
 
 
-def place_model(args: Namespace, model: nn.Module) -> nn.Module:
-    """Adapt a model to event frames, --model-dtype and --channels-last."""
+def place_model(args: Namespace, model: nn.Module, frames: str = 'each') -> nn.Module:
+    """Adapt a model to event frames (see `accept_frames`), --model-dtype and --channels-last."""
     if is_event_dataset(args.dataset):
-        accept_frames(model)
+        accept_frames(model, frames)
     if args.model_dtype:
         model = model.to(getattr(torch, args.model_dtype))
     return model.to(memory_format=torch.channels_last) if args.channels_last else model

@@ -84,7 +84,9 @@ def create_teacher(args: Namespace, num_classes: int, data_config: Dict[str, Any
                      f'resized to {wanted[0]} x {wanted[1]}.')
     if pools_as_student(args):
         set_stem_pool(teacher, args.stem_pool)
-    return place_model(args, teacher), TeacherInput(
+    with blame_options(dict(teacher=name, teacher_frames=args.teacher_frames)):
+        teacher = place_model(args, teacher, args.teacher_frames)
+    return teacher, TeacherInput(
         wanted if wanted != tuple(size) else None, _renormalization(args, teacher, data_config))
 
 

@@ -17,7 +17,7 @@ _READ_BY: Dict[str, Sequence[str]] = {
     'sscl_weight': ('sscl', 'contrastive'), 'kd_weight': ('kd',),
 }
 _WEIGHTS = {'sscl_weight': 'sscl', 'kd_weight': 'kd'}  # weights for --distill; --loss contains its own
-_TEACHER = 'teacher', 'kd_model_name', 'teacher_checkpoint', 'teacher_pretrained', 'teacher_epochs'
+_TEACHER = 'teacher', 'kd_model_name', 'teacher_checkpoint', 'teacher_pretrained', 'teacher_epochs', 'teacher_frames'
 
 
 def check_loss_options(args: argparse.Namespace, given: Collection[str], losses: Dict[str, float]) -> None:
