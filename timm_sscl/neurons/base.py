@@ -1,6 +1,7 @@
 """SpikingNeuron: base class of all neurons. A neuron is one file with its settings, parameters and step."""
 from dataclasses import fields
-from typing import Any, Dict, Optional, Tuple
+from types import MappingProxyType
+from typing import Any, Dict, Mapping, Optional, Tuple
 
 import torch
 
@@ -71,6 +72,7 @@ class SpikingNeuron(Factors):
         top: Highest level of the output.
         needs_channels: Whether there are parameters per channel.
         per_step: Names of parameters whose first axis is the timestep.
+        lr_scales: Name of a parameter -> factor on its learning rate, which train.py applies.
         built_from: Names of settings that determine the initial parameters. They cannot be changed later.
         channels: Shape of parameters per channel.
 
@@ -89,6 +91,7 @@ class SpikingNeuron(Factors):
     top: Any = 1  # an int, which a subclass may compute
     needs_channels: Any = False  # a bool, which a subclass may compute
     per_step: Tuple[str, ...] = ()
+    lr_scales: Mapping[str, float] = MappingProxyType({})
     built_from: Tuple[str, ...] = ()
     channels: Optional[Tuple[int, ...]] = None
     part_of_model = False

@@ -26,11 +26,13 @@ class GLIF(SpikingNeuron):
 
     The gates a (leak: exponential or linear), b (input) and c (reset: hard or by subtraction), the decay d, the
     threshold V, the linear leak l, the reset r and the weight g_t of every timestep are sigmoids of the parameters. In
-    the forward, gates are 0 or 1 unless soft_gates is set. As in the authors' code, the reset takes effect one timestep
+    the forward, gates are 0 or 1 unless soft_gates is set. Their learning rate is a tenth of the others' (`lr_scales`).
+    As in the authors' code, the reset takes effect one timestep
     later.
     """
     per_step = ('input_weight',)
     built_from = ('per_channel',)
+    lr_scales = dict(gate_leak=.1, gate_input=.1, gate_reset=.1)
 
     @dataclass(frozen=True)
     class Settings(NeuronSettings):

@@ -3,7 +3,7 @@
 import math
 import warnings
 from dataclasses import dataclass
-from typing import Tuple
+from typing import Any, Tuple
 
 import torch
 import torch.nn as nn
@@ -96,7 +96,11 @@ class PSN(_Parallel):
 class MaskedPSN(PSN):
     """Masked parallel spiking neuron: a timestep depends on itself and the k - 1 before it; W is masked by a band.
 
-        W (m M + (1 - m) J), M the band, J all ones; the authors raise m from 0 to 1 during training, by hand
+        W (m M + (1 - m) J), M the band, J all ones
+
+    The authors raise m from 0 to 1 during training. Here `mask_warmup` does it: m = mask * progress / mask_warmup, at
+    most mask, with the progress of `set_progress`. The progress is then part of the state dict, since the output
+    depends on it.
     """
 
     @dataclass(frozen=True)
@@ -104,18 +108,42 @@ class MaskedPSN(PSN):
         """Settings of a masked PSN."""
         k: int = knob(2, 'number of steps that a step sees, itself included')
         mask: float = knob(1., 'm, from 0 (no mask) to 1')
+        mask_warmup: float = knob(0., 'share of the training in which m rises from 0 to mask, below 1; 0: m is mask')
 
         def check(self) -> None:
             _check_k(self.k)
             if not 0 <= self.mask <= 1:
                 raise ValueError(f'mask={self.mask}: must lie in [0, 1].')
+            if not 0 <= self.mask_warmup < 1:
+                raise ValueError(f'mask_warmup={self.mask_warmup}: is a share of the training and must lie in [0, 1); '
+                                 f'at 1 the mask would never be whole.')
+
+    def _keep_progress(self) -> None:
+        super()._keep_progress()
+        if not self.settings.mask_warmup:
+            self._buffers.pop('mask_progress', None)
+        elif 'mask_progress' not in self._buffers:
+            # in millionths: averaged copies of a model copy whole numbers and average others
+            like = next((b for b in self._buffers.values() if b is not None), torch.empty(()))
+            self.register_buffer('mask_progress', torch.zeros((), dtype=torch.int64, device=like.device))
+
+    def set_progress(self, progress: float) -> None:
+        super().set_progress(progress)
+        if 'mask_progress' in self._buffers:
+            self.mask_progress.fill_(round(progress * 1e6))
+
+    def mask_now(self) -> Any:
+        """Return m at the current progress of the training, a number or a 0-d tensor."""
+        if not self.settings.mask_warmup:
+            return self.settings.mask
+        return self.settings.mask * (self.mask_progress / (1e6 * self.settings.mask_warmup)).clamp(max=1.)
 
     @property
     def is_causal(self) -> bool:
-        return self.settings.mask == 1
+        return float(self.mask_now()) == 1
 
     def matrix(self) -> torch.Tensor:
-        weight, m = super().matrix(), self.settings.mask
+        weight, m = super().matrix(), self.mask_now()
         band = torch.ones_like(weight).tril().triu(1 - self.settings.k)
         return weight * (m * band + (1 - m))
 

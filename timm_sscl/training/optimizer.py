@@ -8,6 +8,8 @@ import torch.nn as nn
 from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
+from timm_sscl.neurons import SpikingNeuron
+
 from .errors import OptionError, blame_options
 
 __all__ = ['create_optimizer_and_schedule']
@@ -34,10 +36,32 @@ def create_optimizer_and_schedule(
         'opt', 'opt_kwargs', 'opt_eps', 'opt_betas', 'lr', 'momentum', 'weight_decay', 'layer_decay')
     with blame_options({name: getattr(args, name) for name in names}):
         optimizer = create_optimizer_v2(module, **{**optimizer_kwargs(cfg=args), **args.opt_kwargs})
+    _scale_rates(optimizer, module, scheduled=args.sched != 'none')
     names = 'sched', 'sched_on_updates', 'epochs', 'warmup_epochs', 'decay_epochs', 'lr_noise', 'min_lr'
     with blame_options({name: getattr(args, name) for name in names}):
         schedule, epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=updates_per_epoch)
     return optimizer, schedule, epochs
+
+
+def _scale_rates(optimizer: torch.optim.Optimizer, module: nn.Module, scheduled: bool) -> None:
+    """Move neurons' parameters with a learning rate of their own (`SpikingNeuron.lr_scales`) into groups of their own.
+
+    Args:
+        optimizer: A new optimizer.
+        module: The module that it trains.
+        scheduled: Whether timm's schedule will set the rates: it multiplies them by a group's 'lr_scale'.
+    """
+    scales = {neuron.get_parameter(name): scale for neuron in module.modules() if isinstance(neuron, SpikingNeuron)
+              for name, scale in neuron.lr_scales.items() if neuron._parameters.get(name) is not None}
+    for group in list(optimizer.param_groups):
+        own = [p for p in group['params'] if p in scales]
+        if own:
+            group['params'] = [p for p in group['params'] if p not in scales]
+        for scale in dict.fromkeys(scales[p] for p in own):
+            key = 'lr_scale' if scheduled else 'lr'
+            optimizer.add_param_group({
+                **group, key: group.get(key, 1.) * scale, 'params': [p for p in own if scales[p] == scale]})
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group['params']]
 
 
 def _check_optimizer_name(name: str) -> None:
