@@ -16,6 +16,24 @@ torch.set_num_threads(1)
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        '--plugin', action='append', default=[], metavar='FILE|MODULE',
+        help='import a plug-in first: tests of every neuron, norm, residual and loss then run for what it registers')
+
+
+def pytest_configure(config):
+    """Import the plug-ins before the files are collected, which list what is registered."""
+    from timm_sscl.training.plugins import describe_failure, import_plugin
+    for source in config.getoption('--plugin'):
+        try:
+            import_plugin(source)
+        except FileNotFoundError as error:
+            raise pytest.UsageError(f'--plugin: {error}') from error
+        except Exception as error:
+            raise pytest.UsageError(f'--plugin {describe_failure(source, error)}') from error
+
+
 def pytest_xdist_auto_num_workers(config):
     """Workers of `-n auto`: one per core for folders, four at most; none for single files, which start sooner alone."""
     if 'PYTEST_XDIST_AUTO_NUM_WORKERS' in os.environ:
