@@ -217,3 +217,22 @@ def test_a_neuron_that_runs_twice_has_two():
     recorder.begin()
     model(torch.randn(T * 4, 3))
     assert {k: u.shape for k, u in recorder.take().items()} == {'act': (T, 4, 3), 'act (2)': (T, 4, 1)}
+
+
+def test_a_head_that_is_read_twice_is_recorded_once(loss):
+    """Features before the classifier are read by a second pass of the head, in which a neuron runs again."""
+    register_loss('reads', needs_features=True, other_classes=True)(lambda step: step.student_features[-1].mean())
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            student, teacher = (
+                timm.create_model(name, num_classes=5, width=4, hidden_size=4, **kwargs).double()
+                for name, kwargs in (('spiking_resnet19_cifar_fc', dict(timesteps=2)), ('resnet19_cifar_fc', {})))
+        task = SSCLTask(student, teacher, {'membranes': 1., 'firing_rate': 1., 'reads': 1.}, input_size=(3, 32, 32),
+                        verbose=False).double().train()
+        task(*_batch())['loss'].backward()
+    finally:
+        unregister_loss('reads')
+    neurons = [name for name, module in student.named_modules() if isinstance(module, LIF)]
+    assert sorted(loss) == sorted(neurons) and 'head.pre_logits.act' in loss
+    assert not any(module.repeats for module in student.modules() if isinstance(module, LIF))

@@ -20,7 +20,7 @@ class NeuronHook:
         self.name = name
 
     def __call__(self, lif: SpikingNeuron, args: Tuple[Any, ...], out: torch.Tensor) -> None:
-        if self.recorder is not None and self.recorder.recording:
+        if self.recorder is not None and self.recorder.recording and not lif.repeats:
             self.recorder.record(self.name, lif, args[0], out)
 
 

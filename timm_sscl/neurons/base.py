@@ -75,6 +75,7 @@ class SpikingNeuron(Factors):
         lr_scales: Name of a parameter -> factor on its learning rate, which train.py applies.
         built_from: Names of settings that determine the initial parameters. They cannot be changed later.
         channels: Shape of parameters per channel.
+        repeats: Whether it now runs a second time on the same batch, which recorders ignore.
 
     Args:
         timesteps: Number of timesteps T in the first axis of the input.
@@ -95,6 +96,7 @@ class SpikingNeuron(Factors):
     built_from: Tuple[str, ...] = ()
     channels: Optional[Tuple[int, ...]] = None
     part_of_model = False
+    repeats = False
 
     def __init__(self, timesteps: int, channels: Optional[Tuple[int, ...]] = None, **settings: Any):
         super().__init__()
