@@ -50,6 +50,8 @@ from timm_sscl.training.option_ranges import check_choices, check_ranges
 from timm_sscl.training.options import ARGS_FILE, parse_args
 from timm_sscl.training.processes import create_accelerator, set_threads, setup_logging
 from timm_sscl.training.resume import find_run, options_as_yaml, restore
+from timm_sscl.training.run_report import try_to_report
+from timm_sscl.training.run_summary import run_command
 from timm_sscl.training.session import Session
 from timm_sscl.training.state import FitResult, Training, restore_random_state, start_training
 from timm_sscl.training.stop import StopRequest
@@ -93,7 +95,7 @@ def main(argv: Optional[List[str]] = None) -> None:
                 evaluate_only(args, accelerator, stop)
             return
         with report_resume_command(__file__, job.folder):
-            train(job, started)
+            train(job, started, run_command(__file__, argv))
     accelerator.end_training()
 
 
@@ -162,8 +164,8 @@ def prepare(args: Namespace, accelerator: Accelerator, stop: StopRequest, resour
     return job
 
 
-def train(job: Job, started: float) -> None:
-    """Train the teacher if it has no weights yet, then the student."""
+def train(job: Job, started: float, command: str) -> None:
+    """Train the teacher if it has no weights yet, then the student. `command` is stored in the summary."""
     args, accelerator = job.session.args, job.session.accelerator
     teacher_result = None
     if job.teacher is not None:
@@ -178,7 +180,9 @@ def train(job: Job, started: float) -> None:
         teacher_record=teacher_result.record if teacher_result else None)
     result = fit(training)
     if accelerator.is_main_process:
-        summarize(args, job.folder, job.student, teacher_result, result, job.report, time.time() - started)
+        summarize(
+            job.session, job.folder, job.student, teacher_result, result, job.report, time.time() - started, command)
+        try_to_report(args.report, job.folder)
 
 
 def fit(training: Training) -> FitResult:
@@ -197,8 +201,7 @@ def fit(training: Training) -> FitResult:
     if not metrics:
         metrics, rates = validate(training, training.epochs - 1)
     training.accelerator.wait_for_everyone()
-    best, best_epoch = (training.saver.best_metric, training.saver.best_epoch) if training.saver else (None, None)
-    return FitResult(dict(metrics), best, best_epoch, rates, training.step_rates if rates else {})
+    return training.result(metrics, rates)
 
 
 def train_step(training: Training, step: int, batch: Sequence[torch.Tensor]) -> bool:

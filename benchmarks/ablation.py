@@ -161,6 +161,7 @@ def command(
     options = {**scale.recipe, **(scale.teacher if is_teacher else scale.student), **run.options}
     options.update(
         data_dir=data, model_kwargs=f'width={scale.width}', seed=run.seed, output=folder.parent, experiment=folder.name,
+        no_report=True,
         model='resnet20_cifar' if is_teacher else 'spiking_resnet20_cifar')
     if threads is not None:
         options['threads'] = threads

@@ -21,12 +21,13 @@ IMAGES = ['--data-dir', 'images', '--model', 'spiking_test_resnet', '-T', '2', '
           '--epochs', '2', '--warmup-epochs', '0', '--workers', '0', '--output', 'out', '--experiment', 'run',
           '--distill', 'none', '--lr', '0.01', '--log-interval', '1', '--scale', '0.5', '1', '--threads', '1']
 TAUGHT = [a for a in IMAGES if a not in ('--distill', 'none')]
+NO_REPORT = ['--no-report']  # a report takes seconds; the tests of reports write them
 
 
 def launch(args, cwd):
     """Exit code and output of train.py under accelerate launch."""
     result = subprocess.run(
-        [sys.executable, '-m', 'accelerate.commands.launch', str(ROOT / 'train.py'), *args], cwd=cwd,
+        [sys.executable, '-m', 'accelerate.commands.launch', str(ROOT / 'train.py'), *args, *NO_REPORT], cwd=cwd,
         capture_output=True, text=True, timeout=600, env={**os.environ, 'PYTHONPATH': str(ROOT)})
     return result.returncode, result.stdout + result.stderr
 
@@ -49,7 +50,7 @@ class Server:
                          LOCAL_WORLD_SIZE=str(processes), TORCHELASTIC_USE_AGENT_STORE='True',
                          TORCHELASTIC_RESTART_COUNT='0')
             job['envs'] = [dict(group, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(processes)]
-        job.update(args=[str(a) for a in args], cwd=str(cwd), log=str(self.log))
+        job.update(args=[*map(str, args), *NO_REPORT], cwd=str(cwd), log=str(self.log))
         self.process.stdin.write(json.dumps(job) + '\n')
         self.process.stdin.flush()
         pids = json.loads(self.process.stdout.readline())
@@ -73,7 +74,7 @@ class Server:
 def run_here(args, cwd, monkeypatch):
     """Run train.py in this process, on one thread: other workers of the tests have the other cores."""
     monkeypatch.chdir(cwd)
-    args = [str(a) for a in args]
+    args = [*map(str, args), *([] if '--report' in args else NO_REPORT)]
     try:
         train.main(args if '--threads' in args else [*args, '--threads', '1'])
     finally:

@@ -18,6 +18,7 @@ from timm_sscl.losses import list_losses, unregister_loss
 from timm_sscl.training.refused_options import UNSUPPORTED
 from timm_sscl.training.option_groups import create_parser
 from timm_sscl.training.options import parse_args
+from timm_sscl.training.report_command import create_report_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted((ROOT / 'docs' / 'pages').glob('*.md'))
@@ -145,7 +146,8 @@ OTHERS = {  # of launchers, pytest, pip and the benchmarks
 
 
 def test_every_option_that_is_named_exists():
-    parsers = create_parser(), *(script.create_parser() for script in (ablation, compare, compare_results))
+    scripts = ablation, compare, compare_results
+    parsers = create_parser(), create_report_parser(), *(script.create_parser() for script in scripts)
     known = {option for parser in parsers for action in parser._actions for option in action.option_strings}
     known |= set(re.findall(r"'(--[a-z-]+)'", (ROOT / 'benchmarks/coverage.py').read_text()))
     named = set().union(*(re.findall(r'(?<![\w-])--[a-z][a-z_-]*[a-z]', file.read_text()) for file in TEXTS))

@@ -2,6 +2,7 @@
 import json
 import logging
 import pickle
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -44,6 +45,26 @@ def test_main_job_tells_what_it_does_and_leaves_its_files(main_run):
     assert f"{facts['teacher']['top1']:.2f} top-1" in log
     assert facts['firing_rates'] and all(0 <= rate <= 1 for rate in facts['firing_rates'].values())
     assert yaml.safe_load((run / 'args.yaml').read_text())['tau'] == 0.5
+
+
+@pytest.mark.slow
+def test_closing_summary_is_short_and_names_the_extreme_layers(main_run):
+    cwd, log = main_run
+    closing = log[log.rindex('Teacher   '):].splitlines()
+    closing = closing[:next(i for i, line in enumerate(closing) if line.startswith('Time')) + 1]
+    assert len(closing) <= 15
+    facts = json.loads((cwd / 'out' / 'run' / 'summary.json').read_text())
+    rates, text = facts['firing_rates'], '\n'.join(closing)
+    for title, layer in (('least', min(rates, key=rates.get)), ('most', max(rates, key=rates.get))):
+        assert re.search(rf'{title} +{re.escape(layer)} {rates[layer]:.3f}', text)
+    assert f'{list(rates)[-1]} {rates[list(rates)[-1]]:.3f}' in text.split('deepest')[1]
+    model = timm.create_model('spiking_test_resnet', num_classes=10)
+    assert facts['parameters'] == sum(p.numel() for p in model.parameters())
+    assert facts['energy']['spiking_uj'] == pytest.approx(
+        4.6e-6 * facts['energy']['macs'] + .9e-6 * facts['energy']['additions'], rel=1e-12)
+    assert facts['images_per_second'] > 0 and facts['versions']['timm'] == timm.__version__
+    assert facts['command'].startswith('accelerate launch ') and '--tau 0.5 --v-threshold 0.75' in facts['command']
+    assert facts['arguments'] == yaml.safe_load((cwd / 'out' / 'run' / 'args.yaml').read_text())
 
 
 @pytest.mark.slow

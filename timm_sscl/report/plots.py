@@ -138,7 +138,8 @@ def plot_energy(energy: Energy, ax: Optional[Any] = None) -> Any:
             color=STUDENT, label=f'spiking: additions at {AC_PJ} pJ')
     ax.barh([i + .2 for i in places], [layer.ann for layer in layers], .38, color='#999999',
             label=f'real-valued, one timestep: MACs at {MAC_PJ} pJ')
-    ax.set(ylim=(len(names) - .5, -.5), xlabel='microjoules per image')
+    longest = max([0., *(max(layer.spiking, layer.ann) for layer in layers)])
+    ax.set(xlim=(0, 1.05 * longest or 1), ylim=(len(names) - .5, -.5), xlabel='microjoules per image')
     _name_layers(ax, 'y', names, list(places))
     ax.legend(fontsize=8)
     return ax

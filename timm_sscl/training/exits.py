@@ -16,7 +16,7 @@ from .process_failures import ProcessDied, as_process_failure
 from .stop import Interrupted
 
 __all__ = ['NonFiniteLoss', 'OtherProcessFailed', 'INPUT_ERRORS', 'DATA_ERRORS', 'RUN_ERRORS', 'exit_with_line',
-    'name_dead_processes', 'one_line_errors', 'report_resume_command', 'resume_command']
+    'name_dead_processes', 'one_line_errors', 'report_resume_command', 'resume_command', 'launcher']
 
 
 class NonFiniteLoss(RuntimeError):
@@ -90,13 +90,16 @@ def report_resume_command(script: str, folder: Optional[Path] = None) -> Iterato
         exit_with_line(error, 128 + error.signal_number if isinstance(error, Interrupted) else 1)
 
 
-def resume_command(script: str, folder: Path) -> str:
-    """Return the command that continues the run in this folder, with the launcher of this run."""
+def launcher() -> str:
+    """Return the launcher of this run as written on the command line."""
     precision = os.environ.get('ACCELERATE_MIXED_PRECISION', 'no')
     if 'TORCHELASTIC_RUN_ID' in os.environ:
         processes = os.environ.get('LOCAL_WORLD_SIZE', os.environ.get('WORLD_SIZE', '1'))
-        launcher = f'torchrun --nproc_per_node {processes}'
-        launcher = launcher if precision == 'no' else f'ACCELERATE_MIXED_PRECISION={precision} {launcher}'
-    else:
-        launcher = 'accelerate launch' + ('' if precision == 'no' else f' --mixed_precision {precision}')
-    return f'{launcher} {os.path.relpath(script)} --resume {folder}'
+        command = f'torchrun --nproc_per_node {processes}'
+        return command if precision == 'no' else f'ACCELERATE_MIXED_PRECISION={precision} {command}'
+    return 'accelerate launch' + ('' if precision == 'no' else f' --mixed_precision {precision}')
+
+
+def resume_command(script: str, folder: Path) -> str:
+    """Return the command that continues the run in this folder, with the launcher of this run."""
+    return f'{launcher()} {os.path.relpath(script)} --resume {folder}'

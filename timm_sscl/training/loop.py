@@ -133,6 +133,9 @@ def end_step(
     progress.images += len(input) * accelerator.num_processes
     training.steps_done += 1
     last = step + 1 == steps
+    if last:
+        training.images_done += progress.images
+        training.seconds += time.time() - progress.began
     logs = last or (step + 1) % args.log_interval == 0
     rate = progress.images / (time.time() - progress.began)
     progress.line.update(partial(_progress_text, training, steps, step + 1, rate), logs, last=last)

@@ -236,6 +236,8 @@ def _add_misc(parser: argparse.ArgumentParser) -> None:
                        help='root of all runs and teachers (./output)')
     group.add_argument('--experiment', default='', type=home_path, metavar='NAME', help='name of the run\'s folder')
     group.add_argument('--eval-metric', default='top1', type=str, metavar='METRIC', choices=['top1', 'top5', 'loss'])
+    group.add_argument('--report', action=argparse.BooleanOptionalAction, default=None,
+                       help='write report.html at the end of the run (where the extra `report` is installed)')
     group.add_argument('--report-to', default=None, type=str, metavar='TRACKER',
                        help='tensorboard, wandb, ... (Accelerate)')
 

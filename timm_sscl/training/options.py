@@ -9,6 +9,7 @@ from timm_sscl.data.events.factory import is_event_dataset
 from timm_sscl.data.events.frames import FrameSettings
 from timm_sscl.distillation.frames_ann import FRAMES
 from timm_sscl.distillation.presets import PRESETS, resolve_losses
+from timm_sscl.report.extra import MISSING, can_report
 
 from .errors import OptionError
 from .loss_options import resolve_loss_options
@@ -164,6 +165,8 @@ def _check(args: argparse.Namespace, given: set) -> None:
     if args.amp and args.model_dtype not in (None, 'float32'):
         raise OptionError(f'--amp and --model-dtype {args.model_dtype} both set the precision; --amp is for '
                           f'float32 models.')
+    if args.report and not can_report():
+        raise OptionError(f'--report: matplotlib and jinja2 are not both installed; {MISSING}.')
     if not args.val_split:
         raise OptionError("--val-split '': every run is validated here; name the split.")
     if args.drop_path is None and args.drop_connect is not None:

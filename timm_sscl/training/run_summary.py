@@ -1,7 +1,19 @@
-"""Describe a run's best epoch on the terminal and in summary.json."""
-from typing import Any, Dict, Optional
+"""Describe a run on the terminal and in summary.json: best epoch, firing rates, command, versions."""
+import os
+import platform
+import shlex
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Dict, List, Optional, Sequence
 
-__all__ = ['best_epoch_facts', 'best_epoch_text', 'last_epoch_text']
+from timm_sscl.report import mean_per_step
+
+from .exits import launcher
+
+__all__ = ['best_epoch_facts', 'best_epoch_text', 'last_epoch_text', 'firing_lines', 'library_versions',
+           'run_command']
+
+_SHOWN = 3  # number of layers that a line of the closing table names
 
 
 def best_epoch_facts(
@@ -37,3 +49,42 @@ def last_epoch_text(last: Dict[str, float]) -> str:
     """Return the text on the top-1 after the last epoch, of the model and of the averaged model if there is one."""
     average = f' ({last["top1_ema"]:.2f} of the averaged model)' if 'top1_ema' in last else ''
     return f'{last["top1"]:.2f} top-1 after the last epoch{average}'
+
+
+def firing_lines(rates: Dict[str, float], step_rates: Dict[str, List[float]]) -> List[str]:
+    """Return lines on the firing rates: their mean, the most silent, the busiest and the deepest layers.
+
+    Args:
+        rates: Layer -> firing rate, in the order of the calls.
+        step_rates: Layer -> firing rate at every timestep.
+    """
+    if not rates:
+        return []
+    ranked = sorted(rates, key=lambda name: rates[name])
+    mean, steps = sum(rates.values()) / len(rates), ' '.join(f'{rate:.3f}' for rate in mean_per_step(step_rates))
+    lines = [f'Firing    {mean:.3f} spikes per neuron and timestep, the mean of {len(rates)} layers; at every '
+             f'timestep: {steps}']
+    for title, names in (('least', ranked[:_SHOWN]), ('most', ranked[::-1][:_SHOWN]), ('deepest', [*rates][-_SHOWN:])):
+        lines.append(f'          {title:<8}' + ', '.join(f'{name} {rates[name]:.3f}' for name in names))
+    return lines
+
+
+def library_versions() -> Dict[str, str]:
+    """Return the versions of Python and of the libraries that a run's numbers depend on."""
+    versions = dict(python=platform.python_version())
+    for name in ('timm_sscl', 'torch', 'torchvision', 'timm', 'accelerate', 'numpy'):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:  # run from its source folder
+            versions[name] = getattr(sys.modules.get(name), '__version__', 'not installed')
+    return versions
+
+
+def run_command(script: str, argv: Optional[Sequence[str]]) -> str:
+    """Return the command that started this run, with the launcher.
+
+    Args:
+        script: File of the running script.
+        argv: Its arguments; None takes sys.argv's.
+    """
+    return shlex.join([*launcher().split(), os.path.relpath(script), *map(str, sys.argv[1:] if argv is None else argv)])

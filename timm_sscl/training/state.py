@@ -69,6 +69,8 @@ class Training:
         read_failure: Error of this process when reading the current batch.
         started: Time when this process began to train.
         steps_done: Number of steps that this process has done.
+        images_done: Number of images trained on in them, over all processes.
+        seconds: Time that the steps took.
     """
     name: str
     args: Namespace
@@ -98,11 +100,19 @@ class Training:
     read_failure: Optional[Exception] = None
     started: float = field(default_factory=time.time)
     steps_done: int = 0
+    images_done: int = 0
+    seconds: float = 0.
 
     @property
     def accelerator(self) -> Accelerator:
         """Accelerator of the run."""
         return self.session.accelerator
+
+    def result(self, metrics: Dict[str, float], rates: Dict[str, float]) -> 'FitResult':
+        """Return the result of the training, from its last metrics and firing rates."""
+        best, epoch = (self.saver.best_metric, self.saver.best_epoch) if self.saver else (None, None)
+        speed = self.images_done / self.seconds if self.seconds else None
+        return FitResult(dict(metrics), best, epoch, rates, self.step_rates if rates else {}, speed)
 
 
 class FitResult(NamedTuple):
@@ -112,6 +122,7 @@ class FitResult(NamedTuple):
     best_epoch: Optional[int]
     firing_rates: Dict[str, float]  # firing rates of the last epoch on the validation set; empty for an ANN
     step_rates: Dict[str, List[float]]  # firing rates at every timestep
+    images_per_second: Optional[float] = None  # of the training, over all processes; None if no step was left
 
 
 def prepare_input(args: Namespace, input: torch.Tensor, change: Optional[Callable] = None) -> torch.Tensor:

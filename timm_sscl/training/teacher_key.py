@@ -44,7 +44,7 @@ IRRELEVANT = frozenset((
     'device', 'device_modules', 'threads', 'local_rank', 'synchronize_step', 'deterministic', 'channels_last',
     'workers', 'pin_mem', 'no_prefetcher', 'output', 'experiment', 'log_interval', 'save_images', 'report_to',
     'checkpoint_hist', 'recovery_interval', 'resume', 'no_resume_opt', 'start_epoch', 'config', 'dataset_download',
-    'dataset_trust_remote_code', 'max_unreadable',
+    'dataset_trust_remote_code', 'max_unreadable', 'report',
     'plugin',  # contained in the key as digests of the files that define the teacher, the data set or the optimizer
     'seed',  # runs with different seeds share one teacher
 ))
