@@ -1,10 +1,10 @@
 """Draw spikes, firing rates, CKA maps and energy on matplotlib axes."""
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
 
-from .cka_map import CKAMap
 from .energy import AC_PJ, MAC_PJ, Energy
 from .extra import from_extra
 from .firing import FiringRates
+from .similarity import CKAMap
 from .spikes import SpikeRecord
 
 __all__ = ['plot_raster', 'plot_firing_rates', 'plot_cka_map', 'plot_energy', 'STUDENT', 'TEACHER', 'PALETTE']
