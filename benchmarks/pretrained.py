@@ -22,9 +22,10 @@ import torch
 import torch.nn as nn
 import yaml
 from timm.data import create_loader, resolve_data_config
+from timm.models import load_checkpoint
 from torch.utils.data import Subset
 
-from timm_sscl import calibrate, convert_ann, convert_to_spiking
+from timm_sscl import calibrate, convert_ann, convert_to_qcfs, convert_to_spiking
 from timm_sscl.data import create_dataset
 
 VARIANTS = {
@@ -53,8 +54,11 @@ def create_ann(run: Path) -> Tuple[nn.Module, Dict[str, Any]]:
     if facts['timesteps']:
         raise SystemExit(f'{run} trained {facts["model"]}, which spikes; this starts from an ANN.')
     classes = options['num_classes'] or len(create_set(options, 'val_split', False).reader.class_to_idx)
-    return timm.create_model(options['model'], num_classes=classes, checkpoint_path=str(run / 'last.pth.tar'),
-                             **(options['model_kwargs'] or {})).eval(), options
+    model = timm.create_model(options['model'], num_classes=classes, **(options['model_kwargs'] or {}))
+    if options.get('qcfs'):
+        convert_to_qcfs(model, options['qcfs'])
+    load_checkpoint(model, str(run / 'last.pth.tar'))
+    return model.eval(), options
 
 
 def create_set(options: Dict[str, Any], split: str, training: bool) -> Any:

@@ -37,6 +37,8 @@ def add_spiking_options(parser: argparse.ArgumentParser) -> None:
                             'training')
     group.add_argument('--qcfs', type=int, default=None, metavar='LEVELS',
                        help='train an ANN whose ReLUs are QCFS activations with this number of levels, for convert_ann')
+    group.add_argument('--qcfs-threshold', type=float, default=8., metavar='V',
+                       help='--qcfs: initial threshold; it is trained')
     _add_variant_options(group)
     group.add_argument('--stem-pool', default=None, choices=['avg'],
                        help='average pooling in a ResNet\'s stem, as in the paper; the student\'s own ANN has it too')

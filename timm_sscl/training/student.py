@@ -143,7 +143,7 @@ def _convert_to_qcfs(student: nn.Module, args: Namespace) -> None:
         raise OptionError(f'--qcfs {args.qcfs}: {args.model} spikes; train the ANN with it (--model '
                           f'{args.model.removeprefix(PREFIX)}), then convert_ann makes it spike.')
     try:
-        convert_to_qcfs(student, args.qcfs)
+        convert_to_qcfs(student, args.qcfs, args.qcfs_threshold)
     except ValueError as error:
         raise OptionError(f'--qcfs {args.qcfs}: {error}') from error
 
