@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from timm_sscl.neurons import SpikingNeuron
 from .revive import revive_zeros
 from .model import SpikingModule
+from .pool_first import pooled_current
 from .rules import ThresholdRule, rule_maker
 from .rules.base import Rule
 from timm_sscl.untouched import undone_on_error, untouched
@@ -177,7 +178,7 @@ class _Drive:
 
     def measure(self, lif: SpikingNeuron, args: Tuple[torch.Tensor]) -> None:
         self.ran(self)
-        x = args[0].detach()
+        x = pooled_current(lif, args[0].detach())
         self.squares.append(x.to(torch.promote_types(x.dtype, torch.float32)).square().mean().item())
         dtype = None if self.rule is None else torch.promote_types(x.dtype, torch.float32)
         self.gain = torch.tensor(self._gain(x), device=x.device, dtype=dtype)

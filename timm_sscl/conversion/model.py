@@ -22,6 +22,7 @@ from timm_sscl.neurons import SpikingNeuron, neuron_class
 from timm_sscl.neurons.folding import enter_fold, folding_model, leave_fold
 from timm_sscl.untouched import undone_on_error
 from .notrace import functions_as_nodes
+from .pool_first import set_pool_first
 from .report import SpikingReport, make_report
 from .settings import SETTINGS_KEY, SpikingSettings
 from .state import SpikingState
@@ -263,6 +264,8 @@ class SpikingModule(SpikingState, Mixin):
                 self._report = swap_modules(self, settings)
             if settings.calls is not None or before.calls is not None:
                 set_calls(self, settings.calls)
+            if again or settings.pool_first != before.pool_first:
+                set_pool_first(self, settings.pool_first)
             self._configure()
             give_channels(self)
 

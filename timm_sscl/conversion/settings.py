@@ -67,6 +67,7 @@ class SpikingSettings:
     stem_pool: Optional[str] = None  # 'avg': average pooling in the stem, see set_stem_pool
     norm: Optional[str] = None  # registered name of a norm variant, e.g. 'tdbn'
     calls: Optional[Tuple[str, ...]] = None  # 'name:n': neurons with one copy per call, see set_calls
+    pool_first: Optional[Tuple[str, ...]] = None  # 'neuron:pooling': neurons that fire after their max pooling
     allow_analog: bool = False  # whether unknown nonlinear operations may stay analog
     neuron: str = 'lif'  # registered name
     neuron_kwargs: Pairs = ()  # options of the neuron by name; LIF options are moved to the fields above
@@ -96,7 +97,7 @@ class SpikingSettings:
         for kind, variant in self.variants().items():
             if kind in WITH_OPTIONS:
                 object.__setattr__(self, f'{kind}_kwargs', _pairs(variant.settings.at(self.timesteps)))
-        if self.include or self.exclude or self.calls or any(getattr(self, name) for name in _KWARGS):
+        if any(getattr(self, name) for name in ('include', 'exclude', 'calls', 'pool_first', *_KWARGS)):
             encode(self.stored())
 
     def __repr__(self) -> str:

@@ -13,6 +13,7 @@ from .fused import return_to_fused_path
 from .hidden_activations import take_neuron
 from .plan import ConversionRecord, Plan
 from .policy import Policy
+from .pool_first import set_pool_first
 from .settings import SpikingSettings
 
 __all__ = ['swap_modules', 'current_records', 'audit_records', 'unswap_modules']
@@ -88,6 +89,7 @@ def audit_records(model: nn.Module) -> List[ConversionRecord]:
 
 def unswap_modules(model: nn.Module) -> None:
     """Restore the activations that neurons replaced below model, in place."""
+    set_pool_first(model, None)
     set_calls(model, None)
     like = next(model.parameters(), torch.zeros(()))
     for module in list(model.modules()):

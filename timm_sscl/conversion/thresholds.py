@@ -16,6 +16,8 @@ from .ann_obstacles import ann_obstacles
 from .call_sites import find_calls
 from .convert import convert_to_spiking
 from .model import SpikingModule
+from .pool_first import pooled_current
+from .pool_pairs import find_pool_pairs
 from .qcfs import QCFS, check_learned
 from .rules import ThresholdRule, rule_maker
 from .rules.base import Rule
@@ -39,6 +41,7 @@ def convert_ann(
         percentile: float = 100.,
         rule: Rule = PERCENTILE,
         factor: float = 1.,
+        pool_first: bool = False,
 ) -> nn.Module:
     """Convert a trained ReLU network to a spiking network with approximately the same output, in place.
 
@@ -47,7 +50,7 @@ def convert_ann(
     output over T is then the activation, rounded to multiples of threshold / T and clipped to the threshold. More
     timesteps reduce the error. Gains and scales are in the state_dict; `fold_gains` folds them into the surrounding
     weights where that is exact. A ReLU that runs several times in a forward becomes one neuron per call. Max pooling
-    takes the maximum of the spikes at every timestep, which overestimates the maximum of the rates.
+    takes the maximum of the spikes at every timestep, which overestimates the maximum of the rates; see `pool_first`.
 
     Rules (`list_threshold_rules()`):
 
@@ -68,6 +71,8 @@ def convert_ann(
             'percentile'.
         rule: Name of a threshold rule, a subclass of ThresholdRule, or a functools.partial of one.
         factor: Factor on the thresholds that are measured, above 0. The thresholds of QCFS stay.
+        pool_first: Whether a neuron whose spikes only an nn.MaxPool2d takes fires after it: it integrates the maximum
+            of the current, as in LTB. Features that are read at this neuron are then those after the pooling.
 
     Returns:
         The model itself, spiking.
@@ -91,6 +96,10 @@ def convert_ann(
     calls = model.settings.calls or find_calls(model, images[:1])
     model._set_settings(replace(
         model.settings, timesteps=timesteps, calls=calls, neuron='lif', neuron_kwargs=(), **INTEGRATE_AND_FIRE))
+    if pool_first:
+        pairs = find_pool_pairs(model, images[:1])
+        model._set_settings(replace(model.settings, pool_first=pairs))
+        _logger.info(f'{type(model).__name__}: {len(pairs or ())} neurons fire after their max pooling.')
     measured = _Measured(model, make, per_channel, factor)
     measured.behind_spikes(images) if spiking else measured.as_ann(images)
     thresholds = measured.thresholds()
@@ -237,8 +246,8 @@ class _Measured:
 
 
 def _activation(lif: SpikingNeuron, x: torch.Tensor) -> torch.Tensor:
-    """Return the activation that a neuron replaced, applied to a copy of x."""
-    return lif.replaced.forward(x.clone())  # not by calling the module: its hooks are the neuron's
+    """Return the activation that a neuron replaced, applied to a copy of the current x."""
+    return lif.replaced.forward(pooled_current(lif, x.clone()))  # not by calling the module: its hooks are the neuron's
 
 
 def _threshold(rule: ThresholdRule, factor: float) -> torch.Tensor:
