@@ -11,7 +11,9 @@ from .ann_obstacles import RECTIFIERS, obstacles_by_class
 from .plan import Plan
 from .policy import Policy
 
-__all__ = ['QCFS', 'check_learned', 'convert_to_qcfs']
+__all__ = ['QCFS', 'QCFS_THRESHOLD', 'check_learned', 'convert_to_qcfs']
+
+QCFS_THRESHOLD = 8.  # before the training
 
 
 class _Floor(torch.autograd.Function):
@@ -44,7 +46,7 @@ class QCFS(nn.Module):
         ValueError: levels is not a positive whole number, or threshold is not positive and finite.
     """
 
-    def __init__(self, levels: int = 8, threshold: float = 8.):
+    def __init__(self, levels: int = 8, threshold: float = QCFS_THRESHOLD):
         super().__init__()
         if isinstance(levels, bool) or not isinstance(levels, int) or levels < 1:
             raise ValueError(f'levels={levels!r}: must be a whole number of levels, 1 or more.')
@@ -70,7 +72,7 @@ def check_learned(model: nn.Module) -> None:
                              f'{module.threshold.item():.3g}, which no neuron can have; it must be finite and above 0.')
 
 
-def convert_to_qcfs(model: nn.Module, levels: int = 8, threshold: float = 8.) -> nn.Module:
+def convert_to_qcfs(model: nn.Module, levels: int = 8, threshold: float = QCFS_THRESHOLD) -> nn.Module:
     """Replace the ReLUs of an ANN by QCFS activations, in place. Train it, then call `convert_ann`.
 
     Every ReLU or ReLU6 module becomes a QCFS with a threshold of its own, a new parameter `<name>.threshold` in the

@@ -4,7 +4,8 @@ import inspect
 import textwrap
 from typing import Any, Iterator, List, Tuple
 
-from timm_sscl.conversion import list_variants
+from timm_sscl.conversion import list_threshold_rules, list_variants
+from timm_sscl.conversion.gains import RMS
 from timm_sscl.conversion.variants.registry import create_variant
 from timm_sscl.data.registry import ARGUMENTS, TIMM_ARGUMENTS, dataset_entry, list_datasets
 from timm_sscl.neurons import list_neurons, list_surrogates
@@ -21,7 +22,8 @@ _SET_BY_TRAINING = 'progress',
 
 
 def describe_registered() -> str:
-    """Return a text with all registered losses, neurons, surrogates, norms, residuals and data sets, and their options.
+    """Return a text with all that is registered (losses, neurons, surrogates, norms, residuals, threshold rules, data
+    sets) and its options.
     """
     sections = [
         describe_losses(),
@@ -31,6 +33,8 @@ def describe_registered() -> str:
     for kind in ('norm', 'residual'):
         settings = [(name, type(create_variant(kind, name)).Settings) for name in list_variants(kind)]
         sections.append(_section(f'{kind}s', kind, [(name, list(_knobs(cls))) for name, cls in settings]))
+    rules = ', '.join([RMS, *list_threshold_rules()])
+    sections.append(f'threshold rules (--threshold-rule NAME):\n  {rules}')
     sections.append(_section('data sets', 'dataset', [(name, list(_parameters(dataset_entry(name), 0)))
                                                       for name in list_datasets()]))
     return '\n\n'.join(sections)

@@ -6,6 +6,7 @@ from typing import Any, Dict
 
 from timm_sscl.conversion import list_variants
 from timm_sscl.conversion.gains import RMS, calibration_rule
+from timm_sscl.conversion.qcfs import QCFS_THRESHOLD
 from timm_sscl.conversion.thresholds import PERCENTILE, conversion_rule
 from timm_sscl.distillation.frames_ann import FRAMES
 from timm_sscl.distillation.presets import PRESETS
@@ -37,7 +38,7 @@ def add_spiking_options(parser: argparse.ArgumentParser) -> None:
                             'training')
     group.add_argument('--qcfs', type=int, default=None, metavar='LEVELS',
                        help='train an ANN whose ReLUs are QCFS activations with this number of levels, for convert_ann')
-    group.add_argument('--qcfs-threshold', type=float, default=8., metavar='V',
+    group.add_argument('--qcfs-threshold', type=float, default=QCFS_THRESHOLD, metavar='V',
                        help='--qcfs: initial threshold; it is trained')
     _add_variant_options(group)
     group.add_argument('--stem-pool', default=None, choices=['avg'],
@@ -56,14 +57,17 @@ def add_spiking_options(parser: argparse.ArgumentParser) -> None:
 
 
 def check_threshold_options(args: argparse.Namespace) -> None:
-    """Check --threshold-rule and --threshold-factor, after plug-ins were imported.
+    """Check --threshold-rule, --threshold-factor and --qcfs-threshold, after plug-ins were imported.
 
     Raises:
-        OptionError: The rule is unknown or does not fit --neuron-init, or the factor is out of range.
+        OptionError: The rule is unknown or does not fit --neuron-init, the factor is out of range, or an option is
+            given that changes nothing.
     """
     rule, factor = args.threshold_rule, args.threshold_factor
     if not 0 < factor < math.inf:
         raise OptionError(f'--threshold-factor {factor}: must be a finite number above 0.')
+    if args.qcfs is None and args.qcfs_threshold != QCFS_THRESHOLD:
+        raise OptionError(f'--qcfs-threshold {args.qcfs_threshold}: goes with --qcfs LEVELS.')
     if args.neuron_init == 'none' and (rule is not None or factor != 1.):
         given = f'--threshold-rule {rule}' if rule else f'--threshold-factor {factor}'
         raise OptionError(f'{given}: --neuron-init none measures no thresholds.')
