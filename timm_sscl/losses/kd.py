@@ -35,7 +35,7 @@ def kd_loss(logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: flo
 
 @register_loss('kd', needs_teacher=True, minimum='teacher')
 class KDLoss(nn.Module):
-    """`kd_loss` between the student's mean logits and the teacher's.
+    """`kd_loss` between the student's mean logits and the teacher's. SNNThroughKD (Takuya 2021) is this loss.
 
     Args:
         temperature: Divides the logits of both.
