@@ -74,7 +74,8 @@ def create_parser() -> argparse.ArgumentParser:
     parser.add_argument('--replicas', type=int, default=8, help='trials side by side on CUDA')
     parser.add_argument('--workers', type=int, default=None,
                         help='processes that prepare trials and measure energy (CUDA: half of the cores, CPU: 0)')
-    parser.add_argument('--backend', default='auto', choices=['auto', 'compiled', 'eager'], help='how neurons run')
+    parser.add_argument('--backend', choices=['auto', 'compiled', 'eager'],
+                        help='how neurons run (CUDA: compiled, since the number of kernels counts there; CPU: auto)')
     parser.add_argument('--no-graph', action='store_true', help='run steps eagerly on CUDA')
     parser.add_argument('--epochs', type=int, help="instead of the plan's, also of the teacher: to try a plan")
     parser.add_argument('--dry-run', action='store_true', help='print the trials; phases that follow from results of '
@@ -89,9 +90,10 @@ def main(argv: Optional[List[str]] = None) -> None:
     plans = [ComparisonPlan(file, shrink) for file in args.plan]
     workers = args.workers
     if workers is None:
-        workers = (os.cpu_count() or 2) // 2 if args.device == 'cuda' and not args.dry_run else 0
-    engine = Engine(args.data, args.output, args.device, args.replicas, deadline, args.backend, workers,
-                    not args.no_graph)
+        workers = (os.cpu_count() or 2) // 2 if args.device == 'cuda' else 0
+    backend = args.backend or ('compiled' if args.device == 'cuda' else 'auto')
+    engine = Engine(args.data, args.output, args.device, args.replicas, deadline, backend,
+                    0 if args.dry_run else workers, not args.no_graph)
     try:
         for plan in plans:
             if not run_plan(plan, engine, PHASES if 'all' in args.phase else args.phase, args.dry_run):

@@ -11,7 +11,6 @@ missing. No case starts that would not end in time; what was left out is printed
 tiny size, which shows that the script works and measures nothing.
 """
 import argparse
-import importlib
 import json
 import logging
 import os
@@ -27,6 +26,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import gpu_bench
 import gpu_report
+import gpu_science
 import gpu_tests
 from gpu_cases import Ledger, run_cases
 from harness import machine
@@ -67,6 +67,8 @@ def _parse(argv: Optional[List[str]]) -> argparse.Namespace:
     parser.add_argument('--phase', choices=['tests', 'bench', 'science'])
     parser.add_argument('--minutes', type=float, default=8., help='no case starts that would end later (default: 8)')
     parser.add_argument('--output', type=Path, default=Path('output/gpu'), help='folder of the results')
+    parser.add_argument('--data', type=Path, default=Path('.science'), metavar='DIR',
+                        help='science: folder made by benchmarks/cifar_arrays.py')
     parser.add_argument('--toy', action='store_true', help='on the CPU, at a tiny size')
     parser.add_argument('--only', default='', metavar='TEXT', help='only cases whose name contains this')
     parser.add_argument('--retry', action='store_true', help='run again what failed')
@@ -78,9 +80,10 @@ def _parse(argv: Optional[List[str]]) -> argparse.Namespace:
 
 
 def _science(args: argparse.Namespace) -> None:
-    """Run the trials of benchmarks/trials.py."""
-    trials = importlib.import_module('trials')
-    trials.main(['--minutes', str(args.minutes), '--output', str(args.output), *(['--toy'] if args.toy else [])])
+    """Run the plans of benchmarks/compare.py; with --toy, one epoch of each trial on the CPU."""
+    options = ['--device', 'cpu', '--epochs', '1'] if args.toy else ['--device', 'cuda']
+    if gpu_science.science(args.data, args.output, args.minutes, options):
+        raise SystemExit(f'A process failed; its log is in {args.output}.')
 
 
 def report(folder: Path) -> None:

@@ -77,6 +77,9 @@ class Engine:
         output.mkdir(parents=True, exist_ok=True)
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.benchmark = True  # the same shapes all the time
+        torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs eagerly
+        torch._dynamo.config.recompile_limit = 64  # one per shape of the features
 
     def close(self) -> None:
         """Write what is left and end the worker processes."""
@@ -93,7 +96,8 @@ class Engine:
         return self.sets[name]
 
     def create(self, trial: Trial) -> Replica:
-        return Replica(trial, self.images(trial.scale.data), self.teacher(trial))
+        compiled = self.device.type == 'cuda' and self.backend != 'eager'
+        return Replica(trial, self.images(trial.scale.data), self.teacher(trial), compiled)
 
     def submit(self, function: Any, *args: Any) -> Future:
         """Run a function in a worker process, or now if there is none."""

@@ -12,6 +12,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 
 import timm_sscl
+from timm_sscl.losses.cka import RunningCKA
 from timm_sscl.neurons.factors import FACTORS
 
 from trial_data import DeviceSet, EpochBuffers
@@ -60,15 +61,19 @@ class Replica:
         trial: The trial, or any other of the same `signature`.
         data: Its images.
         teacher: Trained teacher on the device; None without.
+        compiled: Whether to compile the running CKA, which otherwise is two hundred small kernels per layer.
     """
 
-    def __init__(self, trial: Trial, data: DeviceSet, teacher: Optional[nn.Module]):
+    def __init__(self, trial: Trial, data: DeviceSet, teacher: Optional[nn.Module], compiled: bool = False):
         self.trial, self.data = trial, data
         device = data.train.device
         student = create_student(trial, data.classes)
         if trial.timesteps:
             timm_sscl.calibrate(student, torch.randn(4, 3, data.size, data.size))  # `load` sets the gains
         self.task = create_task(trial, student.to(device), teacher, data.size, device, len(data.train))
+        for module in self.task.modules():
+            if compiled and isinstance(module, RunningCKA):
+                module.compile(dynamic=False)
         self.steps = len(data.train) // trial.scale.batch_size
         self.epoch_buffers = EpochBuffers(data, self.steps, trial.scale.batch_size)
         self.tensors = named_tensors(self.task.trainable_module)

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / 'benchmarks'))
 import cifar_arrays
 import compare
 import compare_plan
+import gpu_science
 import trial_data
 import trial_models
 import trial_replica
@@ -405,3 +406,13 @@ def test_command_runs_a_plan_in_two_calls(data, tmp_path, capsys):
     out = capsys.readouterr().out
     assert 'SD of the paired difference at one:' in out and 'pairs' in out
     assert {line['arm'] for line in read_results(tmp_path / 'out')} == {'ann', 'sscl', 'ce'}
+
+
+def test_plans_run_side_by_side(data, tmp_path, capsys):
+    (tmp_path / 'a.yaml').write_text(PLAN)
+    (tmp_path / 'b.yaml').write_text(PLAN.replace('arms:', 'legs:'))
+    failed = gpu_science.science(data[0], tmp_path / 'out', 1., ['--device', 'cpu', '--phase', 'pilot', '--dry-run'],
+                                 [['a'], ['b']], tmp_path)
+    assert failed == 1
+    assert 'a-pilot-sscl-one-T2-s3' in (tmp_path / 'out' / 'a.log').read_text()
+    assert "a plan needs 'arms'" in capsys.readouterr().out
