@@ -214,7 +214,7 @@ def test_warm_up_before_a_capture_does_not_count(data, replaying_group):
     loaded = trial_data.load_device_set(data[0], 'toy', torch.device('cpu'), 8)
     images = loaded.normalise(loaded.train[:8, :, 4:-4, 4:-4]).numpy()
     trials = [_trial('ce', 1), _trial('tet', 2, losses={'tet': 1.}, optimizer=dict(opt='sgd', lr=0.1, momentum=0.9))]
-    states = [trial_models.initial_state(trial, 4, images) for trial in trials]
+    states = [trial_models.initial_state(trial, 4, images, 40) for trial in trials]
     expected = []
     for trial, state in zip(trials, states):
         alone = Group([trial_replica.Replica(trial, loaded, None)])
@@ -239,7 +239,7 @@ def test_warm_up_before_a_capture_does_not_count(data, replaying_group):
 def test_replay_that_skips_a_step_is_found(data, replaying_group, monkeypatch):
     loaded = trial_data.load_device_set(data[0], 'toy', torch.device('cpu'), 8)
     trial = _trial('ce', 1, optimizer={'lr': 0.1})
-    states = [trial_models.initial_state(trial, 4, loaded.normalise(loaded.train[:8, :, 4:-4, 4:-4]).numpy())]
+    states = [trial_models.initial_state(trial, 4, loaded.normalise(loaded.train[:8, :, 4:-4, 4:-4]).numpy(), 40)]
 
     def create(trial):
         return trial_replica.Replica(trial, loaded, None)
