@@ -243,6 +243,21 @@ class SpikingNeuron(Factors):
             self.progress.fill_(progress)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        current, folded = self.currents(x)
+        out = self.run(current, folded)
+        check_output(type(self).__name__, out, current)
+        out = out.flatten(0, 1)
+        for factor in (self._parameters.get('amplitude'), self.scale):
+            out = out if factor is None else out * factor.to(x.dtype)
+        return out
+
+    def currents(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Return the arguments of `run` for an input (T * B, ...).
+
+        Raises:
+            RuntimeError: The neuron runs outside of its model, or does not know its number of channels.
+            ValueError: The input does not hold T equal steps, or is not floating point.
+        """
         if self.part_of_model:
             require_fold('a spiking neuron', self.timesteps)
         if self.needs_channels and self.channels is None:
@@ -252,12 +267,7 @@ class SpikingNeuron(Factors):
         if 'step_gain' in self._buffers:
             gain = self.over_time(self.step_gain).to(x.dtype)
             current = folded = current * gain.view(-1, *(1,) * (current.ndim - 1))
-        out = self.run(current, folded)
-        check_output(type(self).__name__, out, current)
-        out = out.flatten(0, 1)
-        for factor in (self._parameters.get('amplitude'), self.scale):
-            out = out if factor is None else out * factor.to(x.dtype)
-        return out
+        return current, folded
 
     def run(self, x: torch.Tensor, folded: torch.Tensor) -> torch.Tensor:
         """Return the output before amplitude and scale.
@@ -294,6 +304,10 @@ class SpikingNeuron(Factors):
         check_start(f'{type(self).__name__}.start', state)
         check_start(f'{type(self).__name__}.constants', constants)
         return (x, self.gain, state, constants, settings, settings.surrogate_function, self._buffers.get('progress'))
+
+    def run_as(self, x: torch.Tensor, folded: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return `run(x, folded)` in another dtype, without a gradient. A neuron with whole levels fits into int8."""
+        return self.run(x, folded).to(dtype)
 
     def adopt_steps(self, state_dict: Dict[str, torch.Tensor], prefix: str) -> None:
         """Resize parameters per timestep to the number of timesteps in a state dict."""

@@ -13,7 +13,7 @@ from .kernels.batch_norm_recompute import NormSource
 from .kernels.memory_layout import Flat
 from .kernels.packing import active_packing
 from .kernels.recursion import (
-    Neuron, backward_from_bits, backward_from_input, backward_from_norm, fire, reset, traced)
+    Neuron, backward_from_bits, backward_from_input, backward_from_norm, fire, fire_as, reset, traced)
 from .registry import register_neuron
 from .settings import NeuronSettings, check_decay, check_reset
 from .surrogate import rectangle_window
@@ -228,6 +228,11 @@ class LIF(SpikingNeuron):
         if self.settings.surrogate_function is not rectangle_window:
             return super().run(x, folded)
         return _apply(x, self.gain, _kernel_settings(self.settings), NormSource.of(folded))
+
+    def run_as(self, x: torch.Tensor, folded: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        flat = Flat.of(x, self.gain)
+        spikes = run(fire_as, (flat.view(x), flat.gain), len(x), _kernel_settings(self.settings), dtype)
+        return flat.restore(spikes)
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -21,6 +21,7 @@ from timm_sscl.data.manifest import DATA_FILE, check_data, describe_data
 from timm_sscl.report import FiringRates, estimate_energy
 
 from .checkpoint import lock_folder, why_damaged, write_text
+from .deployed import check_deploy, evaluate_deployed
 from .datasets import create_datasets, guard_samples, resolve_input, resolve_num_classes
 from .errors import OptionError
 from .exits import one_line_errors
@@ -40,7 +41,7 @@ _logger = logging.getLogger('train')
 
 class Evaluation(NamedTuple):
     """Result for one number of timesteps on the validation set."""
-    weights: str  # 'model' or 'ema'
+    weights: str  # 'model' or 'ema', with ', deployed' for the deployed model
     timesteps: Optional[int]
     top1: float
     top5: float
@@ -49,6 +50,7 @@ class Evaluation(NamedTuple):
     entropy: Optional[float] = None  # of a spike, bits per neuron and timestep
     energy_uj: Optional[float] = None  # of the arithmetic for one image
     ann_energy_uj: Optional[float] = None
+    images_per_second: Optional[float] = None  # of a deployed model
 
 
 _ENERGY_IMAGES = 32  # number of images whose firing rates determine the energy
@@ -69,6 +71,8 @@ def evaluate_only(args: Namespace, accelerator: Accelerator, stop: StopRequest) 
             check_data(folder / DATA_FILE, validation=described)
         if args.eval_timesteps and not isinstance(student, SpikingModule):
             raise OptionError(f"--eval-timesteps: '{args.model}' does not spike and has no time steps.")
+        if args.deploy:
+            check_deploy(session, student)
     student.to(accelerator.device)
     loader = accelerator.prepare(session.make_loaders().eval)
     results, rates = [], {}
@@ -83,6 +87,9 @@ def evaluate_only(args: Namespace, accelerator: Accelerator, stop: StopRequest) 
                 student.set_timesteps(timesteps)
             result, rates[f'{name} T={timesteps}'] = _evaluate_one(session, student, loader, name, timesteps)
             results.append(result)
+            if args.deploy:
+                metrics = evaluate_deployed(session, student, loader)
+                results.append(Evaluation(f'{name}, deployed', timesteps, **metrics))
     if accelerator.is_main_process:
         _report_evaluation(args, folder, results, rates)
 
@@ -153,7 +160,7 @@ def _report_evaluation(args: Namespace, folder: Path, results: List[Evaluation],
     rows = [[f'{v:.4g}' if isinstance(v, float) else str(v) for v in (getattr(r, c) for c in columns)] for r in results]
     widths = [max(map(len, column)) for column in zip(columns, *rows)]
     lines = ['', *('  '.join(f'{cell:>{w}}' for cell, w in zip(row, widths)) for row in (columns, *rows))]
-    if len(results) == 1:  # with several results, only the JSON file has the layers
+    if len(rates) == 1:  # with several results, only the JSON file has the layers
         lines += [f'  {name:<30} {v["firing_rate"]:.3f} spikes '
                   f'({" ".join(f"{r:.3f}" for r in v["firing_rate_per_step"])} step by step)'
                   + ('' if v["entropy"] is None else f', {v["entropy"]:.3f} bits per neuron and step')

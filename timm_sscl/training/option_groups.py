@@ -226,6 +226,8 @@ def _add_misc(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--eval-only', action='store_true', help='evaluate the weights of --resume, train nothing')
     group.add_argument('--eval-timesteps', type=int, nargs='+', default=None, metavar='T',
                        help='with --eval-only: these numbers of time steps (the model\'s own)')
+    group.add_argument('--deploy', action='store_true',
+                       help='with --eval-only: evaluate the model as deployed, in int8 on the CPU, and its speed')
     group.add_argument('--checkpoint-hist', type=int, default=10)
     group.add_argument('-j', '--workers', type=int, default=4)
     group.add_argument('--save-images', action='store_true')

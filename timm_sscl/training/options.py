@@ -95,7 +95,8 @@ def _resumed_options(resume: str) -> Dict[str, Any]:
         options = load_recipe(str(folder / ARGS_FILE))
     except OptionError as error:
         raise OptionError(str(error).replace('--config', '--resume', 1)) from error
-    return {name: value for name, value in options.items() if name not in ('resume', 'eval_only', 'eval_timesteps')}
+    return {name: value for name, value in options.items() if name not in (
+        'resume', 'eval_only', 'eval_timesteps', 'deploy')}
 
 
 def _given(parser: argparse.ArgumentParser, argv: Optional[Sequence[str]]) -> set:
@@ -146,6 +147,8 @@ def _check(args: argparse.Namespace, given: set) -> None:
     if args.eval_timesteps and (not args.eval_only or min(args.eval_timesteps) < 1):
         raise OptionError(f'--eval-timesteps {" ".join(map(str, args.eval_timesteps))}: goes with --eval-only, and '
                           f'takes numbers of 1 or more.')
+    if args.deploy and not args.eval_only:
+        raise OptionError('--deploy: goes with --eval-only; a training needs the model as it is.')
     if args.teacher_size and min(args.teacher_size) < 1:
         raise OptionError(f'--teacher-size {args.teacher_size[0]} {args.teacher_size[1]}: must be 1 pixel or more.')
     if not 0 < args.ann_percentile <= 100:

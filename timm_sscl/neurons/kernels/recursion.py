@@ -5,7 +5,7 @@ import torch
 
 from timm_sscl.neurons.surrogate import rectangle_window
 
-__all__ = ['Neuron', 'fire', 'backward_from_input', 'backward_from_norm', 'backward_from_bits', 'traced',
+__all__ = ['Neuron', 'fire', 'fire_as', 'backward_from_input', 'backward_from_norm', 'backward_from_bits', 'traced',
            'unpack_bits', 'membrane_dtype', 'reset']
 
 _BYTE = 8
@@ -99,6 +99,18 @@ def fire(
             windows.append(_window(u, neuron))
     spikes = torch.stack([o.to(x.dtype) for o in fired])
     return spikes, _pack_bits(fired) if fired_bits else None, _pack_bits(windows) if window_bits else None
+
+
+def fire_as(
+        x: torch.Tensor,
+        gain: Optional[torch.Tensor],
+        timesteps: int,
+        neuron: Neuron,
+        dtype: torch.dtype,
+) -> torch.Tensor:
+    """Return the spikes of `fire` in another dtype, such as uint8."""
+    # the spikes are floats first: the compiler does not vectorise the way from a comparison to uint8
+    return torch.stack([o.to(dtype) for _, o in _steps(x, gain, timesteps, neuron)])
 
 
 def traced(x: torch.Tensor, gain: Optional[torch.Tensor], timesteps: int, neuron: Neuron) -> torch.Tensor:
