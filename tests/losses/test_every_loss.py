@@ -240,3 +240,17 @@ def test_state_is_changed_in_place(name):
         loss(_step(batch=8))
     after = {**dict(loss.named_buffers()), **dict(loss.named_parameters())}
     assert after.keys() == state.keys() and all(after[key] is tensor for key, tensor in state.items())
+
+
+@pytest.mark.parametrize('name', LOSSES)
+def test_autocast_changes_the_maps_only(name):
+    """Under autocast, linear maps and convolutions of a loss run in bfloat16, all else in float32."""
+    values = []
+    for enabled in (False, True):
+        step = _step(dtype=torch.float32)
+        with torch.autocast('cpu', torch.bfloat16, enabled=enabled):
+            loss = _create(name, torch.float32)(step)
+        assert loss.dtype == torch.float32
+        assert all(g.isfinite().all() for g in _gradients(loss, step))
+        values.append(loss.item())
+    assert values[1] == pytest.approx(values[0], rel=3e-2)  # 8 bits, times temperatures as small as 0.07

@@ -173,7 +173,8 @@ def _defaults(name: str) -> Dict[str, Any]:
 
 def _check_built(name: str, options: Mapping[str, Any]) -> None:
     """Build a loss on taps of one channel, so that a wrong option is found before a teacher is trained."""
-    spec, taps = loss_spec(name), {}
+    spec = loss_spec(name)
+    taps: Dict[str, Any] = {}
     num = len(options.get('layer_weights', 'ab'))
     if spec.needs_index:
         taps.update(num_samples=1)
