@@ -7,7 +7,7 @@
 
 Plans are described in benchmarks/compare_plan.py, the results (DIR/runs.jsonl) in benchmarks/trials.py. When started
 again, finished trials are skipped. The trainings don't go through train.py: the images lie on the device, and on CUDA
-the steps are replayed from captured graphs. float32 everywhere, without TF32.
+the steps are replayed from captured graphs. float32, on CUDA with TF32 in convolutions, which is PyTorch's default.
 """
 import argparse
 import os

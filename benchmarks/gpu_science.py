@@ -9,7 +9,7 @@ from typing import List, Sequence
 __all__ = ['PLANS', 'science']
 
 ROOT = Path(__file__).resolve().parent
-PLANS = ('inverse_cka', 'deeper_looks'), ('head_to_head', 'zoo')  # of one process each, in this order
+PLANS = ('inverse_cka', 'deeper_looks'), ('zoo', 'head_to_head')  # of one process each, in this order
 
 
 def science(

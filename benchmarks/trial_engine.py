@@ -76,7 +76,7 @@ class Engine:
         self.facts = machine_facts(self.device)
         output.mkdir(parents=True, exist_ok=True)
         torch.backends.cuda.matmul.allow_tf32 = False
-        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = True  # as PyTorch does by default
         torch.backends.cudnn.benchmark = True  # the same shapes all the time
         torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs eagerly
         torch._dynamo.config.recompile_limit = 64  # one per shape of the features

@@ -20,8 +20,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def code_revision() -> str:
-    """Return git's name of the code; the variable CODE_REVISION names it where there is no git."""
+    """Return the variable CODE_REVISION, or git's name of the code."""
     named = os.environ.get('CODE_REVISION', 'unknown')
+    if named != 'unknown':
+        return named
     try:
         result = subprocess.run(['git', 'describe', '--always', '--dirty'], cwd=ROOT, capture_output=True, text=True)
     except FileNotFoundError:
@@ -34,7 +36,7 @@ def machine_facts(device: torch.device) -> Dict[str, Any]:
     capability = torch.backends.cpu.get_cpu_capability()
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'CPU {capability}'
     return dict(
-        precision='float32, TF32 off', device=name, cpu=capability, torch=torch.__version__, timm=timm.__version__,
+        precision='float32, TF32 in convolutions' if device.type == 'cuda' else 'float32', device=name, cpu=capability, torch=torch.__version__, timm=timm.__version__,
         revision=code_revision())
 
 

@@ -169,7 +169,7 @@ def main() -> None:
     speed.measure('compiled neurons', 8, backend='auto')
     speed.measure('16 trials', 16)
     _with(torch.backends.cudnn, 'benchmark', True, lambda: speed.measure('cuDNN benchmark', 8))
-    _with(torch.backends.cudnn, 'allow_tf32', True, lambda: speed.measure('TF32', 8))
+    _with(torch.backends.cudnn, 'allow_tf32', False, lambda: speed.measure('no TF32', 8))
     speed.measure('no graph', 1, graph=False)
     for plan in map(ComparisonPlan, args.plan):
         for arm in plan.arms:
