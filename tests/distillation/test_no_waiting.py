@@ -51,16 +51,24 @@ def _loop(**options):
     return step, torch.optim.SGD([*student.parameters(), *sscl.parameters()], lr=0.01)
 
 
+STATEFUL = dict.fromkeys(('sscl', 'crd', 'bkdsnn', 'meom', 'im', 'rmp', 'seal_kd', 'firing_rate'), 0.1)
+
+
 def _task(losses):
-    task = SSCLTask(*_models(), losses, input_size=(3, 32, 32), verbose=False).train()
-    x, y = _batch()
-    return lambda: task(x, y)['loss'].backward(), torch.optim.SGD(task.trainable_module.parameters(), lr=0.01)
+    options = dict(crd=dict(num_negatives=8), sscl=dict(queue_size=4, weighting='uncertainty'))
+    options = {name: options[name] for name in options if losses is STATEFUL}
+    task = SSCLTask(*_models(), losses, options, input_size=(3, 32, 32), verbose=False, num_samples=6).train()
+    task.set_progress(0.5)
+    (x, y), index = _batch(), torch.arange(6)
+    return (lambda: task(x, y, index=index)['loss'].backward(),
+            torch.optim.SGD(task.trainable_module.parameters(), lr=0.01))
 
 
 @pytest.mark.parametrize('create', [
     _loop, lambda: _loop(weighting='uncertainty', queue_size=4, critic='normalized'),
     lambda: _task({'sscl': 0.1, 'kd': 1., 'kd_step': 1., 'tet': 1., 'firing_rate': 1.}),
-], ids=['loop', 'loop with a queue', 'task'])
+    lambda: _task(STATEFUL),
+], ids=['loop', 'loop with a queue', 'task', 'losses with state'])
 @pytest.mark.parametrize('busy', [False, True])
 def test_step_reads_no_number(create, busy, monkeypatch):
     if busy:  # a device that has never finished yet
@@ -78,6 +86,29 @@ def test_step_reads_no_number(create, busy, monkeypatch):
                     step()
         optimizer.step()
         optimizer.zero_grad()
+
+
+def test_state_stays_where_it_is():
+    """Parameters and buffers are changed in place, which a captured CUDA graph relies on."""
+    task = SSCLTask(*_models(), STATEFUL, dict(crd=dict(num_negatives=8), sscl=dict(queue_size=4)),
+                    input_size=(3, 32, 32), verbose=False, num_samples=6).train()
+    trained = task.trainable_module
+
+    def state():
+        return {**dict(trained.named_buffers()), **dict(trained.named_parameters())}
+
+    before = state()
+    values = {name: tensor.clone() for name, tensor in before.items()}
+    optimizer = torch.optim.SGD(trained.parameters(), lr=0.01)
+    for progress in (0., 0.5):
+        task.set_progress(progress)
+        task(*_batch(), index=torch.arange(6))['loss'].backward()
+        optimizer.step()
+    after = state()
+    assert after.keys() == before.keys() and all(after[name] is tensor for name, tensor in before.items())
+    changed = {name for name, tensor in after.items() if not torch.equal(tensor, values[name])}
+    assert {'progress', 'losses.crd.student_bank', 'losses.crd.labels', 'losses.sscl.critic.queue',
+            'losses.sscl.running_cka.0.mean_terms', 'student.bn1.running_mean'} <= changed
 
 
 def test_the_modes_see_reads():
