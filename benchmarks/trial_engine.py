@@ -1,7 +1,7 @@
 """Run trials: teachers, rounds, worker processes, results, time limit."""
+import fcntl
 import gc
 import math
-import os
 import time
 import traceback
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -128,14 +128,12 @@ class Engine:
         return self.output / 'teachers' / f'{trial.name}.pt'
 
     def _save_teacher(self, trial: Trial, replica: Replica) -> None:
-        """Store a teacher, unless another process has stored it meanwhile: all arms share one."""
+        """Store a teacher at once, so that an interrupted process leaves no part of it."""
         file = self._teacher_file(trial)
         file.parent.mkdir(exist_ok=True)
-        part = file.with_suffix(f'.{os.getpid()}')
+        part = file.with_suffix('.part')
         torch.save(replica.task.student.state_dict(), part)
-        if not file.exists():
-            part.rename(file)
-        part.unlink(missing_ok=True)
+        part.rename(file)
 
     def teacher(self, trial: Trial) -> Optional[nn.Module]:
         """Return the trained teacher of a trial; None if none of its losses can use one."""
@@ -163,9 +161,11 @@ class Engine:
         return self.accuracies[key]
 
     def train_teachers(self, trials: Sequence[Trial]) -> None:
-        """Train the teachers of these trials that are not there yet."""
+        """Train the teachers of these trials that are not there yet, one process after the other."""
         needed = {teacher_trial(trial) for trial in trials if trial.teacher and trial.losses and trial.timesteps}
-        self.run_rounds(sorted((t for t in needed if not self._teacher_file(t).is_file()), key=lambda t: t.name))
+        with open(self.output / 'teachers.lock', 'w') as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self.run_rounds(sorted((t for t in needed if not self._teacher_file(t).is_file()), key=lambda t: t.name))
 
     # ---- all trials
 

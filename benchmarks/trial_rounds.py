@@ -42,9 +42,10 @@ def _slots(left: Mapping[Hashable, int], replicas: int) -> Dict[Hashable, int]:
     """Return how many replicas each signature gets, in proportion to its trials that are left."""
     first = sorted(left, key=lambda key: -left[key])[:replicas]
     slots = {key: 1 for key in left if key in first}
-    while sum(slots.values()) < replicas:
-        key = max(slots, key=lambda k: left[k] / (slots[k] + 1))
-        if slots[key] >= left[key]:
-            break
-        slots[key] += 1
-    return slots
+    while True:  # arms with equally many trials get equally many, so that pairs end together
+        most = max(left[key] / (count + 1) for key, count in slots.items())
+        chosen = [key for key, count in slots.items() if left[key] / (count + 1) == most and count < left[key]]
+        if not chosen or sum(slots.values()) + len(chosen) > replicas:
+            return slots
+        for key in chosen:
+            slots[key] += 1

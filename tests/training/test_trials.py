@@ -325,6 +325,11 @@ def test_rounds_keep_groups_and_pairs():
     first = [(t.arm, t.seed) for t in found[0].trials]
     assert {arm for arm, _ in first} >= {'a', 'b'}  # both at once
     assert trial_replica.signature(trials[0]) == trial_replica.signature(trials[2])
+    # pairs end together: 24 of two arms, 12 of three others
+    many = [_trial(str(w), seed, losses={'kd': w}) for w, n in ((1., 24), (2., 24), (3., 12), (4., 12), (5., 12))
+            for seed in range(n)]
+    by_round = [[t.arm for t in r.trials] for r in trial_rounds.rounds(many, 8)]
+    assert all(arms.count('1.0') == arms.count('2.0') for arms in by_round) and len(by_round) == 12
     other = replace(trials[0], scale=replace(TOY, epochs=3))
     assert len({r.key for r in trial_rounds.rounds([*trials, other], 4)}) >= 2
 
