@@ -38,11 +38,12 @@ from timm_sscl.training.datasets import (
 from timm_sscl.training.errors import blame_options
 from timm_sscl.training.evaluation import evaluate_only
 from timm_sscl.training.exits import one_line_errors, report_resume_command
+from timm_sscl.training.guard import guard_step
 from timm_sscl.training.learning_rate import resolve_lr
 from timm_sscl.training.loaders import create_loaders
 from timm_sscl.training.loop import (
-    agree_on_step, batches_left, begin_epoch, clip_gradients, count_update, end_of_batches, end_step, epochs_left,
-    finish_epoch, share_of_update, spike_packing, task_inputs, watch_layers)
+    batches_left, begin_epoch, clip_gradients, count_update, end_of_batches, end_step, epochs_left, finish_epoch,
+    share_of_update, spike_packing, task_inputs, watch_layers)
 from timm_sscl.training.meters import layer_stats, scalar_terms
 from timm_sscl.training.neuron_init import prepare_neurons
 from timm_sscl.training.optimizer import create_optimizer_and_schedule
@@ -207,7 +208,7 @@ def fit(training: Training) -> FitResult:
 def train_step(training: Training, step: int, batch: Sequence[torch.Tensor]) -> bool:
     """Run forward, backward and update on one batch. Return whether a signal asked any process to stop.
 
-    A loss that is not finite ends the run before the weights change.
+    A loss or gradients that are not finite end the run at the next step, and do not reach the weights.
     """
     args, accelerator, task = training.args, training.accelerator, training.task
     input, target, *index = batch
@@ -218,7 +219,7 @@ def train_step(training: Training, step: int, batch: Sequence[torch.Tensor]) -> 
             input = training.prepare_input(input)
             result = task(input, target, **task_inputs(training, input, index))
         accelerator.backward(result['loss'] * share_of_update(training, step))
-        stop = agree_on_step(training, step, result)
+        stop = guard_step(training, step, result)
         clip_gradients(training)
         training.optimizer.step()
         training.optimizer.zero_grad()
@@ -226,7 +227,8 @@ def train_step(training: Training, step: int, batch: Sequence[torch.Tensor]) -> 
         count_update(training)
     if args.synchronize_step and accelerator.device.type == 'cuda':
         torch.cuda.synchronize()
-    training.meters.update({**scalar_terms(result), **layer_stats(task)}, len(input))
+    training.meters.update(scalar_terms(result), len(input))
+    training.meters.update_stats(layer_stats(task), len(input))
     return stop
 
 

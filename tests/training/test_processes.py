@@ -117,6 +117,24 @@ def test_killed_on_two_processes_it_ends_bit_identical(server, whole, tmp_path):
     same_runs(whole[0] / 'out', tmp_path / 'out')
 
 
+def test_signal_to_one_process_stops_both_at_one_step(server, whole, tmp_path):
+    """The other one learns of it a step later, whatever --log-interval is; the run goes on bit for bit."""
+    (tmp_path / 'images').symlink_to(whole[0] / 'images')
+    (tmp_path / 'spy.py').write_text(SPY)
+    args = [*ARGS, '--no-aug', '--loss-file', 'spy.py', '--loss', 'sscl=0.1,spy=1', '--resume', 'auto',
+            '--log-interval', '1000', '--recovery-interval', '3']
+    pids = server.start(args, tmp_path, processes=2)
+    wait_for_epoch(tmp_path, 1, lambda: all(map(psutil.pid_exists, pids)))
+    os.kill(pids[1], signal.SIGTERM)
+    assert server.wait() != 0
+    log = (tmp_path / 'log.txt').read_text()
+    assert log.count('error: stopped by SIGTERM') == 2 and log.count('saving and stopping after this step') == 1, log
+    code, log = server.run(args, tmp_path, processes=2)
+    assert code == 0 and 'Goes on from' in log, log
+    seen = [(tmp_path / f'seen-{rank}.jsonl').read_text().splitlines() for rank in (0, 1)]
+    assert [len(lines) for lines in seen] == [40, 40]  # no step was done twice, and none left out
+
+
 def test_accelerate_launch_on_two_processes(tmp_path):
     write_images(tmp_path / 'images', per_class=7)
     (tmp_path / 'spy.py').write_text(SPY)

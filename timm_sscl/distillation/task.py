@@ -141,6 +141,15 @@ class SSCLTask(TrainingTask):
                 merged.setdefault(layer, {}).update(values)
         return merged
 
+    @property
+    def device_stats(self) -> Dict[str, Dict[str, torch.Tensor]]:
+        """The values of `stats` as 0-d tensors, without waiting for the device."""
+        merged: Dict[str, Dict[str, torch.Tensor]] = {}
+        for loss in unwrap_model(self.trainable_module).losses.values():
+            for layer, values in _device_stats(loss, self.device).items():
+                merged.setdefault(layer, {}).update(values)
+        return merged
+
     def forward(
             self,
             input: torch.Tensor,
@@ -298,6 +307,14 @@ def _readers(
     readers = create_reader(student, taps, input_size), create_reader(teacher, teacher_taps, teacher_shape)
     _match(*readers, cut=isinstance(taps, int))
     return readers
+
+
+def _device_stats(loss: nn.Module, device: Optional[torch.device]) -> Mapping[str, Mapping[str, torch.Tensor]]:
+    """Return the statistics of a loss as tensors. A loss of a user's own may have `stats` alone, which are numbers."""
+    if hasattr(loss, 'device_stats'):
+        return cast(Any, loss).device_stats
+    return {layer: {key: torch.full((), value, dtype=torch.float64, device=device) for key, value in values.items()}
+            for layer, values in getattr(loss, 'stats', {}).items()}
 
 
 def _match(student: Reader, teacher: Reader, cut: bool) -> None:

@@ -60,6 +60,13 @@ class FiringRateLoss(nn.Module):
         self._rates: Optional[torch.Tensor] = None
 
     @property
+    def device_stats(self) -> Dict[str, Dict[str, torch.Tensor]]:
+        """The values of `stats` as 0-d tensors, without waiting for the device."""
+        if self._rates is None:
+            return {}
+        return {name: {'firing_rate': rate} for name, rate in zip(self._names, self._rates.unbind())}
+
+    @property
     def stats(self) -> Dict[str, Dict[str, float]]:
         """Firing rate of every neuron layer at the last call, over the global batch."""
         if self._rates is None:

@@ -111,6 +111,11 @@ class SSCLCriterion(nn.Module):
         return getattr(self.critic, 'queue_filled', None)
 
     @property
+    def device_stats(self) -> Dict[str, Dict[str, torch.Tensor]]:
+        """The values of `stats` as 0-d tensors, without waiting for the device."""
+        return {name: {k: value.float() for k, value in values.items()} for name, values in self._stats.items()}
+
+    @property
     def stats(self) -> Dict[str, Dict[str, float]]:
         """Statistics of the last call per layer: cka (this batch), cka_running, weight, nce and mi_bound (nats)."""
         keys = [(name, k) for name, values in self._stats.items() for k in values]

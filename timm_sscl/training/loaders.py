@@ -45,11 +45,16 @@ def create_loaders(
     return Loaders(train, val, _create_mixup(args, num_classes))
 
 
+def _pins_memory(args: Namespace) -> bool:
+    """Return whether batches lie in pinned memory, from which a GPU copies them while the host goes on."""
+    return args.pin_mem or (args.device != 'cpu' and torch.cuda.is_available())
+
+
 def _create_image_loaders(args: Namespace, datasets: Tuple[Any, Any], data_config: Dict[str, Any]) -> Tuple[Any, Any]:
     """Create timm's loaders without its prefetcher."""
     common = dict(
         input_size=data_config['input_size'], mean=data_config['mean'], std=data_config['std'], use_prefetcher=False,
-        distributed=False, num_workers=args.workers, persistent_workers=args.workers > 0, pin_memory=args.pin_mem,
+        distributed=False, num_workers=args.workers, persistent_workers=args.workers > 0, pin_memory=_pins_memory(args),
         worker_seeding=args.worker_seeding)
     interpolation = args.train_interpolation
     if args.no_aug or not interpolation:
@@ -77,7 +82,7 @@ def _create_image_loaders(args: Namespace, datasets: Tuple[Any, Any], data_confi
 
 
 def _create_event_loaders(args: Namespace, datasets: Tuple[Any, Any], data_config: Dict[str, Any]) -> Tuple[Any, Any]:
-    common = dict(num_workers=args.workers, pin_memory=args.pin_mem)
+    common = dict(num_workers=args.workers, pin_memory=_pins_memory(args))
     augment = None if args.no_aug else EventAugment(args.hflip, args.event_roll)
     return (create_event_loader(datasets[0], args.batch_size, is_training=True, transform=augment, **common),
             create_event_loader(datasets[1], args.validation_batch_size or args.batch_size, **common))

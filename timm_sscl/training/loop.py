@@ -1,7 +1,6 @@
 """Functions that train.py's loop calls around its steps: batches, progress, checkpoints, signals, the end of an epoch.
 """
 import logging
-import math
 import time
 from argparse import Namespace
 from contextlib import nullcontext
@@ -24,8 +23,9 @@ from timm_sscl.neurons import SpikingNeuron, packed_spikes
 from timm_sscl.report import mean_per_step
 
 from .checkpoint import Position
-from .exits import DATA_ERRORS, NonFiniteLoss, OtherProcessFailed
-from .meters import Meters, layer_stats, scalar_terms
+from .exits import DATA_ERRORS
+from .guard import check_weights, settle
+from .meters import Meters
 from .progress import ProgressLine
 from .rows import append_row
 from .silent_layers import SilentLayers
@@ -33,13 +33,11 @@ from .state import Training, collect_run_state
 
 __all__ = [
     'EpochProgress', 'epochs_left', 'begin_epoch', 'batches_left', 'watch_layers', 'end_step', 'end_of_batches',
-    'finish_epoch', 'save_recovery', 'agree_on_step', 'check_weights', 'clip_gradients', 'count_update',
-    'share_of_update', 'spike_packing', 'task_inputs',
+    'finish_epoch', 'save_recovery', 'clip_gradients', 'count_update', 'share_of_update', 'spike_packing',
+    'task_inputs',
 ]
 
 _logger = logging.getLogger('train')
-
-_TERMS = {'task_loss': 'the cross-entropy (task_loss)'}
 
 
 # ---- epochs
@@ -99,7 +97,9 @@ def batches_left(training: Training) -> Iterator[Tuple[int, Sequence[torch.Tenso
         if alone or batch is None:
             raise
         training.read_failure = error
-        yield step, batch  # the other processes are in this step: `agree_on_step` tells them before the weights change
+        while step < len(loader):  # the other processes are in this step, and learn of the failure in the next
+            yield step, batch
+            step += 1
 
 
 def watch_layers(training: Training) -> ContextManager[Optional[SilentLayers]]:
@@ -148,6 +148,8 @@ def end_step(
     if not accelerator.sync_gradients:  # between accumulated steps there are gradients that no file holds
         return
     training.position = Position(training.position.epoch, step + 1)
+    if last or stop or progress.checkpoint_due:
+        stop = settle(training) or stop
     if stop or progress.checkpoint_due:
         save_recovery(training)
         progress.checkpoint_due = False
@@ -213,6 +215,7 @@ def finish_epoch(
 
 def save_recovery(training: Training) -> None:
     """Save a recovery checkpoint. All processes must call this."""
+    settle(training)
     check_weights(training)
     state = collect_run_state(training)
     if training.saver is not None:
@@ -260,45 +263,10 @@ def share_of_update(training: Training, step: int) -> float:
     return accumulated / rest if rest and step >= steps - rest else 1.
 
 
-def agree_on_step(training: Training, step: int, result: Dict[str, torch.Tensor]) -> bool:
-    """Return whether any process was told to stop. Raise on all processes if one has a reason to end the run.
-
-    Raises:
-        NonFiniteLoss: The loss is nan or infinite. The weights are unchanged.
-        OtherProcessFailed: Another process reports the reason.
-    """
-    finite = math.isfinite(result['loss'].item())
-    failed, stop = training.session.stop_if_asked(not finite or training.read_failure is not None)
-    if not failed:
-        return stop
-    if training.read_failure is not None:
-        raise training.read_failure
-    if finite:
-        raise OtherProcessFailed('another process stopped the run; its own message says why.')
-    check_weights(training)  # if the weights are not finite, this error says more
-    values = {**{k: v.item() for k, v in scalar_terms(result).items() if k != 'loss'}, **layer_stats(training.task)}
-    bad = [f'{_TERMS.get(k, k)} is {v}' for k, v in values.items() if not math.isfinite(v)]
-    raise NonFiniteLoss(
-        f'{training.name}: the loss is not finite at epoch {training.position.epoch + 1}, step {step + 1}: '
-        f'{", ".join(bad)}. The weights were left as they were before this step; the last checkpoint in '
-        f'{training.folder} is from before. A smaller --lr or --clip-grad may help.')
-
-
-def check_weights(training: Training) -> None:
-    """Raise NonFiniteLoss if a weight is nan or infinite, before it is saved."""
-    for name, value in unwrap_model(training.module).state_dict().items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            raise NonFiniteLoss(
-                f"'{name}' is not finite at epoch {training.position.epoch + 1}, step {training.position.step}, so "
-                f'this checkpoint was not written; those in {training.folder} are from before. A smaller '
-                f'--lr or --clip-grad may help.')
-
-
 def clip_gradients(training: Training) -> None:
     """--clip-grad: clip the gradients once an update's gradients are complete."""
     args, accelerator = training.args, training.accelerator
     if args.clip_grad is not None and accelerator.sync_gradients:
-        accelerator.unscale_gradients()
         dispatch_clip_grad(training.task.get_clip_parameters(exclude_head='agc' in args.clip_mode),
                            value=args.clip_grad, mode=args.clip_mode)
 
@@ -306,6 +274,20 @@ def clip_gradients(training: Training) -> None:
 def count_update(training: Training) -> None:
     """Count an update of the weights, and update the averaged model (EMA) and a schedule that depends on updates."""
     training.num_updates += 1
-    training.task.update_ema(step=training.num_updates)
+    _update_average(training)
     if training.scheduler is not None:
         training.scheduler.step_update(num_updates=training.num_updates, metric=None)
+
+
+@torch.no_grad()
+def _update_average(training: Training) -> None:
+    """Update the averaged model (EMA), unless loss or gradients of this step are not finite. This reads nothing."""
+    task, ok = training.task, training.check.ok
+    if not task.has_ema():
+        return
+    average: Any = task.get_trainable_module(ema=True)
+    values = list(average.state_dict().values())
+    before = [value.clone() for value in values]
+    task.update_ema(step=training.num_updates)
+    for value, old in zip(values, before) if ok is not None else ():
+        value.copy_(torch.where(ok.to(value.device), value, old))

@@ -1,7 +1,7 @@
 """Means of an epoch's values."""
 import math
 from collections import OrderedDict
-from typing import Any, Dict
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 
@@ -19,9 +19,11 @@ class Meters:
     def __init__(self):
         self.sums: Dict[str, Any] = OrderedDict()
         self.counts: Dict[str, float] = {}
+        self._names: Tuple[str, ...] = ()  # of the statistics of layers
+        self._totals: Optional[torch.Tensor] = None  # their sums and counts, (2, n)
 
     def update(self, values: Dict[str, Any], n: int) -> None:
-        """Add values, each weighted by n."""
+        """Add values, each weighted by n. A float that is nan is left out."""
         for name, value in values.items():
             value = value.detach().float() if isinstance(value, torch.Tensor) else value
             if isinstance(value, float) and math.isnan(value):
@@ -29,17 +31,54 @@ class Meters:
             self.sums[name] = self.sums.get(name, 0.) + value * n
             self.counts[name] = self.counts.get(name, 0) + n
 
+    def update_stats(self, values: Dict[str, torch.Tensor], n: int) -> None:
+        """Add statistics of layers, each weighted by n. One that is nan, such as an undefined CKA, is left out.
+
+        Args:
+            values: 0-d tensors on one device.
+            n: Number of samples.
+        """
+        if not values:
+            return
+        stacked = torch.stack([value.detach() for value in values.values()])
+        if stacked.device.type != 'mps':  # which has no float64
+            stacked = stacked.double()
+        if self._totals is None or tuple(values) != self._names:
+            self._start_stats(tuple(values), stacked)
+        known = ~stacked.isnan()
+        self._totals = self._totals + torch.stack([torch.where(known, stacked, 0.), known.to(stacked.dtype)]) * n
+
+    def _start_stats(self, names: Tuple[str, ...], like: torch.Tensor) -> None:
+        """Move what is known of these statistics to the device."""
+        self.sums, self.counts = self._known()
+        known = [[source.pop(name, 0) for name in names] for source in (self.sums, self.counts)]
+        self._names, self._totals = names, torch.tensor(known, dtype=like.dtype, device=like.device)
+
+    def _known(self) -> Tuple[Dict[str, Any], Dict[str, float]]:
+        """Return sums and counts of all values. This waits for the device if there are statistics of layers."""
+        sums, counts = OrderedDict(self.sums), dict(self.counts)
+        totals: List[List[float]] = self._totals.tolist() if self._totals is not None else [[], []]
+        for name, total, count in zip(self._names, *totals):
+            if count:
+                sums[name], counts[name] = total, int(count)
+        return sums, counts
+
     def means(self) -> 'OrderedDict[str, float]':
-        return OrderedDict((name, float(total) / self.counts[name]) for name, total in self.sums.items())
+        sums, counts = self._known()
+        return OrderedDict((name, float(total) / counts[name]) for name, total in sums.items())
 
     def state_dict(self) -> Dict[str, Any]:
-        return dict(sums={name: float(total) for name, total in self.sums.items()}, counts=dict(self.counts))
+        sums, counts = self._known()
+        return dict(sums={name: float(total) for name, total in sums.items()}, counts=counts)
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
         self.sums, self.counts = OrderedDict(state['sums']), dict(state['counts'])
+        self._names, self._totals = (), None
 
 
-def layer_stats(task: Any) -> Dict[str, float]:
-    """Return the per-layer values of the task's losses by column: 'cka_layer1', ...; empty if the task has none."""
+def layer_stats(task: Any) -> Dict[str, torch.Tensor]:
+    """Return the per-layer values of the task's losses by column, 0-d tensors: 'cka_layer1', ...; empty if the task has
+    none.
+    """
     return {f'{key}_{layer}': value
-            for layer, values in getattr(task, 'stats', {}).items() for key, value in values.items()}
+            for layer, values in getattr(task, 'device_stats', {}).items() for key, value in values.items()}

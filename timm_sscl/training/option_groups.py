@@ -231,7 +231,7 @@ def _add_misc(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--checkpoint-hist', type=int, default=10)
     group.add_argument('-j', '--workers', type=int, default=4)
     group.add_argument('--save-images', action='store_true')
-    group.add_argument('--pin-mem', action='store_true')
+    group.add_argument('--pin-mem', action='store_true', help='batches in pinned memory; always on CUDA')
     group.add_argument('--no-prefetcher', action='store_true',
                        help='accepted; Accelerate moves the batches in any case')
     group.add_argument('--output', default='', type=home_path, metavar='DIR',

@@ -38,7 +38,8 @@ def create_accelerator(args: Namespace) -> Accelerator:
     check_launch_plugins()
     accelerator = Accelerator(
         cpu=cpu, mixed_precision=precision, gradient_accumulation_steps=args.grad_accum_steps, log_with=args.report_to,
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+        dataloader_config=DataLoaderConfiguration(
+            use_seedable_sampler=True, data_seed=args.seed, non_blocking=True),
         project_config=ProjectConfiguration(logging_dir=args.output or '.') if args.report_to else None,
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=not args.no_ddp_bb)])
     world = int(os.environ.get('WORLD_SIZE', 1))

@@ -9,17 +9,21 @@ from accelerate import Accelerator
 
 from .loaders import Loaders
 from .stop import Interrupted, StopRequest
+from .stop_vote import StopVote
 
 __all__ = ['Session']
 
 
 @dataclass
 class Session:
-    """Objects that all trainings of a run share: options, Accelerate, loaders, the request to stop."""
+    """Objects that all trainings of a run share: options, Accelerate, loaders, the request to stop, the processes' vote
+    on it.
+    """
     args: Namespace
     accelerator: Accelerator
     make_loaders: Callable[[], Loaders]
     stop: StopRequest
+    vote: StopVote = field(init=False, default_factory=StopVote)
     _first_scale: Dict[str, Any] = field(init=False, default_factory=dict)
 
     def __post_init__(self):

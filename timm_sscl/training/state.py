@@ -27,6 +27,7 @@ from .optimizer import create_optimizer_and_schedule
 from .resume import restore
 from .rows import keep_rows
 from .session import Session
+from .step_check import StepCheck
 from .teacher_cache import TeacherCache
 from .teacher_record import TeacherRecord
 
@@ -67,6 +68,7 @@ class Training:
         stuck_layers: Layers that never or always fired at the last validation.
         silent_layers: Layers that did not fire in training between the last two logs.
         read_failure: Error of this process when reading the current batch.
+        check: Check of the loss and the gradients of every step.
         started: Time when this process began to train.
         steps_done: Number of steps that this process has done.
         images_done: Number of images trained on in them, over all processes.
@@ -98,6 +100,7 @@ class Training:
     stuck_layers: Dict[str, str] = field(default_factory=dict)
     silent_layers: List[str] = field(default_factory=list)
     read_failure: Optional[Exception] = None
+    check: StepCheck = field(default_factory=StepCheck)
     started: float = field(default_factory=time.time)
     steps_done: int = 0
     images_done: int = 0
