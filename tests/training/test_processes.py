@@ -128,7 +128,7 @@ def test_signal_to_one_process_stops_both_at_one_step(server, whole, tmp_path):
     os.kill(pids[1], signal.SIGTERM)
     assert server.wait() != 0
     log = (tmp_path / 'log.txt').read_text()
-    assert log.count('error: stopped by SIGTERM') == 2 and log.count('saving and stopping after this step') == 1, log
+    assert log.count('stopped by SIGTERM') == 2 and log.count('saving and stopping after this step') == 1, log
     code, log = server.run(args, tmp_path, processes=2)
     assert code == 0 and 'Goes on from' in log, log
     seen = [(tmp_path / f'seen-{rank}.jsonl').read_text().splitlines() for rank in (0, 1)]
