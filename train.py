@@ -49,7 +49,8 @@ from timm_sscl.training.neuron_init import prepare_neurons
 from timm_sscl.training.optimizer import create_optimizer_and_schedule
 from timm_sscl.training.option_ranges import check_choices, check_ranges
 from timm_sscl.training.options import ARGS_FILE, parse_args
-from timm_sscl.training.processes import create_accelerator, set_threads, setup_logging
+from timm_sscl.training.processes import (
+    create_accelerator, set_threads, setup_logging, warn_slow_precision)
 from timm_sscl.training.resume import find_run, options_as_yaml, restore
 from timm_sscl.training.run_report import try_to_report
 from timm_sscl.training.run_summary import run_command
@@ -84,6 +85,7 @@ def main(argv: Optional[List[str]] = None) -> None:
             accelerator = create_accelerator(args)
             setup_logging(accelerator)
             set_threads(args, accelerator)
+            warn_slow_precision(args, accelerator)
             if recipe:
                 _logger.info('No data named: using the bundled handwritten digits and the recipe digits: '
                              + ', '.join(f'{k}={v}' for k, v in recipe.items()))

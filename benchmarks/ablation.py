@@ -13,6 +13,7 @@ validation/CLASS.
 """
 import argparse
 import math
+import os
 import subprocess
 import sys
 import time
@@ -191,8 +192,8 @@ def split_class(files: Sequence[str], held_out: bool, count: Optional[int], seed
     suffice, the tenth is not used without held_out either. The training images, and so the teacher, are then the same
     in both phases.
     """
-    order = np.random.RandomState(seed).permutation(len(files))
-    shuffled = [sorted(files)[i] for i in order]
+    order, files = np.random.RandomState(seed).permutation(len(files)), sorted(files)
+    shuffled = [files[i] for i in order]
     n = round(HELD_OUT * len(files))
     if held_out:
         return shuffled[n:][:count], shuffled[:n]
@@ -203,23 +204,24 @@ def link_data(data_dir: Path, folder: Path, scale: Scale, phase: str) -> Path:
     """Create an image folder of symbolic links for a phase. The selection validates on held-out training images."""
     target = folder / phase
     for name in class_names(data_dir / 'train', scale.classes):
-        files = [f.name for f in (data_dir / 'train' / name).iterdir()]
+        files = os.listdir(data_dir / 'train' / name)
         train, held = split_class(files, phase == 'select', scale.images_per_class, SPLIT_SEED)
         _link(data_dir / 'train' / name, target / 'train' / name, train)
         if phase == 'select':
             _link(data_dir / 'train' / name, target / 'validation' / name, held)
         else:
             validation = data_dir / 'validation' / name
-            _link(validation, target / 'validation' / name, [f.name for f in validation.iterdir()])
+            _link(validation, target / 'validation' / name, os.listdir(validation))
     return target
 
 
 def _link(source: Path, target: Path, names: Sequence[str]) -> None:
+    """Create symbolic links in a folder, by plain strings: a path object for each of 60,000 files takes minutes."""
     target.mkdir(parents=True, exist_ok=True)
+    there, folder = set(os.listdir(target)), os.fspath(source.resolve())
     for name in names:
-        link = target / name
-        if not link.is_symlink():
-            link.symlink_to((source / name).resolve())
+        if name not in there:
+            os.symlink(os.path.join(folder, name), os.path.join(target, name))
 
 
 # ---- the script

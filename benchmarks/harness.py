@@ -17,6 +17,7 @@ from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Seq
 
 import torch
 
+from timm_sscl.cpu_features import cpu_capability
 from timm_sscl.neurons import lif_backend
 
 RESULTS = Path(__file__).resolve().parent / 'results'
@@ -127,8 +128,8 @@ def machine() -> Dict[str, Any]:
         except PackageNotFoundError:
             versions[package] = None
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return dict(cpu=model, cpu_capability=torch.backends.cpu.get_cpu_capability(), cores=os.cpu_count(),
-                memory_gib=memory, gpu=gpu, python=platform.python_version(), **versions)
+    return dict(cpu=model, cpu_capability=cpu_capability(), cores=os.cpu_count(), memory_gib=memory, gpu=gpu,
+                python=platform.python_version(), **versions)
 
 
 def show(title: str, rows: Sequence[Mapping[str, Any]]) -> None:

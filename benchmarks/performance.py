@@ -102,7 +102,8 @@ def scaling() -> List[str]:
 def main() -> None:
     machine, threads = runs('neuron')[0]['machine'], runs('neuron')[0]['threads']
     versions = ', '.join(f'{k} {machine[k]}' for k in ('torch', 'timm', 'spikingjelly', 'snntorch') if machine[k])
-    lines = [f'Measured on {machine["cores"]} cores of {machine["cpu"]} ({threads} threads), '
+    capability = machine.get('cpu_capability', 'instructions not recorded')
+    lines = [f'Measured on {machine["cores"]} cores of {machine["cpu"]} ({capability}; {threads} threads), '
              f'{machine["memory_gib"]} GiB, Python {machine["python"]}, {versions}; medians of interleaved '
              f'runs, as ratios.', '']
     for section in (neuron, train_step, loss, scaling):

@@ -10,9 +10,11 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, ProjectConfiguration
 from timm.utils import setup_default_logging
 
+from timm_sscl.cpu_features import has_fast_bfloat16
+
 from .errors import OptionError
 
-__all__ = ['create_accelerator', 'check_launch_plugins', 'set_threads', 'setup_logging']
+__all__ = ['create_accelerator', 'check_launch_plugins', 'set_threads', 'setup_logging', 'warn_slow_precision']
 
 _logger = logging.getLogger('train')
 
@@ -92,6 +94,16 @@ def set_threads(args: Namespace, accelerator: Accelerator) -> None:
         _logger.warning(f'--threads {threads}: this process may run on {cores} cores; more threads are slower.')
     torch.set_num_threads(threads)
     _logger.info(f'Using {threads} CPU threads per process ({cores} cores); --threads sets another number.')
+
+
+def warn_slow_precision(args: Namespace, accelerator: Accelerator) -> None:
+    """Warn before the run if the options ask for bfloat16 on a CPU without instructions for it."""
+    if accelerator.device.type != 'cpu' or has_fast_bfloat16() is not False:
+        return
+    option = f'--model-dtype {args.model_dtype}' if args.model_dtype == 'bfloat16' else '--amp-dtype bfloat16'
+    if args.model_dtype == 'bfloat16' or accelerator.mixed_precision == 'bf16':
+        _logger.warning(f'{option}: this CPU has neither AVX512-BF16 nor AMX, so that convolutions take several times '
+                        f'as long as in float32; leave the option out.')
 
 
 def setup_logging(accelerator: Accelerator) -> None:
