@@ -85,7 +85,9 @@ class NormalisedNeuron(_OwnFire):
     membrane_norm: MembraneBatchNorm
 
     def fire(self, u: torch.Tensor, v_threshold: Any) -> torch.Tensor:
-        return spike(self.membrane_norm(u).to(u.dtype), v_threshold, self.surrogate_now())
+        norm = self.membrane_norm
+        # potentials of a half precision model are float32, its norm's parameters are not
+        return spike(norm(u.to(norm.weight.dtype)).to(u.dtype), v_threshold, self.surrogate_now())
 
     def surrogate_now(self) -> Any:
         """Return the surrogate at the current progress of the training."""
