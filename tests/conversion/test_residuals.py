@@ -194,6 +194,7 @@ def test_report_names_what_was_added_and_taken():
     taken, = [r for r in ms if r.name == 'act1']
     assert taken.now == 'NoNeuron' and "residual='ms'" in taken.reason and taken not in ms.neurons
     assert [r.name for r in ms if r.reason == "added by residual='ms'"] == ['layer4.act']
+    assert 'convolutions of shortcuts are multiply-accumulates' in str(ms)
     assert 'SEW: ' in str(sew) and 'MS: ' in str(ms) and {r.now for r in ms.variants['residual']} == {'MS'}
 
 

@@ -51,6 +51,10 @@ class MS(ResidualVariant):
         last = [stage for stage in STAGES if len(getattr(model, stage))][-1]
         add_neuron(model, getattr(model, last), _TAIL, self, settings)
 
+    def summary(self, model: nn.Module) -> str:
+        return (f'{super().summary(model)}; values between blocks are real, so that convolutions of shortcuts are '
+                f'multiply-accumulates')
+
     def remove(self, model: nn.Module) -> None:
         super().remove(model)
         if isinstance(model.act1, NoNeuron):
