@@ -34,7 +34,7 @@ from timm_sscl import convert_ann
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / 'benchmarks' / 'results'
 PAGE = PAGES / 'trained-ann.md'
-BEGIN, END = '<!-- conversion: begin -->', '<!-- conversion: end -->'
+BEGIN, END = '<!-- conversion: written by benchmarks/conversion.py -->', '<!-- end of conversion -->'
 
 TIMESTEPS = 1, 2, 4, 8, 16, 32, 64
 DATA = {'digits': 'digits', 'cifar': 'CIFAR-100, 20 classes'}
@@ -166,8 +166,8 @@ def write(file: Path, rows: Sequence[Row]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open('w', newline='') as stream:
         writer = csv.writer(stream, lineterminator='\n')
-        writer.writerows([Row._fields, *sorted(rows, key=lambda r: (
-            list(DATA).index(r.data), r.seed, list(RULES).index(r.rule), r.timesteps))])
+        rows = sorted(rows, key=lambda r: (list(DATA).index(r.data), r.seed, list(RULES).index(r.rule), r.timesteps))
+        writer.writerows([Row._fields, *(row._replace(top1=round(row.top1, 2)) for row in rows)])
 
 
 def run_all(args: argparse.Namespace) -> None:
@@ -201,13 +201,14 @@ def _cell(values: np.ndarray) -> str:
 def table(rows: Sequence[Row]) -> List[str]:
     """Return the table of the page: a line per data and rule, mean and standard deviation over seeds."""
     steps = sorted({row.timesteps for row in rows} - {0})
-    lines = ['| data | thresholds | ANN | ' + ' | '.join(f'T={t}' for t in steps) + ' |',
-             '|---' * (3 + len(steps)) + '|']
+    lines = ['| data | thresholds | seeds | ANN | ' + ' | '.join(f'T={t}' for t in steps) + ' |',
+             '|---' * (4 + len(steps)) + '|']
     for data, text in DATA.items():
         for rule in RULES:
             cells = dict(over_seeds(rows, data, rule))
             if cells:
-                lines.append(f'| {text} | {rule} | ' + ' | '.join(_cell(cells[t]) for t in (0, *steps)) + ' |')
+                words = [text, rule, str(len(cells[0])), *(_cell(cells[t]) for t in (0, *steps))]
+                lines.append(f'| {" | ".join(words)} |')
                 text = ''
     return lines
 
@@ -218,7 +219,7 @@ def figure(rows: Sequence[Row], file: Path) -> None:
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
     shown = [data for data in DATA if any(row.data == data for row in rows)]
-    drawn, axes = plt.subplots(1, len(shown), figsize=(5.2 * len(shown), 4.2), squeeze=False)
+    drawn, axes = plt.subplots(1, len(shown), figsize=(5.2 * len(shown), 4.6), squeeze=False)
     for axis, data in zip(axes[0], shown):
         for i, rule in enumerate(RULES):
             cells = dict(over_seeds(rows, data, rule))
@@ -237,8 +238,8 @@ def figure(rows: Sequence[Row], file: Path) -> None:
         axis.set(title=DATA[data], xlabel='timesteps T', ylabel='top-1 [%]', ylim=(0, None))
         axis.set_xticks(TIMESTEPS, labels=map(str, TIMESTEPS))
         axis.grid(alpha=.3)
-    axes[0][0].legend(fontsize=8, loc='lower right')
-    drawn.tight_layout()
+    drawn.tight_layout(rect=(0, .1, 1, 1))
+    drawn.legend(*axes[0][-1].get_legend_handles_labels(), fontsize=8, loc='lower center', ncol=5)
     drawn.savefig(file, dpi=100)
     plt.close(drawn)
 
@@ -247,10 +248,8 @@ def report(results: Path, page: Path) -> None:
     """Write figure and page from the results."""
     rows = read(results / 'conversion.csv')
     figure(rows, results / 'conversion.png')
-    seeds = {data: len({row.seed for row in rows if row.data == data}) for data in DATA}
     images = {data: next((row.images for row in rows if row.data == data), 0) for data in DATA}
-    facts = '; '.join(f'{text}: {seeds[data]} seed{"s" if seeds[data] > 1 else ""}, {images[data]} validation images'
-                      for data, text in DATA.items() if seeds[data])
+    facts = '; '.join(f'{text}: {images[data]} validation images' for data, text in DATA.items() if images[data])
     write_section(page, BEGIN, END, [
         '', *table(rows), '', f'Top-1, mean ± standard deviation over seeds of the training. {facts}.', '',
         f'![Accuracy over T of the converted networks]({FIGURES}/conversion.png)', ''])

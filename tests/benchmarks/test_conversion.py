@@ -37,13 +37,13 @@ def test_rows_become_table_figure_and_page(tmp_path):
     conversion.write(tmp_path / 'conversion.csv', rows[::-1])
     assert conversion.read(tmp_path / 'conversion.csv') == rows
     lines = conversion.table(rows)
-    assert lines[0] == '| data | thresholds | ANN | T=2 | T=4 |'
-    assert lines[2] == '| digits | maximum | 2.0 ± 1.4 | 22.0 ± 1.4 | 42.0 ± 1.4 |'
+    assert lines[0] == '| data | thresholds | seeds | ANN | T=2 | T=4 |'
+    assert lines[2] == '| digits | maximum | 2 | 2.0 ± 1.4 | 22.0 ± 1.4 | 42.0 ± 1.4 |'
     page = tmp_path / 'page.md'
     page.write_text(f'before\n{conversion.BEGIN}\nstale\n{conversion.END}\nafter\n')
     conversion.report(tmp_path, page)
     text = page.read_text()
-    assert 'stale' not in text and 'digits: 2 seeds, 50 validation images' in text and lines[3] in text
+    assert 'stale' not in text and 'digits: 50 validation images' in text and lines[3] in text
     assert text.startswith('before') and text.endswith('after\n')
     assert (tmp_path / 'conversion.png').stat().st_size > 1000
 

@@ -88,6 +88,7 @@ def test_checkpoints_copies_and_pickles_keep_it(tmp_path):
     ann = timm.create_model('resnet18', num_classes=5, zero_init_last=False).eval()
     model = convert_ann(ann, x, 3, pool_first=True)
     assert model.settings.pool_first == ('act1:maxpool',)
+    assert 'fire after their max pooling: act1:maxpool' in str(model.spiking_report())
     expected = model(x)
     torch.save(model.state_dict(), tmp_path / 'model.pth')
     loaded = timm.create_model('spiking_resnet18', num_classes=5, checkpoint_path=str(tmp_path / 'model.pth')).eval()
@@ -97,6 +98,7 @@ def test_checkpoints_copies_and_pickles_keep_it(tmp_path):
     assert before.settings.pool_first == ('act1:maxpool',)
     plain = convert_to_spiking(timm.create_model('resnet18', num_classes=5).eval(), timesteps=3)
     loaded.load_state_dict(plain.state_dict())  # a state without it takes it back
+    assert 'max pooling' not in str(loaded.spiking_report())
     assert loaded.settings.pool_first is None and torch.equal(loaded(x), plain(x))
 
 

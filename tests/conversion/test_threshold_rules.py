@@ -250,6 +250,17 @@ def test_thresholds_are_finite_of_the_right_shape_and_in_the_checkpoint(rule, pe
     assert torch.equal(other.eval()(x), model(x))
 
 
+@pytest.mark.parametrize('rule', ['percentile', 'spike_norm'])
+@torch.no_grad()
+def test_approaches_the_ann(rule):
+    """Nothing is clipped on the images of the thresholds, so that the error falls as 1 / T up to the transients."""
+    ann, x = _net(_Norms), _images(8, 3, 8, 8)
+    expected = ann(x)
+    model = convert_ann(copy.deepcopy(ann), x, 32, per_channel=False, rule=rule)
+    errors = [((model.set_timesteps(t)(x) - expected).norm() / expected.norm()).item() for t in (8, 64, 512)]
+    assert errors[1] < errors[0] / 3 and errors[2] < errors[1] / 3
+
+
 @pytest.mark.parametrize('rule', list_threshold_rules())
 def test_silent_channel_gets_a_threshold_of_one(rule):
     net = _net(_Norms)

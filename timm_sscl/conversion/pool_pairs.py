@@ -7,12 +7,11 @@ import torch.nn as nn
 from timm_sscl.untouched import untouched
 
 from .forward_trace import ForwardTrace
-from .model import SpikingModule
 
 __all__ = ['find_pool_pairs']
 
 
-def find_pool_pairs(model: SpikingModule, images: torch.Tensor) -> Optional[Tuple[str, ...]]:
+def find_pool_pairs(model: nn.Module, images: torch.Tensor) -> Optional[Tuple[str, ...]]:
     """Run one forward and return 'neuron:pooling' for each neuron that may fire after its max pooling; None for none.
 
     Both run once in the forward, and nothing but the pooling, an nn.MaxPool2d, takes the spikes.

@@ -125,6 +125,8 @@ class SpikingReport(Sequence):
             lines.append(f'  {pending} converted on the meta device, where it is not seen whether axis 0 is the batch '
                          f'(pending)')
         lines += [f'  audit: {self.audit}'] if self.audit is not None else []
+        if self.model.settings.pool_first:
+            lines.append(f'  fire after their max pooling: {", ".join(self.model.settings.pool_first)}')
         lines += [f'  {kind}: {summary}' for kind, summary in self.summaries.items() if summary]
         if self.mac_shares is not None:
             shares = ', '.join(f'{100 * self.mac_shares.share(kind):.1f} % {kind}' for kind in KINDS)

@@ -7,7 +7,7 @@ import torch
 from timm_sscl.named import Registry
 
 __all__ = ['ThresholdRule', 'register_threshold_rule', 'unregister_threshold_rule', 'list_threshold_rules',
-           'rule_maker', 'by_channel', 'over_layer']
+           'rule_maker', 'by_channel', 'as_threshold']
 
 
 class ThresholdRule:
@@ -92,16 +92,11 @@ def rule_maker(rule: Rule, also: Sequence[str] = ()) -> Callable[[], ThresholdRu
     return maker
 
 
-def over_layer(axis: Optional[int]) -> bool:
-    """Return whether a layer gets one threshold: no channel axis, or the batch axis."""
-    return axis is None or axis <= 0
-
-
 def by_channel(x: torch.Tensor, axis: Optional[int]) -> torch.Tensor:
-    """Return x as rows: one row for the layer (1, n), or one per channel (C, n)."""
-    return x.reshape(1, -1) if over_layer(axis) else x.movedim(axis, 0).flatten(1)
+    """Return x as rows: one per channel (C, n); one for the layer (1, n) without a channel axis beside the batch."""
+    return x.reshape(1, -1) if axis is None or axis <= 0 else x.movedim(axis, 0).flatten(1)
 
 
 def as_threshold(rows: torch.Tensor, x: torch.Tensor, axis: Optional[int]) -> torch.Tensor:
     """Return one value per row of `by_channel` in the shape of a threshold."""
-    return rows[0] if over_layer(axis) else rows.view(-1, *(1,) * (x.ndim - 1 - axis))
+    return rows[0] if axis is None or axis <= 0 else rows.view(-1, *(1,) * (x.ndim - 1 - axis))
