@@ -21,6 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from gpu_cases import Case, agree, synchronize
 from gpu_training import amp_run, resumed_run
+from torch.overrides import TorchFunctionMode
 
 from timm_sscl import (
     LIF, SSCLLoss, SSCLTask, calibrate, list_losses, list_neurons, list_surrogates, list_variants, share_stem)
@@ -287,10 +288,20 @@ def model(device: torch.device, backend: str, packed: bool = False, variant: str
 def _task(device: torch.device, losses: Any, dtype: torch.dtype = torch.float64) -> SSCLTask:
     student, teacher = _pair()
     torch.manual_seed(1)
-    task = SSCLTask(student, teacher, losses, input_size=(3, 32, 32), verbose=False, device=device)
+    task = SSCLTask(student, teacher, losses, input_size=(3, 32, 32), num_samples=32, verbose=False, device=device)
     task.trainable_module.to(dtype)
     task.teacher.to(dtype) if task.teacher is not None else None
     return task.train()
+
+
+class _DrawnOnHost(TorchFunctionMode):
+    """Draw random numbers with the CPU's generator, which is the same for every device."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in (torch.rand, torch.randn, torch.randint, torch.randperm) and kwargs.get('device') is not None:
+            return func(*args, **{**kwargs, 'device': 'cpu'}).to(kwargs['device'])
+        return func(*args, **kwargs)
 
 
 def loss(device: torch.device, name: str) -> Dict[str, Any]:
@@ -300,7 +311,10 @@ def loss(device: torch.device, name: str) -> Dict[str, Any]:
         with lif_backend('eager'):
             task = _task(place, {name: 1.})
             task.set_progress(.5)
-            result = task(_images().to(place), _labels().to(place))
+            torch.manual_seed(2)
+            index = dict(index=torch.arange(8).to(place)) if task.index_losses else {}
+            with _DrawnOnHost():
+                result = task(_images().to(place), _labels().to(place), **index)
             result['loss'].backward()
         gradients = [p.grad for p in task.trainable_module.parameters() if p.grad is not None]
         results.append([result[f'{name}_loss'], *gradients])
