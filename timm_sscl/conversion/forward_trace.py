@@ -24,7 +24,7 @@ POOLS = {'max_pool2d', 'avg_pool2d', 'adaptive_avg_pool2d', 'adaptive_max_pool2d
 
 class Call(NamedTuple):
     """One call of a function in a forward."""
-    func: Callable
+    func: Any
     name: str  # name of the function
     args: Tuple[Any, ...]
     kwargs: Dict[str, Any]

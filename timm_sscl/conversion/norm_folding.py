@@ -128,9 +128,10 @@ class _Fold:
             return '', why
         layer, neuron, factor = self.owners[id(made.parameter('weight'))], self._neuron_behind(norm, call), None
         twin = copy.deepcopy(norm).double().eval()
-        if neuron is not None and getattr(norm, 'step_factor', ''):
-            factor = getattr(norm, norm.step_factor).detach().clone()
-            getattr(twin, norm.step_factor).fill_(1)
+        name: str = getattr(norm, 'step_factor', '')
+        if neuron is not None and name:
+            factor = getattr(norm, name).detach().clone()
+            getattr(twin, name).fill_(1)
         per_step = getattr(norm, 'per_step', False) and factor is None
         maps = _maps(twin, self.steps if per_step else 1, call.args[0].ndim)
         if maps is None:
@@ -141,7 +142,7 @@ class _Fold:
         _fold_into(layer, maps)
         if per_step:
             make_stepwise(layer, self.model.timesteps)
-        if factor is not None:
+        if neuron is not None and factor is not None:
             self.model.get_submodule(neuron).set_step_gain(factor)
             into.append(f'{neuron}.step_gain')
         self._replace(norm)
