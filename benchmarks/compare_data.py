@@ -20,6 +20,10 @@ def csv_file(folder: Path, plan: str) -> Path:
     return folder / f'compare_{plan}.csv'
 
 
+def costs_file(folder: Path, plan: str) -> Path:
+    return folder / f'compare_{plan}_costs.csv'
+
+
 def bits_file(folder: Path, plan: str) -> Path:
     return folder / f'compare_{plan}_bits.npz'
 

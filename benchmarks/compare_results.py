@@ -16,11 +16,11 @@ from typing import Dict, List, Optional, Sequence, Tuple
 
 from compare_answers import (
     RULES, Comparison, Plan, answer, by_seed, compare, groups, primary_rows, read_plan, summary_line)
-from compare_data import Row, check_rows, csv_file, read_rows, setting, write_rows
+from compare_data import Row, check_rows, costs_file, csv_file, read_rows, setting, write_rows
 from compare_figures import draw_arms, draw_differences
 from compare_statistics import paired_differences
 from compare_tables import (
-    arm_table, arms_of, comparison_table, failure_table, layer_table, pilot_table, selection_table, table,
+    arm_table, arms_of, comparison_table, costs_table, failure_table, layer_table, pilot_table, selection_table, table,
     tried_configurations, where_text)
 from pages import FIGURES, PAGES, write_section
 from trials import read_results
@@ -63,6 +63,7 @@ def section(plan: Plan, rows: Sequence[Row], results: Path) -> List[str]:
                   *comparison_table(comparisons, plan), *missing_lines(comparisons)]
         lines += figure_lines(plan, group, names, comparisons, results, len(found) > 1)
         lines += layer_lines(plan, group)
+    lines += costs_table(costs_file(results, plan.name), plan)
     return [*lines, *confirmation_lines(plan, rows), *before_lines(plan, rows), *failure_lines(plan, rows)]
 
 

@@ -1,6 +1,8 @@
 """Tables of a comparison in Markdown."""
+import csv
 import json
 from collections import Counter
+from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
@@ -103,10 +105,10 @@ def arm_table(
 
 
 def relative(rows: Sequence[Row], names: Sequence[str], name: str, key: str) -> Optional[float]:
-    """Return an arm's cost per trial relative to that of the first arm; None if its setting, or the number of trials
-    side by side, is another.
+    """Return an arm's cost relative to that of the first arm; None if their settings differ, or trials of several arms
+    trained side by side, whose costs are known only together.
     """
-    if any(of(rows, name) != of(rows, names[0]) for of in (replicas_text, where_of)):
+    if where_of(rows, name) != where_of(rows, names[0]) or {replicas_text(rows, n) for n in (name, names[0])} != {'1'}:
         return None
     own, first = (mean_of(rows, n, key, True) for n in (name, names[0]))
     return own / first if own and first else None
@@ -116,6 +118,21 @@ def replicas_text(rows: Sequence[Row], name: str) -> str:
     """Return how many trials trained side by side: '8' or '4, 8'."""
     return ', '.join(str(n) for n in sorted({row.get('replicas') or 1 for row in rows
                                               if row['arm'] == name and row['status'] == 'ok'}))
+
+
+def costs_table(file: Path, plan: Plan) -> List[str]:
+    """Return the costs of the arms, each alone, that benchmarks/trial_costs.py measured; nothing without its file."""
+    if not file.is_file():
+        return []
+    with open(file, newline='') as text:
+        rows = list(csv.DictReader(text))
+    lines = [[plan.label(row['arm']), f"{float(row['ms']):.0f} ({float(row['low']):.0f} to {float(row['high']):.0f})",
+              f"{float(row['relative']):.2f}", f"{float(row['mib']):.0f}", f"{float(row['relative_mib']):.2f}"]
+             for row in rows]
+    where = f"{rows[0]['device']}, {rows[0]['threads']} thread{'' if rows[0]['threads'] == '1' else 's'}, torch " \
+            f"{rows[0]['torch']}, {rows[0]['rounds']} rounds"
+    return ['', f'Costs of a step, each arm alone ({where}); memory is that of the tensors kept for the backward:', '',
+            *table(['arm', 'ms (quartiles)', 'relative', 'MiB', 'relative'], lines)]
 
 
 # ---- what was tried

@@ -35,8 +35,9 @@ def machine_facts(device: torch.device) -> Dict[str, Any]:
     """Return what every line says about machine, versions and precision."""
     capability = torch.backends.cpu.get_cpu_capability()
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'CPU {capability}'
+    precision = 'float32, TF32 in convolutions' if device.type == 'cuda' else 'float32'
     return dict(
-        precision='float32, TF32 in convolutions' if device.type == 'cuda' else 'float32', device=name, cpu=capability, torch=torch.__version__, timm=timm.__version__,
+        precision=precision, device=name, cpu=capability, torch=torch.__version__, timm=timm.__version__,
         revision=code_revision())
 
 

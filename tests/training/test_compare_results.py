@@ -103,7 +103,21 @@ def test_every_tried_configuration_is_listed_and_counted(written):
     _, text = written
     for number, settings, accuracy in ((1, 'sscl 0.1', '30.00'), (2, 'sscl 0.2', '32.00')):
         assert f'| the new loss | {number} | {settings} | small, T = 2, resnet20_cifar | 1 | {accuracy} |' in text
-    assert '| 40.00 ± 0.67 | 2 | 0.200 | 0.300 | 2.00 | 1.00 | 100 | 1.00 | 4 |' in text  # 8 ms, 400 MiB by 4 trials
+    # 8 ms and 400 MiB of four trials, which may be of other arms: not compared
+    assert '| 40.00 ± 0.67 | 2 | 0.200 | 0.300 | 2.00 |  | 100 |  | 4 |' in text
+
+
+def test_costs_that_were_measured_alone_have_a_table(tmp_path):
+    pages = Pages(tmp_path)
+    pages.write([dict(row, replicas=1, ms_per_step=8. if row['arm'] == 'new' else 4.) for row in lines()])
+    (pages.folder / 'results').mkdir(exist_ok=True)
+    (pages.folder / 'results' / 'compare_toy_costs.csv').write_text(
+        'arm,ms,low,high,relative,mib,relative_mib,rounds,device,torch,threads\n'
+        'old,4.0,3.9,4.4,1.0,100.0,1.0,7,a CPU,2.14,1\nnew,8.0,7.9,8.4,2.0,150.0,1.5,7,a CPU,2.14,1\n')
+    text = pages.report()
+    assert '| the new loss | 8 (8 to 8) | 2.00 | 150 | 1.50 |' in text and 'a CPU, 1 thread, torch 2.14' in text
+    # trained alone: relative to the first arm
+    assert '| 0.300 | 8.00 | 1.00 | 400 | 1.00 | 1 |' in text and '| 0.300 | 4.00 | 0.50 | 400 | 1.00 | 1 |' in text
 
 
 def test_pages_are_made_from_the_csv_and_bits_alone(written):

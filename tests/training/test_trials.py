@@ -19,6 +19,7 @@ import cifar_arrays
 import compare
 import compare_plan
 import gpu_science
+import trial_costs
 import trial_data
 import trial_models
 import trial_replica
@@ -421,3 +422,23 @@ def test_plans_run_side_by_side(data, tmp_path, capsys):
     assert failed == 1
     assert 'a-pilot-sscl-one-T2-s3' in (tmp_path / 'out' / 'a.log').read_text()
     assert "a plan needs 'arms'" in capsys.readouterr().out
+
+
+def test_costs_of_every_arm(data, tmp_path):
+    (tmp_path / 'toy.yaml').write_text(PLAN)
+    plan = compare_plan.ComparisonPlan(tmp_path / 'toy.yaml')
+    rows = trial_costs.measure_costs(plan, _engine(data, tmp_path), rounds=1)
+    assert [row['arm'] for row in rows] == ['ce', 'sscl', 'kd']
+    assert rows[0]['relative'] == rows[0]['relative_mib'] == 1 and all(row['ms'] > 0 for row in rows)
+    assert rows[1]['mib'] > rows[0]['mib']  # SSCL keeps rows and scores, too
+
+
+def test_memory_for_the_backward_is_that_of_the_batch(data):
+    loaded = trial_data.load_device_set(data[0], 'toy', torch.device('cpu'), 8)
+    kept = []
+    for batch in (8, 16):
+        trial = replace(_trial(), scale=replace(TOY, batch_size=batch))
+        replica = trial_replica.Replica(trial, loaded, None)
+        replica.train_mode(True)
+        kept.append(trial_costs.kept_for_backward(replica))
+    assert 1.8 < kept[1] / kept[0] <= 2  # but for statistics of the norms, which do not grow
