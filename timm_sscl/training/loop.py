@@ -289,5 +289,6 @@ def _update_average(training: Training) -> None:
     values = list(average.state_dict().values())
     before = [value.clone() for value in values]
     task.update_ema(step=training.num_updates)
-    for value, old in zip(values, before) if ok is not None else ():
-        value.copy_(torch.where(ok.to(value.device), value, old))
+    if ok is not None:
+        for value, old in zip(values, before):
+            value.copy_(torch.where(ok.to(value.device), value, old))

@@ -1,6 +1,6 @@
 """Keep values that are not finite out of the weights, without making a step wait for the device."""
 import math
-from typing import Dict, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.distributed as dist
@@ -106,6 +106,6 @@ class StepCheck:
         return BadStep(pending.place, not loss_ok, mine, loss, terms, bad)
 
 
-def _largest(tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+def _largest(tensors: List[torch.Tensor]) -> Sequence[torch.Tensor]:
     """Return the largest absolute value of every tensor, 0-d: infinite only if a value is, unlike a sum of squares."""
     return torch._foreach_norm(tensors, math.inf)
