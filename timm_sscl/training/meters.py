@@ -43,16 +43,18 @@ class Meters:
         stacked = torch.stack([value.detach() for value in values.values()])
         if stacked.device.type != 'mps':  # which has no float64
             stacked = stacked.double()
-        if self._totals is None or tuple(values) != self._names:
-            self._start_stats(tuple(values), stacked)
+        before = self._totals
+        if before is None or tuple(values) != self._names:
+            before = self._start_stats(tuple(values), stacked)
         known = ~stacked.isnan()
-        self._totals = self._totals + torch.stack([torch.where(known, stacked, 0.), known.to(stacked.dtype)]) * n
+        self._totals = before + torch.stack([torch.where(known, stacked, 0.), known.to(stacked.dtype)]) * n
 
-    def _start_stats(self, names: Tuple[str, ...], like: torch.Tensor) -> None:
-        """Move what is known of these statistics to the device."""
+    def _start_stats(self, names: Tuple[str, ...], like: torch.Tensor) -> torch.Tensor:
+        """Return what is known of these statistics as sums and counts on the device."""
         self.sums, self.counts = self._known()
         known = [[source.pop(name, 0) for name in names] for source in (self.sums, self.counts)]
-        self._names, self._totals = names, torch.tensor(known, dtype=like.dtype, device=like.device)
+        self._names = names
+        return torch.tensor(known, dtype=like.dtype, device=like.device)
 
     def _known(self) -> Tuple[Dict[str, Any], Dict[str, float]]:
         """Return sums and counts of all values. This waits for the device if there are statistics of layers."""
