@@ -50,10 +50,11 @@ from timm_sscl.training.optimizer import create_optimizer_and_schedule
 from timm_sscl.training.option_ranges import check_choices, check_ranges
 from timm_sscl.training.options import ARGS_FILE, parse_args
 from timm_sscl.training.processes import (
-    create_accelerator, set_threads, setup_logging, warn_slow_precision)
+    create_accelerator, finish_trackers, set_threads, setup_logging, warn_slow_precision)
 from timm_sscl.training.resume import find_run, options_as_yaml, restore
 from timm_sscl.training.run_report import try_to_report
 from timm_sscl.training.run_summary import run_command
+from timm_sscl.training.seeds import SeedGroup
 from timm_sscl.training.session import Session
 from timm_sscl.training.state import FitResult, Training, restore_random_state, start_training
 from timm_sscl.training.stop import StopRequest
@@ -72,8 +73,8 @@ _logger = logging.getLogger('train')
 
 
 def main(argv: Optional[List[str]] = None) -> None:
-    """Parse the options, build the run, and train or evaluate it."""
-    started = time.time()
+    """Parse the options, build the run or one run per seed, and train or evaluate it."""
+    command = run_command(__file__, argv)
     with ExitStack() as resources:
         with one_line_errors():
             args, recipe = parse_args(argv)
@@ -92,14 +93,28 @@ def main(argv: Optional[List[str]] = None) -> None:
             if args.fast_norm:
                 set_fast_norm()
             stop = resources.enter_context(StopRequest())
-            job = None if args.eval_only else prepare(args, accelerator, stop, resources)
+            group = SeedGroup(args, accelerator, resources) if args.seeds else None
         if args.eval_only:
             with report_resume_command(__file__):
                 evaluate_only(args, accelerator, stop)
-            return
-        with report_resume_command(__file__, job.folder):
-            train(job, started, run_command(__file__, argv))
+        elif group is None:
+            run(args, accelerator, stop, command, None)
+        else:
+            for one in group.runs_left():
+                run(one, create_accelerator(one), stop, command, group.folder)
+            group.summarize()
     accelerator.end_training()
+
+
+def run(args: Namespace, accelerator: Accelerator, stop: StopRequest, command: str, group: Optional[Path]) -> None:
+    """Build a run and train it. `command` started it; `group` is the folder of the runs of --seeds."""
+    started = time.time()
+    with ExitStack() as resources:
+        with one_line_errors():
+            job = prepare(args, accelerator, stop, resources)
+        with report_resume_command(__file__, job.folder, group):
+            train(job, started, command)
+    finish_trackers(accelerator)
 
 
 @dataclass

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from runs import TINY, run_here
+from timm_sscl.training.interval import interval
 from timm_sscl.training.report_command import main
-from timm_sscl.training.runs_report import interval
 from timm_sscl.training.run_report import write_run_report
 
 ALL = {'curves.png', 'terms.png', 'layers.png', 'rates.png', 'raster.png', 'timesteps.png', 'energy.png', 'cka.png',

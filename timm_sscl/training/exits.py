@@ -72,12 +72,13 @@ def one_line_errors() -> Iterator[None]:
 
 
 @contextmanager
-def report_resume_command(script: str, folder: Optional[Path] = None) -> Iterator[None]:
+def report_resume_command(script: str, folder: Optional[Path] = None, group: Optional[Path] = None) -> Iterator[None]:
     """Print one line if a training inside stops early, and the command that resumes it where that can help.
 
     Args:
         script: File of the running script.
         folder: Folder of the run; None if there is nothing to resume.
+        group: Folder of the runs of --seeds, which are then resumed together.
     """
     try:
         with name_dead_processes():
@@ -85,7 +86,7 @@ def report_resume_command(script: str, folder: Optional[Path] = None) -> Iterato
     except (Interrupted, *RUN_ERRORS) as error:
         if folder is not None:
             how = 'A resumed run would fail in the same way until that is mended.' if isinstance(
-                error, _LASTING_ERRORS) else f'To go on: {resume_command(script, folder)}'
+                error, _LASTING_ERRORS) else f'To go on: {resume_command(script, group or folder)}'
             print(f'Newest whole checkpoint: {find_newest(folder) or "none yet"}\n{how}', file=sys.stderr, flush=True)
         exit_with_line(error, 128 + error.signal_number if isinstance(error, Interrupted) else 1)
 

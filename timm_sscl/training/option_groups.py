@@ -217,6 +217,8 @@ def _add_ema(parser: argparse.ArgumentParser) -> None:
 def _add_misc(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group('Miscellaneous parameters')
     group.add_argument('--seed', type=int, default=42)
+    group.add_argument('--seeds', type=int, nargs='+', default=None, metavar='N',
+                       help='one run per seed, with one teacher, and their mean and interval')
     group.add_argument('--worker-seeding', type=str, default='all')
     group.add_argument('--log-interval', type=int, default=50)
     group.add_argument('--val-interval', type=int, default=1)

@@ -60,6 +60,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> Tuple[argparse.Namespace
         _apply(parser, args, recipe, given, DIGITS_RECIPE)
     del args.data
     _check(args, given | {name for name, value in layers.items() if value is not None})
+    _check_seeds(args, given)
     if is_event_dataset(args.dataset):
         _check_events(parser, args)
     elif args.teacher_frames != FRAMES[0]:
@@ -174,6 +175,25 @@ def _check(args: argparse.Namespace, given: set) -> None:
         raise OptionError("--val-split '': every run is validated here; name the split.")
     if args.drop_path is None and args.drop_connect is not None:
         args.drop_path = args.drop_connect
+
+
+def _check_seeds(args: argparse.Namespace, given: set) -> None:
+    """Check --seeds. `given` are the options on the command line."""
+    if not args.seeds:
+        return
+    text = f'--seeds {" ".join(map(str, args.seeds))}'
+    for seed in args.seeds:
+        if not 0 <= seed < 2 ** 32:
+            raise OptionError(f'{text}: a seed must be a whole number from 0 to {2 ** 32 - 1}.')
+        if args.seeds.count(seed) > 1:
+            raise OptionError(f'{text}: {seed} stands there twice; a run with the same seed is the same run.')
+    if 'seed' in given:
+        raise OptionError(f'--seed {args.seed} and {text} both set the seed; use one.')
+    if args.eval_only:
+        raise OptionError(f'{text}: --eval-only trains nothing; name one run with --resume.')
+    if os.path.isfile(args.resume):
+        raise OptionError(f'{text}: --resume {args.resume} is a checkpoint of one run; with --seeds it takes the '
+                          f'folder above the runs of all seeds.')
 
 
 def _check_events(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

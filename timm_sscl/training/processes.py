@@ -14,7 +14,8 @@ from timm_sscl.cpu_features import has_fast_bfloat16
 
 from .errors import OptionError
 
-__all__ = ['create_accelerator', 'check_launch_plugins', 'set_threads', 'setup_logging', 'warn_slow_precision']
+__all__ = ['create_accelerator', 'check_launch_plugins', 'finish_trackers', 'set_threads',
+           'setup_logging', 'warn_slow_precision']
 
 _logger = logging.getLogger('train')
 
@@ -112,3 +113,10 @@ def setup_logging(accelerator: Accelerator) -> None:
     logging.getLogger('timm.utils.checkpoint_saver').setLevel(logging.WARNING)  # it lists all files every epoch
     # it names a sample by number; Samples names the path
     logging.getLogger('timm.data.dataset').setLevel(logging.ERROR)
+
+
+def finish_trackers(accelerator: Accelerator) -> None:
+    """Close the trackers of a run (--report-to). Accelerate closes them only together with the process group."""
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    accelerator.trackers = []

@@ -11,6 +11,7 @@ from timm_sscl.report.extra import MISSING, can_report
 
 from .errors import OptionError
 from .exits import one_line_errors
+from .options import ARGS_FILE
 from .option_types import HelpFormatter, OptionParser, home_path
 from .run_report import IMAGES, REPORT_FILE, write_run_report
 from .runs_report import COMPARISON_FILE, write_comparison
@@ -26,13 +27,19 @@ def create_report_parser() -> argparse.ArgumentParser:
         prog='timm-sscl-report', allow_abbrev=False, formatter_class=HelpFormatter,
         description=f'Write the report of a run into its folder ({REPORT_FILE} and the pictures in report/), or '
                     f'compare several runs ({COMPARISON_FILE}).')
-    parser.add_argument('runs', nargs='+', type=home_path, metavar='RUN', help='folder of a run of train.py')
+    parser.add_argument('runs', nargs='+', type=home_path, metavar='RUN',
+                        help='folder of a run of train.py, or of the runs of --seeds')
     parser.add_argument('--output', type=home_path, default=None, metavar='DIR',
                         help='folder for the comparison of several runs (the folder above them)')
     parser.add_argument('--images', type=int, default=IMAGES, metavar='N',
                         help='one run: measure at most N validation images, evenly spaced over the set')
     parser.add_argument('--device', default=None, help='one run: cpu or cuda (a GPU where there is one)')
     return parser
+
+
+def runs_in(folder: Path) -> List[Path]:
+    """Return the runs of all seeds in the folder of --seeds; of one run its folder."""
+    return sorted(file.parent for file in folder.glob(f'seed-*/{ARGS_FILE}')) or [folder]
 
 
 def main(argv: Optional[List[str]] = None) -> None:
@@ -44,7 +51,7 @@ def main(argv: Optional[List[str]] = None) -> None:
         if args.images < 1:
             raise OptionError(f'--images {args.images}: must be 1 or more.')
         setup_default_logging(logging.INFO)
-        folders = [Path(run) for run in args.runs]
+        folders = [folder for run in args.runs for folder in runs_in(Path(run))]
         if len(folders) > 1:
             print(write_comparison(folders, Path(args.output) if args.output else None))
             return

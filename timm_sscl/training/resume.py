@@ -19,7 +19,7 @@ from .option_groups import create_parser
 from .options import ARGS_FILE, AUTO
 from .teacher_key import plain
 
-__all__ = ['SUMMARY_FILE', 'restore', 'find_run', 'newest_file', 'options_as_yaml']
+__all__ = ['SUMMARY_FILE', 'restore', 'find_run', 'newest_file', 'newest_unfinished', 'options_as_yaml']
 
 _logger = logging.getLogger('train')
 
@@ -54,7 +54,7 @@ def find_run(args: Namespace, root: Path, data_config: Dict[str, Any]) -> Tuple[
         [datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(args.model), str(size)])
     folder = root / name
     if args.resume == AUTO:
-        folder = folder if args.experiment else _newest_run(args, root) or folder
+        folder = folder if args.experiment else newest_unfinished(args, root) or folder
         return folder, newest_file(folder)
     if args.resume and os.path.isdir(args.resume):
         folder = Path(args.resume)
@@ -85,8 +85,9 @@ def newest_file(folder: Path) -> str:
     return str(file) if file.is_file() and not why_damaged(file) else ''
 
 
-def _newest_run(args: Namespace, root: Path) -> Optional[Path]:
-    """Return the newest unfinished run under root that was started with these options, or None."""
+def newest_unfinished(args: Namespace, root: Path) -> Optional[Path]:
+    """Return the newest unfinished run under root that was started with these options, or runs of these seeds; or None.
+    """
     options = _differing(yaml.safe_load(options_as_yaml(args)))
     for file in sorted(root.glob(f'*/{ARGS_FILE}'), key=lambda f: f.stat().st_mtime, reverse=True):
         if not (file.parent / SUMMARY_FILE).exists() and _differing(_read_options(file)) == options:

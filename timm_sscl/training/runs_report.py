@@ -1,60 +1,24 @@
 """Compare runs: group them by their options but the seed, with mean and interval over the seeds."""
 import json
-import math
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
-
-from scipy import stats
 
 from timm_sscl.report.figures import draw_groups
 from timm_sscl.report.page import Section, Table
 
 from .errors import OptionError
+from .interval import interval, interval_text
 from .option_groups import create_parser
 from .run_files import RunFiles, curve, read_run
 from .run_report import REPORT_FILE, write_page
 from .teacher_key import plain
 
-__all__ = ['COMPARISON_FILE', 'Interval', 'interval', 'interval_text', 'write_comparison']
+__all__ = ['COMPARISON_FILE', 'facts_of', 'write_comparison']
 
 COMPARISON_FILE = 'comparison.html'
 # options in which the runs of a group may differ
 _APART = frozenset(('seed', 'seeds', 'output', 'experiment', 'resume', 'report', 'workers', 'threads', 'device'))
-
-
-@dataclass
-class Interval:
-    """Mean over runs and half the width of its 95 % interval (t distribution); None for a single run."""
-    mean: float
-    half: Optional[float]
-    count: int
-
-
-def interval(values: Sequence[float]) -> Interval:
-    """Return mean and 95 % interval of values of independent runs.
-
-    Raises:
-        ValueError: There are no values.
-    """
-    n = len(values)
-    if not n:
-        raise ValueError('values: there are none.')
-    mean = math.fsum(values) / n
-    if n == 1:
-        return Interval(mean, None, 1)
-    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
-    return Interval(mean, float(stats.t.ppf(.975, n - 1)) * deviation / math.sqrt(n), n)
-
-
-def interval_text(values: Sequence[Optional[float]], digits: int = 2) -> str:
-    """Return 'mean ± half width' of the values that are there; '-' for none."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return '-'
-    found = interval(known)
-    return f'{found.mean:.{digits}f}' + ('' if found.half is None else f' ± {found.half:.{digits}f}')
 
 
 def write_comparison(folders: Sequence[Path], output: Optional[Path] = None) -> Path:
@@ -79,7 +43,7 @@ def write_comparison(folders: Sequence[Path], output: Optional[Path] = None) -> 
     output = output or Path(os.path.commonpath([place.parent for place in places]))
     groups = group_runs(runs)
     open_ = sum(run.summary is None for run in runs)
-    status = f'{len(runs)} runs in {len(groups)} groups.' + (
+    status = f'{len(runs)} runs in {len(groups)} group{"s" if len(groups) > 1 else ""}.' + (
         f' {open_} of them not complete: their last epoch so far is compared.' if open_ else '')
     return write_page(output, 'Comparison of runs', status, _sections(groups, output), COMPARISON_FILE)
 

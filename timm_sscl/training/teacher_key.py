@@ -46,7 +46,7 @@ IRRELEVANT = frozenset((
     'checkpoint_hist', 'recovery_interval', 'resume', 'no_resume_opt', 'start_epoch', 'config', 'dataset_download',
     'dataset_trust_remote_code', 'max_unreadable', 'report',
     'plugin',  # contained in the key as digests of the files that define the teacher, the data set or the optimizer
-    'seed',  # runs with different seeds share one teacher
+    'seed', 'seeds',  # runs with different seeds share one teacher
 ))
 _VALIDATION = 'val_split', 'val_num_samples', 'val_interval', 'eval_metric'  # part of the key with --sched plateau
 # derived by the script, not options
