@@ -4,9 +4,8 @@
     accelerate launch train.py                                    # bundled digits, no download
     accelerate launch train.py --data-dir DIR --model spiking_resnet34 --teacher resnet34
 
-The script reads from top to bottom: options, data, student and teacher, the loop and its step, the summary. It has the
-shape and the options of timm's train.py. Accelerate handles devices, precision and processes. The parts are in
-timm_sscl.training.
+The script reads from top to bottom: options, data, student and teacher, the loop and its step, the summary. Its shape
+and options are those of timm's train.py. Accelerate handles devices and processes. Parts are in timm_sscl.training.
 """
 import importlib
 import json
@@ -53,7 +52,7 @@ from timm_sscl.training.processes import (
     create_accelerator, finish_trackers, set_threads, setup_logging, warn_slow_precision)
 from timm_sscl.training.resume import find_run, options_as_yaml, restore
 from timm_sscl.training.run_report import try_to_report
-from timm_sscl.training.run_summary import run_command
+from timm_sscl.training.run_summary import log_options, run_command
 from timm_sscl.training.seeds import SeedGroup
 from timm_sscl.training.session import Session
 from timm_sscl.training.state import FitResult, Training, restore_random_state, start_training
@@ -87,9 +86,7 @@ def main(argv: Optional[List[str]] = None) -> None:
             setup_logging(accelerator)
             set_threads(args, accelerator)
             warn_slow_precision(args, accelerator)
-            if recipe:
-                _logger.info('No data named: using the bundled handwritten digits and the recipe digits: '
-                             + ', '.join(f'{k}={v}' for k, v in recipe.items()))
+            log_options(vars(args), recipe)
             if args.fast_norm:
                 set_fast_norm()
             stop = resources.enter_context(StopRequest())

@@ -89,5 +89,6 @@ def test_settings_show_what_the_neuron_has():
 
     register_neuron('fire')(Fire)
     assert 'tau=0.25' in repr(SpikingSettings()) and 'v_threshold=0.5' in repr(SpikingSettings())
+    assert str(SpikingSettings(tau=.5)) == 'timesteps=4, tau=0.5' and str(SpikingSettings()) == 'timesteps=4'
     shown = repr(SpikingSettings(neuron='fire'))
     assert "neuron='fire'" in shown and 'timesteps=4' in shown and 'tau' not in shown and 'v_threshold' not in shown

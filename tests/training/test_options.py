@@ -4,9 +4,12 @@ import pytest
 import yaml
 
 from timm_sscl import LIF
+from timm_sscl.training.datasets import create_datasets
+from timm_sscl.training.loaders import create_loaders
 from timm_sscl.training.options import OptionError, parse_args
 from timm_sscl.training.option_groups import create_parser
 from timm_sscl.training.recipes import list_recipes, load_recipe
+from timm_sscl.training.run_summary import options_line
 
 # names and defaults read off timm's own parser (2026-08), where this script keeps them
 TIMM_DEFAULTS = dict(
@@ -49,6 +52,43 @@ def test_without_data_the_digits_recipe_fills_in_what_was_not_given(tmp_path):
     assert args.batch_size == 32 and 'batch_size' not in recipe and args.epochs == recipe['epochs']
     args, recipe = parse_args(['--epochs', '300'])  # a default that is given is given
     assert args.epochs == 300
+
+
+@pytest.mark.parametrize('argv, meant', [
+    (['--sscl-temprature=0.2'], r'unrecognized arguments: --sscl-temprature=0.2. Did you mean --sscl-temperature\?$'),
+    (['--learning-rate', '0.1'], r'Did you mean --lr\?$'), (['--num_workers', '2'], r'Did you mean --workers\?$'),
+    (['--epohcs=3', '--batchsize=4'], r'Did you mean --epochs for epohcs\? Did you mean --batch-size for batchsize\?$'),
+    (['--qqqqqq'], 'unrecognized arguments: --qqqqqq$')])
+def test_a_misspelt_option_is_answered_with_the_closest(argv, meant):
+    with pytest.raises(OptionError, match=meant):
+        parse_args([*DATA, *argv])
+
+
+def test_a_misspelt_option_of_a_file_is_answered_too(tmp_path):
+    (tmp_path / 'c.yaml').write_text('learning_rate: 1\n')
+    with pytest.raises(OptionError, match="unknown option 'learning_rate'. Did you mean 'lr'"):
+        parse_args([*DATA, '--config', str(tmp_path / 'c.yaml')])
+
+
+@pytest.mark.parametrize('argv, workers', [
+    ([], 3), (['--workers', '4'], 4), (['--workers', '8'], 8), (['--workers', '1'], 1), (['--config', 'old.yaml'], 3),
+    (['--config', 'many.yaml'], 16)])
+def test_workers_that_are_not_given_fit_the_cores(argv, workers, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'old.yaml').write_text('workers: 4\n')  # a run's file holds the defaults, too
+    (tmp_path / 'many.yaml').write_text('workers: 16\n')
+    monkeypatch.setattr('timm_sscl.training.loaders.count_cores', lambda: (6, 3))
+    args, _ = parse_args(['--dataset', 'digits', '--model', 'spiking_test_resnet', '--train-num-samples', '256', *argv])
+    config = dict(input_size=(3, 32, 32), mean=(.5,) * 3, std=(.5,) * 3, interpolation='bicubic', crop_pct=1.)
+    loaders = create_loaders(args, create_datasets(args), config, 10)
+    assert loaders.train.num_workers == loaders.eval.num_workers == workers
+
+
+def test_a_run_opens_with_the_options_that_differ():
+    args, recipe = parse_args(['--epochs', '3', '--tau', '0.5', '--no-aug'])
+    assert options_line(vars(args), recipe) == 'Options   --distill sscl --epochs 3 --no-aug --tau 0.5'
+    args, _ = parse_args([*DATA, '--model-kwargs', 'width=8'])
+    assert options_line(vars(args), {}) == 'Options   --data-dir somewhere --distill sscl --model-kwargs width=8'
 
 
 def test_command_line_wins_over_the_config(tmp_path):

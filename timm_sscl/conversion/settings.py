@@ -103,6 +103,11 @@ class SpikingSettings:
     def __repr__(self) -> str:
         return f'{type(self).__name__}({", ".join(f"{k}={v!r}" for k, v in self._shown())})'
 
+    def __str__(self) -> str:
+        """Timesteps, and the settings that differ from their defaults."""
+        usual = dict(type(self)(neuron=self.neuron)._shown())
+        return ', '.join(f'{k}={v!r}' for k, v in self._shown() if k == 'timesteps' or v != usual[k])
+
     def _shown(self) -> Pairs:
         """Settings to show: none of a LIF if the neuron is another one."""
         return tuple((f.name, getattr(self, f.name)) for f in fields(self)

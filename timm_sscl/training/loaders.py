@@ -10,6 +10,7 @@ from timm_sscl.data.events import EventAugment, create_event_loader, is_event_da
 from timm_sscl.data.posterize import allow_posterize_to_black
 
 from .errors import OptionError, blame_options
+from .processes import count_cores
 
 __all__ = ['Loaders', 'create_loaders']
 
@@ -34,6 +35,8 @@ def create_loaders(
         num_classes: int,
 ) -> Loaders:
     """Create loaders. Accelerate shards them and moves the batches."""
+    if args.fit_workers:
+        args = Namespace(**{**vars(args), 'workers': min(args.workers, count_cores()[1])})
     make = _create_event_loaders if is_event_dataset(args.dataset) else _create_image_loaders
     with blame_options({name: getattr(args, name) for name in _LOADER_OPTIONS}):
         train, val = make(args, datasets, data_config)

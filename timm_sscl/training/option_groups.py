@@ -231,7 +231,8 @@ def _add_misc(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--deploy', action='store_true',
                        help='with --eval-only: evaluate the model as deployed, in int8 on the CPU, and its speed')
     group.add_argument('--checkpoint-hist', type=int, default=10)
-    group.add_argument('-j', '--workers', type=int, default=4)
+    group.add_argument('-j', '--workers', type=int, default=4,
+                       help='processes that read data; where it is not given, at most the cores of this process')
     group.add_argument('--save-images', action='store_true')
     group.add_argument('--pin-mem', action='store_true', help='batches in pinned memory; always on CUDA')
     group.add_argument('--no-prefetcher', action='store_true',

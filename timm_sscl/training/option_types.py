@@ -1,12 +1,15 @@
 """Types of options, and a parser that raises instead of ending the process."""
 import argparse
+import difflib
 import os
+import re
+from typing import Iterable
 
 from timm.utils import ParseKwargs
 
 from .errors import OptionError
 
-__all__ = ['HelpFormatter', 'OptionParser', 'home_path', 'KeyValues', 'reset_potential']
+__all__ = ['HelpFormatter', 'OptionParser', 'suggest_option', 'home_path', 'KeyValues', 'reset_potential']
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -19,10 +22,37 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return text if '\n' in text else super()._fill_text(text, width, indent)
 
 
+# names that other scripts use -> ours
+_ALIASES = dict(
+    learning_rate='lr', num_workers='workers', optimizer='opt', scheduler='sched', label_smoothing='smoothing',
+    num_epochs='epochs', dropout='drop', time_steps='timesteps', threshold='v_threshold', wd='weight_decay')
+
+
+def suggest_option(name: str, known: Iterable[str]) -> str:
+    """Return the known name of an option that is closest to a misspelt one, as in 'weight_decay'; '' if none is near.
+
+    Args:
+        name: Name without leading dashes.
+        known: Names of the options.
+    """
+    name, names = name.replace('-', '_').lower(), list(known)
+    if _ALIASES.get(name) in names:
+        return _ALIASES[name]
+    return next(iter(difflib.get_close_matches(name, names, n=1)), '')
+
+
 class OptionParser(argparse.ArgumentParser):
-    """ArgumentParser that raises OptionError instead of ending the process."""
+    """ArgumentParser that raises OptionError instead of ending the process, and suggests what a misspelt option meant.
+    """
+
     def error(self, message: str):
-        raise OptionError(message)
+        known = {option.lstrip('-').replace('-', '_'): option for action in self._actions
+                 for option in action.option_strings if action.help != argparse.SUPPRESS}
+        unknown = re.findall(r'(?<!\S)--?([a-zA-Z][\w-]*)', message) if message.startswith('unrecognized') else []
+        meant = {name: suggest_option(name, known) for name in unknown}
+        hints = [f' Did you mean {known[right]} for {name}?' if len(unknown) > 1 else f' Did you mean {known[right]}?'
+                 for name, right in meant.items() if right]
+        raise OptionError(message + ('.' + ''.join(hints) if hints else ''))
 
 
 def home_path(text: str) -> str:

@@ -1,6 +1,5 @@
 """Parse train.py's command line over a configuration file over a recipe, and check the options."""
 import argparse
-import difflib
 import os
 from pathlib import Path
 from typing import Any, Dict, Mapping, Optional, Sequence, Tuple
@@ -15,7 +14,7 @@ from .errors import OptionError
 from .loss_options import resolve_loss_options
 from .option_groups import create_parser
 from .option_ranges import check_counts
-from .option_types import OptionParser, home_path
+from .option_types import OptionParser, home_path, suggest_option
 from .plugins import describe_failure, import_plugin, plugin_digests
 from .recipes import DIGITS_RECIPE, load_recipe
 from .refused_options import IMAGE_ONLY, UNSUPPORTED
@@ -59,6 +58,8 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> Tuple[argparse.Namespace
             recipe.pop('model_kwargs', None)
         _apply(parser, args, recipe, given, DIGITS_RECIPE)
     del args.data
+    usual = [name for name, value in layers.items() if value == parser.get_default(name)]
+    args.fit_workers = 'workers' not in {*given, *recipe, *layers} - set(usual)
     _check(args, given | {name for name, value in layers.items() if value is not None})
     _check_seeds(args, given)
     if is_event_dataset(args.dataset):
@@ -118,8 +119,8 @@ def _apply(parser: argparse.ArgumentParser, args: argparse.Namespace, options: D
         options = {name: value for name, value in options.items() if name not in ('model_kwargs', 'teacher_kwargs')}
     for name, value in options.items():
         if name not in known or name in ('help', 'config', 'data'):
-            close = difflib.get_close_matches(name, known, n=1)
-            raise OptionError(f"{source}: unknown option '{name}'." + (f" Did you mean '{close[0]}'?" if close else ''))
+            close = suggest_option(name, known)
+            raise OptionError(f"{source}: unknown option '{name}'." + (f" Did you mean '{close}'?" if close else ''))
         if name in given:
             continue
         kind, choices = known[name].type, list(known[name].choices or ())

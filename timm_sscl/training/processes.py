@@ -2,7 +2,7 @@
 import logging
 import os
 from argparse import Namespace
-from typing import Optional
+from typing import Optional, Tuple
 
 import torch
 from accelerate import Accelerator
@@ -14,7 +14,7 @@ from timm_sscl.cpu_features import has_fast_bfloat16
 
 from .errors import OptionError
 
-__all__ = ['create_accelerator', 'check_launch_plugins', 'finish_trackers', 'set_threads',
+__all__ = ['create_accelerator', 'check_launch_plugins', 'count_cores', 'finish_trackers', 'set_threads',
            'setup_logging', 'warn_slow_precision']
 
 _logger = logging.getLogger('train')
@@ -85,12 +85,18 @@ def _check_tracker(name: Optional[str]) -> None:
                           f"{', '.join(installed) or 'none'}.")
 
 
+def count_cores() -> Tuple[int, int]:
+    """Return the number of cores that this run may use on this machine, and this process's share of them, 1 or more."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    return cores, max(1, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
+
+
 def set_threads(args: Namespace, accelerator: Accelerator) -> None:
     """Give each CPU process its share of the cores, since accelerate launch sets one thread."""
     if accelerator.device.type != 'cpu' and args.threads is None:
         return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-    threads = args.threads or max(1, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
+    cores, own = count_cores()
+    threads = args.threads or own
     if threads > cores and accelerator.is_main_process:
         _logger.warning(f'--threads {threads}: this process may run on {cores} cores; more threads are slower.')
     torch.set_num_threads(threads)

@@ -18,6 +18,7 @@ from .datasets import create_datasets, guard_samples, resolve_input, resolve_num
 from .errors import OptionError
 from .loaders import create_loaders
 from .options import parse_args
+from .processes import count_cores
 from .run_files import RunFiles
 from .state import prepare_input
 from .student import create_student
@@ -85,8 +86,9 @@ def rebuild(run: RunFiles, images: int, device: torch.device) -> Rebuilt:
     for model in (student, teacher):
         if model is not None:
             model.to(device).eval()
+    chosen = _some_images(loader, min(args.workers, count_cores()[1]), images)
     return Rebuilt(
-        args, student, teacher, why, teacher_input, _Cast(_some_images(loader, args.workers, images), args, device),
+        args, student, teacher, why, teacher_input, _Cast(chosen, args, device),
         [names.get(label, str(label)) for label in range(num_classes)], tuple(config['mean']), tuple(config['std']),
         whole)
 

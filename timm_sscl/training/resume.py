@@ -115,6 +115,7 @@ def _read_options(file: Path) -> Any:
 
 def options_as_yaml(args: Namespace) -> str:
     """Return the options as YAML, which `--config` and `--resume` read."""
-    skip = ('losses', 'loss_options', 'data_config', 'training_data', 'plugin_digests', 'resume', 'config')
+    skip = ('losses', 'loss_options', 'data_config', 'training_data', 'plugin_digests', 'fit_workers', 'resume',
+            'config')
     options = {name: value for name, value in sorted(vars(args).items()) if name not in skip}
     return yaml.safe_dump(options, default_flow_style=False)

@@ -15,12 +15,10 @@ from timm_sscl.report.figures import (
 from timm_sscl.report.page import Section, Table, render_page
 
 from .checkpoint import replacing, write_text
-from .option_groups import create_parser
 from .rebuild import Rebuilt, rebuild
 from .run_files import RunFiles, columns_with, curve, read_run
 from .run_measure import Measured, measure_run
-from .run_summary import library_versions
-from .teacher_key import plain
+from .run_summary import differing_options, library_versions
 
 __all__ = ['REPORT_FILE', 'PICTURES', 'IMAGES', 'write_run_report', 'write_page', 'try_to_report']
 
@@ -219,9 +217,7 @@ def _conversion(rebuilt: Rebuilt) -> Section:
 
 
 def _settings(run: RunFiles) -> Section:
-    parser, summary = create_parser(), run.summary or {}
-    differ = [(name, value) for name, value in sorted(run.options.items())
-              if value not in (None, '', {}, []) and plain(value) != plain(parser.get_default(name))]
+    summary, differ = run.summary or {}, list(differing_options(run.options).items())
     versions = summary.get('versions') or {}
     rows = [(name, versions.get(name, 'not recorded'), value) for name, value in library_versions().items()]
     command = summary.get('command') or f'train.py --config {run.folder}/args.yaml'

@@ -1,17 +1,23 @@
 """Describe a run on the terminal and in summary.json: best epoch, firing rates, command, versions."""
+import logging
 import os
 import platform
 import shlex
 import sys
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 from timm_sscl.report import mean_per_step
 
+from .errors import option_text
 from .exits import launcher
+from .option_groups import create_parser
+from .teacher_key import plain
 
-__all__ = ['best_epoch_facts', 'best_epoch_text', 'last_epoch_text', 'firing_lines', 'library_versions',
-           'run_command']
+__all__ = ['best_epoch_facts', 'best_epoch_text', 'last_epoch_text', 'differing_options', 'firing_lines',
+           'library_versions', 'log_options', 'options_line', 'run_command']
+
+_logger = logging.getLogger('train')
 
 _SHOWN = 3  # number of layers that a line of the closing table names
 
@@ -67,6 +73,30 @@ def firing_lines(rates: Dict[str, float], step_rates: Dict[str, List[float]]) ->
     for title, names in (('least', ranked[:_SHOWN]), ('most', ranked[::-1][:_SHOWN]), ('deepest', [*rates][-_SHOWN:])):
         lines.append(f'          {title:<8}' + ', '.join(f'{name} {rates[name]:.3f}' for name in names))
     return lines
+
+
+def differing_options(options: Mapping[str, Any]) -> Dict[str, Any]:
+    """Return the options that are set and differ from the parser's defaults, by name."""
+    parser = create_parser()
+    known = {action.dest for action in parser._actions}
+    return {name: value for name, value in sorted(options.items()) if name in known
+            and value not in (None, '', {}, [], False) and plain(value) != plain(parser.get_default(name))}
+
+
+def options_line(options: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
+    """Return the line that opens a run: its options that differ from the defaults and are not the recipe's."""
+    differ = {name: value for name, value in differing_options(options).items()
+              if name not in recipe or value != recipe[name]}
+    text = ' '.join(option_text(name, value) for name, value in differ.items())
+    return f'Options   {text or "all at their defaults"}'
+
+
+def log_options(options: Mapping[str, Any], recipe: Mapping[str, Any]) -> None:
+    """Log the options that differ from their defaults: those of the digits recipe where it applies, then the others."""
+    if recipe:
+        _logger.info('No data named: using the bundled handwritten digits and the recipe digits: '
+                     + ', '.join(f'{name}={value}' for name, value in recipe.items()))
+    _logger.info(options_line(options, recipe))
 
 
 def library_versions() -> Dict[str, str]:

@@ -50,7 +50,7 @@ IRRELEVANT = frozenset((
 ))
 _VALIDATION = 'val_split', 'val_num_samples', 'val_interval', 'eval_metric'  # part of the key with --sched plateau
 # derived by the script, not options
-_DERIVED = frozenset(('losses', 'loss_options', 'data_config', 'training_data', 'plugin_digests'))
+_DERIVED = frozenset(('losses', 'loss_options', 'data_config', 'training_data', 'plugin_digests', 'fit_workers'))
 
 # settings that version 0.1.0 included, whatever their value
 _LEGACY = (
