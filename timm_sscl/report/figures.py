@@ -170,7 +170,8 @@ def draw_groups(curves: Mapping[str, Tuple[Sequence[float], Sequence[float], Seq
         if band:
             at, low, high = zip(*band)
             left.fill_between(at, low, high, color=color, alpha=.2, linewidth=0)
-    left.set(xlabel='epoch', ylabel='top-1 in percent')
+    low, high = left.get_ylim()  # an interval may exceed 0 and 100
+    left.set(xlabel='epoch', ylabel='top-1 in percent', ylim=(max(low, -2.), min(high, 102.)))
     _whole_epochs(left)
     left.legend(fontsize=8)
     for i, values in enumerate(finals.values()):
