@@ -6,10 +6,11 @@
 T = 4 timesteps of a batch of 32 maps of 64 x 32 x 32, in contiguous and channels_last layout, float32 and bfloat16.
 Freed memory stays with the process, as in a training in which tensors have the same sizes in every step.
 """
-from typing import Any, Callable, Dict, Optional
+import time
+from typing import Callable, Dict, Mapping, Optional
 
 import torch
-from harness import create_parser, has, interleave, keep_freed_memory, save, show
+from harness import Timing, create_parser, has, interleave, keep_freed_memory, save, show
 
 from timm_sscl.neurons import LIF, lif_backend
 
@@ -98,11 +99,19 @@ def step(neuron: Callable, x: torch.Tensor, grad: torch.Tensor) -> None:
         torch.autograd.grad(neuron(x), x, grad)
 
 
-def measure(layout: str, dtype: torch.dtype, rounds: int) -> Dict[str, Any]:
+def measure(
+        variants: Mapping[str, Optional[Callable]],
+        layout: str,
+        dtype: torch.dtype,
+        rounds: int,
+        clock: Callable[[], float] = time.perf_counter,
+) -> Dict[str, Timing]:
+    """Return the time of forward and backward of layers on currents of T timesteps. None is left out."""
     torch.manual_seed(0)
     x = torch.randn(T * SHAPE[0], *SHAPE[1:]).to(dtype).contiguous(memory_format=LAYOUTS[layout]).requires_grad_()
     grad = torch.randn_like(x)
-    return interleave({name: lambda n=neuron: step(n, x, grad) for name, neuron in VARIANTS.items() if neuron}, rounds)
+    return interleave({name: lambda n=neuron: step(n, x, grad) for name, neuron in variants.items() if neuron}, rounds,
+                      clock=clock)
 
 
 def main() -> None:
@@ -116,7 +125,7 @@ def main() -> None:
         for layout in LAYOUTS:
             column = f'{str(dtype).split(".")[1]}, {layout}'
             print(column)
-            timings = measure(layout, dtype, args.rounds)
+            timings = measure(VARIANTS, layout, dtype, args.rounds)
             for row in rows:
                 timing = timings.get(row['neuron'])
                 row[column] = timing and timing.median / timings[REFERENCE].median

@@ -23,7 +23,7 @@ REFERENCE = 'ANN'
 
 
 class Variant(NamedTuple):
-    """One way of training a ResNet-18."""
+    """One way of training a network."""
     spiking: bool = True
     channels_last: bool = False
     options: Dict[str, Any] = {}
@@ -33,6 +33,7 @@ class Variant(NamedTuple):
     compiled: bool = False
     bfloat16: bool = False
     peer: bool = False
+    arch: str = 'resnet18'
 
 
 VARIANTS: Dict[str, Variant] = {
@@ -79,9 +80,10 @@ def create(variant: Variant, timesteps: int) -> nn.Module:
     if variant.peer:
         model = spikingjelly_resnet18(timesteps)
     elif variant.spiking:
-        model = timm.create_model('spiking_resnet18', timesteps=timesteps, num_classes=CLASSES, **variant.options)
+        model = timm.create_model(
+            f'spiking_{variant.arch}', timesteps=timesteps, num_classes=CLASSES, **variant.options)
     else:
-        model = timm.create_model('resnet18', num_classes=CLASSES)
+        model = timm.create_model(variant.arch, num_classes=CLASSES)
     if variant.stem:
         share_stem(model)
     if variant.checkpointing:

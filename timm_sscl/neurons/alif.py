@@ -51,6 +51,7 @@ class ALIF(SpikingNeuron):
     timestep. Here the new potential is compared. The surrogate is a function of (u - A) / A; its gradient by A is -h u
     / A^2.
     """
+    elementwise = True
 
     @dataclass(frozen=True)
     class Settings(_AdaptiveSettings):

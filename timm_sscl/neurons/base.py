@@ -8,17 +8,17 @@ import torch
 from timm_sscl.knobs import build
 
 from .contract import check_output, check_start, check_step
+from .elementwise import Elementwise
 from .factors import Factors
 from .folding import require_fold
 from .kernels.recursion import membrane_dtype
-from .kernels.scan import potentials, scan
+from .kernels.scan import Recursion, State, potentials, scan
 from .settings import NeuronSettings, hashable
 
 __all__ = ['NeuronSettings', 'SpikingNeuron', 'OUTPUTS', 'check_timesteps', 'hashable']
 
 OUTPUTS = 'binary', 'ternary', 'integer', 'analog'
 
-State = Tuple[torch.Tensor, ...]
 _SHOWN_IF_SET = 'surrogate', 'surrogate_kwargs', 'v_init'
 
 
@@ -28,7 +28,7 @@ def check_timesteps(timesteps: Any, name: str = 'timesteps') -> None:
         raise ValueError(f'{name}={timesteps!r}: must be a whole number of time steps, 1 or more.')
 
 
-class SpikingNeuron(Factors):
+class SpikingNeuron(Elementwise, Factors):
     """Base of all neurons: (T * B, ...) in, the same shape out, time-major.
 
         out = scale * neuron(gain * x)
@@ -60,10 +60,9 @@ class SpikingNeuron(Factors):
                 return spikes, (u * (1 - spikes),)
         ```
 
-    A neuron has no state between calls: every call begins with `start`. A neuron with `encodes` takes a current (B,
-    ...) that is the same at every timestep, and returns (T * B, ...). A neuron with `part_of_model`, which a conversion
-    sets, runs only inside a call of its model. Gain and scale are not trained; see `Factors`. A parameter named
-    `amplitude` multiplies the output and is the size of one level.
+    Every call begins with `start`. A neuron with `encodes` takes a current (B, ...) that is the same at every timestep,
+    and returns (T * B, ...). A neuron with `part_of_model`, which a conversion sets, runs only inside a call of its
+    model. Gain and scale are not trained; see `Factors`. A parameter `amplitude` multiplies the output.
 
     Attributes:
         Settings: Dataclass of the neuron's settings.
@@ -73,6 +72,7 @@ class SpikingNeuron(Factors):
         needs_channels: Whether there are parameters per channel.
         per_step: Names of parameters whose first axis is the timestep.
         lr_scales: Name of a parameter -> factor on its learning rate, which train.py applies.
+        elementwise: Whether `step` treats every element by itself. See `Elementwise`.
         built_from: Names of settings that determine the initial parameters. They cannot be changed later.
         channels: Shape of parameters per channel.
         repeats: Whether it now runs a second time on the same batch, which recorders ignore.
@@ -134,7 +134,7 @@ class SpikingNeuron(Factors):
         """Return the state before the first timestep.
 
         Args:
-            x: Current of one timestep, (B, ...), before the gain, at least float32.
+            x: Current of one timestep, (B, ...), before the gain, at least float32; 0-d for an elementwise neuron.
         """
         return ()
 
@@ -279,7 +279,7 @@ class SpikingNeuron(Factors):
         Returns:
             Output (T, B, ...).
         """
-        return scan(type(self).step, *self._recursion(x))
+        return scan(type(self).step, *self._recursion(x), elementwise=self.elementwise)
 
     def potential(self, x: torch.Tensor) -> torch.Tensor:
         """Return the potential before the reset, divided by the firing threshold, (T, B, ...), at least float32.
@@ -297,10 +297,10 @@ class SpikingNeuron(Factors):
             raise ValueError(f'{type(self).__name__} has no step that computes a potential.')
         return potentials(type(self).step, *self._recursion(self._unfold(x)))
 
-    def _recursion(self, x: torch.Tensor) -> Tuple[Any, ...]:
+    def _recursion(self, x: torch.Tensor) -> Recursion:
         """Return the arguments of `scan` after the step, for a current (T, B, ...)."""
-        settings = self.settings
-        state, constants = self.start(x[0].to(membrane_dtype(x.dtype))), self.constants()
+        settings, constants = self.settings, self.constants()
+        state = self.start(self.first_current(x, membrane_dtype(x.dtype)))
         check_start(f'{type(self).__name__}.start', state)
         check_start(f'{type(self).__name__}.constants', constants)
         return (x, self.gain, state, constants, settings, settings.surrogate_function, self._buffers.get('progress'))

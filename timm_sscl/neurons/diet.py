@@ -27,6 +27,7 @@ class Diet(SpikingNeuron):
     trained ANN. Here a calibration or `convert_ann` sets the input gain, which has the same effect.
     """
     built_from = ('tau', 'v_threshold')
+    elementwise = True
 
     @dataclass(frozen=True)
     class Settings(NeuronSettings):

@@ -21,6 +21,7 @@ class ILIF(SpikingNeuron):
     threshold is 1/2. On hardware, S takes D binary timesteps.
     """
     output = 'integer'
+    elementwise = True
 
     @dataclass(frozen=True)
     class Settings(OwnGradient):

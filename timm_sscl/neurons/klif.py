@@ -26,6 +26,7 @@ class KLIF(SpikingNeuron):
     F_t is reset and carried to the next timestep, or F_t / k with `scale_reset`. Without it the carried potential grows
     by k.
     """
+    elementwise = True
 
     @dataclass(frozen=True)
     class Settings(ResetSettings):

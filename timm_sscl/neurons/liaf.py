@@ -24,6 +24,7 @@ class LIAF(SpikingNeuron):
     the reset.
     """
     output = 'analog'
+    elementwise = True
 
     @dataclass(frozen=True)
     class Settings(ResetSettings):

@@ -177,6 +177,7 @@ class LIF(SpikingNeuron):
         surrogate: `surrogate` and `surrogate_kwargs`: name of the surrogate gradient (the rectangle has its own
             kernel), and its options as a mapping.
     """
+    elementwise = True
 
     @dataclass(frozen=True)
     class Settings(NeuronSettings):

@@ -22,6 +22,7 @@ _MIN_THRESHOLD = 1e-3  # a threshold of 0 or less would fire without input
 class LTMD(SpikingNeuron):
     """LIF with a learnable threshold (Wang, Cheng and Lim 2022): V = tanh(w), with w learned per layer."""
     built_from = ('v_threshold',)
+    elementwise = True
 
     @dataclass(frozen=True)
     class Settings(ResetSettings):

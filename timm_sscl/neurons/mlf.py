@@ -21,6 +21,7 @@ class MLF(SpikingNeuron):
     Membrane k has the threshold v_threshold + k, k = 0 ... K - 1.
     """
     output = 'integer'
+    elementwise = True
 
     @dataclass(frozen=True)
     class Settings(ResetSettings):

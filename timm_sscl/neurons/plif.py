@@ -22,6 +22,7 @@ class PLIF(SpikingNeuron):
     The decay factor is 1 - sigmoid(w). The paper's tau_0 = 2 corresponds to tau = 1 - 1 / tau_0 = 0.5.
     """
     built_from = ('tau',)
+    elementwise = True
 
     @dataclass(frozen=True)
     class Settings(ResetSettings):

@@ -22,6 +22,7 @@ class RealSpike(SpikingNeuron):
     binary: conv(a S) is a convolution of S with other weights. In a residual sum it remains a multiplication.
     """
     needs_channels = True
+    elementwise = True
 
     @dataclass(frozen=True)
     class Settings(ResetSettings):

@@ -22,9 +22,10 @@ def register_surrogate(name: str) -> Callable[[Surrogate], Surrogate]:
     """Decorator that registers a surrogate gradient by name.
 
     Decorate a function h(u, v_threshold, **options) of the potential before the reset (any shape) and the threshold (a
-    float, or a tensor that broadcasts). It returns dO/dU in u's shape: floating point, or boolean if the values are 0
-    and 1. Options are keyword arguments with defaults. A surrogate that changes during training has a further keyword
-    argument `progress`, a 0-d tensor: the fraction of the training that is done, 0 to 1 (`model.set_progress`).
+    float, or a tensor that broadcasts). It treats every element by itself and returns dO/dU in u's shape: floating
+    point, or boolean if the values are 0 and 1. Options are keyword arguments with defaults. A surrogate that changes
+    during training has a further keyword argument `progress`, a 0-d tensor: the fraction of the training that is done,
+    0 to 1 (`model.set_progress`).
 
     Raises:
         ValueError: The name is taken.

@@ -22,6 +22,7 @@ class Ternary(SpikingNeuron):
     the paper; the released code fixes it at 1 (`learn_amplitude=False`).
     """
     output = 'ternary'
+    elementwise = True
     built_from = ('learn_amplitude',)
 
     @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch.overrides import _pop_mode_temporarily
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils._pytree import tree_map
 
-__all__ = ['lif_backend', 'run']
+__all__ = ['compiles', 'lif_backend', 'run']
 
 _logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def run(
         owner: Owner of the kernel. If compilation fails, all kernels of the same owner run eagerly.
     """
     x = tensors[0]
-    if _compiles(x, timesteps, owner):
+    if compiles(x, timesteps, owner):
         signature = torch.is_grad_enabled(), *tree_map(_signature, tensors)
         compiled = _compiled(function, (timesteps, *settings), signature)
         try:
@@ -89,7 +89,7 @@ def _without_function_modes() -> Iterator[None]:
         yield
 
 
-def _compiles(x: torch.Tensor, timesteps: int, owner: Hashable) -> bool:
+def compiles(x: torch.Tensor, timesteps: int, owner: Hashable) -> bool:
     """Return whether to compile the kernel for this input."""
     if _chosen == 'eager' or (x.device.type, owner) in _broken:
         return False

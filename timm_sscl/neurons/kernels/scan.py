@@ -7,12 +7,15 @@ import torch
 from timm_sscl.neurons.contract import check_stepped
 from timm_sscl.neurons.surrogate import spike
 
-from .backend import run
+from .backend import compiles, run
+from .recompute import Kernel, recompute_applies, run_recomputed
 from .recursion import membrane_dtype
 
-__all__ = ['potentials', 'scan', 'settings_at']
+__all__ = ['Recursion', 'State', 'potentials', 'scan', 'settings_at']
 
 State = Tuple[torch.Tensor, ...]
+# (x, gain, state, constants, settings, key, progress), the arguments of scan after the step
+Recursion = Tuple[torch.Tensor, Optional[torch.Tensor], State, State, Any, Hashable, Optional[torch.Tensor]]
 Step = Callable[[torch.Tensor, State, State, int, Any], Tuple[torch.Tensor, State]]
 
 
@@ -25,8 +28,9 @@ def scan(
         settings: Any,
         key: Hashable = None,
         progress: Optional[torch.Tensor] = None,
+        elementwise: bool = False,
 ) -> torch.Tensor:
-    """Run a neuron's step over T timesteps, through torch.compile when worthwhile. Autograd computes the gradient.
+    """Run a neuron's step over T timesteps, through torch.compile when worthwhile.
 
     Args:
         step: Pure function (x_t, state, constants, t, settings) -> (output_t, state), the same object at every call.
@@ -38,11 +42,17 @@ def scan(
         key: Further value on which the compiled code depends.
         progress: For a surrogate that changes during training, the fraction of the training that is done, 0-d; else
             None.
+        elementwise: Whether the step treats every element by itself. If state and constants are scalars, the compiled
+            code then saves only x, and its backward computes the rest again.
 
     Returns:
         Output, (T, ...), in x's dtype. Half precision is integrated in float32.
     """
-    tensors = x, gain, tuple(state), tuple(constants), progress
+    state, constants = tuple(state), tuple(constants)
+    if elementwise and compiles(x, x.shape[0], step) and recompute_applies(x, state, constants):
+        kernel = Kernel(_scan_without_gradient, _scan, (step, settings, key), step)
+        return run_recomputed(kernel, x, gain, state, constants, progress)
+    tensors = x, gain, state, constants, progress
     return run(_scan, tensors, x.shape[0], step, settings, key, owner=step)
 
 
@@ -82,6 +92,19 @@ class _Watched:
         return self.settings.spike(u, v_threshold)
 
 
+class _WithoutGradient:
+    """A neuron's settings whose spikes have no gradient, so that the surrogate is not computed."""
+
+    def __init__(self, settings: Any):
+        self.settings = settings
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.settings, name)
+
+    def spike(self, u: torch.Tensor, v_threshold: Any) -> torch.Tensor:
+        return (u - v_threshold >= 0).to(u.dtype)
+
+
 class _SettingsNow:
     """A neuron's settings at one time of the training, for a surrogate that changes during it."""
 
@@ -113,7 +136,21 @@ def _scan(
         key: Hashable,
 ) -> torch.Tensor:
     settings = settings_at(settings, progress, membrane_dtype(x.dtype))
-    return torch.stack([o.to(x.dtype) for o in _outputs(x, gain, state, constants, timesteps, step, settings)])
+    return torch.stack([o.to(x.dtype) for o in _outputs(x, gain, state, constants, step, settings)])
+
+
+def _scan_without_gradient(
+        x: torch.Tensor,
+        gain: Optional[torch.Tensor],
+        state: State,
+        constants: State,
+        progress: Optional[torch.Tensor],
+        timesteps: int,
+        step: Step,
+        settings: Any,
+        key: Hashable,
+) -> torch.Tensor:
+    return _scan(x, gain, state, constants, None, timesteps, step, _WithoutGradient(settings), key)
 
 
 def _potentials(
@@ -128,7 +165,7 @@ def _potentials(
         key: Hashable,
 ) -> torch.Tensor:
     watched = _Watched(settings_at(settings, progress, membrane_dtype(x.dtype)))
-    for _ in _outputs(x, gain, state, constants, timesteps, step, watched):
+    for _ in _outputs(x, gain, state, constants, step, watched):
         pass
     if len(watched.seen) != timesteps:
         raise ValueError(f'{getattr(step, "__qualname__", step)} compares {len(watched.seen) / timesteps:g} potentials '
@@ -141,7 +178,6 @@ def _outputs(
         gain: Optional[torch.Tensor],
         state: State,
         constants: State,
-        timesteps: int,
         step: Step,
         settings: Any,
 ) -> Iterator[torch.Tensor]:
@@ -149,8 +185,8 @@ def _outputs(
     dtype = membrane_dtype(x.dtype)
     constants = tuple(c.to(dtype) for c in constants)
     state = tuple(s.to(dtype) for s in state)
-    for t in range(timesteps):
-        x_t = x[t].to(dtype)
+    for t, x_t in enumerate(x.unbind(0)):  # the backward of indexing would add up T tensors of x's size
+        x_t = x_t.to(dtype)
         stepped = step(x_t if gain is None else x_t * gain.to(dtype), state, constants, t, settings)
         check_stepped(step, stepped)
         output, state = stepped

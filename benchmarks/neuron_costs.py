@@ -1,0 +1,111 @@
+#!/usr/bin/env python3
+"""Measure what every neuron, norm and residual costs, relative to the LIF.
+
+    python benchmarks/neuron_costs.py
+    python benchmarks/neuron_costs.py --page   # the page's tables from benchmarks/results/neuron_costs.json
+
+Layers: forward and backward of one layer, T = 4 on a batch of 32 maps of 64 x 32 x 32, as in neuron.py. Steps: a
+training step of a spiking ResNet-20 for CIFAR (width 16, T = 2, 100 images), as in train_step.py, and the memory of its
+tensors at the peak. All variants of a table run in turn, round by round. The clock counts the processor's time of this
+process, so that other work on the machine does not; it uses one thread.
+"""
+import json
+import time
+from typing import Any, Dict, List, Mapping, Sequence
+
+import torch
+from harness import create_parser, interleave, keep_freed_memory, peak_in_fresh_process, save, show
+from neuron import measure
+from pages import PAGES, write_section
+from performance import markdown
+from train_step import Variant, create_step, measure_peak
+
+from timm_sscl.neurons import create_neuron, list_neurons
+
+PAGE = PAGES / 'neurons.md'
+BEGIN, END = '<!-- costs: written by benchmarks/neuron_costs.py -->', '<!-- end of costs -->'
+T_LAYER, T_STEP, BATCH, SIZE, WIDTH, CHANNELS = 4, 2, 100, 32, 16, 64
+REFERENCE = 'lif'
+LIMIT = 1.7  # of PLIF, KLIF and LTMD
+STEPS: Dict[str, Dict[str, Any]] = {
+    'lif': {},
+    **{name: dict(neuron=name) for name in ('plif', 'klif', 'ltmd', 'glif', 'diet', 'ternary', 'ilif', 'psn')},
+    'tebn': dict(norm='tebn'), 'sew': dict(residual='sew'), 'ms': dict(residual='ms')}
+
+
+def variant(name: str) -> Variant:
+    return Variant(arch='resnet20_cifar', options=dict(STEPS[name], width=WIDTH))
+
+
+def ratios(timings: Mapping[str, Any], key: str) -> List[Dict[str, Any]]:
+    """Return rows with the time of every variant relative to the LIF's, with quartiles, and milliseconds."""
+    first = timings[REFERENCE].median
+    return [{key: name, 'time': t.median / first, 'low': t.low / first, 'high': t.high / first,
+             'milliseconds': 1e3 * t.median} for name, t in timings.items()]
+
+
+def layers(rounds: int, names: Sequence[str]) -> Dict[str, List[Dict[str, Any]]]:
+    """Return the costs of one layer of every neuron by memory format."""
+    neurons = {name: create_neuron(name, timesteps=T_LAYER, channels=(CHANNELS, 1, 1)) for name in names}
+    return {layout: ratios(measure(neurons, layout, torch.float32, rounds, time.process_time), 'neuron')
+            for layout in ('contiguous', 'channels_last')}
+
+
+def steps(rounds: int) -> List[Dict[str, Any]]:
+    """Return the costs of a training step of every variant of the network."""
+    rows = ratios(interleave({name: create_step(variant(name), BATCH, SIZE, T_STEP) for name in STEPS}, rounds,
+                             clock=time.process_time), 'arm')
+    for row in rows:
+        print(f'  memory: {row["arm"]}', flush=True)
+        row['MiB'] = peak_in_fresh_process(__file__, row['arm'], '--threads', '1')
+    for row in rows:
+        row['memory'] = row['MiB'] and rows[0]['MiB'] and row['MiB'] / rows[0]['MiB']
+    return rows
+
+
+def page(newest: Mapping[str, Any]) -> List[str]:
+    """Return the page's tables."""
+    machine, tables = newest['machine'], newest['tables']
+    by_neuron = {row['neuron']: dict(row, last=last['time']) for row, last in zip(tables['contiguous'],
+                                                                                  tables['channels_last'])}
+    over = [name for name in ('plif', 'klif', 'ltmd')
+            if max(by_neuron[name]['time'], by_neuron[name]['last']) > LIMIT]
+    said = 'PLIF, KLIF and LTMD stay within 1.7 times the LIF.' if not over else \
+        f'Beyond 1.7 times the LIF: {", ".join(over)}.'
+    return [
+        '', f'On {machine["cpu"]}, one thread, float32, torch {machine["torch"]}, relative to the LIF with its '
+            f'hand-written backward. Medians of {newest["rounds"]} interleaved rounds of processor time; the machine '
+            f'did other work meanwhile. {said}', '',
+        f'Forward and backward of one layer, T = {T_LAYER}, batch 32, maps of {CHANNELS} x 32 x 32:', '',
+        *markdown(list(by_neuron.values()), [
+            ('neuron', 'neuron', ''), ('time', 'time', '.2f'), ('low', 'lower quartile', '.2f'),
+            ('high', 'upper quartile', '.2f'), ('last', 'channels_last', '.2f'), ('milliseconds', 'ms', '.1f')]), '',
+        f'A training step of `spiking_resnet20_cifar`, width {WIDTH}, T = {T_STEP}, {BATCH} images; the memory is '
+        f'that of tensors at the peak:', '',
+        *markdown(tables['steps'], [
+            ('arm', 'change', ''), ('time', 'time', '.2f'), ('low', 'lower quartile', '.2f'),
+            ('high', 'upper quartile', '.2f'), ('milliseconds', 'ms', '.0f'), ('memory', 'memory', '.2f'),
+            ('MiB', 'MiB', '.0f')]), '', '`python benchmarks/neuron_costs.py`.', '']
+
+
+def main() -> None:
+    parser = create_parser(__doc__, rounds=9)
+    parser.add_argument('--page', action='store_true', help='no measurement: the tables from the JSON file')
+    parser.set_defaults(threads=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.worker:
+        print(measure_peak(create_step(variant(args.worker), BATCH, SIZE, T_STEP)))
+        return
+    if not args.page:
+        keep_freed_memory()
+        tables: Dict[str, Any] = {**layers(args.rounds, [REFERENCE, *(n for n in list_neurons() if n != REFERENCE)]),
+                                  'steps': steps(args.rounds)}
+        for name, rows in tables.items():
+            show(f'{name}, LIF = 1', rows)
+        save(args.output, 'neuron_costs', tables, rounds=args.rounds)
+    write_section(PAGE, BEGIN, END, page(json.loads((args.output / 'neuron_costs.json').read_text())[0]))
+
+
+if __name__ == '__main__':
+    main()
