@@ -2,7 +2,7 @@
 r"""Write the performance page's tables from the JSON files of the speed benchmarks.
 
     python benchmarks/neuron.py && python benchmarks/train_step.py && python benchmarks/loss.py && \
-        python benchmarks/scaling.py && python benchmarks/performance.py
+        python benchmarks/scaling.py && python benchmarks/deploy.py && python benchmarks/performance.py
 """
 import json
 from typing import Any, Dict, List, Mapping, Sequence, Tuple
@@ -87,6 +87,30 @@ def loss() -> List[str]:
             '`python benchmarks/loss.py`.']
 
 
+def deployed() -> List[str]:
+    newest = runs('deploy')[0]
+    cpu, tables = newest['machine'], newest['tables']
+    shares = [key for key in tables['profiles'][0] if key not in ('isa', 'net')]
+    lines = ['## Int8 inference', '',
+             f'A forward of the [deployed](deploy.md) model, T = {newest["timesteps"]}, on one thread of {cpu["cpu"]}, '
+             f'torch {cpu["torch"]}: 8 images of 112 x 112 for the ResNet-18, 16 of 32 x 32 for the VGG-16. The ANN '
+             f'gets T times as many images; in float32, in its faster memory format, it is 1. CPU times, medians of '
+             f'interleaved rounds; the machine was shared. With AVX2 alone there are no int8 dot products (VNNI, AMX):',
+             '', *markdown(tables['times'], [
+                 ('net', 'network', ''), ('isa', 'instructions', ''), ('what', 'model', ''), ('time', 'time', '.2f'),
+                 ('low', 'lower quartile', '.2f'), ('high', 'upper quartile', '.2f'), ('ms', 'ms', '.0f')]), '',
+             'Where the deployed model\'s time goes, as shares of its operations under the profiler:', '',
+             *markdown(tables['profiles'], [('net', 'network', ''), ('isa', 'instructions', ''),
+                                            *((key, key, '.2f') for key in shares)]), '']
+    if tables['accuracy']:
+        lines += ['Trained networks, all validation images; agreement is the share of images with the same prediction:',
+                  '', *markdown(tables['accuracy'], [
+                      ('data', 'data', ''), ('model', 'model', ''), ('T', 'T', ''), ('images', 'images', ''),
+                      ('top1', 'top-1, float32', '.2f'), ('deployed', 'top-1, deployed', '.2f'),
+                      ('agreement', 'agreement, %', '.2f')]), '']
+    return [*lines, '`python benchmarks/deploy.py`.']
+
+
 def scaling() -> List[str]:
     newest = runs('scaling')[0]
     return ['## Growth with T', '',
@@ -106,7 +130,7 @@ def main() -> None:
     lines = [f'Measured on {machine["cores"]} cores of {machine["cpu"]} ({capability}; {threads} threads), '
              f'{machine["memory_gib"]} GiB, Python {machine["python"]}, {versions}; medians of interleaved '
              f'runs, as ratios.', '']
-    for section in (neuron, train_step, loss, scaling):
+    for section in (neuron, train_step, loss, scaling, deployed):
         lines += [*section(), '']
     write_section(PAGE, BEGIN, END, lines)
     print(f'{PAGE}: tables written')
