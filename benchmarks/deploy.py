@@ -101,8 +101,8 @@ def measure(rounds: int) -> Dict[str, Any]:
         timings = interleave(calls, rounds, clock=time.process_time)
         reference = min(timings[name].median for name in calls if name.startswith('ANN, float32'))
         for name, timing in timings.items():
-            times.append(dict(net=net, what=name, rounds=rounds, time=timing.median / reference, low=timing.low / reference,
-                              high=timing.high / reference, ms=1e3 * timing.median))
+            times.append(dict(net=net, what=name, rounds=rounds, time=timing.median / reference,
+                              low=timing.low / reference, high=timing.high / reference, ms=1e3 * timing.median))
         profiles.append(dict(net=net, **shares(calls['spiking, deployed'])))
     return dict(times=times, profiles=profiles, capability=torch.backends.cpu.get_cpu_capability())
 

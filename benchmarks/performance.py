@@ -103,7 +103,7 @@ def deployed() -> List[str]:
              *markdown(tables['profiles'], [('net', 'network', ''), ('isa', 'instructions', ''),
                                             *((key, key, '.2f') for key in shares)]), '']
     if tables['accuracy']:
-        lines += ['Trained networks, all validation images; agreement is the share of images with the same prediction:',
+        lines += ['Trained networks on validation images; agreement is the share of images with the same prediction:',
                   '', *markdown(tables['accuracy'], [
                       ('data', 'data', ''), ('model', 'model', ''), ('T', 'T', ''), ('images', 'images', ''),
                       ('top1', 'top-1, float32', '.2f'), ('deployed', 'top-1, deployed', '.2f'),
