@@ -7,7 +7,7 @@ from argparse import Namespace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple, cast
 
 import torch
 import torch.nn as nn
@@ -88,7 +88,7 @@ def evaluate_only(args: Namespace, accelerator: Accelerator, stop: StopRequest) 
             result, rates[f'{name} T={timesteps}'] = _evaluate_one(session, student, loader, name, timesteps)
             results.append(result)
             if args.deploy:
-                metrics = evaluate_deployed(session, student, loader)
+                metrics = evaluate_deployed(session, cast(SpikingModule, student), loader)
                 results.append(Evaluation(f'{name}, deployed', timesteps, **metrics))
     if accelerator.is_main_process:
         _report_evaluation(args, folder, results, rates)
