@@ -2,6 +2,7 @@
 """Measure what every neuron, norm and residual costs, relative to the LIF.
 
     python benchmarks/neuron_costs.py
+    python benchmarks/neuron_costs.py --no-steps  # layers alone
     python benchmarks/neuron_costs.py --page   # the page's tables from benchmarks/results/neuron_costs.json
 
 Layers: forward and backward of one layer, T = 4 on a batch of 32 maps of 64 x 32 x 32, as in neuron.py. Steps: a
@@ -80,17 +81,23 @@ def page(newest: Mapping[str, Any]) -> List[str]:
         *markdown(list(by_neuron.values()), [
             ('neuron', 'neuron', ''), ('time', 'time', '.2f'), ('low', 'lower quartile', '.2f'),
             ('high', 'upper quartile', '.2f'), ('last', 'channels_last', '.2f'), ('milliseconds', 'ms', '.1f')]), '',
-        f'A training step of `spiking_resnet20_cifar`, width {WIDTH}, T = {T_STEP}, {BATCH} images; the memory is '
-        f'that of tensors at the peak:', '',
-        *markdown(tables['steps'], [
+        '`python benchmarks/neuron_costs.py`.', '', *(step_lines(tables['steps']) if 'steps' in tables else [])]
+
+
+def step_lines(rows: Sequence[Mapping[str, Any]]) -> List[str]:
+    return [
+        f'A training step of `spiking_resnet20_cifar`, width {WIDTH}, T = {T_STEP}, {BATCH} images; the memory is that '
+        f'of tensors at the peak:', '',
+        *markdown(rows, [
             ('arm', 'change', ''), ('time', 'time', '.2f'), ('low', 'lower quartile', '.2f'),
             ('high', 'upper quartile', '.2f'), ('milliseconds', 'ms', '.0f'), ('memory', 'memory', '.2f'),
-            ('MiB', 'MiB', '.0f')]), '', '`python benchmarks/neuron_costs.py`.', '']
+            ('MiB', 'MiB', '.0f')]), '']
 
 
 def main() -> None:
     parser = create_parser(__doc__, rounds=9)
     parser.add_argument('--page', action='store_true', help='no measurement: the tables from the JSON file')
+    parser.add_argument('--no-steps', action='store_true', help='layers alone')
     parser.set_defaults(threads=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -99,8 +106,9 @@ def main() -> None:
         return
     if not args.page:
         keep_freed_memory()
-        tables: Dict[str, Any] = {**layers(args.rounds, [REFERENCE, *(n for n in list_neurons() if n != REFERENCE)]),
-                                  'steps': steps(args.rounds)}
+        tables: Dict[str, Any] = {**layers(args.rounds, [REFERENCE, *(n for n in list_neurons() if n != REFERENCE)])}
+        if not args.no_steps:
+            tables['steps'] = steps(args.rounds)
         for name, rows in tables.items():
             show(f'{name}, LIF = 1', rows)
         save(args.output, 'neuron_costs', tables, rounds=args.rounds)
