@@ -29,6 +29,7 @@ class Call(NamedTuple):
     args: Tuple[Any, ...]
     kwargs: Dict[str, Any]
     out: Any
+    written: Tuple[torch.Tensor, ...] = ()  # earlier tensors that share the memory which the call wrote to
 
     def parameter(self, what: str) -> Any:
         """Return the weight or bias argument of the call."""
@@ -49,6 +50,8 @@ class ForwardTrace(TorchFunctionMode):
         taken: Calls, and names of neurons, that used a tensor, by its id.
         neurons: Input and output of every call of a neuron, by its name.
         norms: Calls of batch norms by the id of their weight.
+
+    A call that writes in place, also through a view or by indices, counts as one that uses every tensor in that memory.
     """
 
     def __init__(self, model: nn.Module):
@@ -57,6 +60,7 @@ class ForwardTrace(TorchFunctionMode):
         self.taken: Dict[int, List[Any]] = {}
         self.neurons: Dict[str, List[Tuple[torch.Tensor, torch.Tensor]]] = {}
         self.norms: Dict[int, List[Call]] = {}
+        self._memory: Dict[int, Dict[int, torch.Tensor]] = {}  # address of a storage -> tensors in it, by id
         self.inside = 0  # depth of running neurons and norm variants
         for name, module in model.named_modules():
             if isinstance(module, SpikingNeuron):
@@ -86,17 +90,36 @@ class ForwardTrace(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if self.inside:
+            return func(*args, **kwargs)
+        taken = _tensors((args, kwargs))
+        versions = [x._version for x in taken]
         out = func(*args, **kwargs)
-        if not self.inside and any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(out)):
-            self._record(Call(func, getattr(func, '__name__', ''), args, kwargs, out))
+        made = _tensors(out)
+        written = [x for x, version in zip(taken, versions) if x._version != version]
+        if made or written:
+            for x in (*taken, *made):
+                self._memory.setdefault(_address(x), {})[id(x)] = x
+            shared = {key: x for each in written for key, x in self._memory[_address(each)].items()}
+            self._record(Call(func, getattr(func, '__name__', ''), args, kwargs, out, tuple(shared.values())))
         return out
 
     def _record(self, call: Call) -> None:
         """Add a call, which keeps its tensors alive, so that ids stay unique."""
-        for leaf in tree_leaves((call.args, call.kwargs)):
-            if isinstance(leaf, torch.Tensor):
-                self.taken.setdefault(id(leaf), []).append(call)
+        taken = _tensors((call.args, call.kwargs))
+        known = {id(x) for x in taken}
+        for x in (*taken, *(x for x in call.written if id(x) not in known and x is not call.out)):
+            self.taken.setdefault(id(x), []).append(call)
         if isinstance(call.out, torch.Tensor):
             self.made[id(call.out)] = call
         if call.name in ('batch_norm', NORM):
             self.norms.setdefault(id(call.parameter('weight')), []).append(call)
+
+
+def _tensors(tree: Any) -> List[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def _address(x: torch.Tensor) -> int:
+    """Return the address of a tensor's memory; its own id if it has none."""
+    return x.untyped_storage().data_ptr() or id(x)

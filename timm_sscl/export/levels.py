@@ -135,6 +135,8 @@ def find_levels(trace: StepTrace) -> Tuple[List[Optional[Levels]], List[Optional
         taken.append(known.get(id(first)) if isinstance(first, torch.Tensor) else None)
         levels = _levels_of(step, known)
         made.append(levels)
+        for x in step.call.written:
+            known.pop(id(x), None)
         for x in step.outputs():
             if levels is None:
                 known.pop(id(x), None)

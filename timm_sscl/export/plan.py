@@ -87,6 +87,9 @@ class _Planner:
             weight, bias = (step.call.parameter(what) for what in ('weight', 'bias'))
             if id(weight) not in own or (bias is not None and id(bias) not in own):
                 return 'its weight is computed or belongs to another module'
+            if any(id(p) in self.trace.dtype_read or not set(self.trace.takers[id(p)]) <= set(indices)
+                   for p in (weight, bias) if p is not None):
+                return 'its weight or bias is used outside the map, too'
             if not self.trace.is_whole_module(step):
                 return 'its module does more than the map'
             if step.name == 'conv2d' and _geometry(step) is None:
@@ -110,6 +113,8 @@ class _Planner:
         i = next(i for i in indices if self.taken[i] is None)
         x = self.trace.steps[i].call.args[0] if self.trace.steps[i].call.args else None
         for step in reversed(self.trace.steps[:i]):
+            if any(changed is x for changed in step.call.written):
+                return f'{step.name} in {step.module or "the model"}, which changes it in place'
             if any(out is x for out in step.outputs()):
                 if step.neuron is not None:
                     return f'{step.module}, whose output is {_output_text(step.neuron)}'
