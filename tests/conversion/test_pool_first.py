@@ -8,6 +8,7 @@ import torch
 import torch.nn as nn
 
 from timm_sscl import convert_ann, convert_to_spiking, fold_gains
+from timm_sscl.export import deploy, int8_missing
 
 
 class _Net(nn.Module):
@@ -65,6 +66,38 @@ def test_spikes_are_those_of_a_neuron_behind_the_pooling():
     assert torch.equal(model(x), other(x)) and torch.equal(model.act1.scale, other.pool.scale)
     whole = model(x)
     assert torch.allclose(fold_gains(model, x[:1])(x), whole, rtol=1e-9, atol=0)
+
+
+@torch.no_grad()
+@pytest.mark.skipif(int8_missing() is not None, reason=f'no int8 kernels: {int8_missing()}')
+def test_deployed_neurons_pool_too():
+    ann = _net().float()
+    for layer in (ann.conv, ann.conv2, ann.head):  # whole multiples of a level, which int8 does not round
+        level = layer.weight.abs().amax(tuple(range(1, layer.weight.ndim)), keepdim=True) / 127
+        layer.weight.copy_((layer.weight / level).round() * level)
+    x = _images().float()
+    model = convert_ann(ann, x, 6, per_channel=False, pool_first=True)
+    deployed = deploy(model, x[:1])
+    assert set(deployed.deploy_report.levels) == {'act1'} and set(deployed.deploy_report.int8) == {'conv2'}
+    torch.testing.assert_close(deployed(x, per_step=True), model(x, per_step=True), rtol=1e-4, atol=1e-4)  # float32
+
+
+@torch.no_grad()
+def test_potential_is_that_of_the_pooled_current():
+    model, seen = convert_ann(_net(), _images(), 6, pool_first=True), []
+    model.act1.register_forward_hook(lambda m, args, out: seen.append((m.potential(args[0]), out)))
+    model(_images())
+    (potential, out), = seen
+    assert torch.equal((potential >= 1).flatten(0, 1), out > 0) and 0 < (out > 0).double().mean() < 1
+
+
+@torch.no_grad()
+def test_negative_gain_does_not_commute_with_the_pooling():
+    model, x = convert_ann(_net(), _images(), 6, pool_first=True), _images()
+    model.act1.set_gain(-model.act1.gain, model.act1.scale)
+    expected = model(x)
+    torch.testing.assert_close(fold_gains(model, x[:1])(x), expected)
+    assert model.act1.gain is not None and expected.std() > 0
 
 
 @torch.no_grad()

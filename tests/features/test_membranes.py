@@ -236,3 +236,11 @@ def test_a_head_that_is_read_twice_is_recorded_once(loss):
     neurons = [name for name, module in student.named_modules() if isinstance(module, LIF)]
     assert sorted(loss) == sorted(neurons) and 'head.pre_logits.act' in loss
     assert not any(module.repeats for module in student.modules() if isinstance(module, LIF))
+
+
+@torch.no_grad()
+def test_potential_has_the_gains_of_the_timesteps():
+    neuron = LIF(3, tau=.5)
+    neuron.set_step_gain(torch.tensor([1., .5, 3.]))
+    x = torch.randn(3 * 8, 5, generator=torch.Generator().manual_seed(0))
+    assert torch.equal((neuron.potential(x) >= 1).flatten(0, 1), neuron(x) > 0)

@@ -11,6 +11,7 @@ from timm_sscl.untouched import all_or_nothing, untouched
 
 from .forward_trace import AFFINE, LINEAR, NORM, POOLS, RESHAPES, Call, ForwardTrace
 from .model import SpikingModule
+from .pool_first import commutes_with_pooling
 
 __all__ = ['fold_gains', 'Folded']
 
@@ -55,8 +56,13 @@ def fold_gains(model: SpikingModule, images: torch.Tensor) -> SpikingModule:
             if value is None:
                 continue
             calls = trace.neurons.get(name, [])
-            into, why = fold(trace, parameters, calls[0], value) if len(calls) == 1 else (
-                [], f'runs {len(calls)} times in a forward')
+            into: List[str] = []
+            if factor == 'gain' and not commutes_with_pooling(lif, value):
+                why = 'it pools its input, and the factor is not positive'
+            elif len(calls) != 1:
+                why = f'runs {len(calls)} times in a forward'
+            else:
+                into, why = fold(trace, parameters, calls[0], value)
             if into and factor == 'amplitude':
                 value.fill_(1)  # the parameter stays, for the keys of the state dict
             elif into:

@@ -15,6 +15,7 @@ from .folded import FoldedNorm, make_stepwise, runs_own_map
 from .forward_trace import LINEAR, Call, ForwardTrace
 from .gain_folding import Folded
 from .model import SpikingModule
+from .pool_first import commutes_with_pooling
 from .variants.batch_norms import BatchNormOverTime, batch_norms
 from .variants.mpbn import NormalisedNeuron, fold_threshold
 
@@ -129,7 +130,8 @@ class _Fold:
         layer, neuron, factor = self.owners[id(made.parameter('weight'))], self._neuron_behind(norm, call), None
         twin = copy.deepcopy(norm).double().eval()
         name: str = getattr(norm, 'step_factor', '')
-        if neuron is not None and name:
+        if neuron is not None and name and commutes_with_pooling(
+                self.model.get_submodule(neuron), getattr(norm, name)):
             factor = getattr(norm, name).detach().clone()
             getattr(twin, name).fill_(1)
         per_step = getattr(norm, 'per_step', False) and factor is None

@@ -1,5 +1,5 @@
 """Let neurons fire after the max pooling that follows them."""
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from timm_sscl.class_swap import Mixin, mix_in, take_out
 from timm_sscl.neurons import SpikingNeuron
 
-__all__ = ['set_pool_first', 'pooled_current']
+__all__ = ['set_pool_first', 'pooled_current', 'commutes_with_pooling']
 
 _WINDOW = 'kernel_size', 'stride', 'padding', 'dilation', 'ceil_mode'
 
@@ -17,8 +17,9 @@ class _PoolFirst(Mixin):
     """Mixin for a neuron: it integrates the maximum of the current over the windows of a pooling."""
     window: Tuple
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(F.max_pool2d(x, *self.window))
+    def _over_time(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        neuron: Any = super()
+        return neuron._over_time(pooled_current(self, x))
 
 
 class _PooledBefore(Mixin):
@@ -29,8 +30,16 @@ class _PooledBefore(Mixin):
 
 
 def pooled_current(neuron: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Return the current that a neuron integrates: x, or its maxima if the neuron fires after the pooling."""
-    return F.max_pool2d(x, *neuron.window) if isinstance(neuron, _PoolFirst) else x
+    """Return the current that a neuron integrates: x, or its maxima if the neuron fires after the pooling.
+
+    Only maps (N, C, H, W) are pooled.
+    """
+    return F.max_pool2d(x, *neuron.window) if isinstance(neuron, _PoolFirst) and x.ndim == 4 else x
+
+
+def commutes_with_pooling(neuron: nn.Module, factor: torch.Tensor) -> bool:
+    """Return whether a factor on the current that a neuron integrates may be one on its input instead."""
+    return not isinstance(neuron, _PoolFirst) or bool((factor > 0).all())
 
 
 def set_pool_first(model: nn.Module, pairs: Optional[Sequence[str]]) -> None:

@@ -170,8 +170,7 @@ class SpikingNeuron(Elementwise, Factors):
         return torch.cat([parameter, parameter[-1:].expand(missing, *parameter.shape[1:])])
 
     def set_step_gain(self, gain: torch.Tensor) -> None:
-        """Multiply the current of every timestep by a factor of its own, (T,), besides the gain. `fold_norms` uses it.
-        """
+        """Multiply the current of every timestep by a factor of its own, (T,), besides the gain; for `fold_norms`."""
         self.register_buffer('step_gain', gain)
 
     def unit(self) -> Optional[torch.Tensor]:
@@ -180,8 +179,7 @@ class SpikingNeuron(Elementwise, Factors):
         return scale if amplitude is None else amplitude if scale is None else amplitude * scale
 
     def levels(self, out: torch.Tensor) -> torch.Tensor:
-        """Convert an output to whole levels: 0 and 1, -1 to 1, or 0 to `top`. An analog output is returned unchanged.
-        """
+        """Convert an output to whole levels: 0 and 1, -1 to 1, or 0 to `top`. An analog output stays unchanged."""
         unit = self.unit()
         if self.output == 'analog' or unit is None:
             return out
@@ -263,6 +261,9 @@ class SpikingNeuron(Elementwise, Factors):
         if self.needs_channels and self.channels is None:
             raise RuntimeError(f'{type(self).__name__} has parameters per channel, whose number it was not told: '
                                f'channels=(C, 1, 1), or set_channels.')
+        return self._over_time(x)
+
+    def _over_time(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         current, folded = self._unfold(x), x
         if 'step_gain' in self._buffers:
             gain = self.over_time(self.step_gain).to(x.dtype)
@@ -290,12 +291,11 @@ class SpikingNeuron(Elementwise, Factors):
             x: Input as in forward, (T * B, ...), or (B, ...) of a neuron that encodes.
 
         Raises:
-            ValueError: The neuron's step does not compare one potential per timestep with its threshold by
-                `settings.spike`.
+            ValueError: The step does not compare one potential per timestep with its threshold by `settings.spike`.
         """
         if type(self).step is SpikingNeuron.step:
             raise ValueError(f'{type(self).__name__} has no step that computes a potential.')
-        return potentials(type(self).step, *self._recursion(self._unfold(x)))
+        return potentials(type(self).step, *self._recursion(self._over_time(x)[0]))
 
     def _recursion(self, x: torch.Tensor) -> Recursion:
         """Return the arguments of `scan` after the step, for a current (T, B, ...)."""
