@@ -92,7 +92,7 @@ def deploy(model: SpikingModule, images: Optional[torch.Tensor] = None) -> Spiki
             fold(copied, images)
             report.folds += copied._folds
         report.stem = _share_stem(copied, images)
-        copied.to(memory_format=torch.channels_last)
+        _to_channels_last(copied)
         if report.missing is None:
             _apply(copied, _trace(copied, images), report)
     copied._folds, copied.deploy_report = report.folds, report
@@ -124,6 +124,13 @@ def _share_stem(model: SpikingModule, images: torch.Tensor) -> str:
     except ValueError as error:
         return f'at every timestep: {error}'
     return f'once per image, up to {model.settings.stem}'
+
+
+def _to_channels_last(model: nn.Module) -> None:
+    """Lay out tensors of four axes as channels_last; a weight per timestep or of a 3-d convolution has five."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.ndim == 4:
+            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
 
 
 def _trace(model: SpikingModule, images: torch.Tensor) -> Plan:

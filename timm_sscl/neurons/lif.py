@@ -225,12 +225,18 @@ class LIF(SpikingNeuron):
         spikes = settings.spike(u, settings.v_threshold)
         return spikes, (reset(u, spikes.detach() if settings.detach_reset else spikes, _kernel_settings(settings)),)
 
+    def _runs_own_step(self) -> bool:
+        """Return whether the kernels of the LIF compute what this class's step does."""
+        return all(getattr(type(self), name) is getattr(LIF, name) for name in ('step', 'start', 'constants'))
+
     def run(self, x: torch.Tensor, folded: torch.Tensor) -> torch.Tensor:
-        if self.settings.surrogate_function is not rectangle_window:
+        if self.settings.surrogate_function is not rectangle_window or not self._runs_own_step():
             return super().run(x, folded)
         return _apply(x, self.gain, _kernel_settings(self.settings), NormSource.of(folded))
 
     def run_as(self, x: torch.Tensor, folded: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        if type(self).run is not LIF.run or not self._runs_own_step():  # other spikes, such as MPBN's
+            return super().run_as(x, folded, dtype)
         flat = Flat.of(x, self.gain)
         spikes = run(fire_as, (flat.view(x), flat.gain), len(x), _kernel_settings(self.settings), dtype)
         return flat.restore(spikes)
