@@ -12,7 +12,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from .random_state import get_random_state, set_random_state
 
-__all__ = ['untouched', 'undone_on_error', 'all_or_nothing', 'without_hooks', 'part_of_layer']
+__all__ = ['untouched', 'undone_on_error', 'all_or_nothing', 'without_hooks', 'remove_hooks', 'part_of_layer']
 
 _CONTAINERS = dict, list, set, deque  # types of attributes that a forward may fill in place
 _HOOKS = '_forward_hooks', '_forward_pre_hooks'
@@ -134,6 +134,18 @@ def part_of_layer(hook: Callable) -> Callable:
 
 def _is_part_of_layer(hook: Callable) -> bool:
     return isinstance(hook, _COMPUTE_WEIGHTS) or getattr(hook, 'part_of_layer', False)
+
+
+def remove_hooks(model: nn.Module) -> List[str]:
+    """Remove the user's forward hooks for good, and return the names of the modules that had some."""
+    had = []
+    for module_name, module in model.named_modules():
+        hooks = [(name, key) for name in _HOOKS for key, hook in vars(module)[name].items()
+                 if not _is_part_of_layer(hook)]
+        for name, key in hooks:
+            del vars(module)[name][key]
+        had += [module_name] if hooks else []
+    return had
 
 
 @contextmanager

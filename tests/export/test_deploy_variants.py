@@ -78,3 +78,31 @@ def test_step_of_ones_own_is_what_runs(surrogate):
     neuron, x = LateLIF(3, surrogate=surrogate), 3 * torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
     assert torch.equal(neuron(x), LIF(3, surrogate=surrogate)(x / 3))
     assert not torch.equal(neuron(x), LIF(3, surrogate=surrogate)(x))
+
+
+class _Masked(_Net):
+    def forward(self, x):
+        current = self.conv1(x)
+        return self.head(self.act3(self.conv3(self.act1(current) + (current > 0))).mean((2, 3)))
+
+
+@torch.no_grad()
+def test_sum_of_spikes_and_truth_values():
+    torch.manual_seed(0)
+    model = convert_to_spiking(_Masked(), timesteps=3, allow_analog=True).eval()
+    images = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(deploy(model, images)(images), model(images))  # nothing takes known spikes
+
+
+@torch.no_grad()
+def test_hooks_are_left_out_of_every_layer(caplog):
+    """Whether a layer is in int8 or not, and whatever its hook changes."""
+    torch.manual_seed(0)
+    model = convert_to_spiking(_Net(), timesteps=3).eval()
+    images, plain = torch.randn(2, 3, 8, 8), copy.deepcopy(model)
+    for name in ('conv1', 'conv2', 'act1', 'head'):
+        model.get_submodule(name).register_forward_hook(lambda module, args, out: out * .5)
+    deployed = deploy(model, images)
+    assert 'those of conv1, act1, conv2, head were left out' in caplog.text
+    assert torch.equal(deployed(images), deploy(plain, images)(images))
+    assert len(model.conv1._forward_hooks) == 1

@@ -11,7 +11,7 @@ from timm_sscl.class_swap import mix_in
 from timm_sscl.conversion import fold_gains, fold_norms, share_stem
 from timm_sscl.conversion.model import SpikingModule
 from timm_sscl.probing import ProbeError, examples
-from timm_sscl.untouched import untouched, without_hooks
+from timm_sscl.untouched import remove_hooks, untouched
 
 from . import int8
 from .layers import Int8Conv2d, Int8Linear, LevelAvgPool, LevelMaxPool, LevelNeuron
@@ -69,7 +69,8 @@ def deploy(model: SpikingModule, images: Optional[torch.Tensor] = None) -> Spiki
     The only difference to the model is the rounding of weights, and float32 rounding, which can flip single spikes. The
     copy is a model of the same class in evaluation mode, for channels_last images. Its state dict holds the int8
     weights and their scales. It can be copied, saved by `torch.save(copy, file)` and exported by torch.export; an
-    exported or compiled program computes in float32 with the rounded weights. It cannot be trained.
+    exported or compiled program computes in float32 with the rounded weights. It cannot be trained. Forward hooks are
+    not copied, except those that compute a layer's weight; a warning names them.
 
     Args:
         model: Spiking model, trained.
@@ -87,14 +88,17 @@ def deploy(model: SpikingModule, images: Optional[torch.Tensor] = None) -> Spiki
     copied: Any = copy.deepcopy(model).float().cpu().eval().requires_grad_(False)
     images = _example(copied) if images is None else images.float().cpu()
     report = DeployReport(missing=int8.int8_missing())
-    with without_hooks(copied):
-        for fold in (fold_gains, fold_norms):
-            fold(copied, images)
-            report.folds += copied._folds
-        report.stem = _share_stem(copied, images)
-        _to_channels_last(copied)
-        if report.missing is None:
-            _apply(copied, _trace(copied, images), report)
+    hooked = remove_hooks(copied)
+    if hooked:
+        _logger.warning(f'{type(model).__name__}: the deployed model has no forward hooks; those of '
+                        f'{", ".join(name or "the model" for name in hooked)} were left out.')
+    for fold in (fold_gains, fold_norms):
+        fold(copied, images)
+        report.folds += copied._folds
+    report.stem = _share_stem(copied, images)
+    _to_channels_last(copied)
+    if report.missing is None:
+        _apply(copied, _trace(copied, images), report)
     copied._folds, copied.deploy_report = report.folds, report
     if report.missing is not None:
         _logger.warning(f'{type(model).__name__}: no int8 inference, {report.missing}. The deployed model computes in '

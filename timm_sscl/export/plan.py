@@ -192,8 +192,8 @@ class _Planner:
             return self._why_values(j) if dtypes == {levels.dtype} else refused
         if name in ADD and levels.parts == 1 and len(step.inputs()) == 2:
             others = self._levels_of_inputs(j)
-            if None in others:
-                return None  # levels plus a float is a float
+            if None in others:  # levels plus a float is a float
+                return None if all(other.is_floating_point() for other in step.inputs()) else refused
             return self._why_values(j) if {found.dtype for found in others if found} == {levels.dtype} else refused
         return refused
 
