@@ -68,11 +68,13 @@ def test_folds(place, write):
     assert isinstance(model.norm, nn.BatchNorm2d) == (place == 'map')
 
 
-@torch.no_grad()
+@pytest.mark.parametrize('mode', [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize('write', WRITES)
-def test_deployed_model_takes_no_written_values_for_spikes(write):
+def test_deployed_model_takes_no_written_values_for_spikes(write, mode):
     model, images = _spiking(spikes=write)
-    torch.testing.assert_close(deploy(model, images[:1])(images, per_step=True), model(images, per_step=True))
+    with mode():
+        torch.testing.assert_close(
+            deploy(model, images[:1].clone())(images, per_step=True), model(images, per_step=True))
 
 
 class _Reader(_Net):

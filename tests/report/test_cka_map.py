@@ -148,3 +148,19 @@ def test_event_frames_are_compared_over_all_their_steps():
     teacher = accept_frames(timm.create_model('test_resnet', num_classes=4, in_chans=2))
     found = cka_map(student, teacher, frames)
     assert found.student == found.teacher and not found.left_out
+
+
+@pytest.mark.parametrize('scale', [1e-12, 1e10])
+def test_scale_of_a_layer_does_not_matter(scale):
+    """Beyond the range of float32, too, in which the HSIC of a layer with itself has the scale to the fourth power."""
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.act = nn.ReLU()
+
+        def forward(self, x):
+            return self.act(x.flatten(1)) * scale
+
+    images = [torch.randn(6, 3, 2, 2, generator=torch.Generator().manual_seed(0))]
+    values = cka_map(Scaled(), Scaled(), images).values
+    torch.testing.assert_close(values, torch.ones(2, 2, dtype=torch.float64), rtol=0, atol=1e-5)  # float32 features

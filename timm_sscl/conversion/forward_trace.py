@@ -1,5 +1,5 @@
 """ForwardTrace: record one forward as a graph, in which neurons and norm variants are single nodes."""
-from typing import Any, Callable, Dict, List, NamedTuple, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -10,7 +10,8 @@ from timm_sscl.neurons import SpikingNeuron
 
 from .variants.batch_norms import BatchNormOverTime
 
-__all__ = ['ForwardTrace', 'Call', 'AFFINE', 'LINEAR', 'RESHAPES', 'POOLS', 'NORM']
+__all__ = ['ForwardTrace', 'Call', 'AFFINE', 'LINEAR', 'RESHAPES', 'POOLS', 'NORM',
+           'writes_in_place']
 
 NORM = 'batch_norm_over_time'  # name of the call of a norm variant
 # function -> positions of weight and bias among its arguments; its output scales with both
@@ -93,15 +94,17 @@ class ForwardTrace(TorchFunctionMode):
         if self.inside:
             return func(*args, **kwargs)
         taken = _tensors((args, kwargs))
-        versions = [x._version for x in taken]
+        versions = [_version(x) for x in taken]
         out = func(*args, **kwargs)
         made = _tensors(out)
-        written = [x for x, version in zip(taken, versions) if x._version != version]
+        name = getattr(func, '__name__', '')
+        written = [x for x, version in zip(taken, versions) if _version(x) != version
+                   or (x.is_inference() and x is args[0] and writes_in_place(name))]
         if made or written:
             for x in (*taken, *made):
                 self._memory.setdefault(_address(x), {})[id(x)] = x
             shared = {key: x for each in written for key, x in self._memory[_address(each)].items()}
-            self._record(Call(func, getattr(func, '__name__', ''), args, kwargs, out, tuple(shared.values())))
+            self._record(Call(func, name, args, kwargs, out, tuple(shared.values())))
         return out
 
     def _record(self, call: Call) -> None:
@@ -118,6 +121,16 @@ class ForwardTrace(TorchFunctionMode):
 
 def _tensors(tree: Any) -> List[torch.Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def _version(x: torch.Tensor) -> Optional[int]:
+    """Return the number of writes to a tensor's memory; None if it was made in inference mode, which does not count."""
+    return None if x.is_inference() else x._version
+
+
+def writes_in_place(name: str) -> bool:
+    """Return whether a function of this name writes to its first argument."""
+    return (name.endswith('_') and not name.endswith('__')) or name.startswith('__i') or name == '__setitem__'
 
 
 def _address(x: torch.Tensor) -> int:

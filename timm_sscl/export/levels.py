@@ -5,7 +5,7 @@ import torch
 import torch.nn as nn
 from torch.utils._pytree import tree_leaves
 
-from timm_sscl.conversion.forward_trace import RESHAPES, Call, ForwardTrace
+from timm_sscl.conversion.forward_trace import RESHAPES, Call, ForwardTrace, writes_in_place
 from timm_sscl.neurons import SpikingNeuron
 
 __all__ = ['Levels', 'Step', 'StepTrace', 'ADD', 'SAME', 'VIEWS', 'find_levels', 'pool_size']
@@ -61,9 +61,7 @@ class Step(NamedTuple):
 
     def changes(self, x: torch.Tensor) -> bool:
         """Return whether the call may write to x in place."""
-        name = self.call.name
-        in_place = (name.endswith('_') and not name.endswith('__')) or name.startswith('__i') or name == '__setitem__'
-        return in_place and bool(self.call.args) and self.call.args[0] is x
+        return writes_in_place(self.call.name) and bool(self.call.args) and self.call.args[0] is x
 
 
 class StepTrace(ForwardTrace):

@@ -141,5 +141,5 @@ def _grams(
 def _terms(student: List[torch.Tensor], teacher: List[torch.Tensor]) -> List[torch.Tensor]:
     """Return HSIC of all pairs (S, A) and of every layer with itself, (S,) and (A,), in float64."""
     cross = hsic_matrix(torch.stack([K.double() for K in student]), torch.stack([L.double() for L in teacher]))
-    own = [torch.stack([hsic_terms(K, K)[1] for K in side]).double() for side in (student, teacher)]
+    own = [torch.stack([hsic_terms(K.double(), K.double())[1] for K in side]) for side in (student, teacher)]
     return [cross, *own]
