@@ -16,8 +16,9 @@ import logging
 import os
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
-from typing import List, Optional
+from typing import Iterator, List, Optional
 
 import torch
 
@@ -47,7 +48,23 @@ def main(argv: Optional[List[str]] = None) -> None:
         return
     if not args.toy and not torch.cuda.is_available():
         raise SystemExit('PyTorch sees no CUDA device here; --toy runs the script on the CPU at a tiny size.')
-    logging.getLogger('timm_sscl').setLevel(logging.ERROR)  # what a conversion says, a hundred times
+    with _quiet(logging.getLogger('timm_sscl')):
+        _measure(args)
+
+
+@contextmanager
+def _quiet(logger: logging.Logger) -> Iterator[None]:
+    """Leave out what a conversion says, which would come a hundred times."""
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def _measure(args: argparse.Namespace) -> None:
+    """Run the cases of a phase and print their table."""
     deadline = float(os.environ.setdefault(_DEADLINE, str(time.time() + 60 * args.minutes)))
     device = torch.device('cpu' if args.toy else 'cuda')
     args.output.mkdir(parents=True, exist_ok=True)

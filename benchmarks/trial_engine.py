@@ -71,15 +71,17 @@ class Engine:
         self.groups: Tuple[Any, List[Group]] = (None, [])  # of the last round: its key, its groups
         self.seconds_per_step = 0.
         self.unwritten: List[Tuple[Future, Trial, Dict[str, Any]]] = []
-        self.pool = ProcessPoolExecutor(workers, get_context('spawn')) if workers else None
+        self.pool = ProcessPoolExecutor(
+            workers, get_context('spawn'), initializer=torch.set_num_threads, initargs=(1,)) if workers else None
         self.checked = self.device.type != 'cuda' or not graph
         self.facts = machine_facts(self.device)
         output.mkdir(parents=True, exist_ok=True)
-        torch.backends.cuda.matmul.allow_tf32 = False
-        torch.backends.cudnn.allow_tf32 = True  # as PyTorch does by default
-        torch.backends.cudnn.benchmark = True  # the same shapes all the time
-        torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs eagerly
-        torch._dynamo.config.recompile_limit = 64  # one per shape of the features
+        if self.device.type == 'cuda':  # only there steps are compiled and captured
+            torch.backends.cuda.matmul.allow_tf32 = False
+            torch.backends.cudnn.allow_tf32 = True  # as PyTorch does by default
+            torch.backends.cudnn.benchmark = True  # the same shapes all the time
+            torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs eagerly
+            torch._dynamo.config.recompile_limit = 64  # one per shape of the features
 
     def close(self) -> None:
         """Write what is left and end the worker processes."""

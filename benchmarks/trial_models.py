@@ -67,7 +67,6 @@ def initial_state(trial: Trial, classes: int, images: np.ndarray, samples: int) 
     """Return everything that a training on so many samples starts with: weights, gains calibrated on these images, and
     states of the losses.
     """
-    torch.set_num_threads(1)
     student = create_student(trial, classes)
     if trial.timesteps:
         timm_sscl.calibrate(student, torch.from_numpy(images))
@@ -88,7 +87,6 @@ def measure(trial: Trial, classes: int, state: State, images: np.ndarray) -> Tup
     """
     if trial.timesteps == 0:
         return None, None
-    torch.set_num_threads(1)
     student, batch = create_student(trial, classes).eval(), torch.from_numpy(images)
     timm_sscl.calibrate(student, batch[:4])  # creates the gains that the state sets
     own = named_tensors(student)
