@@ -111,6 +111,12 @@ def test_old_module_names_warn_and_give_the_new_module(old):
     assert all(issubclass(w.category, DeprecationWarning) for w in caught)
 
 
+def test_files_of_tests_have_names_of_their_own():
+    """pytest imports a test file by its name alone, so a second one of that name is an error."""
+    names = [path.name for path in Path(__file__).parent.rglob('test_*.py')]
+    assert sorted(set(names)) == sorted(names)
+
+
 def test_public_names_exist():
     assert sorted(set(timm_sscl.__all__)) == sorted(timm_sscl.__all__)
     for name in timm_sscl.__all__:

@@ -55,14 +55,14 @@ def _student(**options):
 def test_losses_change_their_state_in_place():
     teacher = timm.create_model('test_resnet', num_classes=5)
     task = SSCLTask(
-        _student(), teacher, dict.fromkeys(list_losses(), 1.), input_size=(3, 32, 32), verbose=False,
+        _student(), teacher, dict.fromkeys(list_losses(), 1.), input_size=(3, 32, 32), verbose=False, num_samples=6,
         loss_options={'sscl': dict(queue_size=8, weighting='uncertainty')}).train()
     task.set_progress(0.5)
     x, y = _batch()
 
     def step():
         with _NoIndexFromHost():
-            task(x, y)['loss'].backward()
+            task(x, y, index=torch.arange(6))['loss'].backward()
 
     _check_in_place(task, step, task.trainable_module.parameters())
     running = task.trainable_module.losses['sscl'].running_cka[0]

@@ -96,14 +96,17 @@ def newest_unfinished(args: Namespace, root: Path) -> Optional[Path]:
 
 
 def _differing(options: Any) -> Any:
-    """Return the options that differ from their defaults: a file of an earlier version lacks later options."""
+    """Return the options that differ from their defaults, without those that change no training. A file of an earlier
+    version lacks later options.
+    """
     if not isinstance(options, dict):
         return None
     parser = create_parser()
     defaults = {name: plain(parser.get_default(name)) for name in options}
     implied = {name: plain(LOSS_FLAGS[name].declared.default) for name in options if name in LOSS_FLAGS}
     return {name: plain(value) for name, value in options.items()
-            if plain(value) != defaults[name] and (name not in implied or plain(value) != implied[name])}
+            if name != 'report' and plain(value) != defaults[name]
+            and (name not in implied or plain(value) != implied[name])}
 
 
 def _read_options(file: Path) -> Any:
