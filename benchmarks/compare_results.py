@@ -214,16 +214,17 @@ def write_page(page: Path, plan: Plan, lines: Sequence[str]) -> None:
 
 
 def report(plans: Sequence[Plan], results: Path, pages: Path) -> List[str]:
-    """Write figures and pages of these plans, and return one line per plan on its primary comparison."""
+    """Write figures and pages of these plans, and return their answers, the primary comparison first."""
     summary = []
     for plan in plans:
         rows = read_rows(results, plan.name)
         write_page(pages / page_of(plan.name), plan, section(plan, rows, results))
         primary = primary_rows(rows)
         for group in groups(primary):
-            main_one = compare(group, plan, [plan.primary])[0]
+            main_one, *others = compare(group, plan, compared_pairs(plan, group))
             if main_one.pairs:
                 summary.append(f'{plan.name}: {summary_line(main_one, plan, group, plan.planned(rows))}')
+                summary += [f'  {answer(c, plan, plan.planned(rows))}' for c in others if c.pairs]
         if not primary:
             summary.append(f'{plan.name}: no runs yet.')
     return summary

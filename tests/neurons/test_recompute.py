@@ -125,7 +125,9 @@ def test_constants_per_channel_are_left_as_they_are():
             spikes = settings.spike(u, 1.)
             return spikes, (u - spikes,)
 
-    same(PerChannel(T, (C, 1, 1)).double(), maps().to(memory_format=torch.channels_last), maps(1))
+    neuron, x = PerChannel(T, (C, 1, 1)).double(), maps().to(memory_format=torch.channels_last)
+    assert len(saves(neuron, x.requires_grad_())) > 1
+    same(neuron, x, maps(1))
 
 
 def test_only_what_needs_a_gradient_gets_one(neuron):

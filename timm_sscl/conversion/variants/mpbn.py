@@ -11,6 +11,8 @@ from timm_sscl.conversion.channels import find_channels
 from timm_sscl.knobs import knob
 from timm_sscl.neurons import LIF, neuron_class, spike
 from timm_sscl.neurons.kernels.recursion import membrane_dtype
+from timm_sscl.neurons.kernels.scan import outputs
+from timm_sscl.neurons.kernels.settings_view import SettingsView
 
 from .base import Variant, VariantSettings
 from .batch_norms import NormRecord
@@ -41,15 +43,12 @@ class MembraneBatchNorm(_BatchNorm):
         return super().forward(u.movedim(self.axis, 1)).movedim(1, self.axis)
 
 
-class _OwnSpike:
+class _OwnSpike(SettingsView):
     """A neuron's settings whose `spike` is the neuron's `fire`."""
 
     def __init__(self, neuron: Any):
-        self.settings = neuron.settings
+        super().__init__(neuron.settings)
         self.neuron = neuron
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.settings, name)
 
     def spike(self, u: torch.Tensor, v_threshold: Any) -> torch.Tensor:
         return self.neuron.fire(u, v_threshold)
@@ -64,14 +63,9 @@ class _OwnFire(Mixin):
 
     def run(self, x: torch.Tensor, folded: torch.Tensor) -> torch.Tensor:
         step = cast(Any, type(self)).step  # the neuron's
-        dtype, settings, gain = membrane_dtype(x.dtype), _OwnSpike(self), self.gain
-        state = tuple(s.to(dtype) for s in self.start(x[0].to(dtype)))
-        constants, outputs = tuple(c.to(dtype) for c in self.constants()), []
-        for t, x_t in enumerate(x.to(dtype)):
-            x_t = x_t if gain is None else x_t * gain.to(dtype)
-            output, state = step(x_t, state, constants, t, settings)
-            outputs.append(output.to(x.dtype))
-        return torch.stack(outputs)
+        state = self.start(x[0].to(membrane_dtype(x.dtype)))
+        stepped = outputs(x, self.gain, state, self.constants(), step, _OwnSpike(self))
+        return torch.stack([output.to(x.dtype) for output in stepped])
 
 
 class NormalisedNeuron(_OwnFire):

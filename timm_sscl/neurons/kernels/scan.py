@@ -10,8 +10,9 @@ from timm_sscl.neurons.surrogate import spike
 from .backend import compiles, run
 from .recompute import Kernel, recompute_applies, run_recomputed
 from .recursion import membrane_dtype
+from .settings_view import SettingsView
 
-__all__ = ['Recursion', 'State', 'potentials', 'scan', 'settings_at']
+__all__ = ['Recursion', 'State', 'outputs', 'potentials', 'scan', 'settings_at']
 
 State = Tuple[torch.Tensor, ...]
 # (x, gain, state, constants, settings, key, progress), the arguments of scan after the step
@@ -77,43 +78,31 @@ def potentials(
     return run(_potentials, tensors, x.shape[0], step, settings, key, owner=step)
 
 
-class _Watched:
+class _Watched(SettingsView):
     """A neuron's settings that store every potential, divided by its threshold."""
 
     def __init__(self, settings: Any):
-        self.settings = settings
+        super().__init__(settings)
         self.seen: List[torch.Tensor] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.settings, name)
 
     def spike(self, u: torch.Tensor, v_threshold: Any) -> torch.Tensor:
         self.seen.append(u / v_threshold)
         return self.settings.spike(u, v_threshold)
 
 
-class _WithoutGradient:
+class _WithoutGradient(SettingsView):
     """A neuron's settings whose spikes have no gradient, so that the surrogate is not computed."""
-
-    def __init__(self, settings: Any):
-        self.settings = settings
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.settings, name)
 
     def spike(self, u: torch.Tensor, v_threshold: Any) -> torch.Tensor:
         return (u - v_threshold >= 0).to(u.dtype)
 
 
-class _SettingsNow:
+class _SettingsNow(SettingsView):
     """A neuron's settings at one time of the training, for a surrogate that changes during it."""
 
     def __init__(self, settings: Any, progress: torch.Tensor):
-        self.settings = settings
+        super().__init__(settings)
         self.surrogate_function = partial(settings.surrogate_function, progress=progress)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.settings, name)
 
     def spike(self, u: torch.Tensor, v_threshold: Any) -> torch.Tensor:
         return spike(u, v_threshold, self.surrogate_function)
@@ -136,7 +125,7 @@ def _scan(
         key: Hashable,
 ) -> torch.Tensor:
     settings = settings_at(settings, progress, membrane_dtype(x.dtype))
-    return torch.stack([o.to(x.dtype) for o in _outputs(x, gain, state, constants, step, settings)])
+    return torch.stack([o.to(x.dtype) for o in outputs(x, gain, state, constants, step, settings)])
 
 
 def _scan_without_gradient(
@@ -165,7 +154,7 @@ def _potentials(
         key: Hashable,
 ) -> torch.Tensor:
     watched = _Watched(settings_at(settings, progress, membrane_dtype(x.dtype)))
-    for _ in _outputs(x, gain, state, constants, step, watched):
+    for _ in outputs(x, gain, state, constants, step, watched):
         pass
     if len(watched.seen) != timesteps:
         raise ValueError(f'{getattr(step, "__qualname__", step)} compares {len(watched.seen) / timesteps:g} potentials '
@@ -173,7 +162,7 @@ def _potentials(
     return torch.stack(watched.seen)
 
 
-def _outputs(
+def outputs(
         x: torch.Tensor,
         gain: Optional[torch.Tensor],
         state: State,
