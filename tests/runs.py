@@ -2,8 +2,10 @@
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -129,3 +131,19 @@ def same_runs(one, other):
             same(a, b, str(file))
         elif file.name == 'summary.csv':
             assert (one / file).read_text() == (other / file).read_text()
+
+
+def run_killed(server, args, folder, kills, seconds=240):
+    """Run train.py in a folder, by the fork server: killed (SIGKILL) some times after a further recovery checkpoint,
+    then to its end.
+    """
+    for n in range(kills):
+        pid = server.start(args, folder)
+        known, deadline = set(folder.rglob('run/recovery-*')), time.monotonic() + seconds
+        while len(set(folder.rglob('run/recovery-*')) - known) < 2 + n:
+            time.sleep(0.002)
+            assert time.monotonic() < deadline, server.log.read_text()
+        os.kill(pid, signal.SIGKILL)
+        assert server.wait() == -signal.SIGKILL, server.log.read_text()
+    code, log = server.run(args, folder)
+    assert code == 0, log

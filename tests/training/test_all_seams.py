@@ -1,11 +1,8 @@
 """One user file registers one thing at every seam; the script trains with all of them, is killed and resumed."""
-import os
 import re
 import shlex
 import shutil
-import signal
 import sys
-import time
 
 import pytest
 import timm
@@ -15,7 +12,7 @@ from timm.models import _registry
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
 import timm_sscl
-from runs import ROOT, run_here, same_runs
+from runs import ROOT, run_here, run_killed, same_runs
 from timm_sscl.training.plugins import import_plugin
 
 pytestmark = pytest.mark.slow  # trains in processes that are killed
@@ -44,16 +41,7 @@ def finished(server, tmp_path_factory):
     shutil.copy(EXAMPLE, plugin)
     args = ['--plugin', plugin, *documented_options(), *SMALL]
     for folder, kills in zip(folders, (0, 2)):
-        for n in range(kills):
-            pid = server.start(args, folder)
-            known, deadline = set(folder.rglob('run/recovery-*')), time.monotonic() + 120
-            while len(set(folder.rglob('run/recovery-*')) - known) < 2 + n:
-                time.sleep(0.002)
-                assert time.monotonic() < deadline, server.log.read_text()
-            os.kill(pid, signal.SIGKILL)
-            assert server.wait() == -signal.SIGKILL, server.log.read_text()
-        code, log = server.run(args, folder)
-        assert code == 0, log
+        run_killed(server, args, folder, kills, seconds=120)
     return plugin, folders
 
 

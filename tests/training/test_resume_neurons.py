@@ -1,12 +1,8 @@
 """Runs with neurons, norms and residuals with a state of their own end alike, killed twice or never."""
-import os
-import signal
-import time
-
 import pytest
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
-from runs import same_runs
+from runs import run_killed, same_runs
 
 pytestmark = pytest.mark.slow  # trains in processes that are killed
 RUN = ['--model', 'spiking_test_resnet', '-T', '2', '--img-size', '32', '--epochs', '3', '--teacher-epochs', '1',
@@ -26,16 +22,7 @@ CASES = {
 def test_killed_twice(case, server, tmp_path):
     args, folders = [*RUN, *CASES[case]], [tmp_path / 'whole', tmp_path / 'killed']
     for folder, kills in zip(folders, (0, 2)):
-        for n in range(kills):
-            pid = server.start(args, folder)
-            known, deadline = set(folder.rglob('run/recovery-*')), time.monotonic() + 240
-            while len(set(folder.rglob('run/recovery-*')) - known) < 2 + n:
-                time.sleep(0.002)
-                assert time.monotonic() < deadline, server.log.read_text()
-            os.kill(pid, signal.SIGKILL)
-            assert server.wait() == -signal.SIGKILL, server.log.read_text()
-        code, log = server.run(args, folder)
-        assert code == 0, log
+        run_killed(server, args, folder, kills)
     same_runs(*folders)
     state = load_checkpoint_metadata(str(folders[1] / 'out' / 'run' / 'last.pth.tar'))['state_dict']
     own = {'glif-tebn': 'bn1.step_scale', 'masked_psn-tab-sew': 'act1.mask_progress',

@@ -18,12 +18,11 @@ class Kernel(NamedTuple):
     """The recursion of a neuron.
 
     Args:
-        values: Function (x, gain, state, constants, progress, timesteps, *settings) of the output, without a gradient.
-        function: The same with a gradient.
+        function: Function (x, gain, state, constants, progress, timesteps, *settings, gradient=True) of the output. It
+            computes no surrogate with gradient=False.
         settings: Constant settings.
         owner: Owner of the compiled code.
     """
-    values: Callable[..., torch.Tensor]
     function: Callable[..., torch.Tensor]
     settings: Tuple[Any, ...]
     owner: Hashable
@@ -71,7 +70,7 @@ class _Recomputed(torch.autograd.Function):
         ctx.save_for_backward(x, progress, *state, *constants)
         ctx.settings = flat, kernel, x.shape[0], len(state)
         tensors = flat.view(x), flat.gain, state, constants, progress
-        out = run(kernel.values, tensors, x.shape[0], *kernel.settings, owner=kernel.owner)
+        out = run(kernel.function, tensors, x.shape[0], *kernel.settings, False, owner=kernel.owner)
         check_output(getattr(kernel.owner, '__qualname__', repr(kernel.owner)), out, flat.view(x))
         return flat.restore(out)
 

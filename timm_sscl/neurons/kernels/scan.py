@@ -51,7 +51,7 @@ def scan(
     """
     state, constants = tuple(state), tuple(constants)
     if elementwise and compiles(x, x.shape[0], step) and recompute_applies(x, state, constants):
-        kernel = Kernel(_scan_without_gradient, _scan, (step, settings, key), step)
+        kernel = Kernel(_scan, (step, settings, key), step)
         return run_recomputed(kernel, x, gain, state, constants, progress)
     tensors = x, gain, state, constants, progress
     return run(_scan, tensors, x.shape[0], step, settings, key, owner=step)
@@ -123,23 +123,10 @@ def _scan(
         step: Step,
         settings: Any,
         key: Hashable,
+        gradient: bool = True,
 ) -> torch.Tensor:
-    settings = settings_at(settings, progress, membrane_dtype(x.dtype))
+    settings = settings_at(settings, progress, membrane_dtype(x.dtype)) if gradient else _WithoutGradient(settings)
     return torch.stack([o.to(x.dtype) for o in outputs(x, gain, state, constants, step, settings)])
-
-
-def _scan_without_gradient(
-        x: torch.Tensor,
-        gain: Optional[torch.Tensor],
-        state: State,
-        constants: State,
-        progress: Optional[torch.Tensor],
-        timesteps: int,
-        step: Step,
-        settings: Any,
-        key: Hashable,
-) -> torch.Tensor:
-    return _scan(x, gain, state, constants, None, timesteps, step, _WithoutGradient(settings), key)
 
 
 def _potentials(
