@@ -6,8 +6,10 @@
     python benchmarks/compare_results.py --runs DIR
 
 Plans are described in benchmarks/compare_plan.py, the results (DIR/runs.jsonl) in benchmarks/trials.py. When started
-again, finished trials are skipped. The trainings don't go through train.py: the images lie on the device, and on CUDA
-the steps are replayed from captured graphs. float32, on CUDA with TF32 in convolutions, which is PyTorch's default.
+again, finished trials are skipped. On the CPU, several processes with one output share the trials (OMP_NUM_THREADS=1
+each). The trainings don't go through train.py: the images lie on the device, and on CUDA the steps are replayed from
+captured graphs. Precision: on CUDA float32 with TF32 in convolutions, which is PyTorch's default; on the CPU what
+--precision says.
 """
 import argparse
 import os
@@ -76,6 +78,10 @@ def create_parser() -> argparse.ArgumentParser:
                         help='processes that prepare trials and measure energy (CUDA: half of the cores, CPU: 0)')
     parser.add_argument('--backend', choices=['auto', 'compiled', 'eager'],
                         help='how neurons run (CUDA: compiled, since the number of kernels counts there; CPU: auto)')
+    parser.add_argument('--precision', default='auto', choices=['auto', 'float32', 'bfloat16'],
+                        help='of the CPU: bfloat16 is autocast in channels_last; auto takes the faster one, measured '
+                             'once for an output')
+    parser.add_argument('--evaluations', type=int, default=4, help='per trial, the last after the last epoch')
     parser.add_argument('--no-graph', action='store_true', help='run steps eagerly on CUDA')
     parser.add_argument('--epochs', type=int, help="instead of the plan's, also of the teacher: to try a plan")
     parser.add_argument('--dry-run', action='store_true', help='print the trials; phases that follow from results of '
@@ -93,7 +99,7 @@ def main(argv: Optional[List[str]] = None) -> None:
         workers = (os.cpu_count() or 2) // 2 if args.device == 'cuda' else 0
     backend = args.backend or ('compiled' if args.device == 'cuda' else 'auto')
     engine = Engine(args.data, args.output, args.device, args.replicas, deadline, backend,
-                    0 if args.dry_run else workers, not args.no_graph)
+                    0 if args.dry_run else workers, not args.no_graph, args.precision, args.evaluations)
     try:
         for plan in plans:
             if not run_plan(plan, engine, PHASES if 'all' in args.phase else args.phase, args.dry_run):

@@ -9,7 +9,7 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Dict, Hashable, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Hashable, List, Optional, Sequence, Set, Tuple
 
 import torch
 import torch.nn as nn
@@ -19,14 +19,14 @@ from timm_sscl.neurons import lif_backend
 from trial_data import PAD, DeviceSet, load_device_set
 from trial_graphs import Group, check_replay
 from trial_models import State, as_arrays, initial_state, measure, teacher_model
+from trial_precision import decided_precision
 from trial_replica import Replica
-from trial_results import append_line, failed_line, machine_facts, ok_line
+from trial_results import append_line, claim, failed_line, machine_facts, ok_line
 from trial_rounds import Round, rounds
 from trials import Trial, read_results
 
 __all__ = ['Engine', 'teacher_trial']
 
-_EVALUATIONS = 4  # evaluations per trial, the last after the last epoch
 _MEASURED = 100  # validation images on which firing rates are measured
 _AHEAD = 3  # rounds that are prepared while one trains
 
@@ -50,6 +50,9 @@ class Engine:
         backend: How neurons run, see `lif_backend`.
         workers: Processes that prepare initial states and measure energy; 0 does it here.
         graph: Whether to capture steps on CUDA.
+        precision: 'float32' or 'bfloat16' (CPU only, channels_last), or 'auto': the faster one of a step on this CPU,
+            measured once for an output; float32 on CUDA.
+        evaluations: Evaluations per trial, the last after the last epoch.
     """
 
     def __init__(
@@ -62,6 +65,8 @@ class Engine:
             backend: str = 'auto',
             workers: int = 0,
             graph: bool = True,
+            precision: str = 'float32',
+            evaluations: int = 4,
     ):
         self.data, self.output, self.device = data, output, torch.device(device)
         self.replicas, self.deadline, self.backend, self.graph = replicas, deadline, backend, graph
@@ -74,7 +79,9 @@ class Engine:
         self.pool = ProcessPoolExecutor(
             workers, get_context('spawn'), initializer=torch.set_num_threads, initargs=(1,)) if workers else None
         self.checked = self.device.type != 'cuda' or not graph
-        self.facts = machine_facts(self.device)
+        self.evaluations = evaluations
+        self.set_precision('float32' if precision == 'auto' else precision)
+        self.undecided = precision == 'auto' and self.device.type == 'cpu'
         output.mkdir(parents=True, exist_ok=True)
         if self.device.type == 'cuda':  # only there steps are compiled and captured
             torch.backends.cuda.matmul.allow_tf32 = False
@@ -89,6 +96,28 @@ class Engine:
         if self.pool is not None:
             self.pool.shutdown(cancel_futures=True)
 
+    # ---- precision
+
+    def set_precision(self, name: str) -> None:
+        if name == 'bfloat16' and self.device.type != 'cpu':
+            raise ValueError("precision='bfloat16' is for the CPU; on CUDA it must be float32 or auto.")
+        self.precision, self.bfloat16 = name, name == 'bfloat16'
+        self.facts = machine_facts(self.device, name)
+
+    def decide_precision(self, trial: Trial) -> None:
+        """Set the faster precision of a step of this trial's student, or the one that this output already has."""
+        self.undecided = False
+        alone = replace(trial, losses={}, loss_options={}, task_weight=1.)
+        state = self.prepare(alone).result()
+
+        def create(name: str) -> Replica:
+            self.set_precision(name)
+            replica = self.create(alone)
+            replica.load(alone, state)
+            return replica
+
+        self.set_precision(decided_precision(self.output, self.facts['device'], create))
+
     # ---- parts of a trial
 
     def images(self, name: str) -> DeviceSet:
@@ -99,7 +128,7 @@ class Engine:
 
     def create(self, trial: Trial) -> Replica:
         compiled = self.device.type == 'cuda' and self.backend != 'eager'
-        return Replica(trial, self.images(trial.scale.data), self.teacher(trial), compiled)
+        return Replica(trial, self.images(trial.scale.data), self.teacher(trial), compiled, self.bfloat16)
 
     def submit(self, function: Any, *args: Any) -> Future:
         """Run a function in a worker process, or now if there is none."""
@@ -145,6 +174,7 @@ class Engine:
         if teacher.name not in self.teachers:
             model = teacher_model(trial, self.images(trial.scale.data).classes)
             model.load_state_dict(torch.load(self._teacher_file(teacher), map_location='cpu', weights_only=True))
+            model = model.to(memory_format=torch.channels_last) if self.bfloat16 else model
             self.teachers[teacher.name] = model.to(self.device).eval()
         return self.teachers[teacher.name]
 
@@ -158,15 +188,24 @@ class Engine:
         if key not in self.accuracies:
             data = self.images(trial.scale.data)
             batches = zip(*(x.split(data.eval_batch) for x in data.evaluated[trial.split]))
-            right = torch.cat([teacher(data.normalise(x)).argmax(1) == y for x, y in batches])
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
+                right = torch.cat([teacher(data.normalise(x)).argmax(1) == y for x, y in batches])
             self.accuracies[key] = 100 * right[:data.sizes[trial.split]].float().mean().item()
         return self.accuracies[key]
 
-    def train_teachers(self, trials: Sequence[Trial]) -> None:
-        """Train the teachers of these trials that are not there yet, one process after the other."""
+    def train_teachers(self, trials: Sequence[Trial], wait: bool = True) -> None:
+        """Train the teachers of these trials that are not there yet, one process after the other.
+
+        Args:
+            trials: The trials.
+            wait: Whether to wait for a process that trains teachers; else leave it to that.
+        """
         needed = {teacher_trial(trial) for trial in trials if trial.teacher and trial.losses and trial.timesteps}
         with open(self.output / 'teachers.lock', 'w') as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                return
             self.run_rounds(sorted((t for t in needed if not self._teacher_file(t).is_file()), key=lambda t: t.name))
 
     # ---- all trials
@@ -178,14 +217,45 @@ class Engine:
             trials: The trials, with unique names.
             retry: Whether to run failed trials again.
         """
-        done = {line['name'] for line in read_results(self.output) if line['status'] == 'ok' or not retry}
+        done = self._done(retry)
         left = [trial for trial in trials if trial.name not in done]
         print(f'{len(trials)} trials, {len(trials) - len(left)} of them done', flush=True)
         with lif_backend(self.backend):
-            self.train_teachers(left)
-            self.check(left)
-            self.run_rounds(left)
+            if self.undecided and left:
+                self.decide_precision(left[0])
+            self.train_teachers(left, wait=self.device.type == 'cuda')
+            if self.device.type == 'cuda':
+                self.check(left)
+                self.run_rounds(left)
+            else:
+                self.run_claimed(left, retry)
         self.write(wait=True)
+
+    def _done(self, retry: bool) -> Set[str]:
+        """Return the names of the trials that are not run again."""
+        return {line['name'] for line in read_results(self.output) if line['status'] == 'ok' or not retry}
+
+    def run_claimed(self, trials: Sequence[Trial], retry: bool) -> None:
+        """Run trials one after another until all are done or the time limit. Several processes may do so with one
+        output: each takes the next trial that no other one has, and at the end waits for theirs.
+        """
+        left, began = list(trials), time.time()
+        while left:
+            before = len(left)
+            for trial in list(left):
+                with claim(self.output, trial.name) as free:
+                    if not free:
+                        continue
+                    if trial.name not in self._done(retry):
+                        if self._late(trial, len(left)):
+                            return
+                        self.train_teachers([trial])
+                        self.run_rounds([trial], quiet=True)
+                        self.write(wait=True)
+                    left.remove(trial)
+                self._progress(len(trials) - len(left), len(trials), began)
+            if len(left) == before:
+                time.sleep(1)
 
     def check(self, trials: Sequence[Trial]) -> None:
         """Check once a session, on CUDA, that replayed steps equal eager ones."""
@@ -199,28 +269,37 @@ class Engine:
             print(f'replayed = eager within {difference:.1e}: {name}', flush=True)
         self.checked = True
 
-    def run_rounds(self, trials: Sequence[Trial]) -> None:
+    def run_rounds(self, trials: Sequence[Trial], quiet: bool = False) -> None:
         """Run all trials, prepared by the workers while others train, until the time limit."""
         planned = list(rounds(trials, self.replicas))
         ready: Dict[str, Future] = {}
         done, began = 0, time.time()
         for i, current in enumerate(planned):
-            if self.deadline is not None and time.time() + self._estimate(current) > self.deadline:
-                print(f'time limit: {len(trials) - done} trials are not started', flush=True)
+            if self._late(current.trials[0], len(trials) - done):
                 return
             for trial in (trial for ahead in planned[i:i + _AHEAD] for trial in ahead.trials):
                 if trial.name not in ready:
                     ready[trial.name] = self.prepare(trial)
             self._run_round(current, [ready.pop(trial.name) for trial in current.trials])
             done += len(current.trials)
-            rate = (time.time() - began) / done
-            print(f'{datetime.now():%H:%M:%S} {done}/{len(trials)} trials, {rate:.1f} s each, '
-                  f'ETA {timedelta(seconds=round(rate * (len(trials) - done)))}', flush=True)
+            if not quiet:
+                self._progress(done, len(trials), began)
             self.write()
 
-    def _estimate(self, current: Round) -> float:
+    def _progress(self, done: int, all_trials: int, began: float) -> None:
+        rate = (time.time() - began) / done
+        print(f'{datetime.now():%H:%M:%S} {done}/{all_trials} trials, {rate:.1f} s each, '
+              f'ETA {timedelta(seconds=round(rate * (all_trials - done)))}', flush=True)
+
+    def _late(self, trial: Trial, waiting: int) -> bool:
+        """Return whether a round of such trials would not be done by the time limit, and say so."""
+        if self.deadline is None or time.time() + self._estimate(trial) <= self.deadline:
+            return False
+        print(f'time limit: {waiting} trials are not started', flush=True)
+        return True
+
+    def _estimate(self, trial: Trial) -> float:
         """Return seconds that a round will take, from the last one's step; 0 before the first."""
-        trial = current.trials[0]
         steps = trial.scale.epochs * (len(self.images(trial.scale.data).train) // trial.scale.batch_size)
         return 1.1 * steps * self.seconds_per_step + (10 if self.seconds_per_step else 0)
 
@@ -314,7 +393,7 @@ class Engine:
             for name in ('first',) * (epoch == 0) + ('last',) * (epoch == epochs - 1):
                 for replica, values in zip(group.replicas, layers):
                     values[name] = replica.task.stats
-            if (epoch + 1) % max(1, math.ceil(epochs / _EVALUATIONS)) == 0 or epoch == epochs - 1:
+            if (epoch + 1) % max(1, math.ceil(epochs / self.evaluations)) == 0 or epoch == epochs - 1:
                 group.evaluate()
                 for replica, values in zip(group.replicas, history):
                     values.append((epoch + 1, replica.evaluation()[0]))

@@ -3,6 +3,7 @@ so that it can be captured in a CUDA graph, and another seed of the same setting
 """
 from collections import OrderedDict
 from dataclasses import asdict
+from functools import partial
 from typing import Any, Dict, Hashable, List, Mapping, Optional, Tuple
 
 import torch
@@ -62,15 +63,27 @@ class Replica:
         data: Its images.
         teacher: Trained teacher on the device; None without.
         compiled: Whether to compile the running CKA, which otherwise is two hundred small kernels per layer.
+        bfloat16: Whether forwards run in bfloat16 where autocast does so, in channels_last; else float32. The teacher
+            must be channels_last, too.
     """
 
-    def __init__(self, trial: Trial, data: DeviceSet, teacher: Optional[nn.Module], compiled: bool = False):
+    def __init__(
+            self,
+            trial: Trial,
+            data: DeviceSet,
+            teacher: Optional[nn.Module],
+            compiled: bool = False,
+            bfloat16: bool = False,
+    ):
         self.trial, self.data = trial, data
         device = data.train.device
+        self.autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=bfloat16)
+        self.memory_format = torch.channels_last if bfloat16 else torch.contiguous_format
         student = create_student(trial, data.classes)
         if trial.timesteps:
             timm_sscl.calibrate(student, torch.randn(4, 3, data.size, data.size))  # `load` sets the gains
-        self.task = create_task(trial, student.to(device), teacher, data.size, device, len(data.train))
+        student = student.to(device, memory_format=torch.channels_last) if bfloat16 else student.to(device)
+        self.task = create_task(trial, student, teacher, data.size, device, len(data.train))
         for module in self.task.modules():
             if compiled and isinstance(module, RunningCKA):
                 module.compile(dynamic=False)
@@ -161,7 +174,8 @@ class Replica:
             for group in self.optimizer.param_groups:
                 group['lr'] = self._float_rates[int(self.update)]
         self.optimizer.zero_grad(set_to_none=True)
-        result = self.task(images, targets, index=index)
+        with self.autocast():
+            result = self.task(images.contiguous(memory_format=self.memory_format), targets, index=index)
         result['loss'].backward()
         self.optimizer.step()
         with torch.no_grad():
@@ -184,7 +198,9 @@ class Replica:
         """Evaluate the next batch. `position` is the first image of it."""
         index = self._window + self.position
         targets = self.targets.index_select(0, index)
-        logits = self.task.student(self.data.normalise(self.images.index_select(0, index)))
+        images = self.data.normalise(self.images.index_select(0, index))
+        with self.autocast():
+            logits = self.task.student(images.contiguous(memory_format=self.memory_format)).float()
         self.correct.index_copy_(0, index, (logits.argmax(1) == targets).to(torch.uint8))
         self.losses.index_copy_(0, index, F.cross_entropy(logits, targets, reduction='none'))
         self.position.add_(self.data.eval_batch)

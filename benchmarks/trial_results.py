@@ -3,10 +3,11 @@ import fcntl
 import json
 import os
 import subprocess
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Dict, Mapping, Sequence
+from typing import Any, Dict, Iterator, Mapping, Sequence
 
 import numpy as np
 import timm
@@ -14,7 +15,7 @@ import torch
 
 from trials import Trial, encode_correct
 
-__all__ = ['append_line', 'code_revision', 'failed_line', 'machine_facts', 'ok_line']
+__all__ = ['append_line', 'claim', 'code_revision', 'failed_line', 'machine_facts', 'ok_line']
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -31,11 +32,14 @@ def code_revision() -> str:
     return result.stdout.strip() if result.returncode == 0 else named
 
 
-def machine_facts(device: torch.device) -> Dict[str, Any]:
+def machine_facts(device: torch.device, precision: str = 'float32') -> Dict[str, Any]:
     """Return what every line says about machine, versions and precision."""
     capability = torch.backends.cpu.get_cpu_capability()
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'CPU {capability}'
-    precision = 'float32, TF32 in convolutions' if device.type == 'cuda' else 'float32'
+    if device.type == 'cuda':
+        precision = 'float32, TF32 in convolutions'
+    elif precision == 'bfloat16':
+        precision = 'bfloat16 autocast, channels_last'
     return dict(
         precision=precision, device=name, cpu=capability, torch=torch.__version__, timm=timm.__version__,
         revision=code_revision())
@@ -54,6 +58,21 @@ def failed_line(trial: Trial, facts: Mapping[str, Any], error: str) -> Dict[str,
 
 def _now() -> str:
     return datetime.now().isoformat(timespec='seconds')
+
+
+@contextmanager
+def claim(folder: Path, name: str) -> Iterator[bool]:
+    """Yield whether this process alone may do what has this name; False while another one does it. A claim ends with
+    its process, however that ends.
+    """
+    (folder / 'claims').mkdir(exist_ok=True)
+    with open(folder / 'claims' / name, 'w') as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 def append_line(folder: Path, line: Mapping[str, Any]) -> None:

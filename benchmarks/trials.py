@@ -31,7 +31,7 @@ the line says 'failed' and the trial is asked for again with retry. All accuraci
     ms_per_step     milliseconds of one step of the whole group (all replicas)
     peak_memory     MiB of tensors of the whole group at the peak on CUDA, null on the CPU
     graph           whether the steps were replayed from a captured CUDA graph
-    precision       'float32, TF32 in convolutions' on CUDA, else 'float32'
+    precision       'float32, TF32 in convolutions' on CUDA, else 'float32' or 'bfloat16 autocast, channels_last'
     device, cpu, torch, timm, revision, finished
                     name of the device; capability of the CPU; versions; git's name of the code; time (ISO 8601)
 
