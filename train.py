@@ -31,42 +31,42 @@ from timm_sscl.conversion import SpikingReport
 from timm_sscl.data.events import is_event_dataset
 from timm_sscl.data.manifest import DATA_FILE, check_data, describe_data
 from timm_sscl.distillation.teacher_input import TeacherInput
-from timm_sscl.training.checkpoint import lock_folder, write_text
+from timm_sscl.training.saving.checkpoint import lock_folder, write_text
 from timm_sscl.training.datasets import (
     EVENT_SETTINGS, create_datasets, guard_samples, resolve_input, resolve_num_classes)
 from timm_sscl.training.errors import blame_options
-from timm_sscl.training.evaluation import evaluate_only
+from timm_sscl.training.runs.evaluation import evaluate_only
 from timm_sscl.training.exits import one_line_errors, report_resume_command
-from timm_sscl.training.guard import guard_step
-from timm_sscl.training.learning_rate import resolve_lr
+from timm_sscl.training.steps.guard import guard_step
+from timm_sscl.training.steps.learning_rate import resolve_lr
 from timm_sscl.training.loaders import create_loaders
-from timm_sscl.training.loop import (
+from timm_sscl.training.steps.loop import (
     batches_left, begin_epoch, clip_gradients, count_update, end_of_batches, end_step, epochs_left, finish_epoch,
     share_of_update, spike_packing, task_inputs, watch_layers)
-from timm_sscl.training.meters import layer_stats, scalar_terms
+from timm_sscl.training.steps.meters import layer_stats, scalar_terms
 from timm_sscl.training.neuron_init import prepare_neurons
 from timm_sscl.training.optimizer import create_optimizer_and_schedule
-from timm_sscl.training.option_ranges import check_choices, check_ranges
-from timm_sscl.training.options import ARGS_FILE, parse_args
+from timm_sscl.training.command_line.option_ranges import check_choices, check_ranges
+from timm_sscl.training.command_line.options import ARGS_FILE, parse_args
 from timm_sscl.training.processes import (
     create_accelerator, finish_trackers, set_threads, setup_logging, warn_slow_precision)
-from timm_sscl.training.resume import find_run, options_as_yaml, restore
-from timm_sscl.training.run_report import try_to_report
-from timm_sscl.training.run_summary import log_options, run_command
-from timm_sscl.training.seeds import SeedGroup
+from timm_sscl.training.saving.resume import find_run, options_as_yaml, restore
+from timm_sscl.training.runs.run_report import try_to_report
+from timm_sscl.training.runs.run_summary import log_options, run_command
+from timm_sscl.training.runs.seeds import SeedGroup
 from timm_sscl.training.session import Session
-from timm_sscl.training.state import FitResult, Training, restore_random_state, start_training
-from timm_sscl.training.stop import StopRequest
+from timm_sscl.training.saving.state import FitResult, Training, restore_random_state, start_training
+from timm_sscl.training.steps.stop import StopRequest
 from timm_sscl.training.student import create_student
-from timm_sscl.training.summary import summarize
+from timm_sscl.training.runs.summary import summarize
 from timm_sscl.training.task import LOSS_OPTIONS, create_task, needs_teacher
-from timm_sscl.training.teacher import Teacher, create_teacher
-from timm_sscl.training.teacher_cache import TeacherCache
-from timm_sscl.training.teacher_folder import read_teacher_record
-from timm_sscl.training.teacher_key import settings_digest
-from timm_sscl.training.teacher_record import TeacherRecord
-from timm_sscl.training.teacher_weights import check_teacher, obtain_teacher, warn_warmup
-from timm_sscl.training.validation import validate, validate_when_due
+from timm_sscl.training.teachers.teacher import Teacher, create_teacher
+from timm_sscl.training.teachers.teacher_cache import TeacherCache
+from timm_sscl.training.teachers.teacher_folder import read_teacher_record
+from timm_sscl.training.teachers.teacher_key import settings_digest
+from timm_sscl.training.teachers.teacher_record import TeacherRecord
+from timm_sscl.training.teachers.teacher_weights import check_teacher, obtain_teacher, warn_warmup
+from timm_sscl.training.steps.validation import validate, validate_when_due
 
 _logger = logging.getLogger('train')
 

@@ -15,11 +15,11 @@ from timm_sscl.training.datasets import create_datasets, resolve_num_classes
 from timm_sscl.training.loaders import create_loaders
 from timm_sscl.training.neuron_init import prepare_neurons
 from timm_sscl.training.processes import create_accelerator, set_threads
-from timm_sscl.training.resume import restore
+from timm_sscl.training.saving.resume import restore
 from timm_sscl.training.student import create_student
 from timm_sscl.training.task import create_task
-from timm_sscl.training.teacher import create_teacher
-from timm_sscl.training.weights import load_weights
+from timm_sscl.training.teachers.teacher import create_teacher
+from timm_sscl.training.saving.weights import load_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 _DIAGNOSIS_BATCHES = 4
@@ -65,7 +65,7 @@ def term_gradients(task: Any, batches: Sequence[Tuple[Any, Any]]) -> List[Dict[s
 def diagnose(folder: Path, at_start: bool) -> List[Dict[str, Any]]:
     """Return term_gradients of a finished run with its last weights or, rebuilt, with its initial weights."""
     sys.path.insert(0, str(ROOT))  # train.py is a script in the parent folder
-    from timm_sscl.training.options import parse_args
+    from timm_sscl.training.command_line.options import parse_args
     args, _ = parse_args(['--config', str(folder / 'args.yaml')])
     accelerator = create_accelerator(args)
     set_threads(args, accelerator)

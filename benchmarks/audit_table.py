@@ -23,7 +23,7 @@ from coverage import HARD_CASES, REPRESENTATIVES, Subject
 from timm_sscl.conversion.audit import Finding, audit
 from timm_sscl.conversion.audit.table import TABLES
 from timm_sscl.conversion.audit.verdicts import class_name
-from timm_sscl.conversion.policy import Policy
+from timm_sscl.conversion.finding.policy import Policy
 from timm_sscl.models.spiking import PREFIX
 
 WRAPPERS = 'FeatureListNet', 'FeatureDictNet', 'FeatureHookNet', 'FeatureGetterNet'  # they call the model's own modules

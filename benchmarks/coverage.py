@@ -31,9 +31,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import timm_sscl  # registers the spiking_ names
 from timm_sscl import SpikingNeuron, calibrate
-from timm_sscl.conversion.activations import is_activation
+from timm_sscl.conversion.finding.activations import is_activation
 from timm_sscl.conversion.audit import audit
-from timm_sscl.conversion.policy import Policy
+from timm_sscl.conversion.finding.policy import Policy
 from timm_sscl.models.spiking import PREFIX
 from timm_sscl.probing import probe_sizes
 from timm_sscl.features.recorder import Recorder

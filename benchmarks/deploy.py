@@ -125,8 +125,8 @@ def accuracy(run: str, limit: int) -> Dict[str, Any]:
 
     from timm_sscl.training.datasets import create_datasets, guard_samples, resolve_input, resolve_num_classes
     from timm_sscl.training.loaders import create_loaders
-    from timm_sscl.training.options import parse_args
-    from timm_sscl.training.resume import newest_file
+    from timm_sscl.training.command_line.options import parse_args
+    from timm_sscl.training.saving.resume import newest_file
     from timm_sscl.training.student import create_student
 
     args, _ = parse_args(['--eval-only', '--resume', run, '--workers', '0', '--device', 'cpu'])

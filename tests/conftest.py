@@ -24,7 +24,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     """Import the plug-ins before the files are collected, which list what is registered."""
-    from timm_sscl.training.plugins import describe_failure, import_plugin
+    from timm_sscl.training.command_line.plugins import describe_failure, import_plugin
     for source in config.getoption('--plugin'):
         try:
             import_plugin(source)

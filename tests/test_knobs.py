@@ -169,7 +169,7 @@ def test_objects_and_defaults_are_left_as_they_are():
 
 
 def test_an_option_of_the_script_that_stands_twice(capsys):
-    from timm_sscl.training.options import OptionError, parse_args
+    from timm_sscl.training.command_line.options import OptionError, parse_args
     for flag in ('neuron', 'surrogate', 'norm', 'residual', 'dataset', 'model', 'teacher', 'opt'):
         flag = f'--{flag}-kwargs'
         for given in ([flag, 'leak=0.6', 'leak=0.7'], [flag, 'leak=0.6', flag, 'leak=0.7']):

@@ -15,10 +15,10 @@ from timm.models import _registry
 
 import timm_sscl
 from timm_sscl.losses import list_losses, unregister_loss
-from timm_sscl.training.refused_options import UNSUPPORTED
-from timm_sscl.training.option_groups import create_parser
-from timm_sscl.training.options import parse_args
-from timm_sscl.training.report_command import create_report_parser
+from timm_sscl.training.command_line.refused_options import UNSUPPORTED
+from timm_sscl.training.command_line.option_groups import create_parser
+from timm_sscl.training.command_line.options import parse_args
+from timm_sscl.training.runs.report_command import create_report_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted((ROOT / 'docs' / 'pages').glob('*.md'))

@@ -12,7 +12,7 @@ import torch.nn as nn
 from torch.nn.utils import parametrizations, prune
 
 from timm_sscl import (SSCLLoss, calibrate, convert_ann, convert_to_spiking, fold_gains, set_stem_pool, share_stem)
-from timm_sscl.conversion.ann_obstacles import ann_obstacles
+from timm_sscl.conversion.from_ann.ann_obstacles import ann_obstacles
 from timm_sscl.report import FiringRates, count_macs, estimate_energy
 from timm_sscl.features.reader import FeatureReader
 from timm_sscl.features.finding import find_taps, named_taps, tap_shapes
@@ -221,7 +221,7 @@ def _break(target, good_calls=1):
 
 
 _CHANGES = {
-    'convert_to_spiking': (_ann, convert_to_spiking, _break('timm_sscl.conversion.plan._replacement')),
+    'convert_to_spiking': (_ann, convert_to_spiking, _break('timm_sscl.conversion.finding.plan._replacement')),
     'convert_to_spiking, late': (
         _ann, lambda m: convert_to_spiking(m, stem_pool='avg', norm='tdbn'),
         _break('timm_sscl.conversion.variants.batch_norms.mix_in', 0)),
@@ -232,13 +232,13 @@ _CHANGES = {
         _break('timm_sscl.conversion.variants.batch_norms.mix_in')),
     'convert_ann': (_ann, lambda m: convert_ann(m, _images()), _break_forward),
     'convert_ann, late': (
-        _ann, lambda m: convert_ann(m, _images()), _break('timm_sscl.conversion.thresholds._threshold')),
+        _ann, lambda m: convert_ann(m, _images()), _break('timm_sscl.conversion.from_ann.thresholds._threshold')),
     'convert_ann of a spiking model': (
         lambda: convert_to_spiking(_ann()), lambda m: convert_ann(m, _images(), 16), _break_forward),
     'calibrate': (_spiking, lambda m: calibrate(m, _images()), _break_forward),
     'fold_gains': (_spiking, lambda m: fold_gains(m, _images()), _break_forward),
     'fold_gains, late': (
-        _spiking, lambda m: fold_gains(m, _images()), _break('timm_sscl.conversion.gain_folding._fold_gain')),
+        _spiking, lambda m: fold_gains(m, _images()), _break('timm_sscl.conversion.scales.gain_folding._fold_gain')),
     'share_stem': (_spiking, share_stem, _break('timm_sscl.conversion.variants.shared_stem._outputs')),
 }
 

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 import torch.nn as nn
 
-from timm_sscl.training.options import parse_args
+from timm_sscl.training.command_line.options import parse_args
 from timm_sscl.distillation.teacher_input import TeacherInput
 from timm_sscl.training.datasets import guard_samples, resolve_input
 from timm_sscl.training.loaders import create_loaders

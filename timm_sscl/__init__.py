@@ -1,18 +1,18 @@
 """Spiking neural networks from timm models, trained with their real-valued twins as teachers (SSCL)."""
-from . import _moved
-from . import models  # noqa: F401, registers the architectures that timm lacks, before their spiking_ twins
-from .conversion import (
+from timm_sscl import _moved
+from timm_sscl import models  # noqa: F401, registers the architectures that timm lacks, before their spiking_ twins
+from timm_sscl.conversion import (
     Variant, calibrate, convert_ann, convert_to_qcfs, convert_to_spiking, fold_gains, fold_norms, list_threshold_rules,
     list_variants, poisson_input, register_activation, register_threshold_rule, register_variant, set_stem_pool,
     share_stem, unregister_activation, unregister_threshold_rule, unregister_variant)
-from .data import list_datasets, register_dataset, unregister_dataset
-from .distillation import SSCLLoss, SSCLTask, accept_frames
-from .losses import TrainStep, cka, create_loss, hsic, list_losses, nce_loss, register_loss, unregister_loss
-from .models import spiking as _spiking_names  # noqa: F401, registers the spiking_ names with timm
-from .neurons import (
+from timm_sscl.data import list_datasets, register_dataset, unregister_dataset
+from timm_sscl.distillation import SSCLLoss, SSCLTask, accept_frames
+from timm_sscl.losses import TrainStep, cka, create_loss, hsic, list_losses, nce_loss, register_loss, unregister_loss
+from timm_sscl.models import spiking as _spiking_names  # noqa: F401, registers the spiking_ names with timm
+from timm_sscl.neurons import (
     LIF, SpikingNeuron, lif, list_neurons, list_surrogates, register_neuron, register_surrogate, unregister_neuron,
     unregister_surrogate)
-from .report import (
+from timm_sscl.report import (
     FiringRates, cka_map, estimate_energy, plot_cka_map, plot_energy, plot_firing_rates, plot_raster, record_spikes,
     representation_bits)
 

@@ -9,7 +9,7 @@ import torch.nn as nn
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .untouched import untouched, without_hooks
+from timm_sscl.untouched import untouched, without_hooks
 
 __all__ = ['Example', 'ProbeError', 'as_example', 'examples', 'probe', 'probe_sizes', 'undisturbed']
 

@@ -10,7 +10,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from .random_state import get_random_state, set_random_state
+from timm_sscl.random_state import get_random_state, set_random_state
 
 __all__ = ['untouched', 'undone_on_error', 'all_or_nothing', 'without_hooks', 'remove_hooks', 'part_of_layer']
 

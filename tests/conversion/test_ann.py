@@ -10,7 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from timm_sscl import LIF, calibrate, convert_ann, convert_to_spiking
-from timm_sscl.conversion.ann_obstacles import ann_obstacles
+from timm_sscl.conversion.from_ann.ann_obstacles import ann_obstacles
 
 K = 5
 

@@ -12,8 +12,8 @@ from timm.models import register_model
 
 import timm_sscl.conversion.convert
 from timm_sscl import LIF, convert_to_spiking, register_activation
-from timm_sscl.conversion.activations import unregister_activation
-from timm_sscl.training.options import OptionError, parse_args
+from timm_sscl.conversion.finding.activations import unregister_activation
+from timm_sscl.training.command_line.options import OptionError, parse_args
 from timm_sscl.models.spiking import register_spiking_models
 from timm_sscl.training.student import create_student
 

@@ -18,7 +18,7 @@ from timm_sscl import (
 from timm_sscl.class_swap import Mixin, mix_in, take_out
 from timm_sscl.conversion import BatchNormOverTime, BatchNormVariant, PerStepSettings, VariantRecord, VariantSettings
 from timm_sscl.knobs import knob
-from timm_sscl.training.options import OptionError, parse_args
+from timm_sscl.training.command_line.options import OptionError, parse_args
 from timm_sscl.training.student import create_student
 
 K, T = 4, 3

@@ -9,7 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from timm_sscl import calibrate, convert_ann, convert_to_spiking
-from timm_sscl.training import checkpoint
+from timm_sscl.training.saving import checkpoint
 
 HERE = Path(__file__).resolve().parent
 VIT = dict(num_classes=5, img_size=32, patch_size=8, depth=1, embed_dim=8)

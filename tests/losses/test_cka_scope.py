@@ -6,7 +6,7 @@ import torch.distributed as dist
 from processes import run_processes
 from timm_sscl import SSCLLoss
 from timm_sscl.losses import SSCLCriterion
-from timm_sscl.training.options import OptionError, parse_args
+from timm_sscl.training.command_line.options import OptionError, parse_args
 from timm_sscl.losses.cka import RunningCKA
 
 SIZES = {2: [(4, 4), (5, 4), (4, 3), (2, 5), (1, 3)], 3: [(4, 4, 4), (2, 1, 3), (1, 5, 2)]}

@@ -13,7 +13,7 @@ import timm_sscl  # noqa: F401  registers the spiking_ names
 from timm_sscl import LIF, SSCLTask, create_loss, lif
 from timm_sscl.losses import firing_rate_loss, loss_needs
 from timm_sscl.features.rates import RateRecorder
-from timm_sscl.training.options import OptionError, parse_args
+from timm_sscl.training.command_line.options import OptionError, parse_args
 
 T = 2
 

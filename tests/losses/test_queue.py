@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from processes import run_processes
 from timm_sscl.losses import SSCLCriterion, info_nce_loss, nce_loss
-from timm_sscl.training.options import OptionError, parse_args
+from timm_sscl.training.command_line.options import OptionError, parse_args
 
 CRITICS = ['normalized', 'literal', 'infonce']
 

@@ -11,7 +11,7 @@ from timm.data import Mixup
 import timm_sscl  # noqa: F401  registers the spiking_ names
 from timm_sscl import SSCLTask, create_loss
 from timm_sscl.losses import TrainStep, loss_needs, tet_loss
-from timm_sscl.training.options import OptionError, parse_args
+from timm_sscl.training.command_line.options import OptionError, parse_args
 
 
 def _randn(*shape, seed=0):

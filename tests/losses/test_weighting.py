@@ -7,7 +7,7 @@ import torch.nn as nn
 import timm_sscl  # noqa: F401  registers the spiking_ names
 from timm_sscl import SSCLLoss, SSCLTask
 from timm_sscl.losses import SSCLCriterion, nce_loss, register_loss
-from timm_sscl.training.options import OptionError, parse_args
+from timm_sscl.training.command_line.options import OptionError, parse_args
 
 T = 2
 

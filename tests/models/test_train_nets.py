@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch.nn as nn
 
-from timm_sscl.training.options import parse_args
+from timm_sscl.training.command_line.options import parse_args
 from timm_sscl.conversion.model import SpikingModule
 from timm_sscl.conversion.variants.stem_pool import has_average_stem_pool
 from timm_sscl.conversion.variants.tdbn import TdBatchNorm
@@ -12,8 +12,8 @@ import timm
 from timm_sscl.distillation.teacher_input import TeacherInput
 from timm_sscl.training.loaders import create_loaders
 from timm_sscl.training.student import create_student
-from timm_sscl.training.teacher import Teacher, create_teacher
-from timm_sscl.training.teacher_folder import teacher_folder
+from timm_sscl.training.teachers.teacher import Teacher, create_teacher
+from timm_sscl.training.teachers.teacher_folder import teacher_folder
 
 CONFIG = dict(input_size=(3, 64, 64), mean=(.5,) * 3, std=(.5,) * 3, interpolation='bicubic', crop_pct=1.)
 DATA = ['--data-dir', 'somewhere', '--model', 'spiking_resnet18']

@@ -17,7 +17,7 @@ from timm_sscl import (
     unregister_neuron, unregister_surrogate)
 from timm_sscl.knobs import knob
 from timm_sscl.neurons import NeuronSettings, create_neuron, lif_backend, neuron_class
-from timm_sscl.training.options import OptionError, parse_args
+from timm_sscl.training.command_line.options import OptionError, parse_args
 from timm_sscl.training.student import create_student
 
 T = 3

@@ -11,7 +11,7 @@ import torch.nn as nn
 from timm_sscl import LIF, convert_to_spiking, list_surrogates, register_surrogate
 from timm_sscl.neurons import lif_backend, spike
 from timm_sscl.neurons.surrogate import resolve_surrogate
-from timm_sscl.training.loop import begin_epoch
+from timm_sscl.training.steps.loop import begin_epoch
 
 THRESHOLD = .5
 

@@ -11,7 +11,7 @@ from timm_sscl.distillation.teacher_input import TeacherInput
 from timm_sscl.training.datasets import create_datasets
 from timm_sscl.training.processes import create_accelerator
 from timm_sscl.training.session import Session
-from timm_sscl.training.state import start_training
+from timm_sscl.training.saving.state import start_training
 from timm_sscl.training.task import create_task
 
 

@@ -19,7 +19,7 @@ import ablation_results as results
 import ablation_runs
 import pages
 from ablation_runs import Runner
-from timm_sscl.training.options import parse_args
+from timm_sscl.training.command_line.options import parse_args
 
 # stands in for train.py: keeps a checkpoint after its first epoch, and, with KILL in the folder above, dies there
 FAKE = '''

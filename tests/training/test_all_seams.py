@@ -13,7 +13,7 @@ from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
 import timm_sscl
 from runs import ROOT, run_here, run_killed, same_runs
-from timm_sscl.training.plugins import import_plugin
+from timm_sscl.training.command_line.plugins import import_plugin
 
 pytestmark = pytest.mark.slow  # trains in processes that are killed
 EXAMPLE = ROOT / 'docs' / 'examples' / 'plugins' / 'all_seams.py'

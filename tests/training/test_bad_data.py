@@ -12,7 +12,7 @@ from timm.data import create_dataset
 from files import write_images
 from runs import IMAGES, TAUGHT, fails, rows_of, run_here, run_of
 from timm_sscl import LIF
-from timm_sscl.training.checkpoint import lock_folder
+from timm_sscl.training.saving.checkpoint import lock_folder
 from timm_sscl.data.checks import check_labels
 from timm_sscl.data.samples import Samples, UnreadableSample, WrongLabel
 

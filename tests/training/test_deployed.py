@@ -29,6 +29,7 @@ def test_refused(tmp_path, monkeypatch, capsys):
     code, line = fails([*DIGITS, '--deploy'], tmp_path, monkeypatch, capsys)
     assert code and '--deploy' in line and '--eval-only' in line
     (tmp_path / 'x.pth').write_bytes(b'')
-    monkeypatch.setattr('timm_sscl.training.evaluation._weights_to_evaluate', lambda args: (tmp_path, {'model': None}))
+    monkeypatch.setattr(
+        'timm_sscl.training.runs.evaluation._weights_to_evaluate', lambda args: (tmp_path, {'model': None}))
     code, line = fails([*DIGITS, '--deploy', '--eval-only', '--model', 'test_resnet'], tmp_path, monkeypatch, capsys)
     assert code and '--deploy' in line and 'does not spike' in line

@@ -6,10 +6,10 @@ import torch
 from accelerate.state import AcceleratorState
 
 from timm_sscl.random_state import get_random_state, set_random_state
-from timm_sscl.training.options import parse_args
+from timm_sscl.training.command_line.options import parse_args
 from timm_sscl.training.processes import create_accelerator
 from timm_sscl.training.session import Session
-from timm_sscl.training.state import start_training
+from timm_sscl.training.saving.state import start_training
 
 
 def test_a_training_begins_with_the_loss_scale_that_the_run_began_with(fit):

@@ -14,7 +14,7 @@ from timm_sscl.data.checks import check_apart, check_classes, check_labels, chec
 from timm_sscl.data.folders import take_spread, class_to_idx_of
 from timm_sscl.data.images import DecodedStream, to_mode
 from timm_sscl.data.samples import Samples, UnreadableSample
-from timm_sscl.training.options import parse_args
+from timm_sscl.training.command_line.options import parse_args
 from timm_sscl.training.datasets import create_datasets, resolve_num_classes
 
 LEVELS = np.arange(256, dtype=np.uint8).reshape(16, 16)  # as 8 bits; times 257 they are the same grey in 16 bits

@@ -3,9 +3,9 @@ import pytest
 import yaml
 
 from timm_sscl.losses import loss_spec
-from timm_sscl.training.loss_options import LOSS_FLAGS
-from timm_sscl.training.options import OptionError, parse_args
-from timm_sscl.training.resume import options_as_yaml
+from timm_sscl.training.command_line.loss_options import LOSS_FLAGS
+from timm_sscl.training.command_line.options import OptionError, parse_args
+from timm_sscl.training.saving.resume import options_as_yaml
 
 DATA = ['--data-dir', 'images']
 PLUGIN = '''

@@ -11,7 +11,7 @@ from runs import TINY, run_here, run_of
 from timm_sscl.data.posterize import allow_posterize_to_black
 from timm_sscl.data.samples import FailedTransform, Samples
 from timm_sscl.training.errors import OptionError, blame_options
-from timm_sscl.training.options import parse_args
+from timm_sscl.training.command_line.options import parse_args
 from timm_sscl.training.student import create_student
 
 

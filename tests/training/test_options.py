@@ -6,10 +6,10 @@ import yaml
 from timm_sscl import LIF
 from timm_sscl.training.datasets import create_datasets
 from timm_sscl.training.loaders import create_loaders
-from timm_sscl.training.options import OptionError, parse_args
-from timm_sscl.training.option_groups import create_parser
-from timm_sscl.training.recipes import list_recipes, load_recipe
-from timm_sscl.training.run_summary import options_line
+from timm_sscl.training.command_line.options import OptionError, parse_args
+from timm_sscl.training.command_line.option_groups import create_parser
+from timm_sscl.training.command_line.recipes import list_recipes, load_recipe
+from timm_sscl.training.runs.run_summary import options_line
 
 # names and defaults read off timm's own parser (2026-08), where this script keeps them
 TIMM_DEFAULTS = dict(

@@ -9,8 +9,8 @@ from timm.models import _registry
 from timm.optim._optim_factory import default_registry
 
 from runs import fails, run_here
-from timm_sscl.training.options import parse_args
-from timm_sscl.training.teacher_key import teacher_settings
+from timm_sscl.training.command_line.options import parse_args
+from timm_sscl.training.teachers.teacher_key import teacher_settings
 
 BARS = '''
 import torch

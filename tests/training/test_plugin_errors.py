@@ -8,7 +8,7 @@ from runs import IMAGES, fails
 from timm_sscl.data.samples import UnreadableSample, WrongLabel, WrongSample
 from timm_sscl.distillation.loss_terms import WrongLoss
 from timm_sscl.training.exits import report_resume_command
-from timm_sscl.training.options import parse_args
+from timm_sscl.training.command_line.options import parse_args
 
 LOSS = '''
 from timm_sscl import register_loss

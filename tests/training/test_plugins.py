@@ -12,8 +12,8 @@ from timm.models import _registry, register_model
 
 import timm_sscl  # noqa: F401  registers the spiking_ names
 import train
-from timm_sscl.training.options import OptionError, parse_args
-from timm_sscl.training.plugins import import_plugin
+from timm_sscl.training.command_line.options import OptionError, parse_args
+from timm_sscl.training.command_line.plugins import import_plugin
 from timm_sscl.models.spiking import register_spiking_models
 
 MODEL = '''

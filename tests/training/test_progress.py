@@ -3,7 +3,7 @@ import logging
 
 import pytest
 
-from timm_sscl.training.progress import ProgressLine
+from timm_sscl.training.steps.progress import ProgressLine
 
 
 class Terminal(io.StringIO):

@@ -18,8 +18,8 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 import timm_sscl  # registers the models
 import train
 from timm_sscl.neurons import lif_backend
-from timm_sscl.training.options import OptionError, parse_args
-from timm_sscl.training.recipes import list_recipes, load_recipe
+from timm_sscl.training.command_line.options import OptionError, parse_args
+from timm_sscl.training.command_line.recipes import list_recipes, load_recipe
 from timm_sscl.training.loaders import create_loaders
 
 # Tables 1 and 2: data set, network, T

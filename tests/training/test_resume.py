@@ -206,7 +206,7 @@ def test_folder_that_cannot_be_written_is_found_before_training(server, tmp_path
 
 def test_second_process_in_the_same_folder_is_refused(server, run):
     args, cwd = run
-    from timm_sscl.training.checkpoint import lock_folder
+    from timm_sscl.training.saving.checkpoint import lock_folder
     with lock_folder(cwd / 'out/run'):
         code, log = server.run(['--resume', 'out/run', '--epochs', '4'], cwd)
     assert code == 2 and "'out/run' is being written by another process" in log

@@ -7,9 +7,9 @@ import torch
 
 from files import write_images
 from runs import IMAGES, fails, rows_of, run_here, run_of
-from timm_sscl.training.checkpoint import holds_a_run
-from timm_sscl.training.run_checks import LabelCountingEvaluator, warn_long_warmup, warn_teacher_at_chance
-from timm_sscl.training.run_summary import best_epoch_facts, best_epoch_text
+from timm_sscl.training.saving.checkpoint import holds_a_run
+from timm_sscl.training.runs.run_checks import LabelCountingEvaluator, warn_long_warmup, warn_teacher_at_chance
+from timm_sscl.training.runs.run_summary import best_epoch_facts, best_epoch_text
 
 
 @pytest.fixture

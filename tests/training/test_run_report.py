@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from runs import TINY, run_here
-from timm_sscl.training.interval import interval
-from timm_sscl.training.report_command import main
-from timm_sscl.training.run_report import write_run_report
+from timm_sscl.training.runs.interval import interval
+from timm_sscl.training.runs.report_command import main
+from timm_sscl.training.runs.run_report import write_run_report
 
 ALL = {'curves.png', 'terms.png', 'layers.png', 'rates.png', 'raster.png', 'timesteps.png', 'energy.png', 'cka.png',
        'confusion.png', 'worst.png'}
@@ -126,7 +126,7 @@ def test_runs_are_grouped_by_their_options_but_the_seed(runs, tmp_path, capsys):
 def test_a_report_that_fails_ends_no_run(tmp_path, monkeypatch, caplog):
     def fail(*args):
         raise RuntimeError('no picture today')
-    monkeypatch.setattr('timm_sscl.training.run_report._sections', fail)
+    monkeypatch.setattr('timm_sscl.training.runs.run_report._sections', fail)
     with caplog.at_level(logging.WARNING):
         run_here([*KINDS['other'], '--distill', 'none', '--output', tmp_path], tmp_path, monkeypatch)
         run_here([*KINDS['other'], '--distill', 'none', '--output', tmp_path, '--experiment', 'on', '--report'],
@@ -157,8 +157,8 @@ def test_wrong_commands_are_one_line(argv, message, tmp_path, monkeypatch, capsy
 
 
 def test_without_the_extra_it_is_named(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr('timm_sscl.training.report_command.can_report', lambda: False)
-    monkeypatch.setattr('timm_sscl.training.options.can_report', lambda: False)
+    monkeypatch.setattr('timm_sscl.training.runs.report_command.can_report', lambda: False)
+    monkeypatch.setattr('timm_sscl.training.command_line.options.can_report', lambda: False)
     with pytest.raises(SystemExit):
         main([str(tmp_path)])
     assert "pip install 'timm_sscl[report]'" in capsys.readouterr().err

@@ -9,9 +9,9 @@ from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
 import train
 from runs import TINY, fails, rows_of, run_here, same
-from timm_sscl.training.options import OptionError, parse_args
-from timm_sscl.training.report_command import main as report
-from timm_sscl.training.stop import Interrupted
+from timm_sscl.training.command_line.options import OptionError, parse_args
+from timm_sscl.training.runs.report_command import main as report
+from timm_sscl.training.steps.stop import Interrupted
 
 BASE = [*TINY, '--epochs', '1', '--output', 'out']
 

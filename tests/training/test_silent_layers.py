@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from files import write_images
 from runs import IMAGES, run_here
 from timm_sscl import LIF
-from timm_sscl.training.silent_layers import SilentLayers
+from timm_sscl.training.runs.silent_layers import SilentLayers
 
 
 def model():

@@ -14,17 +14,17 @@ from torch.overrides import TorchFunctionMode
 import timm_sscl
 import train
 from processes import run_processes
-from timm_sscl.training.checkpoint import Position
+from timm_sscl.training.saving.checkpoint import Position
 from timm_sscl.training.exits import NonFiniteLoss, OtherProcessFailed
-from timm_sscl.training.guard import settle
-from timm_sscl.training.loop import batches_left, begin_epoch, end_step
-from timm_sscl.training.meters import Meters
-from timm_sscl.training.options import parse_args
+from timm_sscl.training.steps.guard import settle
+from timm_sscl.training.steps.loop import batches_left, begin_epoch, end_step
+from timm_sscl.training.steps.meters import Meters
+from timm_sscl.training.command_line.options import parse_args
 from timm_sscl.training.processes import create_accelerator
 from timm_sscl.training.session import Session
-from timm_sscl.training.state import start_training
-from timm_sscl.training.step_check import StepCheck
-from timm_sscl.training.stop_vote import StopVote
+from timm_sscl.training.saving.state import start_training
+from timm_sscl.training.steps.step_check import StepCheck
+from timm_sscl.training.steps.stop_vote import StopVote
 from timm_sscl.training.task import create_task
 from timm_sscl.distillation.teacher_input import TeacherInput
 from tiny_training import BASE, loaders_of

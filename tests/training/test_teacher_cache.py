@@ -6,8 +6,8 @@ import torch
 
 from runs import TINY, rows_of, run_here
 from timm_sscl import SSCLTask
-from timm_sscl.training.checkpoint import StorageError
-from timm_sscl.training.teacher_cache import TeacherCache
+from timm_sscl.training.saving.checkpoint import StorageError
+from timm_sscl.training.teachers.teacher_cache import TeacherCache
 
 
 def teacher_says(batch, calls):

@@ -11,16 +11,17 @@ from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from files import write_images
 from runs import TINY, run_here
 from timm_sscl.training.errors import OptionError
-from timm_sscl.training.refused_options import UNSUPPORTED
-from timm_sscl.training.option_groups import create_parser
-from timm_sscl.training.options import parse_args
-from timm_sscl.training.teacher_key import IRRELEVANT, differing_from_legacy, teacher_settings
-from timm_sscl.training.teacher_record import TeacherRecord, check_asked_teacher, check_same_teacher, weights_digest
+from timm_sscl.training.command_line.refused_options import UNSUPPORTED
+from timm_sscl.training.command_line.option_groups import create_parser
+from timm_sscl.training.command_line.options import parse_args
+from timm_sscl.training.teachers.teacher_key import IRRELEVANT, differing_from_legacy, teacher_settings
+from timm_sscl.training.teachers.teacher_record import (
+    TeacherRecord, check_asked_teacher, check_same_teacher, weights_digest)
 from timm_sscl.training.datasets import resolve_input
 from timm_sscl.training.student import create_student
-from timm_sscl.training.teacher import Teacher, create_teacher
-from timm_sscl.training.teacher_folder import teacher_folder_of
-from timm_sscl.training.teacher_key import legacy_settings
+from timm_sscl.training.teachers.teacher import Teacher, create_teacher
+from timm_sscl.training.teachers.teacher_folder import teacher_folder_of
+from timm_sscl.training.teachers.teacher_key import legacy_settings
 
 RUN = [*TINY, '--epochs', '1', '--output', 'out']
 OPTIONS = [action for action in create_parser()._actions if action.dest not in UNSUPPORTED and action.dest != 'help']
@@ -38,7 +39,7 @@ def test_every_option_counts_unless_it_is_listed(action):
 
 
 def test_option_that_this_list_does_not_know_counts_where_it_is_not_the_default(monkeypatch):
-    from timm_sscl.training import teacher_key
+    from timm_sscl.training.teachers import teacher_key
 
     def parser():
         made = create_parser()

@@ -10,7 +10,7 @@ from timm.data import create_transform
 from timm_options import observes
 from tiny_training import loaders_of, parse
 from timm_sscl.data import factory
-from timm_sscl.training.options import OptionError
+from timm_sscl.training.command_line.options import OptionError
 from timm_sscl.random_state import seeded
 from timm_sscl.training.datasets import create_datasets, resolve_num_classes
 

@@ -11,8 +11,8 @@ from timm.task.task import TrainingTask
 from timm_options import observes
 from tiny_training import BASE, Tiny, loaders_of, parse, rows, task_of
 import train
-from timm_sscl.training.options import OptionError, parse_args
-from timm_sscl.training.teacher import teacher_name
+from timm_sscl.training.command_line.options import OptionError, parse_args
+from timm_sscl.training.teachers.teacher import teacher_name
 
 
 # ---- loss, mixup, distillation

@@ -12,15 +12,15 @@ from timm.layers import DropBlock2d, DropPath, is_fast_norm, set_fast_norm
 from timm_options import observes
 from tiny_training import BASE, Posing, Tiny, parse, student
 import train
-from timm_sscl.training.options import OptionError, parse_args
+from timm_sscl.training.command_line.options import OptionError, parse_args
 from timm_sscl.training import loop, processes
 from timm_sscl.training.datasets import create_datasets, guard_samples, resolve_input
 from timm_sscl.training.loaders import create_loaders
-from timm_sscl.training.loop import end_of_batches
+from timm_sscl.training.steps.loop import end_of_batches
 from timm_sscl.training.processes import create_accelerator
 from timm_sscl.training.student import create_student, place_model
 from timm_sscl.training.task import create_task
-from timm_sscl.training.teacher import create_teacher
+from timm_sscl.training.teachers.teacher import create_teacher
 
 
 # ---- the model

@@ -12,9 +12,9 @@ from timm.scheduler import (
 from timm_options import observes
 from tiny_training import Tiny, parse, rows
 import train
-from timm_sscl.training import validation
+from timm_sscl.training.steps import validation
 from timm_sscl.training.datasets import create_datasets
-from timm_sscl.training.learning_rate import resolve_lr
+from timm_sscl.training.steps.learning_rate import resolve_lr
 
 
 # ---- optimizer

@@ -14,13 +14,13 @@ import pytest
 from timm_options import ALL, OBSERVED, TIMM_OPTIONS, dest
 from tiny_training import Tiny, parse
 from timm_sscl.distillation.teacher_input import TeacherInput
-from timm_sscl.training.loss_options import LOSS_FLAGS
-from timm_sscl.training.refused_options import UNSUPPORTED
-from timm_sscl.training.options import OptionError
-from timm_sscl.training.option_groups import create_parser
+from timm_sscl.training.command_line.loss_options import LOSS_FLAGS
+from timm_sscl.training.command_line.refused_options import UNSUPPORTED
+from timm_sscl.training.command_line.options import OptionError
+from timm_sscl.training.command_line.option_groups import create_parser
 from timm_sscl.training.datasets import resolve_input
-from timm_sscl.training.teacher import Teacher
-from timm_sscl.training.teacher_folder import teacher_folder
+from timm_sscl.training.teachers.teacher import Teacher
+from timm_sscl.training.teachers.teacher_folder import teacher_folder
 
 DIFFERENCES = (Path(__file__).resolve().parents[2] / 'docs' / 'pages' / 'differences.md').read_text()
 IN_DIFFERENCES = set(re.findall(r'--[a-z][a-z_-]*[a-z]', DIFFERENCES))

@@ -11,12 +11,12 @@ from accelerate.state import AcceleratorState
 from timm_options import observes
 from tiny_training import Posing, Tiny, parse, rows
 import train
-from timm_sscl.training import validation
+from timm_sscl.training.steps import validation
 from timm_sscl.training.datasets import create_datasets
 from timm_sscl.training.processes import create_accelerator
-from timm_sscl.training.resume import find_run
-from timm_sscl.training.state import restore_run_state, start_training
-from timm_sscl.training.teacher_weights import teacher_options
+from timm_sscl.training.saving.resume import find_run
+from timm_sscl.training.saving.state import restore_run_state, start_training
+from timm_sscl.training.teachers.teacher_weights import teacher_options
 
 
 # ---- the run

@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 from files import write_images
 from runs import TINY, fails, launch, rows_of, run_here, run_of
 import timm_sscl  # registers the spiking_ names
-from timm_sscl.training.options import parse_args
+from timm_sscl.training.command_line.options import parse_args
 from timm_sscl.training import processes
 from timm_sscl.training.processes import create_accelerator
-from timm_sscl.training.teacher import create_teacher
+from timm_sscl.training.teachers.teacher import create_teacher
 
 
 @pytest.fixture(scope='module')

@@ -11,7 +11,7 @@ import yaml
 
 from runs import run_here
 from timm_sscl.data.events import EventFolder, FrameSettings
-from timm_sscl.training.options import OptionError, parse_args
+from timm_sscl.training.command_line.options import OptionError, parse_args
 
 TINY = ['--model', 'spiking_test_resnet', '--epochs', '1', '--warmup-epochs', '0', '--batch-size', '8',
         '--workers', '0', '--log-interval', '1', '--device', 'cpu', '--threads', '1', '--opt', 'adamw', '--lr', '0.003',

@@ -13,7 +13,7 @@ from timm_sscl.data.checks import check_copies, check_seen
 from timm_sscl.data.copies import find_copies
 from timm_sscl.data.events import EventDigits, EventFolder, FrameSettings, read_aedat, to_frames
 from timm_sscl.data.manifest import describe_data
-from timm_sscl.training.options import parse_args
+from timm_sscl.training.command_line.options import parse_args
 from timm_sscl.training.datasets import create_datasets
 
 FRAMES = 'frames_number_10_split_by_number'

@@ -3,21 +3,21 @@ settings and state, set gains and thresholds.
 
 `variants` holds the options that change more than the activation.
 """
-from . import tracing as _tracing  # noqa: F401, tells timm which parts torch.fx takes as one node
-from .activations import register_activation, unregister_activation
+from .finding import tracing as _tracing  # noqa: F401, tells timm which parts torch.fx takes as one node
+from .finding.activations import register_activation, unregister_activation
 from .convert import SOFT_RESET, convert_to_spiking
-from .encoding import poisson_input
-from .gain_folding import fold_gains
-from .gains import calibrate
-from .norm_folding import fold_norms
+from .over_time.encoding import poisson_input
+from .scales.gain_folding import fold_gains
+from .scales.gains import calibrate
+from .scales.norm_folding import fold_norms
 from .model import SpikingModel, SpikingModule
-from .plan import ConversionRecord
-from .qcfs import QCFS, convert_to_qcfs
+from .finding.plan import ConversionRecord
+from .from_ann.qcfs import QCFS, convert_to_qcfs
 from .report import SpikingReport
 from .rules import (
     ThresholdRule, list_threshold_rules, register_threshold_rule, unregister_threshold_rule)
 from .settings import SpikingSettings
-from .thresholds import convert_ann
+from .from_ann.thresholds import convert_ann
 from .variants import bntt as _bntt, ds as _ds, ms as _ms, sew as _sew  # noqa: F401, they register themselves
 from .variants import mpbn as _mpbn, tab as _tab, tdbn as _tdbn, tebn as _tebn  # noqa: F401, likewise
 from .variants.base import PerStepSettings, Variant, VariantRecord, VariantSettings

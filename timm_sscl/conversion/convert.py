@@ -13,16 +13,16 @@ from timm_sscl.neurons import SpikingNeuron, neuron_name, surrogate_name
 from timm_sscl.untouched import all_or_nothing
 
 from .audit import Audit, audit, is_known, message
-from .batch_axis import find_batch_axis
-from .channels import give_channels, remember_input
-from .dropout import why_no_shared_mask
-from .feature_activations import repeats_activations
-from .functional_calls import calls_noise
-from .hidden_activations import why_no_adapter
+from .over_time.batch_axis import find_batch_axis
+from .over_time.channels import give_channels, remember_input
+from .over_time.dropout import why_no_shared_mask
+from .finding.feature_activations import repeats_activations
+from .finding.functional_calls import calls_noise
+from .finding.hidden_activations import why_no_adapter
 from .model import SpikingModel, SpikingModule
-from .neuron_probe import probe_neuron
-from .plan import ConversionRecord, Plan
-from .policy import GROUPS, HEAD, Policy
+from .scales.neuron_probe import probe_neuron
+from .finding.plan import ConversionRecord, Plan
+from .finding.policy import GROUPS, HEAD, Policy
 from .settings import SpikingSettings, option_key
 from .variants.base import Variant
 from .variants.registry import variant_name

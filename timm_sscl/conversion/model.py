@@ -12,23 +12,23 @@ import torch.fx
 import torch.nn as nn
 from torch.utils._pytree import tree_map
 
-from .call_sites import set_calls
-from .channels import give_channels
-from .decoding import decode
-from .feature_activations import feature_neuron, fires_features, pruning_methods
-from .functional_calls import NEURON_NAME, FunctionsOverTime, methods_inside_only, number_of_calls
+from .finding.call_sites import set_calls
+from .over_time.channels import give_channels
+from .over_time.decoding import decode
+from .finding.feature_activations import feature_neuron, fires_features, pruning_methods
+from .finding.functional_calls import NEURON_NAME, FunctionsOverTime, methods_inside_only, number_of_calls
 from timm_sscl.class_swap import Mixin, TimmMixin, new_mixed
 from timm_sscl.neurons import SpikingNeuron, neuron_class
 from timm_sscl.neurons.folding import enter_fold, folding_model, leave_fold
 from timm_sscl.untouched import undone_on_error
-from .notrace import functions_as_nodes
-from .pool_first import set_pool_first
+from .finding.notrace import functions_as_nodes
+from .from_ann.pool_first import set_pool_first
 from .report import SpikingReport, make_report
 from .settings import SETTINGS_KEY, SpikingSettings
 from .state import SpikingState
 from .variants.registry import KINDS
-from .swap import audit_records, current_records, swap_modules, unswap_modules
-from .dropout import OverTime
+from .finding.swap import audit_records, current_records, swap_modules, unswap_modules
+from .over_time.dropout import OverTime
 
 __all__ = [
     'SpikingSettings', 'SpikingModule', 'SpikingModel', 'SpikingEncoder', 'SETTINGS_KEY', 'encode_input', 'decode']

@@ -11,8 +11,8 @@ from timm_sscl.neurons import SpikingNeuron
 from timm_sscl.probing import probe_sizes
 from timm_sscl.report.macs import KINDS, MacShares, count_macs
 
-from .ann_obstacles import ann_obstacles
-from .batch_axis import PENDING
+from .from_ann.ann_obstacles import ann_obstacles
+from .over_time.batch_axis import PENDING
 
 __all__ = ['SpikingReport', 'make_report']
 

@@ -9,7 +9,7 @@ from timm_sscl.neurons import SpikingNeuron
 from timm_sscl.neurons.factors import FACTORS
 from timm_sscl.neurons.watched import BufferSnapshot, changed, is_readable, read_values
 
-from .function_calls import spread_over_calls
+from .finding.function_calls import spread_over_calls
 from .settings import (
     SETTINGS_KEY, WITH_OPTIONS, SpikingSettings, decode_bytes, decode_tensor, encode, is_option_key)
 

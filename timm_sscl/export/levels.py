@@ -5,7 +5,7 @@ import torch
 import torch.nn as nn
 from torch.utils._pytree import tree_leaves
 
-from timm_sscl.conversion.forward_trace import RESHAPES, Call, ForwardTrace, writes_in_place
+from timm_sscl.conversion.finding.forward_trace import RESHAPES, Call, ForwardTrace, writes_in_place
 from timm_sscl.neurons import SpikingNeuron
 
 __all__ = ['Levels', 'Step', 'StepTrace', 'ADD', 'SAME', 'VIEWS', 'find_levels', 'pool_size']

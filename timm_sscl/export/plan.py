@@ -4,7 +4,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 import torch
 import torch.nn as nn
 
-from timm_sscl.conversion.forward_trace import LINEAR
+from timm_sscl.conversion.finding.forward_trace import LINEAR
 from timm_sscl.neurons import SpikingNeuron
 
 from .int8 import Geometry

@@ -10,10 +10,10 @@ from typing import Iterator, Optional
 from timm_sscl.data.samples import FailedTransform, UnreadableSample, WrongLabel, WrongSample
 from timm_sscl.distillation.loss_terms import WrongLoss
 
-from .checkpoint import StorageError, find_newest
+from .saving.checkpoint import StorageError, find_newest
 from .errors import OptionError
 from .process_failures import ProcessDied, as_process_failure
-from .stop import Interrupted
+from .steps.stop import Interrupted
 
 __all__ = ['NonFiniteLoss', 'OtherProcessFailed', 'INPUT_ERRORS', 'DATA_ERRORS', 'RUN_ERRORS', 'exit_with_line',
     'name_dead_processes', 'one_line_errors', 'report_resume_command', 'resume_command', 'launcher']

@@ -9,9 +9,9 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 
 from timm_sscl.conversion import SpikingReport, calibrate, convert_ann
-from timm_sscl.conversion.gains import RMS
+from timm_sscl.conversion.scales.gains import RMS
 from timm_sscl.conversion.model import SpikingModule
-from timm_sscl.conversion.thresholds import PERCENTILE
+from timm_sscl.conversion.from_ann.thresholds import PERCENTILE
 
 __all__ = ['prepare_neurons']
 

@@ -8,8 +8,8 @@ import torch
 from accelerate import Accelerator
 
 from .loaders import Loaders
-from .stop import Interrupted, StopRequest
-from .stop_vote import StopVote
+from .steps.stop import Interrupted, StopRequest
+from .steps.stop_vote import StopVote
 
 __all__ = ['Session']
 

@@ -17,9 +17,9 @@ from timm_sscl.models.spiking import PREFIX
 
 from .compile_check import check_compile_options
 from .errors import OptionError
-from .spiking_options import neuron_arguments
-from .weights import load_weights
-from .weights_file import check_file_exists, check_weights_file, match_with_file
+from .command_line.spiking_options import neuron_arguments
+from .saving.weights import load_weights
+from .saving.weights_file import check_file_exists, check_weights_file, match_with_file
 
 __all__ = ['check_model_name', 'model_kwargs', 'create_student', 'place_model']
 

@@ -5,7 +5,7 @@ from typing import Any, FrozenSet, List, Sequence
 import torch.nn as nn
 
 from timm_sscl.neurons import SpikingNeuron
-from timm_sscl.conversion.policy import Policy
+from timm_sscl.conversion.finding.policy import Policy
 from timm_sscl.probing import ProbeError, probe
 
 from .run import run

@@ -9,8 +9,8 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode
 
 from timm_sscl.neurons import SpikingNeuron
-from timm_sscl.conversion.dropout import OverTime
-from timm_sscl.conversion.functional_calls import calls_noise
+from timm_sscl.conversion.over_time.dropout import OverTime
+from timm_sscl.conversion.finding.functional_calls import calls_noise
 from timm_sscl.conversion.variants.batch_norms import BatchNormOverTime
 from timm_sscl.probing import Example
 

@@ -3,8 +3,8 @@ from typing import Any, Dict, List, NamedTuple, Sequence
 
 import torch.nn as nn
 
-from timm_sscl.conversion.functional_calls import NEURON_NAME
-from timm_sscl.conversion.policy import Policy
+from timm_sscl.conversion.finding.functional_calls import NEURON_NAME
+from timm_sscl.conversion.finding.policy import Policy
 
 from .run import Run
 from .taint import Event

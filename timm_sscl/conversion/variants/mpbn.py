@@ -7,7 +7,7 @@ import torch.nn as nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from timm_sscl.class_swap import Mixin, mix_in, take_out
-from timm_sscl.conversion.channels import find_channels
+from timm_sscl.conversion.over_time.channels import find_channels
 from timm_sscl.knobs import knob
 from timm_sscl.neurons import LIF, neuron_class, spike
 from timm_sscl.neurons.kernels.recursion import membrane_dtype

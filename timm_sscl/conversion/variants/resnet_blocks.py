@@ -7,7 +7,7 @@ import torch.nn as nn
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from timm_sscl.class_swap import Mixin, mix_in, take_out
-from timm_sscl.conversion.plan import new_neuron
+from timm_sscl.conversion.finding.plan import new_neuron
 from timm_sscl.neurons import SpikingNeuron
 
 from .base import Variant, VariantRecord

@@ -7,8 +7,8 @@ import torch
 import torch.nn as nn
 from torch.utils._pytree import tree_leaves
 
-from timm_sscl.conversion.dropout import OverTime
-from timm_sscl.conversion.gains import normalising_by_batch
+from timm_sscl.conversion.over_time.dropout import OverTime
+from timm_sscl.conversion.scales.gains import normalising_by_batch
 from timm_sscl.conversion.model import SpikingModule
 from timm_sscl.knobs import knob
 from timm_sscl.neurons import SpikingNeuron

@@ -1,0 +1,1 @@
+"""Find what becomes a neuron: modules, functions, and activations hidden in layers."""

@@ -1,0 +1,1 @@
+"""Thresholds and spikes from a trained ANN."""

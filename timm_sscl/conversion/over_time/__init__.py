@@ -1,0 +1,1 @@
+"""Time folded into the batch: inputs repeated or encoded, outputs decoded, one dropout mask over time."""

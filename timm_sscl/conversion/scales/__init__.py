@@ -1,0 +1,1 @@
+"""Gains of neuron inputs: measured on images, folded into weights."""

@@ -1,0 +1,1 @@
+"""Options of the command line: declared once, read from recipes, checked before work begins."""

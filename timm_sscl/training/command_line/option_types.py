@@ -1,0 +1,88 @@
+"""Types of options, and a parser that raises instead of ending the process."""
+import argparse
+import difflib
+import os
+import re
+from typing import Iterable
+
+from timm.utils import ParseKwargs
+
+from ..errors import OptionError
+
+__all__ = ['HelpFormatter', 'OptionParser', 'suggest_option', 'home_path', 'KeyValues', 'reset_potential']
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Show defaults that are set, and keep the line breaks of a text that has any."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return (action.help or '') if action.default in (None, {}, '') else super()._get_help_string(action) or ''
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if '\n' in text else super()._fill_text(text, width, indent)
+
+
+# names that other scripts use -> ours
+_ALIASES = dict(
+    learning_rate='lr', num_workers='workers', optimizer='opt', scheduler='sched', label_smoothing='smoothing',
+    num_epochs='epochs', dropout='drop', time_steps='timesteps', threshold='v_threshold', wd='weight_decay')
+
+
+def suggest_option(name: str, known: Iterable[str]) -> str:
+    """Return the known name of an option that is closest to a misspelt one, as in 'weight_decay'; '' if none is near.
+
+    Args:
+        name: Name without leading dashes.
+        known: Names of the options.
+    """
+    name, names = name.replace('-', '_').lower(), list(known)
+    if _ALIASES.get(name) in names:
+        return _ALIASES[name]
+    return next(iter(difflib.get_close_matches(name, names, n=1)), '')
+
+
+class OptionParser(argparse.ArgumentParser):
+    """ArgumentParser that raises OptionError instead of ending the process, and suggests what a misspelt option meant.
+    """
+
+    def error(self, message: str):
+        known = {option.lstrip('-').replace('-', '_'): option for action in self._actions
+                 for option in action.option_strings if action.help != argparse.SUPPRESS}
+        unknown = re.findall(r'(?<!\S)--?([a-zA-Z][\w-]*)', message) if message.startswith('unrecognized') else []
+        meant = {name: suggest_option(name, known) for name in unknown}
+        hints = [f' Did you mean {known[right]} for {name}?' if len(unknown) > 1 else f' Did you mean {known[right]}?'
+                 for name, right in meant.items() if right]
+        raise OptionError(message + ('.' + ''.join(hints) if hints else ''))
+
+
+def home_path(text: str) -> str:
+    """Type of options that name a file or folder: expand ~ to the home folder. $VAR is not expanded."""
+    scheme, colon, path = text.partition(':')
+    if colon and scheme == 'local-dir':  # prefix of timm's model names
+        return scheme + colon + os.path.expanduser(path)
+    return os.path.expanduser(text)
+
+
+class KeyValues(ParseKwargs):
+    """timm's parser of KEY=VALUE pairs, with an error for anything else and for a key that has two values.
+
+    An option that stands twice on the command line adds its pairs.
+    """
+    def __call__(self, parser, namespace, values, option_string=None):
+        before = getattr(namespace, self.dest)
+        pairs = dict(before) if isinstance(before, dict) and before is not self.default else {}
+        for value in values:
+            key, equals, text = value.partition('=')
+            if not equals:
+                parser.error(f'{option_string} {" ".join(values)}: takes KEY=VALUE pairs.')
+            super().__call__(parser, namespace, [value], option_string)
+            read = getattr(namespace, self.dest)[key]
+            if key in pairs and pairs[key] != read:
+                parser.error(f"{option_string}: '{key}' stands there twice, with {pairs[key]} and {text}.")
+            pairs[key] = read
+        setattr(namespace, self.dest, pairs)
+
+
+def reset_potential(text: str):
+    """Type of --v-reset: a number, or 'soft'."""
+    return text if text == 'soft' else float(text)

@@ -1,0 +1,1 @@
+"""The teacher of a run: trained, cached, shared between runs, recognised by a key."""
