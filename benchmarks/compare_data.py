@@ -29,10 +29,11 @@ def bits_file(folder: Path, plan: str) -> Path:
 
 
 def check_rows(rows: Iterable[Mapping[str, Any]]) -> None:
-    """Raise ValueError for a primary or confirming run that saw the images on which settings are chosen, or that is
-    there twice.
+    """Raise ValueError for a primary or confirming run that saw the images on which settings are chosen, that is there
+    twice, or that ran on another kind of device or in another precision than those it is paired with.
     """
     seen: Dict[Any, str] = {}
+    places: Dict[Any, Tuple[Any, str]] = {}
     for row in rows:
         if row['phase'] not in ('primary', 'confirm'):
             continue
@@ -45,6 +46,11 @@ def check_rows(rows: Iterable[Mapping[str, Any]]) -> None:
         if key in seen:
             raise ValueError(f"{row['name']} and {seen[key]}: two runs of one arm and seed in phase '{row['phase']}'.")
         seen[key] = row['name']
+        where = ', '.join(str(row[name]) for name in ('device', 'precision') if row.get(name))
+        first, other = places.setdefault((row['phase'], setting(row)), (where, row['name']))
+        if where != first:
+            raise ValueError(f"{row['name']}: a run on {where}, but {other} on {first}. Pairs are of one device and "
+                             'precision.')
 
 
 def setting(row: Mapping[str, Any]) -> Tuple[str, int, str]:

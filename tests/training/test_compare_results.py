@@ -170,6 +170,9 @@ def test_runs_on_held_out_images_and_doubled_runs_are_refused():
     with pytest.raises(ValueError, match='two runs of one arm and seed'):
         check_rows([first, second])
     check_rows([first, line('new', 1, 'it failed', losses=dict(sscl=.5))])  # a failed one may be repeated
+    for change in (dict(precision='bfloat16'), dict(device='CPU of another kind')):
+        with pytest.raises(ValueError, match='Pairs are of one device and precision'):
+            check_rows([first, {**line('old', 2, 400), **change}])
 
 
 def test_rows_survive_the_files(tmp_path):

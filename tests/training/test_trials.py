@@ -1,6 +1,8 @@
 """Trials at toy size on the CPU: data, steps against a plain loop, resume, failures, plans and their phases."""
 import json
 import sys
+import threading
+import time
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +24,9 @@ import gpu_science
 import trial_costs
 import trial_data
 import trial_models
+import trial_precision
 import trial_replica
+import trial_results
 import trial_rounds
 from trial_engine import Engine
 from trial_graphs import Group, check_replay
@@ -154,6 +158,28 @@ def test_steps_equal_a_plain_loop(data):
     assert top1 == pytest.approx(100 * (logits.argmax(1) == targets).float().mean().item())
     assert correct.tolist() == (logits.argmax(1) == targets).tolist()
     assert loss == pytest.approx(F.cross_entropy(logits, targets).item(), rel=1e-3)
+
+
+def test_bfloat16_step_equals_a_plain_one(data):
+    """Convolutions run in bfloat16 and channels_last; weights and gradients stay float32."""
+    loaded = trial_data.load_device_set(data[0], 'toy', torch.device('cpu'), 8)
+    images, trial = loaded.normalise(loaded.train[:8, :, 4:-4, 4:-4]), _trial(seed=5)
+    replica = trial_replica.Replica(trial, loaded, None, bfloat16=True)
+    replica.load(trial, trial_models.initial_state(trial, 4, images.numpy(), 40))
+    seen = []
+    replica.task.student.layer2[0].conv1.register_forward_hook(lambda module, x, y: seen.append(y))
+    replica.train_mode(True)
+    replica.train_step()
+    assert seen[0].dtype == torch.bfloat16 and seen[0].is_contiguous(memory_format=torch.channels_last)
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in replica.task.student.parameters())
+
+    torch.manual_seed(5)
+    model = timm.create_model('spiking_resnet20_cifar', timesteps=2, num_classes=4, width=4)
+    model = timm_sscl.calibrate(model, images).train().to(memory_format=torch.channels_last)
+    x, y = _expected_batch(data[1], 5, 0, 0)
+    with torch.autocast('cpu', torch.bfloat16):
+        loss = F.cross_entropy(model(x.contiguous(memory_format=torch.channels_last)), y)
+    assert replica.means()['loss'] == pytest.approx(loss.item(), rel=1e-5)  # the same operations
 
 
 def test_losses_of_membranes_and_of_indices(data):
@@ -309,6 +335,49 @@ def test_time_limit_starts_nothing(data, tmp_path, capsys):
     engine = _engine(data, tmp_path, deadline=0.)
     engine.run([_trial()])
     assert 'time limit: 1 trials are not started' in capsys.readouterr().out and not read_results(tmp_path)
+
+
+def test_output_has_one_precision(data, tmp_path, monkeypatch, capsys):
+    """The faster one is measured once; another kind of device is refused."""
+    monkeypatch.setattr(trial_precision, 'time_precisions', lambda create: {'float32': 30., 'bfloat16': 20.})
+    engine = _engine(data, tmp_path, precision='auto')
+    engine.run([_trial(seed=1)])
+    monkeypatch.setattr(trial_precision, 'time_precisions', lambda create: {'float32': 10., 'bfloat16': 20.})
+    engine = _engine(data, tmp_path, precision='auto')
+    engine.run([_trial(seed=1), _trial(seed=2)])
+    assert [line['precision'] for line in read_results(tmp_path)] == ['bfloat16 autocast, channels_last'] * 2
+    assert 'precision bfloat16: a step of cross-entropy took float32 30 ms, bfloat16 20 ms' in capsys.readouterr().out
+    file = tmp_path / 'precision.json'
+    file.write_text(file.read_text().replace(engine.facts['device'], 'CPU of another kind'))
+    with pytest.raises(SystemExit, match="measured on 'CPU of another kind'"):
+        _engine(data, tmp_path, precision='auto').run([_trial(seed=3)])
+
+
+def test_precisions_are_timed_by_their_steps():
+    def create(name):
+        steps = iter([0.2, 0., 0., 0.] if name == 'bfloat16' else [0., .02, .02, .02])  # the first one compiles
+        return SimpleNamespace(train_mode=lambda mode: None, rewind=lambda: None,
+                               train_step=lambda: time.sleep(next(steps)))
+
+    times = trial_precision.time_precisions(create)
+    assert times['float32'] >= 20 > times['bfloat16']
+
+
+def test_processes_share_an_output(data, tmp_path):
+    """A trial that another process has is waited for, not run; the others are run meanwhile."""
+    theirs, ours = _trial(seed=1), _trial(seed=2)
+    engine = _engine(data, tmp_path)
+    with trial_results.claim(tmp_path, theirs.name) as free:
+        assert free
+        thread = threading.Thread(target=engine.run, args=([theirs, ours],))
+        thread.start()
+        while thread.is_alive() and not read_results(tmp_path):
+            time.sleep(0.01)
+        assert [line['name'] for line in read_results(tmp_path)] == [ours.name] and thread.is_alive()
+        trial_results.append_line(tmp_path, trial_results.failed_line(theirs, {}, 'of the other process'))
+    thread.join(timeout=60)
+    assert not thread.is_alive()
+    assert [line.get('error') for line in read_results(tmp_path)] == [None, 'of the other process']
 
 
 def test_bits_of_images():
