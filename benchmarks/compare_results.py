@@ -49,7 +49,8 @@ def section(plan: Plan, rows: Sequence[Row], results: Path) -> List[str]:
     lines = ['', f'## {plan.question}', '']
     primary, planned = primary_rows(rows), plan.planned(rows)
     if not primary:
-        return [*lines, 'No runs yet.', '', *plan_lines(plan, rows), '']
+        before = f'No run of the comparison yet; {len(rows)} runs of what comes before it.' if rows else 'No runs yet.'
+        return [*lines, before, '', *plan_lines(plan, rows), '']
     check_rows(rows)
     found = [(group, compare(group, plan, compared_pairs(plan, group))) for group in groups(primary)]
     for group, comparisons in found:

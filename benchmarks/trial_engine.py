@@ -381,15 +381,17 @@ class Engine:
 
     def _train(self, group: Group, trials: Sequence[Trial], states: Sequence[State]) -> None:
         """Train a group to the end and collect the results."""
-        epochs, began, training = trials[0].scale.epochs, time.perf_counter(), 0.
+        clock = time.perf_counter if self.device.type == 'cuda' else time.process_time  # a CPU has other work, too
+        epochs, began, training, working = trials[0].scale.epochs, time.perf_counter(), 0., 0.
         group.load(trials, states)
         history: List[List[Tuple[int, float]]] = [[] for _ in trials]
         layers: List[Dict[str, Any]] = [{} for _ in trials]
         for epoch in range(epochs):
-            start = time.perf_counter()
+            start, own = time.perf_counter(), clock()
             group.train_epoch(epoch)
             group.synchronize()
             training += time.perf_counter() - start
+            working += clock() - own
             for name in ('first',) * (epoch == 0) + ('last',) * (epoch == epochs - 1):
                 for replica, values in zip(group.replicas, layers):
                     values[name] = replica.task.stats
@@ -397,10 +399,11 @@ class Engine:
                 group.evaluate()
                 for replica, values in zip(group.replicas, history):
                     values.append((epoch + 1, replica.evaluation()[0]))
-        self.seconds_per_step = training / (epochs * group.replicas[0].steps)
+        steps = epochs * group.replicas[0].steps
+        self.seconds_per_step = training / steps
         memory = torch.cuda.max_memory_allocated() / 2 ** 20 if self.device.type == 'cuda' else None
         shared = dict(
-            seconds=time.perf_counter() - began, replicas=len(trials), ms_per_step=1e3 * self.seconds_per_step,
+            seconds=time.perf_counter() - began, replicas=len(trials), ms_per_step=1e3 * working / steps,
             peak_memory=memory, graph=group.captured)
         for replica, trial, points, values in zip(group.replicas, trials, history, layers):
             self._finish(replica, trial, top1_epochs=points, layers=values if values['last'] else {}, **shared)
