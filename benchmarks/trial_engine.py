@@ -12,30 +12,23 @@ from pathlib import Path
 from typing import Any, Dict, Hashable, List, Optional, Sequence, Set, Tuple
 
 import torch
-import torch.nn as nn
 
 from timm_sscl.neurons import lif_backend
 
 from trial_data import PAD, DeviceSet, load_device_set
 from trial_graphs import Group, check_replay
-from trial_models import State, as_arrays, initial_state, measure, teacher_model
+from trial_models import State, as_arrays, initial_state, measure
 from trial_precision import decided_precision
 from trial_replica import Replica
 from trial_results import append_line, claim, failed_line, machine_facts, ok_line
 from trial_rounds import Round, rounds
+from trial_teachers import Teachers
 from trials import Trial, read_results
 
-__all__ = ['Engine', 'teacher_trial']
+__all__ = ['Engine']
 
 _MEASURED = 100  # validation images on which firing rates are measured
 _AHEAD = 3  # rounds that are prepared while one trains
-
-
-def teacher_trial(trial: Trial) -> Trial:
-    """Return the trial that trains the teacher of a trial."""
-    scale = replace(trial.scale, epochs=trial.scale.teacher_epochs)
-    return Trial('teachers', 'teacher', 'ann' if trial.teacher == 'same' else f'ann_{trial.teacher}', 0, 0, scale,
-                 arch=trial.arch, teacher=trial.teacher)
 
 
 class Engine:
@@ -71,8 +64,7 @@ class Engine:
         self.data, self.output, self.device = data, output, torch.device(device)
         self.replicas, self.deadline, self.backend, self.graph = replicas, deadline, backend, graph
         self.sets: Dict[str, DeviceSet] = {}
-        self.teachers: Dict[str, nn.Module] = {}
-        self.accuracies: Dict[Tuple[str, str], float] = {}
+        self.teachers = Teachers(output / 'teachers', self.images)
         self.groups: Tuple[Any, List[Group]] = (None, [])  # of the last round: its key, its groups
         self.seconds_per_step = 0.
         self.unwritten: List[Tuple[Future, Trial, Dict[str, Any]]] = []
@@ -128,7 +120,8 @@ class Engine:
 
     def create(self, trial: Trial) -> Replica:
         compiled = self.device.type == 'cuda' and self.backend != 'eager'
-        return Replica(trial, self.images(trial.scale.data), self.teacher(trial), compiled, self.bfloat16)
+        return Replica(trial, self.images(trial.scale.data), self.teachers.load(trial, self.bfloat16),
+                       compiled, self.bfloat16)
 
     def submit(self, function: Any, *args: Any) -> Future:
         """Run a function in a worker process, or now if there is none."""
@@ -155,44 +148,6 @@ class Engine:
 
     # ---- teachers
 
-    def _teacher_file(self, trial: Trial) -> Path:
-        return self.output / 'teachers' / f'{trial.name}.pt'
-
-    def _save_teacher(self, trial: Trial, replica: Replica) -> None:
-        """Store a teacher at once, so that an interrupted process leaves no part of it."""
-        file = self._teacher_file(trial)
-        file.parent.mkdir(exist_ok=True)
-        part = file.with_suffix('.part')
-        torch.save(replica.task.student.state_dict(), part)
-        part.rename(file)
-
-    def teacher(self, trial: Trial) -> Optional[nn.Module]:
-        """Return the trained teacher of a trial; None if none of its losses can use one."""
-        if not trial.teacher or not trial.timesteps or not trial.losses:
-            return None
-        teacher = teacher_trial(trial)
-        if teacher.name not in self.teachers:
-            model = teacher_model(trial, self.images(trial.scale.data).classes)
-            model.load_state_dict(torch.load(self._teacher_file(teacher), map_location='cpu', weights_only=True))
-            model = model.to(memory_format=torch.channels_last) if self.bfloat16 else model
-            self.teachers[teacher.name] = model.to(self.device).eval()
-        return self.teachers[teacher.name]
-
-    @torch.no_grad()
-    def teacher_top1(self, trial: Trial) -> Optional[float]:
-        """Return the teacher's accuracy on the trial's split."""
-        teacher = self.teacher(trial)
-        if teacher is None:
-            return None
-        key = teacher_trial(trial).name, trial.split
-        if key not in self.accuracies:
-            data = self.images(trial.scale.data)
-            batches = zip(*(x.split(data.eval_batch) for x in data.evaluated[trial.split]))
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
-                right = torch.cat([teacher(data.normalise(x)).argmax(1) == y for x, y in batches])
-            self.accuracies[key] = 100 * right[:data.sizes[trial.split]].float().mean().item()
-        return self.accuracies[key]
-
     def train_teachers(self, trials: Sequence[Trial], wait: bool = True) -> None:
         """Train the teachers of these trials that are not there yet, one process after the other.
 
@@ -200,13 +155,12 @@ class Engine:
             trials: The trials.
             wait: Whether to wait for a process that trains teachers; else leave it to that.
         """
-        needed = {teacher_trial(trial) for trial in trials if trial.teacher and trial.losses and trial.timesteps}
         with open(self.output / 'teachers.lock', 'w') as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
                 return
-            self.run_rounds(sorted((t for t in needed if not self._teacher_file(t).is_file()), key=lambda t: t.name))
+            self.run_rounds(self.teachers.missing(trials))
 
     # ---- all trials
 
@@ -417,8 +371,9 @@ class Engine:
             return
         train_loss = means.pop('loss')
         if trial.timesteps == 0:
-            self._save_teacher(trial, replica)
+            self.teachers.save(trial, replica.task.student)
         line = ok_line(
             trial, self.facts, correct, top1=top1, val_loss=loss, train_loss=train_loss, train_terms=means,
-            firing_rate=None, energy=None, teacher_top1=self.teacher_top1(trial), **numbers)
+            firing_rate=None, energy=None, teacher_top1=self.teachers.top1(trial, self.bfloat16),
+            **numbers)
         self.unwritten.append((self.measure(trial, replica), trial, line))

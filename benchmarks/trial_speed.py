@@ -20,10 +20,11 @@ import torch
 from timm_sscl.neurons import lif_backend
 
 from compare_plan import ComparisonPlan, merged
-from trial_engine import Engine, teacher_trial
+from trial_engine import Engine
 from trial_graphs import Group, check_replay
 from trial_models import teacher_model
 from trial_replica import Replica
+from trial_teachers import teacher_trial
 from trials import Scale, Trial
 
 ARMS: Dict[str, Dict[str, Any]] = {
@@ -45,10 +46,9 @@ class Speed:
 
     def untrained_teacher(self, trial: Trial) -> None:
         """Store an ANN with random weights as the trial's teacher; its values don't change the speed."""
-        file = self.engine.output / 'teachers' / f'{teacher_trial(trial).name}.pt'
-        file.parent.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(0)
-        torch.save(teacher_model(trial, self.engine.images(self.scale.data).classes).state_dict(), file)
+        model = teacher_model(trial, self.engine.images(self.scale.data).classes)
+        self.engine.teachers.save(teacher_trial(trial), model)
 
     def check(self) -> None:
         trials = [self.trial('sscl'), self.trial('combined')]

@@ -28,7 +28,7 @@ the line says 'failed' and the trial is asked for again with retry. All accuraci
     teacher_top1    accuracy of the teacher on the same split; null without a teacher
     seconds         wall-clock seconds of the group of trials that trained side by side
     replicas        number of trials in this group, 1 if it trained alone
-    ms_per_step     milliseconds of one step of the whole group (all replicas); on the CPU processor time, of all threads
+    ms_per_step     milliseconds of one step of the whole group (all replicas); of processor time on the CPU
     peak_memory     MiB of tensors of the whole group at the peak on CUDA, null on the CPU
     graph           whether the steps were replayed from a captured CUDA graph
     precision       'float32, TF32 in convolutions' on CUDA, else 'float32' or 'bfloat16 autocast, channels_last'
