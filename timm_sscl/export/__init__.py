@@ -1,5 +1,9 @@
-"""What leaves: a spiking model for int8 inference on a CPU."""
+"""What leaves: a spiking model as an ONNX file, as a NIR graph, or for int8 inference on a CPU."""
 from .deployment import DeployReport, deploy
 from .int8 import int8_missing
+from .nir_graph import to_nir
+from .nir_network import NIRNetwork, from_nir
+from .onnx_file import OnnxReport, to_onnx
 
-__all__ = ['DeployReport', 'deploy', 'int8_missing']
+__all__ = [
+    'DeployReport', 'NIRNetwork', 'OnnxReport', 'deploy', 'from_nir', 'int8_missing', 'to_nir', 'to_onnx']

@@ -11,7 +11,7 @@ from .contract import check_output, check_start, check_step
 from .elementwise import Elementwise
 from .factors import Factors
 from .folding import require_fold
-from .kernels.recursion import membrane_dtype
+from .kernels.recursion import Neuron, membrane_dtype
 from .kernels.scan import Recursion, State, potentials, scan
 from .settings import NeuronSettings, hashable
 
@@ -194,14 +194,16 @@ class SpikingNeuron(Elementwise, Factors):
         return f'{text}, times an amplitude' if 'amplitude' in self._parameters else text
 
     def activity(self, out: torch.Tensor) -> torch.Tensor:
-        """Return each output relative to the top level, 0 to 1, without sign. For an analog output, return whether it
-        is not 0.
-        """
+        """Return each output's share of the top level, without sign; of an analog output, whether it is not 0."""
         if self.output == 'analog':
             return (out != 0).to(out.dtype)
         levels = self.levels(out)
         levels = levels.abs() if self.output == 'ternary' else levels
         return levels if self.top == 1 else levels / self.top
+
+    def as_lif(self) -> Optional[Neuron]:
+        """Return the settings with which `lif` computes the same, apart from gain, scale and amplitude; or None."""
+        return None
 
     def check_steps(self, timesteps: int) -> None:
         """Raise ValueError if the neuron cannot run this number of timesteps."""
@@ -331,9 +333,8 @@ class SpikingNeuron(Elementwise, Factors):
         if self.encodes:
             return x.expand(self.timesteps, *x.shape)
         if x.ndim == 0 or x.shape[0] % self.timesteps:
-            raise ValueError(
-                f'the first axis of {tuple(x.shape)} does not hold timesteps={self.timesteps} equal steps; '
-                f'a spiking neuron works on (timesteps * batch, ...).')
+            raise ValueError(f'the first axis of {tuple(x.shape)} does not hold timesteps={self.timesteps} equal '
+                             f'steps; a spiking neuron works on (timesteps * batch, ...).')
         return x.reshape(self.timesteps, x.shape[0] // self.timesteps, *x.shape[1:])
 
     def extra_repr(self) -> str:
@@ -342,8 +343,7 @@ class SpikingNeuron(Elementwise, Factors):
             value = getattr(self.settings, field.name)
             if value != field.default or field.name not in _SHOWN_IF_SET:
                 shown.append(f'{field.name}={value}')
-        for name in ('gain', 'scale'):
-            value = getattr(self, name)
+        for name, value in (('gain', self.gain), ('scale', self.scale)):
             if value is not None:
                 shown.append(f'{name}=' + (f'{value.item():.4g}' if value.numel() == 1 and not value.is_meta
                                            else f'{tuple(value.shape)}'))

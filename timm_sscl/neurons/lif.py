@@ -229,6 +229,10 @@ class LIF(SpikingNeuron):
         """Return whether the kernels of the LIF compute what this class's step does."""
         return all(getattr(type(self), name) is getattr(LIF, name) for name in ('step', 'start', 'constants'))
 
+    def as_lif(self) -> Optional[Neuron]:
+        unchanged = type(self).run is LIF.run and type(self)._over_time is SpikingNeuron._over_time
+        return _kernel_settings(self.settings) if unchanged and self._runs_own_step() else None
+
     def run(self, x: torch.Tensor, folded: torch.Tensor) -> torch.Tensor:
         if self.settings.surrogate_function is not rectangle_window or not self._runs_own_step():
             return super().run(x, folded)

@@ -1,7 +1,8 @@
 """Import what pictures and reports need when one is asked for: the packages of the extra `report`."""
-import importlib
 import importlib.util
 from types import ModuleType
+
+from timm_sscl.extras import import_extra
 
 __all__ = ['can_report', 'from_extra', 'MISSING']
 
@@ -20,7 +21,4 @@ def from_extra(module: str) -> ModuleType:
     Raises:
         ImportError: It is not installed. The message names the extra.
     """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(f'{module.partition(".")[0]} is not installed; {MISSING}.') from error
+    return import_extra(module, MISSING)
