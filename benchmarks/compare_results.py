@@ -190,12 +190,14 @@ def failure_lines(plan: Plan, rows: Sequence[Row]) -> List[str]:
 # ---- the script
 
 def collect(folders: Sequence[Path], results: Path, names: Sequence[str]) -> None:
-    """Write the CSV files of these plans and of the teachers from the folders' runs."""
+    """Write the CSV files of these plans and of the teachers from the folders' runs. Teachers of other folders stay."""
     rows: Dict[str, Row] = {}
     for folder in folders:
         rows.update({row['name']: row for row in read_results(folder)})
     for name in (*names, 'teachers'):
         own = [row for row in rows.values() if row['plan'] == name]
+        if own and name == 'teachers':
+            own = [row for row in read_rows(results, name) if row['name'] not in rows] + own
         if own:
             check_rows(own)
             write_rows(results, name, own)

@@ -177,8 +177,8 @@ def selection_table(rows: Sequence[Row], plan: Plan, phase: str) -> List[str]:
     for row in rows:
         if row['phase'] == phase:
             groups.setdefault((setting(row), row['arm'], row.get('config', 0), config_text(row)), []).append(row)
-    lines = []
-    for (where, name, config, text), group in groups.items():
+    lines, arms = [], arms_of(rows)
+    for (where, name, config, text), group in sorted(groups.items(), key=lambda i: (arms.index(i[0][1]), i[0][2])):
         values = [row['top1'] for row in sorted(group, key=lambda r: r['seed']) if row['status'] == 'ok']
         errors = [first_line(row.get('error', 'failed')) for row in group if row['status'] != 'ok']
         lines.append([plan.label(name), config, text, where_text(where), len(values),

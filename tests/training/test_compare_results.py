@@ -184,6 +184,15 @@ def test_rows_survive_the_files(tmp_path):
     assert read_rows(tmp_path, 'other') == []
 
 
+def test_teachers_of_other_folders_stay(tmp_path):
+    for i in (1, 2):
+        file = tmp_path / str(i) / 'runs.jsonl'
+        file.parent.mkdir()
+        file.write_text(json.dumps({**line('ann', i, 400, 'teacher'), 'plan': 'teachers'}) + '\n')
+        compare_results.collect([file.parent], tmp_path, [])
+    assert [row['seed'] for row in read_rows(tmp_path, 'teachers')] == [1, 2]
+
+
 def test_arms_in_settings_of_their_own_share_one_table(tmp_path):
     arms = 'sscl_T2', 'uniform_T2', 'sscl_T4', 'uniform_T4'
     plan = dict(PLAN, primary=['sscl_T2', 'uniform_T2'], further=[['sscl_T4', 'uniform_T4']], phases={},
