@@ -8,6 +8,7 @@ from timm_sscl.conversion import (
 from timm_sscl.data import list_datasets, register_dataset, unregister_dataset
 from timm_sscl.distillation import SSCLLoss, SSCLTask, accept_frames
 from timm_sscl.losses import TrainStep, cka, create_loss, hsic, list_losses, nce_loss, register_loss, unregister_loss
+from timm_sscl.models import load
 from timm_sscl.models import spiking as _spiking_names  # noqa: F401, registers the spiking_ names with timm
 from timm_sscl.neurons import (
     LIF, SpikingNeuron, lif, list_neurons, list_surrogates, register_neuron, register_surrogate, unregister_neuron,
@@ -20,7 +21,7 @@ __all__ = [
     'FiringRates', 'LIF', 'SSCLLoss', 'SSCLTask', 'SpikingNeuron', 'TrainStep', 'Variant', 'accept_frames', 'calibrate',
     'cka', 'cka_map', 'convert_ann', 'convert_to_qcfs', 'convert_to_spiking', 'create_loss', 'estimate_energy',
     'fold_gains', 'fold_norms', 'hsic', 'lif', 'list_datasets', 'list_losses', 'list_neurons', 'list_surrogates',
-    'list_threshold_rules', 'list_variants', 'nce_loss', 'plot_cka_map', 'plot_energy', 'plot_firing_rates',
+    'list_threshold_rules', 'list_variants', 'load', 'nce_loss', 'plot_cka_map', 'plot_energy', 'plot_firing_rates',
     'plot_raster', 'poisson_input', 'record_spikes', 'register_activation', 'register_dataset', 'register_loss',
     'register_neuron', 'register_surrogate', 'register_threshold_rule', 'register_variant', 'representation_bits',
     'set_stem_pool', 'share_stem', 'unregister_activation', 'unregister_dataset', 'unregister_loss',

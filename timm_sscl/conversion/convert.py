@@ -13,6 +13,7 @@ from timm_sscl.neurons import SpikingNeuron, neuron_name, surrogate_name
 from timm_sscl.untouched import all_or_nothing
 
 from .audit import Audit, audit, is_known, message
+from .description import spiking_name
 from .over_time.batch_axis import find_batch_axis
 from .over_time.channels import give_channels, remember_input
 from .over_time.dropout import why_no_shared_mask
@@ -23,7 +24,7 @@ from .model import SpikingModel, SpikingModule
 from .scales.neuron_probe import probe_neuron
 from .finding.plan import ConversionRecord, Plan
 from .finding.policy import GROUPS, HEAD, Policy
-from .settings import SpikingSettings, option_key
+from .settings import SOFT_RESET, SpikingSettings, option_key
 from .variants.base import Variant
 from .variants.registry import variant_name
 from .variants.stem_pool import has_average_stem_pool
@@ -32,8 +33,6 @@ __all__ = ['SOFT_RESET', 'convert_to_spiking']
 
 _logger = logging.getLogger(__name__)
 
-# stands for v_reset=None where None cannot be passed: timm.create_model drops it, YAML and shells lack it
-SOFT_RESET = 'soft'
 Neuron = Union[str, Type[SpikingNeuron], partial, None]
 VariantName = Union[str, Type[Variant], partial, None]
 
@@ -270,6 +269,8 @@ def convert_to_spiking(
     except _HardSigmoids as found:
         plan = Plan(model, policy, neuron_class, plan.found, found.reasons)
         _carry_out(model, plan, settings, explicit, given, inspect)
+    if 'architecture' in (vars(model).get('pretrained_cfg') or ()):  # timm created it, and saves it by this name
+        model.pretrained_cfg['architecture'] = spiking_name(model.pretrained_cfg['architecture'])
     swapped = Counter(record.was for record in plan.records if record.becomes_neuron)
     _logger.info(f'{type(model).__name__}: {sum(swapped.values())} activations became {neuron_class} '
                  f'({", ".join(f"{n} {kind}" for kind, n in swapped.most_common())}), {settings}')

@@ -18,11 +18,13 @@ from timm_sscl.neurons.watched import read_values
 from .variants.base import Variant
 from .variants.registry import KINDS, create_variant, list_variants
 
-__all__ = ['SpikingSettings', 'SETTINGS_KEY', 'SETTINGS_SIZE', 'encode', 'decode_bytes', 'decode_tensor', 'option_key',
-           'is_option_key']
+__all__ = ['SpikingSettings', 'ARGUMENTS', 'SETTINGS_KEY', 'SETTINGS_SIZE', 'SOFT_RESET', 'encode', 'decode_bytes',
+           'decode_tensor', 'option_key', 'is_option_key']
 
 SETTINGS_KEY = 'spiking_settings'  # name of the buffer, at the root of a converted model
 SETTINGS_SIZE = 4096  # fixed size in bytes, so that loaders which compare shapes accept it
+# stands for v_reset=None where None cannot be passed: timm.create_model drops it, YAML and shells lack it
+SOFT_RESET = 'soft'
 Pairs = Tuple[Tuple[str, Any], ...]
 
 _MAGIC = b'spiking\x01'
@@ -161,6 +163,22 @@ class SpikingSettings:
             options.update((option_key(k, kind), v) for k, v in getattr(self, f'{kind}_kwargs'))
         return {**others, **options}
 
+    def arguments(self) -> Dict[str, Any]:
+        """Return T and the settings that differ from their defaults, as arguments of timm.create_model.
+
+        stem, calls and pool_first have no argument; a checkpoint's weights hold them.
+        """
+        usual = type(self)(neuron=self.neuron)
+        given = {name: getattr(self, name) for name in ARGUMENTS
+                 if name == 'timesteps' or getattr(self, name) != getattr(usual, name)}
+        if self.neuron != type(self).neuron:
+            given['neuron'] = self.neuron
+        if 'v_reset' in given and given['v_reset'] is None:
+            given['v_reset'] = SOFT_RESET
+        if self.neuron != 'lif':
+            given = {name: value for name, value in given.items() if name not in _LIF_OPTIONS}
+        return {name: dict(value) if name.endswith('_kwargs') else value for name, value in given.items()}
+
     @classmethod
     def from_flat(cls, flat: Dict[str, Any]) -> 'SpikingSettings':
         """Return the settings for a dict that `flat` returned."""
@@ -195,7 +213,7 @@ class SpikingSettings:
                 registered.
         """
         known = {f.name for f in fields(cls)}
-        unknown = [f'{k}={v!r}' for k, v in stored.items() if k not in known and k != 'gains' and v is not None]
+        unknown = [f'{k}={v!r}' for k, v in stored.items() if k not in (*known, 'gains', 'model') and v is not None]
         if unknown:
             raise ValueError(f'the checkpoint was made with settings that this version of timm_sscl does not know: '
                              f'{", ".join(unknown)}.')
@@ -214,6 +232,9 @@ class SpikingSettings:
         """Return the settings in a state dict's tensor, in the format of this version or of 0.1.0."""
         return cls.from_stored(decode_tensor(tensor))
 
+
+# settings that create_model and convert_to_spiking have arguments for
+ARGUMENTS = tuple(f.name for f in fields(SpikingSettings) if f.name not in ('stem', 'calls', 'pool_first'))
 
 # settings that are registered names -> function that lists these names
 REGISTERED: Dict[str, Callable[[], List[str]]] = {

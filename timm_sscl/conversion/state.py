@@ -4,11 +4,11 @@ from typing import Any, Dict, FrozenSet, Iterable, List, Optional, TypeVar
 
 import torch
 
-from timm_sscl.class_swap import Mixin
 from timm_sscl.neurons import SpikingNeuron
 from timm_sscl.neurons.factors import FACTORS
 from timm_sscl.neurons.watched import BufferSnapshot, changed, is_readable, read_values
 
+from .description import MODEL_KEY, Described, describe_model
 from .finding.function_calls import spread_over_calls
 from .settings import (
     SETTINGS_KEY, WITH_OPTIONS, SpikingSettings, decode_bytes, decode_tensor, encode, is_option_key)
@@ -35,7 +35,7 @@ def _as_tensor(data: bytes, device: Any) -> torch.Tensor:
     return torch.tensor(list(data), dtype=torch.uint8, device=device)
 
 
-class SpikingState(Mixin):
+class SpikingState(Described):
     """Mixin for a converted model: settings in the buffer spiking_settings, gains in the buffers of its neurons.
 
     The buffer is authoritative. In eager mode it is read again if someone wrote to it or replaced it, which its
@@ -72,8 +72,18 @@ class SpikingState(Mixin):
         return max((lif.kind_of_factors() for lif in self.neurons().values()), key=['none', 'layer', 'channel'].index,
                    default='none')
 
-    def _encode_settings(self) -> bytes:
-        return encode(self._spiking_settings.stored(self._kind_of_gains()))
+    def _encode_settings(self, gains: Optional[str] = None) -> bytes:
+        """Encode the settings, with how timm builds the model if there is room for it."""
+        stored = self._spiking_settings.stored(gains or self._kind_of_gains())
+        described = describe_model(self)
+        try:
+            return encode({**stored, MODEL_KEY: described} if described else stored)
+        except ValueError:
+            return encode(stored)
+
+    def _describe_again(self) -> None:
+        self._read_settings()
+        self._put_settings(self._encode_settings())
 
     def _put_settings(self, data: bytes) -> None:
         """Write the buffer in place, since others may refer to this tensor."""
@@ -200,7 +210,7 @@ class SpikingState(Mixin):
             self._restore_with_steps(settings, state_dict, prefix)
         device = next((v.device for k, v in state_dict.items() if k.startswith(prefix)), torch.device('cpu'))
         gains = stored.get('gains')
-        data = encode(self._spiking_settings.stored(gains or self._kind_of_gains()))
+        data = self._encode_settings(gains)
         state_dict[prefix + SETTINGS_KEY] = _as_tensor(data, device)
         self._fill_neurons(state_dict, prefix, device, from_0_1_0=bool(stored) and gains is None, from_ann=not stored)
         for kind, variant in self._spiking_settings.variants().items():

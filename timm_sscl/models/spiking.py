@@ -3,7 +3,7 @@ import os
 import sys
 from collections import deque
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Optional, Sequence, Set, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -15,12 +15,12 @@ from timm.models._pretrained import DefaultCfg, PretrainedCfg
 from timm.models._registry import _model_default_cfgs, _model_pretrained_cfgs, is_model
 
 from timm_sscl.conversion.convert import convert_to_spiking
-from timm_sscl.conversion.settings import SETTINGS_KEY, SpikingSettings
+from timm_sscl.conversion.description import PREFIX
+from timm_sscl.conversion.settings import SETTINGS_KEY, WITH_OPTIONS, SpikingSettings, option_key
 from timm_sscl.conversion.state import split_spiking_state
 
-__all__ = ['register_spiking_models', 'PREFIX']
+__all__ = ['register_spiking_models', 'names_of_saved', 'PREFIX']
 
-PREFIX = 'spiking_'
 default_cfgs: Dict[str, DefaultCfg] = {}  # read by timm's register_model
 
 
@@ -37,14 +37,14 @@ def _spiking_default_cfg(base: str) -> Optional[DefaultCfg]:
     return DefaultCfg(tags=deque(default.tags), cfgs=cfgs, is_pretrained=default.is_pretrained)
 
 
-def _named_state_dict(cfg: Dict[str, Any]) -> Optional[Dict[str, Any]]:
+def _named_state_dict(cfg: Dict[str, Any], cache_dir: Any) -> Optional[Dict[str, Any]]:
     """Return the state dict that a pretrained config refers to, which may be spiking; None for timm's own ANN weights.
     """
     file = cfg.get('file')
     if cfg.get('source') == 'local-dir':
         return load_state_dict_from_path(Path(str(file)))
     if cfg.get('source') == 'hf-hub':
-        return load_state_dict_from_hf(cfg['hf_hub_id'], weights_only=True)
+        return load_state_dict_from_hf(cfg['hf_hub_id'], weights_only=True, cache_dir=cache_dir)
     if cfg.get('state_dict'):
         return dict(cfg['state_dict'])
     if file and os.path.isfile(file) and os.path.splitext(file)[1] not in ('.npz', '.npy'):
@@ -55,6 +55,7 @@ def _named_state_dict(cfg: Dict[str, Any]) -> Optional[Dict[str, Any]]:
 def _split_pretrained(
         pretrained_cfg: Any,
         overlay: Optional[Dict[str, Any]],
+        cache_dir: Any,
 ) -> Tuple[Optional[Dict[str, Any]], Optional[Dict[str, Any]]]:
     """Split the spiking state off a checkpoint that is given as pretrained weights, since the ANN loads the checkpoint
     first.
@@ -65,7 +66,8 @@ def _split_pretrained(
     if isinstance(pretrained_cfg, PretrainedCfg):
         pretrained_cfg = vars(pretrained_cfg)
     overlay = overlay or {}
-    state_dict = _named_state_dict({**(pretrained_cfg if isinstance(pretrained_cfg, dict) else {}), **overlay})
+    config = {**(pretrained_cfg if isinstance(pretrained_cfg, dict) else {}), **overlay}
+    state_dict = _named_state_dict(config, cache_dir)
     if not isinstance(state_dict, dict) or SETTINGS_KEY not in state_dict:
         return overlay or None, None
     spiking_state = split_spiking_state(state_dict)
@@ -95,6 +97,16 @@ def _make_ann_state(base: str, kwargs: Dict[str, Any], state_dict: Dict[str, Any
             state_dict.setdefault(name, torch.ones(shape))
 
 
+def names_of_saved(given: Dict[str, Any], saved: Dict[str, Any]) -> Set[str]:
+    """Return the names of the settings that come from a saved model's config, so that the user did not ask for them."""
+    names = set()
+    for argument, value in given.items():
+        if argument in saved and saved[argument] == value:
+            of = argument.removesuffix('_kwargs') if argument.endswith('_kwargs') else ''
+            names.update({option_key(name, of) for name in value} if of in ('neuron', *WITH_OPTIONS) else {argument})
+    return names
+
+
 def _entrypoint(base: str) -> Callable[..., nn.Module]:
     """Return the timm entrypoint function that creates the spiking version of an architecture."""
     def create(
@@ -121,13 +133,15 @@ def _entrypoint(base: str) -> Callable[..., nn.Module]:
             residual_kwargs: Optional[Dict[str, Any]] = None,
             **kwargs,
     ) -> nn.Module:
-        stored = None
+        stored, saved = None, dict(kwargs.get('pretrained_model_args') or {})
         if pretrained:
-            pretrained_cfg_overlay, stored = _split_pretrained(pretrained_cfg, pretrained_cfg_overlay)
+            pretrained_cfg_overlay, stored = _split_pretrained(
+                pretrained_cfg, pretrained_cfg_overlay, kwargs.get('cache_dir'))
             if stored is not None and pretrained_cfg_overlay is not None:
                 _make_ann_state(base, kwargs, pretrained_cfg_overlay['state_dict'], stored)
                 if allow_analog is None:
                     allow_analog = SpikingSettings.from_tensor(stored[SETTINGS_KEY]).allow_analog
+                    saved.update(allow_analog=allow_analog)
         model = model_entrypoint(base)(
             pretrained=pretrained, pretrained_cfg=pretrained_cfg, pretrained_cfg_overlay=pretrained_cfg_overlay,
             **kwargs)
@@ -137,11 +151,11 @@ def _entrypoint(base: str) -> Callable[..., nn.Module]:
             allow_analog=allow_analog, neuron=neuron, neuron_kwargs=neuron_kwargs, surrogate=surrogate,
             surrogate_kwargs=surrogate_kwargs, norm_kwargs=norm_kwargs, residual=residual,
             residual_kwargs=residual_kwargs)
-        convert_to_spiking(model, **{k: v for k, v in options.items() if v is not None})
+        given = {name: value for name, value in options.items() if value is not None}
+        convert_to_spiking(model, **given)
+        model._explicit -= names_of_saved(given, saved)
         if stored is not None:
             model.load_spiking_state(stored)
-        if isinstance(getattr(model, 'pretrained_cfg', None), dict):
-            model.pretrained_cfg['architecture'] = PREFIX + base
         return model
 
     create.__name__ = create.__qualname__ = PREFIX + base

@@ -14,6 +14,8 @@ from timm.task import TrainingTask
 from timm.utils import CheckpointSaver, unwrap_model
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
+from timm_sscl.models.loading import DESCRIPTION_KEY, describe_model
+
 __all__ = ['RunSaver', 'Position', 'find_newest', 'read_run_state', 'why_damaged', 'replacing', 'write_text',
            'lock_folder', 'StorageError', 'put_aside_later', 'holds_a_run', 'LAST', 'LOCK']
 
@@ -226,7 +228,7 @@ class RunSaver(CheckpointSaver):
     ) -> Dict[str, Any]:
         state = {
             'epoch': epoch, 'version': 2, 'arch': self.args.model, 'args': _plain(vars(self.args)),
-            'optimizer': self.optimizer.state_dict(),
+            DESCRIPTION_KEY: describe_model(self.model), 'optimizer': self.optimizer.state_dict(),
             **self.task.get_checkpoint_state(unwrap_fn=self.unwrap_fn),
             **self.task.get_checkpoint_state(ema=True, unwrap_fn=self.unwrap_fn),
             'saver': self.state_dict(epoch, metric),

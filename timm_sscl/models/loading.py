@@ -1,0 +1,148 @@
+"""load: a model from a checkpoint file alone."""
+import os
+from argparse import Namespace
+from pathlib import Path
+from typing import Any, Dict, Mapping, Optional, Union
+
+import timm
+import torch
+import torch.nn as nn
+from timm.models import get_pretrained_cfg, is_model, load_state_dict, resolve_model_input_args
+from timm.utils.checkpoint_saver import load_checkpoint_metadata
+
+from timm_sscl.conversion.description import MODEL_KEY, describe_model
+from timm_sscl.conversion.settings import SETTINGS_KEY, SpikingSettings, decode_tensor
+from timm_sscl.distillation.frames_ann import accept_frames
+
+from .spiking import names_of_saved
+
+__all__ = ['DESCRIPTION_KEY', 'describe_model', 'load']
+
+DESCRIPTION_KEY = 'timm_model'  # key of a checkpoint of train.py
+
+
+def load(file: Union[str, Path], use_ema: bool = True, **kwargs: Any) -> nn.Module:
+    """Load a model from a file alone: a checkpoint of train.py, or the state dict of a spiking model.
+
+    The file says which architecture it holds, with which keyword arguments timm.create_model built it (width, classes,
+    image size), and its spiking settings: T, neuron, variants, gains, thresholds. Checkpoints of version 0.1.0 that
+    train.py wrote are understood by the options in them.
+
+    Args:
+        file: File as written by torch.save(model.state_dict(), file), by safetensors or by train.py; or a folder with a
+            config.json, as for timm.create_model('local-dir:FOLDER', pretrained=True).
+        use_ema: Whether to take the averaged weights (--model-ema) if the file has them, as timm does.
+        **kwargs: Arguments of timm.create_model, which take precedence over the file's: timesteps=8. Arguments that no
+            file can hold, such as norm_layer=MyNorm, must be given again.
+
+    Returns:
+        The model in evaluation mode, in the precision of its weights.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file holds no weights that can be read safely, or does not say which model they belong to; a
+            plug-in that it needs is not imported; the weights do not fit the model that it describes.
+    """
+    path = Path(file)
+    if path.is_dir():
+        return _load_folder(path, kwargs)
+    if not path.is_file():
+        raise FileNotFoundError(f"'{file}' does not exist.")
+    checkpoint = _read(path)
+    state = load_state_dict(str(path), use_ema=use_ema)
+    options = checkpoint.get('args') or {}
+    options = vars(options) if isinstance(options, Namespace) else options
+    try:
+        stored = decode_tensor(state[SETTINGS_KEY]) if SETTINGS_KEY in state else {}
+        saved = SpikingSettings.from_stored(stored).arguments() if stored else {}
+    except ValueError as error:
+        raise ValueError(f"'{file}': {error}{_plugins(options)}") from error
+    described = stored.get(MODEL_KEY) or checkpoint.get(DESCRIPTION_KEY) or _from_options(path, options, state)
+    model = _create(path, described, {**saved, **kwargs}, options)
+    if saved:
+        model._explicit -= names_of_saved({k: v for k, v in saved.items() if k not in kwargs}, saved)
+    try:
+        _to_dtype_of(model, state).load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise ValueError(f"'{file}': the weights do not fit {described['architecture']} with {described['args']}, as "
+                         f'after changes of the model by hand. Make the same changes, then load_state_dict: '
+                         f'{" ".join(str(error).split())[:300]}') from error
+    return model.eval()
+
+
+def _load_folder(folder: Path, kwargs: Dict[str, Any]) -> nn.Module:
+    if not (folder / 'config.json').is_file():
+        found = sorted(file.name for ending in ('*.pth.tar', '*.pth', '*.safetensors') for file in folder.glob(ending))
+        raise FileNotFoundError(f"'{folder}' is a folder without a config.json; name a file"
+                                f'{f" in it: {chr(44).join(found)}" if found else ""}.')
+    return timm.create_model(f'local-dir:{folder}', pretrained=True, **kwargs).eval()
+
+
+def _read(path: Path) -> Dict[str, Any]:
+    """Return what a file holds beside the weights; {} for plain weights.
+
+    Raises:
+        ValueError: It holds no weights that can be read without executing code.
+    """
+    if path.suffix == '.safetensors':
+        return {}
+    try:
+        content = load_checkpoint_metadata(str(path))
+    except Exception as error:  # torch, pickle and zipfile raise many types
+        raise ValueError(f"'{path}' is no weights file that can be read safely; save model.state_dict(), not the model "
+                         f'({" ".join(str(error).split())[:200]}).') from error
+    if not isinstance(content, dict):
+        raise ValueError(f"'{path}' holds no weights by name; save model.state_dict().")
+    return {name: value for name, value in content.items() if not isinstance(value, torch.Tensor)}
+
+
+def _create(path: Path, described: Dict[str, Any], given: Dict[str, Any], options: Mapping[str, Any]) -> Any:
+    """Create the described model with further arguments."""
+    architecture, lacking = described['architecture'], set(described.get('objects', ())) - set(given)
+    if not is_model(architecture):
+        raise ValueError(f"'{path}' holds the model '{architecture}', which is not registered. Import the plug-in that "
+                         f'registers it first.{_plugins(options)}')
+    if lacking:
+        texts = ', '.join(f'{name}={described["objects"][name]}' for name in sorted(lacking))
+        raise ValueError(f"'{path}': its {architecture} was created with {texts}, which no file can hold; give "
+                         f'{"it" if len(lacking) == 1 else "them"} again: load(file, {sorted(lacking)[0]}=...).')
+    model = timm.create_model(architecture, **{**described['args'], **given})
+    return accept_frames(model, described['frames']) if 'frames' in described else model
+
+
+def _plugins(options: Mapping[str, Any]) -> str:
+    """Return which plug-ins a run imported, as an addition to an error message."""
+    sources = [*(options.get('plugin') or []), *filter(None, [options.get('loss_file')])]
+    return f' Its run was started with --plugin {" ".join(map(os.path.relpath, sources))}.' if sources else ''
+
+
+def _from_options(path: Path, options: Mapping[str, Any], state: Dict[str, Any]) -> Dict[str, Any]:
+    """Return the description of a model by the options of its run, for checkpoints of version 0.1.0.
+
+    Raises:
+        ValueError: There are none, or they do not apply.
+    """
+    if not options.get('model'):
+        raise ValueError(
+            f"'{path}' does not say which model it holds: it was written by version 0.1.0, or its model was not "
+            f'created by timm. Create the model, then load the file: model = timm.create_model(NAME, ...); '
+            f'timm.models.load_checkpoint(model, FILE).')
+    names = dict(gp='global_pool', bn_momentum='bn_momentum', bn_eps='bn_eps')
+    given = {to: options.get(name) for name, to in names.items()}
+    args = resolve_model_input_args(
+        options['model'], dict(options), num_classes=options.get('num_classes') or _count_classes(options, state),
+        **{**given, **(options.get('model_kwargs') or {})})
+    return dict(architecture=args.pop('model_name'), args={k: v for k, v in args.items() if k != 'pretrained_cfg'})
+
+
+def _count_classes(options: Mapping[str, Any], state: Dict[str, Any]) -> Optional[int]:
+    """Return the number of classes by the shape of the classifier; None if it is not in the state dict."""
+    config = get_pretrained_cfg(options['model']) if is_model(options['model']) else None
+    weight = state.get(f'{getattr(config, "classifier", None)}.weight')
+    return None if weight is None else len(weight)
+
+
+def _to_dtype_of(model: nn.Module, state: Dict[str, Any]) -> nn.Module:
+    """Cast a model to the dtype of its parameters in a state dict, if they have the same."""
+    dtypes = {state[name].dtype for name, _ in model.named_parameters() if name in state}
+    return model.to(dtypes.pop()) if len(dtypes) == 1 else model
