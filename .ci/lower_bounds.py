@@ -1,4 +1,4 @@
-"""Print the lower bounds of setup.cfg's requirements, and of its extra `test`, as pins for pip."""
+"""Print the lowest versions that setup.cfg allows, of what the package and its extra `test` need, as pins for pip."""
 import configparser
 import re
 from pathlib import Path
@@ -6,4 +6,5 @@ from pathlib import Path
 config = configparser.ConfigParser()
 config.read(Path(__file__).resolve().parent.parent / 'setup.cfg')
 lines = config['options']['install_requires'] + config['options.extras_require']['test']
-print('\n'.join(sorted({f'{name}=={low}' for name, low in re.findall(r'^([\w-]+)>=([\w.]+),', lines, re.M)})))
+pins = {f'{name}=={low}' for name, low in re.findall(r'^([\w.-]+)(?:\[\w+\])?>=([\w.]+),', lines, re.M)}
+print('\n'.join(sorted(pins)))
