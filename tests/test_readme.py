@@ -1,4 +1,5 @@
 """README and the manual: their code runs, their commands parse, their options, links and figures exist."""
+import html
 import itertools
 import re
 import runpy
@@ -7,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from urllib.parse import unquote
 
 import pytest
 import timm
@@ -18,6 +20,7 @@ from timm_sscl.losses import list_losses, unregister_loss
 from timm_sscl.training.command_line.refused_options import UNSUPPORTED
 from timm_sscl.training.command_line.option_groups import create_parser
 from timm_sscl.training.command_line.options import parse_args
+from timm_sscl.training.runs.hub_command import create_hub_parser
 from timm_sscl.training.runs.report_command import create_report_parser
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -147,7 +150,8 @@ OTHERS = {  # of launchers, pytest, pip and the benchmarks
 
 def test_every_option_that_is_named_exists():
     scripts = ablation, compare, compare_results
-    parsers = create_parser(), create_report_parser(), *(script.create_parser() for script in scripts)
+    parsers = [create_parser(), create_report_parser(), create_hub_parser()]
+    parsers += [script.create_parser() for script in scripts]
     known = {option for parser in parsers for action in parser._actions for option in action.option_strings}
     known |= set(re.findall(r"'(--[a-z-]+)'", (ROOT / 'benchmarks/coverage.py').read_text()))
     named = set().union(*(re.findall(r'(?<![\w-])--[a-z][a-z_-]*[a-z]', file.read_text()) for file in TEXTS))
@@ -225,6 +229,16 @@ def test_the_manual_builds_without_a_warning_and_asks_no_other_server(tmp_path):
     assert (tmp_path / 'figures' / 'ablation.png').is_file() and (tmp_path / 'overview.svg').is_file()
     for page in tmp_path.glob('*.html'):
         assert not re.findall(r'(?:<script|<img|<link rel="(?:stylesheet|preconnect)")[^>]*https?://', page.read_text())
+    pages = {page: page.read_text() for page in tmp_path.rglob('*.html') if page.name != '404.html'}
+    names = {page: set(re.findall(r' (?:id|name)="([^"]+)"', text)) for page, text in pages.items()}
+    assert len(pages) == len(PAGES)
+    for page, text in pages.items():
+        for target in re.findall(r' (?:href|src)="([^"]*)"', text):
+            path, _, anchor = unquote(html.unescape(target)).partition('#')
+            there = (page.parent / path.partition('?')[0]).resolve() if path else page
+            if not re.match(r'[a-z]+:', path):
+                assert there.exists(), f'{page.name}: {target}'
+                assert not anchor or anchor in names.get(there, ()) or anchor.startswith('__'), f'{page.name}: {target}'
 
 
 def test_every_public_name_is_in_the_reference():
