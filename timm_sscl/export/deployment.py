@@ -2,7 +2,7 @@
 import copy
 import logging
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -28,7 +28,9 @@ class DeployReport:
     """What `deploy` made of a model. Printing it computes nothing.
 
     Attributes:
-        int8: Convolutions and linear maps with int8 weights -> levels of their input, in words.
+        weight_bits: Bits of a weight that were asked for.
+        int8: Convolutions and linear maps with int8 weights -> bits of the weights and levels of the input, in words.
+        faster_in_float32: Those of them which the CPU of this machine computes in float32, since it is faster.
         float32: Convolutions and linear maps that stay in float32 -> the reason.
         levels: Neurons that write whole levels -> 'uint8', or 'int8' for ternary spikes.
         values: Neurons that write float32 -> the reason.
@@ -36,7 +38,9 @@ class DeployReport:
         folds: What was folded: Folded records of fold_gains and fold_norms.
         missing: Why int8 is not available on this machine; None if it is.
     """
+    weight_bits: int = 8
     int8: Dict[str, str] = field(default_factory=dict)
+    faster_in_float32: Tuple[str, ...] = ()
     float32: Dict[str, str] = field(default_factory=dict)
     levels: Dict[str, str] = field(default_factory=dict)
     values: Dict[str, str] = field(default_factory=dict)
@@ -46,9 +50,11 @@ class DeployReport:
 
     def __str__(self) -> str:
         lines = [f'Deployed: {len(self.int8)} of {len(self.int8) + len(self.float32)} convolutions and linear maps in '
-                 f'int8, {len(self.levels)} of {len(self.levels) + len(self.values)} neuron layers write 8 bits; '
+                 f'int8 ({self.weight_bits} bits), {len(self.levels)} of {len(self.levels) + len(self.values)} neuron layers write 8 bits; '
                  f'stem: {self.stem}']
         lines += [f'  int8 is missing: {self.missing}'] if self.missing else []
+        if self.faster_in_float32:
+            lines.append(f'  run in float32 on this CPU, where that is faster: {", ".join(self.faster_in_float32)}')
         lines += [f'  float32: {name}: {why}' for name, why in {**self.float32, **self.values}.items()]
         lines += [f'  not folded: {folded.name}: {folded.factor} {folded.into}'
                   for folded in self.folds if not folded.done]
@@ -56,7 +62,7 @@ class DeployReport:
 
 
 @torch.no_grad()
-def deploy(model: SpikingModule, images: Optional[torch.Tensor] = None) -> SpikingModule:
+def deploy(model: SpikingModule, images: Optional[torch.Tensor] = None, weight_bits: int = 24) -> SpikingModule:
     """Return a copy of a spiking model for inference on a CPU. The model itself stays as it is.
 
     - Norms, gains, scales and amplitudes are folded into the weights, where the result is the same.
@@ -66,28 +72,35 @@ def deploy(model: SpikingModule, images: Optional[torch.Tensor] = None) -> Spiki
       the functions in it do. Other layers stay in float32. So do sums of currents.
     - Neurons write uint8 (int8 for ternary spikes) if only such layers, pooling, and sums with currents take them.
 
-    The only difference to the model is the rounding of weights, and float32 rounding, which can flip single spikes. The
-    copy is a model of the same class in evaluation mode, for channels_last images. Its state dict holds the int8
+    The copy is a model of the same class in evaluation mode, for channels_last images. Its state dict holds the int8
     weights and their scales. It can be copied, saved by `torch.save(copy, file)` and exported by torch.export; an
     exported or compiled program computes in float32 with the rounded weights. It cannot be trained. Forward hooks are
     not copied, except those that compute a layer's weight; a warning names them.
+
+    The only difference to the model is rounding, which flips single spikes, and a flipped spike flips others behind it.
+    24 bits round as float32 does: trained networks gave the predictions that they give in float32. A layer of 24 or 16
+    bits runs as three or two int8 maps, which are summed, or in float32 on a CPU where that is faster. 8 bits are the
+    fastest, and for a network whose weights were trained on 8 bits: others change predictions.
 
     Args:
         model: Spiking model, trained.
         images: A batch in the model's input format for the forward that decides; one image suffices. By default an
             image of noise of the model's input size.
+        weight_bits: 24, 16 or 8. A layer whose weights need fewer bits to be exact gets fewer.
 
     Returns:
         The copy. Its `deploy_report` is a DeployReport, which says what stayed in float32, and why.
 
     Raises:
-        ValueError: The model is not spiking, or does not run on the images.
+        ValueError: The model is not spiking, or does not run on the images, or `weight_bits` is another number.
     """
+    if weight_bits not in (8, 16, 24):
+        raise ValueError(f'weight_bits={weight_bits!r}: 8, 16 or 24.')
     if not isinstance(model, SpikingModule):
         raise ValueError(f'{type(model).__name__} does not spike; convert_to_spiking(model) makes it.')
     copied: Any = copy.deepcopy(model).float().cpu().eval().requires_grad_(False)
     images = _example(copied) if images is None else images.float().cpu()
-    report = DeployReport(missing=int8.int8_missing())
+    report = DeployReport(weight_bits=weight_bits, missing=int8.int8_missing())
     hooked = remove_hooks(copied)
     if hooked:
         _logger.warning(f'{type(model).__name__}: the deployed model has no forward hooks; those of '
@@ -148,10 +161,13 @@ def _apply(model: SpikingModule, plan: Plan, report: DeployReport) -> None:
     modules: Dict[str, Any] = dict(model.named_modules())
     for name, planned in plan.maps.items():
         weight, bias = modules[name].weight, modules[name].bias
-        layer = (Int8Linear(weight, bias, planned.levels) if planned.geometry is None
-                 else Int8Conv2d(weight, bias, planned.levels, planned.geometry))
+        planes = report.weight_bits // 8
+        layer = (Int8Linear(weight, bias, planned.levels, planes) if planned.geometry is None
+                 else Int8Conv2d(weight, bias, planned.levels, planned.geometry, planes))
         _replace(model, modules[name], layer.eval())
-        report.int8[name] = str(planned.levels)
+        report.int8[name] = f'{8 * len(layer.planes)} bits, input {planned.levels}'
+        if not layer.runs_planes:
+            report.faster_in_float32 += name,
     for name, (levels, window) in plan.max_pools.items():
         mix_in(modules[name], LevelMaxPool)
         modules[name].levels, modules[name].window = levels, window
