@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional
 
@@ -29,12 +30,15 @@ import timm_sscl
 from timm_sscl.export import deploy
 
 T, CLASSES = 4, 100
+BITS = 24, 16, 8
+DEPLOYED = 'spiking, deployed, {} bits'
 NETS = {'resnet18': (8, 112), 'vgg16_cifar': (16, 32)}  # model -> images, size
 ISAS = {'all instructions': {}, 'AVX2': dict(ONEDNN_MAX_CPU_ISA='AVX2', ATEN_CPU_CAPABILITY='avx2')}
 DIGITS = ('--dataset digits --img-size 32 --model spiking_vgg16_cifar --model-kwargs width=8 --distill none -T 4 '
           '-b 64 --opt adamw --lr 0.003 --epochs 10 --workers 0 --device cpu --threads 1').split()
 PROFILED = {'convolutions in int8': ('onednn::qconv', 'onednn::qlinear'), 'neurons': ('CompiledFxGraph', '_LIF'),
-            'stem in float32': ('mkldnn_convolution',), 'pooling': ('pool',), 'residual sums': ('aten::add',),
+            'convolutions in float32': ('mkldnn_convolution',), 'pooling': ('pool',),
+            'sums of planes and residuals': ('aten::add',),
             'copies': ('aten::copy_', 'aten::cat', 'aten::to')}
 
 
@@ -63,13 +67,14 @@ def variants(name: str) -> Dict[str, Callable[[], Any]]:
     ann = timm.create_model(name, num_classes=CLASSES).eval()
     spiking = timm.create_model(f'spiking_{name}', num_classes=CLASSES, timesteps=T).eval()
     timm_sscl.calibrate(spiking, images)
-    deployed, quantized = deploy(spiking, images[:1]), quantized_ann(ann, repeated)
+    quantized = quantized_ann(ann, repeated)
     ann_last = copy.deepcopy(ann).to(memory_format=torch.channels_last)
     spiking_last = copy.deepcopy(spiking).to(memory_format=torch.channels_last)
     contiguous = repeated.contiguous()
     calls = {'ANN, float32': lambda: ann(contiguous), 'ANN, float32, channels_last': lambda: ann_last(repeated),
-             'spiking, float32, channels_last': lambda: spiking_last(images),
-             'spiking, deployed': lambda: deployed(images)}
+             'spiking, float32, channels_last': lambda: spiking_last(images)}
+    for bits in BITS:
+        calls[DEPLOYED.format(bits)] = partial(deploy(spiking, images[:1], weight_bits=bits), images)
     if quantized is not None:
         calls['ANN, int8 (FX)'] = lambda: quantized(repeated)
         calls['ANN, int8 (FX), on a quarter of the images'] = lambda: quantized(images)
@@ -103,7 +108,7 @@ def measure(rounds: int) -> Dict[str, Any]:
         for name, timing in timings.items():
             times.append(dict(net=net, what=name, rounds=rounds, time=timing.median / reference,
                               low=timing.low / reference, high=timing.high / reference, ms=1e3 * timing.median))
-        profiles.append(dict(net=net, **shares(calls['spiking, deployed'])))
+        profiles += [dict(net=net, bits=bits, **shares(calls[DEPLOYED.format(bits)])) for bits in (BITS[0], BITS[-1])]
     return dict(times=times, profiles=profiles, capability=torch.backends.cpu.get_cpu_capability())
 
 
@@ -119,8 +124,10 @@ def measure_apart(isa: str, rounds: int) -> Dict[str, Any]:
 # ---- accuracy
 
 @torch.no_grad()
-def accuracy(run: str, limit: int) -> Dict[str, Any]:
-    """Return top-1 of a run's student as it is and deployed, and the share of images with the same prediction."""
+def accuracy(run: str, limit: int) -> List[Dict[str, Any]]:
+    """Return rows of a run's student as it is, in another memory format and batch size, and deployed: top-1, and the
+    percentage of images with the prediction of the first row.
+    """
     from timm.models import clean_state_dict
 
     from timm_sscl.training.datasets import create_datasets, guard_samples, resolve_input, resolve_num_classes
@@ -138,17 +145,31 @@ def accuracy(run: str, limit: int) -> Dict[str, Any]:
     state = torch.load(newest_file(Path(run)), map_location='cpu', weights_only=False)['state_dict']
     student.load_state_dict(clean_state_dict(state))
     student.eval()
-    deployed, count, own, of_deployed, same = None, 0, 0, 0, 0
-    for images, target in loader:
-        deployed = deploy(student, images[:1]) if deployed is None else deployed
-        a, b = student(images).argmax(1), deployed(images).argmax(1)
-        count, own, of_deployed = count + len(target), own + int((a == target).sum()), of_deployed + int(
-            (b == target).sum())
-        same += int((a == b).sum())
+    images, targets, count = [], [], 0
+    for batch, target in loader:
+        images.append(batch)
+        targets.append(target)
+        count += len(target)
         if count >= limit:
             break
-    return dict(data=Path(args.data_dir).name if args.data_dir else args.dataset, model=args.model, T=student.timesteps,
-                images=count, top1=100 * own / count, deployed=100 * of_deployed / count, agreement=100 * same / count)
+    facts = dict(data=Path(args.data_dir).name if args.data_dir else args.dataset, model=args.model,
+                 T=student.timesteps, images=count)
+    own, target = predict(student, images), torch.cat(targets)
+
+    def row(what: str, classes: torch.Tensor) -> Dict[str, Any]:
+        return dict(**facts, what=what, top1=100 * (classes == target).double().mean().item(),
+                    agreement=100 * (classes == own).double().mean().item())
+
+    other = copy.deepcopy(student).to(memory_format=torch.channels_last)
+    halves = [half.contiguous(memory_format=torch.channels_last) for batch in images for half in batch.chunk(2)]
+    return [row('float32', own), row('float32, channels_last, half batches', predict(other, halves)),
+            *(row(f'deployed, {bits} bits', predict(deploy(student, images[0][:1], weight_bits=bits), images))
+              for bits in BITS)]
+
+
+def predict(model: torch.nn.Module, batches: List[torch.Tensor]) -> torch.Tensor:
+    """Return the class that a model gives every image."""
+    return torch.cat([model(batch).argmax(1) for batch in batches])
 
 
 def train_digits(folder: str) -> str:
@@ -176,7 +197,7 @@ def main() -> None:
         profiles += [dict(isa=isa, **row) for row in result['profiles']]
     with tempfile.TemporaryDirectory() as folder:
         runs = ([] if args.no_digits else [train_digits(folder)]) + args.run
-        rows = [accuracy(run, args.images) for run in runs]
+        rows = [row for run in runs for row in accuracy(run, args.images)]
     show('Time beside the ANN in float32 on T * B images', times)
     show('Shares of the deployed model\'s operations', profiles)
     show('Accuracy', rows)

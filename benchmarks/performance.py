@@ -90,7 +90,7 @@ def loss() -> List[str]:
 def deployed() -> List[str]:
     newest = runs('deploy')[0]
     cpu, tables = newest['machine'], newest['tables']
-    shares = [key for key in tables['profiles'][0] if key not in ('isa', 'net')]
+    shares = [key for key in tables['profiles'][0] if key not in ('isa', 'net', 'bits')]
     lines = ['## Int8 inference', '',
              f'A forward of the [deployed](deploy.md) model, T = {newest["timesteps"]}, on one thread of {cpu["cpu"]}, '
              f'torch {cpu["torch"]}: 8 images of 112 x 112 for the ResNet-18, 16 of 32 x 32 for the VGG-16. The ANN '
@@ -100,14 +100,14 @@ def deployed() -> List[str]:
                  ('net', 'network', ''), ('isa', 'instructions', ''), ('what', 'model', ''), ('time', 'time', '.2f'),
                  ('low', 'lower quartile', '.2f'), ('high', 'upper quartile', '.2f'), ('ms', 'ms', '.0f')]), '',
              'Where the deployed model\'s time goes, as shares of its operations under the profiler:', '',
-             *markdown(tables['profiles'], [('net', 'network', ''), ('isa', 'instructions', ''),
+             *markdown(tables['profiles'], [('net', 'network', ''), ('isa', 'instructions', ''), ('bits', 'bits', ''),
                                             *((key, key, '.2f') for key in shares)]), '']
     if tables['accuracy']:
-        lines += ['Trained networks on validation images; agreement is the share of images with the same prediction:',
+        lines += ['Trained networks on validation images; agreement is the share of images for which the prediction is '
+                  'that of the network in float32:',
                   '', *markdown(tables['accuracy'], [
                       ('data', 'data', ''), ('model', 'model', ''), ('T', 'T', ''), ('images', 'images', ''),
-                      ('top1', 'top-1, float32', '.2f'), ('deployed', 'top-1, deployed', '.2f'),
-                      ('agreement', 'agreement, %', '.2f')]), '']
+                      ('what', 'computed', ''), ('top1', 'top-1', '.2f'), ('agreement', 'agreement, %', '.2f')]), '']
     return [*lines, '`python benchmarks/deploy.py`.']
 
 

@@ -36,8 +36,8 @@ def has_fast_bfloat16(cpuinfo: Path = _CPUINFO) -> Optional[bool]:
 def int8_instructions(cpuinfo: Path = _CPUINFO) -> str:
     """Return which instructions oneDNN has for products of int8: 'AMX', 'VNNI', or '' without any or where unknown.
 
-    A plane of int8 weights took 0.1 to 0.15 of the time of a float32 convolution with AMX, 0.2 to 0.3 with VNNI, and 0.3
-    to 0.65 without. ONEDNN_MAX_CPU_ISA limits oneDNN, and so the answer; both read it once.
+    An int8 convolution took 0.1 to 0.15 of the time of a float32 one with AMX, 0.2 to 0.3 with VNNI, and 0.3 to 0.65
+    without. ONEDNN_MAX_CPU_ISA limits oneDNN, and so the answer; both read it once.
     """
     flags, limit = _flags(cpuinfo), os.environ.get('ONEDNN_MAX_CPU_ISA', '').upper() or 'ALL'
     unlimited = limit in ('ALL', 'DEFAULT')

@@ -1,7 +1,14 @@
 """--eval-only --deploy: accuracy and speed of the deployed model, beside the model's own."""
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
+import torch.nn as nn
+from accelerate import Accelerator
+
+from timm_sscl import convert_to_spiking
+from timm_sscl.training.runs.deployed import Predictions, evaluate_deployed
 
 from runs import fails, run_here, run_of
 
@@ -22,6 +29,7 @@ def test_deployed_beside_the_model(tmp_path, monkeypatch):
         assert own['images_per_second'] is None and deployed['images_per_second'] > 0
         # rounded weights move logits that are about 0.1 after one epoch
         assert deployed['loss'] == pytest.approx(own['loss'], abs=.1) and deployed['firing_rate'] is None
+        assert own['agreement'] is None and deployed['agreement'] == 100  # 24 images, 24 bits
     assert (run / 'evaluation.csv').read_text().count('deployed') == 2
 
 
@@ -33,3 +41,31 @@ def test_refused(tmp_path, monkeypatch, capsys):
         'timm_sscl.training.runs.evaluation._weights_to_evaluate', lambda args: (tmp_path, {'model': None}))
     code, line = fails([*DIGITS, '--deploy', '--eval-only', '--model', 'test_resnet'], tmp_path, monkeypatch, capsys)
     assert code and '--deploy' in line and 'does not spike' in line
+
+
+def test_agreement_counts_images_with_the_same_prediction(monkeypatch):
+    """Of a deployed model that predicts class 0 for all but the first image of every batch."""
+    torch.manual_seed(0)
+    student = convert_to_spiking(nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3)), timesteps=2)
+    loader = [(torch.randn(n, 3, 2, 2), torch.zeros(n, dtype=torch.long)) for n in (5, 5, 2)]
+    session = SimpleNamespace(args=SimpleNamespace(model_dtype=None, channels_last=False),
+                              accelerator=Accelerator(cpu=True), stop_if_asked=lambda *args: (False, False))
+    with torch.no_grad(), Predictions(student) as own:
+        expected = [student.eval()(x).argmax(1) for x, _ in loader]
+        student(torch.randn(7, 3, 2, 2))  # what comes after the loader does not count
+    monkeypatch.setattr('timm_sscl.training.runs.deployed.deploy', lambda model, images: _Shifted(model))
+    metrics = evaluate_deployed(session, student, loader, own)
+    same = sum(1 + int((classes[1:] == 0).sum()) for classes in expected)
+    assert metrics['agreement'] == pytest.approx(100 * same / 12) and 3 <= same < 12
+    assert metrics['images_per_second'] > 0 and not student._forward_hooks
+
+
+class _Shifted(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        out = self.model(x)
+        out[1:, 0] = 100.
+        return out

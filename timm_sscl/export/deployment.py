@@ -49,9 +49,9 @@ class DeployReport:
     missing: Optional[str] = None
 
     def __str__(self) -> str:
-        lines = [f'Deployed: {len(self.int8)} of {len(self.int8) + len(self.float32)} convolutions and linear maps in '
-                 f'int8 ({self.weight_bits} bits), {len(self.levels)} of {len(self.levels) + len(self.values)} neuron layers write 8 bits; '
-                 f'stem: {self.stem}']
+        maps, neurons = len(self.int8) + len(self.float32), len(self.levels) + len(self.values)
+        lines = [f'Deployed: {len(self.int8)} of {maps} convolutions and linear maps in int8 ({self.weight_bits} bits)'
+                 f', {len(self.levels)} of {neurons} neuron layers write 8 bits; stem: {self.stem}']
         lines += [f'  int8 is missing: {self.missing}'] if self.missing else []
         if self.faster_in_float32:
             lines.append(f'  run in float32 on this CPU, where that is faster: {", ".join(self.faster_in_float32)}')

@@ -48,8 +48,8 @@ def split_weight(weight: torch.Tensor, planes: int) -> Tuple[torch.Tensor, torch
 
     Returns:
         Planes (P, O, ...) of levels from -127 to 127, int8, and the size of a level of the first per output channel,
-        (O,). A level of a plane is 1 / 254 of one of the plane before. `join_planes` makes a weight of them that differs
-        from the given one by at most half a level of the last plane.
+        (O,). A level of a plane is 1 / 254 of one of the plane before. The weight that `join_planes` makes of them
+        differs from the given one by at most half a level of the last plane.
     """
     flat = weight.detach().flatten(1).double()
     scale = (flat.abs().amax(1) / _TOP).float()

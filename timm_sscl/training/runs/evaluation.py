@@ -21,7 +21,7 @@ from timm_sscl.data.manifest import DATA_FILE, check_data, describe_data
 from timm_sscl.report import FiringRates, estimate_energy
 
 from ..saving.checkpoint import lock_folder, why_damaged, write_text
-from .deployed import check_deploy, evaluate_deployed
+from .deployed import Predictions, check_deploy, evaluate_deployed
 from ..datasets import create_datasets, guard_samples, resolve_input, resolve_num_classes
 from ..errors import OptionError
 from ..exits import one_line_errors
@@ -51,6 +51,7 @@ class Evaluation(NamedTuple):
     energy_uj: Optional[float] = None  # of the arithmetic for one image
     ann_energy_uj: Optional[float] = None
     images_per_second: Optional[float] = None  # of a deployed model
+    agreement: Optional[float] = None  # % of the images for which a deployed model predicts what the model predicts
 
 
 _ENERGY_IMAGES = 32  # number of images whose firing rates determine the energy
@@ -85,10 +86,11 @@ def evaluate_only(args: Namespace, accelerator: Accelerator, stop: StopRequest) 
         for timesteps in args.eval_timesteps or [own]:
             if timesteps is not None:
                 student.set_timesteps(timesteps)
-            result, rates[f'{name} T={timesteps}'] = _evaluate_one(session, student, loader, name, timesteps)
+            with Predictions(student) as own:
+                result, rates[f'{name} T={timesteps}'] = _evaluate_one(session, student, loader, name, timesteps)
             results.append(result)
             if args.deploy:
-                metrics = evaluate_deployed(session, cast(SpikingModule, student), loader)
+                metrics = evaluate_deployed(session, cast(SpikingModule, student), loader, own)
                 results.append(Evaluation(f'{name}, deployed', timesteps, **metrics))
     if accelerator.is_main_process:
         _report_evaluation(args, folder, results, rates)
