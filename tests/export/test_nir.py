@@ -1,5 +1,6 @@
 """to_nir and from_nir: against a float64 simulation of NIR's definitions, and through other tools' importers."""
 import copy
+from importlib.metadata import version
 
 import nir
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from packaging.version import Version
 
 from timm_sscl import calibrate, convert_to_spiking, fold_gains, fold_norms, record_spikes
 from timm_sscl.export import deploy, from_nir, to_nir
@@ -189,21 +191,28 @@ def _run(imported, images):
     return torch.stack(outputs).mean(0), {name: torch.stack(s).bool() for name, s in spikes.items()}
 
 
-def _importers():
-    from snntorch.import_nir import import_from_nir as snntorch_import
-    from spikingjelly.activation_based.nir_exchange.from_nir import import_from_nir as spikingjelly_import
-    return dict(spikingjelly=spikingjelly_import, snntorch=snntorch_import)
+_TOOLS = {  # tool -> module of its importer, and the version on which the page's table was measured
+    'spikingjelly': ('spikingjelly.activation_based.nir_exchange.from_nir', '2.0'),
+    'snntorch': ('snntorch.import_nir', '1.0')}
+
+
+def _importer(tool):
+    pytest.importorskip('nirtorch')
+    module, oldest = _TOOLS[tool]
+    found = pytest.importorskip(module)
+    if Version(version(tool)) < Version(oldest):
+        pytest.skip(f'{tool} {version(tool)} reads NIR in another way')
+    return found.import_from_nir
 
 
 @pytest.mark.parametrize('tool', ['spikingjelly', 'snntorch'])
 @torch.no_grad()
 def test_other_tools_fire_the_same_spikes(tool):
-    pytest.importorskip(tool)
-    pytest.importorskip('nirtorch')
+    import_from_nir = _importer(tool)
     model, images = _calibrated()
     with record_spikes(model) as record:
         out = model(images)
-    mean, spikes = _run(_importers()[tool](to_nir(model, images)), images)
+    mean, spikes = _run(import_from_nir(to_nir(model, images)), images)
     assert set(spikes) == {'act1', 'block_act', 'act2'}  # no dots in their names
     assert all(torch.equal(record[name.replace('_', '.')], fired) for name, fired in spikes.items())
     torch.testing.assert_close(mean, out, rtol=1e-5, atol=1e-5)
@@ -212,8 +221,7 @@ def test_other_tools_fire_the_same_spikes(tool):
 @torch.no_grad()
 def test_what_they_do_with_integrate_and_fire_neurons():
     """The page on export says so."""
-    pytest.importorskip('nirtorch')
-    importers = _importers()
+    importers = {tool: _importer(tool) for tool in _TOOLS}
     model, images = _calibrated(neuron='if')
     with record_spikes(model) as record:
         model(images)
@@ -227,7 +235,7 @@ def test_what_they_do_with_integrate_and_fire_neurons():
 
 @torch.no_grad()
 def test_a_graph_of_spikingjelly_is_read():
-    pytest.importorskip('nirtorch')
+    _importer('spikingjelly')
     from spikingjelly.activation_based import layer, neuron
     from spikingjelly.activation_based.nir_exchange.to_nir import export_to_nir
     torch.manual_seed(0)

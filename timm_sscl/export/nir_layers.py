@@ -151,15 +151,15 @@ def read_layer(node: Any, shape: Optional[Tuple[int, ...]]) -> nn.Module:
     if kind in ('Affine', 'Linear'):
         if node.weight.ndim != 2:
             raise Refused(f'weight of shape {node.weight.shape}: must have two axes')
-        linear = nn.Linear(*node.weight.shape[::-1], bias=kind == 'Affine')
+        linear = nn.Linear(node.weight.shape[1], node.weight.shape[0], bias=kind == 'Affine')
         return _with_weights(linear, node.weight, node.bias if kind == 'Affine' else None)
     if kind in ('Conv1d', 'Conv2d'):
         return _read_convolution(node, int(kind[4]))
     if kind in ('AvgPool2d', 'SumPool2d'):
-        size, stride, padding = (_numbers(value, 2) for value in (node.kernel_size, node.stride, node.padding))
-        if kind == 'AvgPool2d' and shape is not None and size == tuple(shape[1:]) and not any(padding):
+        window: List[Any] = [_numbers(value, 2) for value in (node.kernel_size, node.stride, node.padding)]
+        if kind == 'AvgPool2d' and shape is not None and window[0] == tuple(shape[1:]) and not any(window[2]):
             return nn.AdaptiveAvgPool2d(1)  # sums in the order that classifiers' global pooling does
-        return nn.AvgPool2d(size, stride, padding, divisor_override=1 if kind == 'SumPool2d' else None)
+        return nn.AvgPool2d(window[0], window[1], window[2], divisor_override=1 if kind == 'SumPool2d' else None)
     if kind == 'Flatten':
         return nn.Flatten(*(int(d) + 1 if d >= 0 else int(d) for d in (node.start_dim, node.end_dim)))
     raise Refused('not supported; read are Conv1d, Conv2d, Affine, Linear, AvgPool2d, SumPool2d, Flatten, IF and LIF')

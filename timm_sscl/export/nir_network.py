@@ -37,9 +37,9 @@ class NIRNetwork(nn.Module):
             output: Tuple[str, ...],
     ):
         super().__init__()
-        self.steps = steps
-        self.source = source
-        self.output = output
+        self._steps = steps
+        self._source = source
+        self._output = output
         for name, layer in layers.items():
             parent: nn.Module = self
             *path, last = name.split('.')
@@ -50,10 +50,10 @@ class NIRNetwork(nn.Module):
             _add(parent, last, layer, name)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        values = {self.source: x}
-        for name, sources in self.steps:
+        values = {self._source: x}
+        for name, sources in self._steps:
             values[name] = self.get_submodule(name)(_sum(values, sources))
-        return _sum(values, self.output)
+        return _sum(values, self._output)
 
 
 def _add(parent: nn.Module, name: str, module: nn.Module, node: str) -> None:

@@ -4,6 +4,7 @@ import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Dict, List, Optional, Tuple, Union
 
 import torch
@@ -103,12 +104,16 @@ def to_onnx(
         expected = copied(images, per_step=per_step)
         names, _ = _named(expected)
         program = _convert(copied, _trace(copied, images, per_step), names, opset)
-        report = _save(program, path, copied)
-        try:
+        with TemporaryDirectory(dir=path.parent) as folder:  # a failure leaves what was at path
+            report = _save(program, Path(folder, path.name), copied)
             _compare(report, copied, images, per_step)
-        except Exception:
-            path.unlink()
-            raise
+            for file in Path(folder).iterdir():  # large weights lie in a second file
+                os.replace(file, path.parent / file.name)
+    report.path = str(path)
+    if not report.difference <= _ROUNDING:
+        _logger.warning(f'{report.path}: outputs of onnxruntime differ from the model by up to {report.difference:.2g} '
+                        f'of the largest: rounding flips spikes whose potential lies at the threshold. Judge the file '
+                        f'by its accuracy.')
     _logger.info(str(report))
     return report
 
@@ -188,9 +193,9 @@ def _reason(error: BaseException) -> str:
 def _save(program: Any, path: Path, model: Any) -> OnnxReport:
     program.save(str(path))
     graph = program.model.graph
-    shapes = [{value.name: tuple(n if isinstance(n, int) else str(n) for n in value.shape) for value in values}
-              for values in (graph.inputs, graph.outputs)]
-    return OnnxReport(str(path), model.timesteps, program.model.opset_imports[''], *shapes)
+    inputs, outputs = ({value.name: tuple(n if isinstance(n, int) else str(n) for n in value.shape) for value in values}
+                       for values in (graph.inputs, graph.outputs))
+    return OnnxReport(str(path), model.timesteps, program.model.opset_imports[''], inputs, outputs)
 
 
 def _compare(report: OnnxReport, model: Any, images: torch.Tensor, per_step: bool) -> None:
@@ -222,10 +227,6 @@ def _compare(report: OnnxReport, model: Any, images: torch.Tensor, per_step: boo
                 classes.append((got.argmax(1) == value.argmax(1)).float())
     report.checked = len(images)
     report.agreement = classes[0].mean().item() if classes else None
-    if not report.difference <= _ROUNDING:
-        _logger.warning(f'{report.path}: outputs of onnxruntime differ from the model by up to {report.difference:.2g} '
-                        f'of the largest: rounding flips spikes whose potential lies at the threshold. Judge the file '
-                        f'by its accuracy.')
 
 
 def _difference(got: torch.Tensor, value: torch.Tensor) -> float:
