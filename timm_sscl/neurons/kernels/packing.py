@@ -90,7 +90,8 @@ def packed_spikes() -> Iterator[None]:
 
     The input of a convolution or linear layer then takes 1 / 32 of the memory (float32, T = 8; one byte per 8 timesteps
     or less), and the backward recomputes the floats. It has no effect on a model that is compiled as a whole, nor
-    together with other hooks on saved tensors (checkpointing, offloading). Before torch 2.8 it has no effect, and warns.
+    together with other hooks on saved tensors (checkpointing, offloading). Before torch 2.8 it has no effect, and
+    warns.
     """
     global _active
     if _top_hooks is None:
