@@ -2,6 +2,7 @@
 import copy
 import pickle
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import timm
@@ -170,6 +171,18 @@ def test_compiled_part_outside_of_its_model_raises():
     assert torch.equal(compiled.eval()(x), model.eval()(x))
     with pytest.raises(RuntimeError, match='outside'):
         torch.compile(model.features, backend='eager')(x)
+
+
+def test_compiles_again_in_a_thread_that_ran_no_model_before():
+    """The compiler's guards hold after its first call, which marks the running model for the first time."""
+    def run():
+        model, x = _net(), _images(3)
+        compiled = torch.compile(model, backend='eager', fullgraph=True)
+        compiled(x)
+        return torch.equal(compiled.eval()(x), model.eval()(x))
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(run).result()
 
 
 @torch.no_grad()

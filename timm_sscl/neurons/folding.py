@@ -11,7 +11,10 @@ __all__ = ['enter_fold', 'leave_fold', 'folding_model', 'require_fold']
 
 
 class _Current(threading.local):
-    model: Optional[Any] = None  # per thread, since nn.DataParallel and servers run one model in several threads
+    """The running model of each thread: nn.DataParallel and servers run one model in several threads."""
+
+    def __init__(self) -> None:
+        self.model: Optional[Any] = None  # on the instance: torch.compile guards on the keys of its __dict__
 
 
 _current = _Current()
