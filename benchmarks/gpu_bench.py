@@ -42,7 +42,7 @@ def create_cases(device: torch.device, toy: bool) -> List[Case]:
     """Return all measurements, the most important first."""
     shape = (T * 2, 4, 8, 8) if toy else (T * 128, 64, 32, 32)
     nets, rounds = (TOY, 1) if toy else (NETS, 9)
-    compiler = 'aot_eager' if toy else 'inductor'
+    compiler = 'eager' if toy else 'inductor'
     cases = [Case(f'neuron, {dtype}, {layout}', partial(neurons, device, shape, dtype, layout, rounds, toy), 30)
              for dtype in PRECISIONS for layout in LAYOUTS]
     cases += [Case('synchronisations of train.py', partial(synchronizations, toy, []), 40)]

@@ -118,6 +118,19 @@ def count_of(model: nn.Module, names) -> int:
     return sum(type(m).__name__ in names for m in model.modules())
 
 
+def short_resnet(num_classes: int = K, seed: int = 0, **options) -> nn.Module:
+    """timm's test_resnet with a plain stem and two empty stages; spiking, where options of the conversion are given.
+
+    A BasicBlock with an identity as shortcut and a Bottleneck with a convolution are left: 6 of 12 neurons, for tests
+    that compile, which takes up to a second for each.
+    """
+    torch.manual_seed(seed)
+    model = timm.create_model(
+        'test_resnet', num_classes=num_classes, stem_type='', channels=(64, 64, 16, 64), zero_init_last=False)
+    model.layer2, model.layer4 = nn.Sequential(), nn.Sequential()
+    return convert_to_spiking(model, **options) if options else model
+
+
 class Net(nn.Module):
     """A plain module: convolution, norm, activation, classifier."""
 

@@ -3,7 +3,6 @@ import copy
 import io
 
 import pytest
-import timm
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -11,6 +10,7 @@ from processes import run_processes
 from timm.utils import ModelEmaV3
 from torch.nn.parallel import DistributedDataParallel
 
+from spiking_families import short_resnet
 from timm_sscl import calibrate, list_neurons, list_variants
 
 T, K, B = 2, 3, 4
@@ -22,10 +22,13 @@ PER_STEP = [('neuron', 'glif'), ('neuron', 'psn'), ('neuron', 'masked_psn'), ('n
             ('norm', 'tab')]
 
 
-def _model(kind, name, dtype=torch.float32):
-    torch.manual_seed(0)
+def _untrained(kind, name, seed=0):
     options = dict(neuron='mlf') if name == 'ds' else {}
-    model = timm.create_model('spiking_test_resnet', num_classes=K, timesteps=T, **{**options, kind: name})
+    return short_resnet(K, seed, timesteps=T, **{**options, kind: name})
+
+
+def _model(kind, name, dtype=torch.float32):
+    model = _untrained(kind, name)
     calibrate(model, _images(0))
     return model.to(dtype).train()
 
@@ -58,9 +61,7 @@ def test_saved_in_the_middle_and_continued(kind, name):
     _train(model, optimizer, range(2, 4))
     file.seek(0)
     saved = torch.load(file)
-    torch.manual_seed(1)
-    options = dict(neuron='mlf') if name == 'ds' else {}
-    other = timm.create_model('spiking_test_resnet', num_classes=K, timesteps=T, **{**options, kind: name}).train()
+    other = _untrained(kind, name, seed=1).train()
     again = _sgd(other)
     other.load_state_dict(saved['model'])
     again.load_state_dict(saved['optimizer'])

@@ -10,6 +10,7 @@ import timm
 import torch
 import torch.nn as nn
 
+from spiking_families import short_resnet
 from timm_sscl import SSCLLoss, calibrate, estimate_energy, list_variants
 from timm_sscl.conversion.variants.registry import create_variant
 
@@ -47,7 +48,7 @@ def test_options_have_help_and_errors_name_what_is_wrong(kind, name):
 @pytest.mark.slow
 @every_variant
 def test_compiled_equals_eager(kind, name):
-    model = _model(kind, name)
+    model = short_resnet(K, timesteps=T, **{kind: name}, **(dict(neuron='mlf') if name == 'ds' else {}))
     calibrate(model, _images())
     twin = copy.deepcopy(model).train()
     torch._dynamo.reset()

@@ -5,6 +5,7 @@ import pytest
 import timm
 import torch
 
+from spiking_families import short_resnet
 from timm_sscl import SSCLLoss, SSCLTask, calibrate
 from timm_sscl.features.finding import find_taps, named_taps
 from timm_sscl.features.reader import FeatureReader
@@ -103,7 +104,8 @@ def test_gradients_reach_the_stage_through_the_neuron():
 
 @pytest.mark.slow
 def test_compiled_with_gradient_checkpointing():
-    model = _model().train()
+    model = short_resnet(timesteps=T, residual='ms').train()
+    calibrate(model, _images())
     reader, x = FeatureReader(model), _images()
     expected = reader(model, x)[1]
     model.set_grad_checkpointing(True)

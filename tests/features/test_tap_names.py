@@ -7,6 +7,7 @@ import timm
 import torch
 import torch.nn as nn
 
+from spiking_families import short_resnet
 import timm_sscl  # noqa: F401  registers the spiking_ names
 from timm_sscl import SSCLLoss, SSCLTask
 from timm_sscl.features.reader import FeatureReader
@@ -130,8 +131,10 @@ def test_module_taps_leave_the_rest_alone():
 @pytest.mark.parametrize('how', ['checkpointed', 'compiled', 'averaged'])
 def test_module_taps_in_training(how):
     student, teacher = _models()
+    if how == 'compiled':
+        student, teacher = short_resnet(timesteps=T), short_resnet()
     student.set_grad_checkpointing(how == 'checkpointed')
-    task = SSCLTask(student, teacher, 'sscl', taps=['layer1.0.act1', 'layer4.0.bn2', 'pooled'], verbose=False,
+    task = SSCLTask(student, teacher, 'sscl', taps=['layer1.0.act1', 'layer3.0.bn3', 'pooled'], verbose=False,
                     dtype=torch.float64).double().train()
     plain = copy.deepcopy(task)
     plain.student.set_grad_checkpointing(False)
