@@ -13,6 +13,8 @@ from timm_sscl.conversion.scales.gains import RMS
 from timm_sscl.conversion.model import SpikingModule
 from timm_sscl.conversion.from_ann.thresholds import PERCENTILE
 
+from .steps.compiling import CompileClock
+
 __all__ = ['prepare_neurons']
 
 _logger = logging.getLogger('train')
@@ -36,13 +38,14 @@ def prepare_neurons(
     images = _first_images(loader, _THRESHOLD_IMAGES if args.neuron_init == 'ann' else args.batch_size)
     images = broadcast(images.to(next(student.parameters())))  # all processes use the same images
     has_gains = any(lif.gain is not None for lif in student.neurons().values())
-    if resumed or has_gains:
-        _logger.info('Neurons keep the gains of the checkpoint.')
-    elif args.neuron_init == 'calibrated':
-        calibrate(student, images, args.threshold_rule or RMS, args.threshold_factor)
-    elif args.neuron_init == 'ann':
-        convert_ann(student, images, student.timesteps, percentile=args.ann_percentile,
-                    rule=args.threshold_rule or PERCENTILE, factor=args.threshold_factor)
+    with CompileClock('neurons to measure their gains'):
+        if resumed or has_gains:
+            _logger.info('Neurons keep the gains of the checkpoint.')
+        elif args.neuron_init == 'calibrated':
+            calibrate(student, images, args.threshold_rule or RMS, args.threshold_factor)
+        elif args.neuron_init == 'ann':
+            convert_ann(student, images, student.timesteps, percentile=args.ann_percentile,
+                        rule=args.threshold_rule or PERCENTILE, factor=args.threshold_factor)
     report = student.spiking_report()
     if accelerator.is_main_process:
         report.macs(images[:4])

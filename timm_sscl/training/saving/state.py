@@ -21,6 +21,7 @@ from timm_sscl.data.samples import Samples
 from timm_sscl.random_state import get_random_state, set_random_state
 
 from .checkpoint import Position, RunSaver, put_aside_later, read_run_state
+from ..steps.compiling import CompileClock
 from ..steps.learning_rate import resolve_lr
 from ..steps.meters import Meters
 from ..optimizer import create_optimizer_and_schedule
@@ -72,7 +73,8 @@ class Training:
         started: Time when this process began to train.
         steps_done: Number of steps that this process has done.
         images_done: Number of images trained on in them, over all processes.
-        seconds: Time that the steps took.
+        seconds: Time that the steps took, without compilations.
+        compiling: Compilations during steps and validations.
     """
     name: str
     args: Namespace
@@ -105,6 +107,7 @@ class Training:
     steps_done: int = 0
     images_done: int = 0
     seconds: float = 0.
+    compiling: CompileClock = field(default_factory=CompileClock)
 
     @property
     def accelerator(self) -> Accelerator:

@@ -3,7 +3,7 @@
 import logging
 import time
 from argparse import Namespace
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -48,6 +48,7 @@ class EpochProgress:
     line: ProgressLine
     steps: int  # number of steps in the whole epoch
     began: float = field(default_factory=time.time)
+    compiled: float = 0.  # seconds of compilations before the epoch
     images: int = 0  # images trained on since the start, over all processes
     checkpoint_due: bool = False
     layers: Optional[SilentLayers] = None  # records layers that do not fire
@@ -78,7 +79,8 @@ def begin_epoch(training: Training, epoch: int, layers: Optional[SilentLayers] =
     if isinstance(training.task, SSCLTask):
         training.task.set_progress(epoch / training.epochs)
     training.task.train()
-    return EpochProgress(ProgressLine(training.accelerator.is_main_process), len(training.train_loader), layers=layers)
+    return EpochProgress(ProgressLine(training.accelerator.is_main_process), len(training.train_loader), layers=layers,
+                         compiled=training.compiling.seconds)
 
 
 def batches_left(training: Training) -> Iterator[Tuple[int, Sequence[torch.Tensor]]]:
@@ -102,13 +104,17 @@ def batches_left(training: Training) -> Iterator[Tuple[int, Sequence[torch.Tenso
             step += 1
 
 
-def watch_layers(training: Training) -> ContextManager[Optional[SilentLayers]]:
-    """Return a context that records layers that do not fire; empty for an ANN, or with torch.compile, which ignores new
-    hooks.
+@contextmanager
+def watch_layers(training: Training) -> Iterator[Optional[SilentLayers]]:
+    """Record layers that do not fire, and the time of compilations.
+
+    There is no record for an ANN, or with torch.compile, which ignores new hooks.
     """
     model = training.eval_model
     spiking = isinstance(model, nn.Module) and hasattr(unwrap_model(model), 'set_timesteps')
-    return SilentLayers(unwrap_model(model)) if spiking and not training.args.torchcompile else nullcontext()
+    layers = SilentLayers(unwrap_model(model)) if spiking and not training.args.torchcompile else nullcontext()
+    with training.compiling, layers as record:
+        yield record
 
 
 def _warn_silent_layers(training: Training, layers: Optional[SilentLayers], step: int) -> None:
@@ -133,11 +139,12 @@ def end_step(
     progress.images += len(input) * accelerator.num_processes
     training.steps_done += 1
     last = step + 1 == steps
+    seconds = time.time() - progress.began - (training.compiling.seconds - progress.compiled)
     if last:
         training.images_done += progress.images
-        training.seconds += time.time() - progress.began
+        training.seconds += seconds
     logs = last or (step + 1) % args.log_interval == 0
-    rate = progress.images / (time.time() - progress.began)
+    rate = progress.images / seconds
     progress.line.update(partial(_progress_text, training, steps, step + 1, rate), logs, last=last)
     if logs:
         _warn_silent_layers(training, progress.layers, step + 1)
@@ -160,7 +167,7 @@ def end_step(
 def _progress_text(training: Training, steps: int, step: int, rate: float) -> str:
     """Return the line with the mean losses of this epoch, images per second, and the time left."""
     epoch = training.position.epoch
-    per_step = (time.time() - training.started) / training.steps_done
+    per_step = (time.time() - training.started - training.compiling.seconds) / training.steps_done
     left = timedelta(seconds=round(per_step * (steps * (training.epochs - epoch) - step)))
     losses = {k: v for k, v in training.meters.means().items() if k == 'loss' or k.endswith('_loss')}
     terms = '  '.join(f'{k} {v:.4g}' for k, v in losses.items())

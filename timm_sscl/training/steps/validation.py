@@ -64,7 +64,7 @@ def validate(training: Training, epoch: int) -> Tuple[Dict[str, float], Dict[str
         spiking = epoch + 1 >= training.epochs
         model = unwrap_model(model) if spiking else model
     firing = FiringRates(model) if spiking else None
-    with firing or nullcontext():
+    with training.compiling, firing or nullcontext():
         metrics = evaluate(session, model, loader, training.prepare_input)
     if firing is not None:
         firing.sum_over_processes()
