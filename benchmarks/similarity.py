@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-r"""Measure the similarity of students to their teacher per layer: NCE, MI bound and CKA on validation images.
+"""Measure the similarity of students to their teacher per layer: NCE, MI bound and CKA on validation images.
 
-    python benchmarks/similarity.py --data-dir DIR --teacher resnet20_cifar --teacher-checkpoint T.pth.tar \
-        --model spiking_resnet20_cifar --model-kwargs width=16 RUN [RUN ...]
+    python benchmarks/similarity.py RUN [RUN ...]
 
+Students, data and teacher are those of the runs. A run without a teacher (mode `none`) is compared with that of the
+others.
 A student's own projections favour the mode that trained them, and mode `none` has none. Therefore one evaluator, a pair
 of projections per layer, is trained on the frozen features of the teacher and of ALL students together (training
 images, the same number for every student). It is then frozen and applied to each student's validation features. The
@@ -16,29 +17,23 @@ import sys
 from pathlib import Path
 from typing import Dict, List, Tuple
 
-import timm
 import torch
-from timm.data import create_loader, resolve_data_config
-from timm.utils import ParseKwargs
+from timm.data import create_loader
 
 from timm_sscl.data import create_dataset
 from timm_sscl.losses import SSCLCriterion
 from timm_sscl.losses.cka import gram_matrix, hsic_terms
 from timm_sscl.features.reader import FeatureReader
+from timm_sscl.training.errors import OptionError
+from timm_sscl.training.runs.rebuild import rebuild
+from timm_sscl.training.runs.run_files import read_run
 
 Features = List[List[torch.Tensor]]  # per batch, per layer (B, C)
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('runs', nargs='+', metavar='RUN', help='folders of train.py runs, each with last.pth.tar')
-    parser.add_argument('--data-dir', default=None)
-    parser.add_argument('--dataset', default='')
-    parser.add_argument('--num-classes', type=int, default=100)
-    parser.add_argument('--model', required=True)
-    parser.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs)
-    parser.add_argument('--teacher', required=True)
-    parser.add_argument('--teacher-checkpoint', required=True)
+    parser.add_argument('runs', nargs='+', type=Path, metavar='RUN', help='folders of train.py runs')
     parser.add_argument('--critic', default='normalized')
     parser.add_argument('--temperature', type=float, default=0.1)
     parser.add_argument('--batch-size', type=int, default=250)
@@ -48,11 +43,31 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def make_loader(args: argparse.Namespace, split: str, config: Dict):
+def rebuild_models(folders: List[Path]) -> Tuple[Dict[str, torch.nn.Module], argparse.Namespace]:
+    """Return the teacher and the students by the names of their runs, and the options of the first run."""
+    runs = {folder.resolve().name: read_run(folder) for folder in folders}
+    rebuilt = {name: rebuild(run, 1, torch.device('cpu')) for name, run in runs.items()}
+    taught = {name: built for name, built in rebuilt.items() if built.teacher is not None}
+    if not taught:
+        why = '; '.join(f'{name}: {built.no_teacher}' for name, built in rebuilt.items())
+        raise OptionError(f'no run has a teacher to compare with ({why})')
+    digests = {name: runs[name].teacher.digest for name in taught}
+    if len(set(digests.values())) > 1:
+        raise OptionError(f'the runs have other teachers: {", ".join(f"{n} {d}" for n, d in digests.items())}')
+    first = next(iter(taught.values()))
+    data = {name: (built.args.data_dir, built.args.dataset) for name, built in rebuilt.items()}
+    if len(set(data.values())) > 1:
+        raise OptionError(f'the runs read other data: {data}')
+    return {'teacher': first.teacher, **{name: built.student for name, built in rebuilt.items()}}, first.args
+
+
+def make_loader(batch_size: int, split: str, options: argparse.Namespace):
+    config = options.data_config
     return create_loader(
-        create_dataset(args.dataset, root=args.data_dir, split=split), input_size=config['input_size'],
-        batch_size=args.batch_size, mean=config['mean'], std=config['std'], interpolation=config['interpolation'],
-        crop_pct=config['crop_pct'], use_prefetcher=False, num_workers=0, persistent_workers=False)
+        create_dataset(options.dataset, root=options.data_dir, split=split, **options.dataset_kwargs),
+        input_size=config['input_size'], batch_size=batch_size, mean=config['mean'], std=config['std'],
+        interpolation=config['interpolation'], crop_pct=config['crop_pct'], use_prefetcher=False, num_workers=0,
+        persistent_workers=False)
 
 
 @torch.no_grad()
@@ -113,18 +128,14 @@ def measure(evaluator: SSCLCriterion, student: Features, teacher: Features) -> D
 
 def main() -> None:
     args = parse_args()
-    models = {'teacher': timm.create_model(
-        args.teacher, num_classes=args.num_classes, checkpoint_path=args.teacher_checkpoint, **args.model_kwargs)}
-    for run in args.runs:
-        models[Path(run).name] = timm.create_model(
-            args.model, num_classes=args.num_classes, checkpoint_path=str(Path(run) / 'last.pth.tar'),
-            **args.model_kwargs)
+    models, options = rebuild_models(args.runs)
     students = [name for name in models if name != 'teacher']
-    config = resolve_data_config({}, model=models['teacher'])
-    readers = {name: FeatureReader(model.eval(), 4, config['input_size']) for name, model in models.items()}
-    pooled, _ = collect(models, readers, make_loader(args, 'train', config), with_cka=False)
+    size = options.data_config['input_size']
+    readers = {name: FeatureReader(model.eval(), 4, size) for name, model in models.items()}
+    train, val = (make_loader(args.batch_size, split, options) for split in (options.train_split, options.val_split))
+    pooled, _ = collect(models, readers, train, with_cka=False)
     evaluator = fit_evaluator(args, readers[students[0]], readers['teacher'], pooled, students)
-    pooled, terms = collect(models, readers, make_loader(args, 'validation', config), with_cka=True)
+    pooled, terms = collect(models, readers, val, with_cka=True)
 
     rows = []
     for name in students:
@@ -138,8 +149,12 @@ def main() -> None:
         writer = csv.DictWriter(f, rows[0].keys())
         writer.writeheader()
         writer.writerows(rows)
-    Path(f'{args.output}.json').write_text(json.dumps(dict(options=vars(args), rows=rows), indent=2) + '\n')
+    text = json.dumps(dict(options=vars(args), rows=rows), indent=2, default=str)
+    Path(f'{args.output}.json').write_text(text + '\n')
 
 
 if __name__ == '__main__':
-    main()
+    try:
+        main()
+    except OptionError as error:
+        sys.exit(f'error: {error}.')
