@@ -7,9 +7,10 @@
 The script reads from top to bottom: options, data, student and teacher, the loop and its step, the summary. Its shape
 and options are those of timm's train.py. Accelerate handles devices and processes. Parts are in timm_sscl.training.
 """
-import importlib
+import importlib.util
 import json
 import logging
+import sys
 import time
 from argparse import Namespace
 from contextlib import ExitStack
@@ -18,12 +19,17 @@ from functools import partial
 from pathlib import Path
 from typing import List, Optional, Sequence
 
+if __name__ == '__main__':  # a wrong option ends the script here, before torch is imported
+    spec = importlib.util.find_spec('timm_sscl')
+    sys.modules['timm_sscl'] = package = importlib.util.module_from_spec(spec)  # its parts can be imported alone
+    importlib.import_module('timm_sscl.training.command_line.first_look').end_if_wrong()
+    spec.loader.exec_module(package)
+
 import torch
 import torch.nn as nn
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from timm.layers import set_fast_norm
 from timm.utils import random_seed
 
 from timm_sscl import SSCLTask
@@ -46,7 +52,7 @@ from timm_sscl.training.steps.loop import (
 from timm_sscl.training.steps.meters import layer_stats, scalar_terms
 from timm_sscl.training.neuron_init import prepare_neurons
 from timm_sscl.training.optimizer import create_optimizer_and_schedule
-from timm_sscl.training.command_line.option_ranges import check_choices, check_ranges
+from timm_sscl.training.command_line.option_ranges import check_values
 from timm_sscl.training.command_line.options import ARGS_FILE, parse_args
 from timm_sscl.training.processes import (
     create_accelerator, finish_trackers, set_threads, setup_logging, warn_slow_precision)
@@ -77,18 +83,12 @@ def main(argv: Optional[List[str]] = None) -> None:
     with ExitStack() as resources:
         with one_line_errors():
             args, recipe = parse_args(argv)
-            check_ranges(args)
-            check_choices(args)
-            with blame_options(dict(device_modules=args.device_modules)):
-                for module in args.device_modules or []:
-                    importlib.import_module(module)
+            check_values(args)
             accelerator = create_accelerator(args)
             setup_logging(accelerator)
             set_threads(args, accelerator)
             warn_slow_precision(args, accelerator)
             log_options(vars(args), recipe)
-            if args.fast_norm:
-                set_fast_norm()
             stop = resources.enter_context(StopRequest())
             group = SeedGroup(args, accelerator, resources) if args.seeds else None
         if args.eval_only:

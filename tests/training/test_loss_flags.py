@@ -3,7 +3,7 @@ import pytest
 import yaml
 
 from timm_sscl.losses import loss_spec
-from timm_sscl.training.command_line.loss_options import LOSS_FLAGS
+from timm_sscl.training.command_line.loss_flags import LOSS_FLAGS
 from timm_sscl.training.command_line.options import OptionError, parse_args
 from timm_sscl.training.saving.resume import options_as_yaml
 

@@ -1,11 +1,15 @@
+import argparse
 import re
 
 import pytest
 import yaml
 
 from timm_sscl import LIF
+from timm_sscl.conversion.settings import SpikingSettings
+from timm_sscl.losses import loss_spec
 from timm_sscl.training.datasets import create_datasets
 from timm_sscl.training.loaders import create_loaders
+from timm_sscl.training.command_line.loss_flags import LOSS_FLAGS
 from timm_sscl.training.command_line.options import OptionError, parse_args
 from timm_sscl.training.command_line.option_groups import create_parser
 from timm_sscl.training.command_line.recipes import list_recipes, load_recipe
@@ -167,8 +171,41 @@ def test_help_gives_the_neurons_defaults():
     text = ' '.join(create_parser().format_help().split())
     for option, default in (('--tau TAU', LIF.Settings.tau), ('--v-threshold V_THRESHOLD', LIF.Settings.v_threshold),
                             ('--v-reset V_RESET', LIF.Settings.v_reset)):
-        assert re.search(rf'{option} [^()]*\({default}\)', text), option
-    assert '--detach-reset ' in text and '(False)' not in text and '(None)' not in text
+        assert re.search(rf'{option} [^()]*\(default: {default}\)', text), option
+    assert '--detach-reset ' in text and '(False)' not in text and '(None)' not in text and 'None)' not in text
+
+
+def test_help_says_what_every_option_is_and_one_default():
+    parser = create_parser()
+    shown = [action for action in parser._actions if action.help != argparse.SUPPRESS and action.dest != 'help']
+    formatter = parser._get_formatter()
+    for action in shown:
+        text = formatter._expand_help(action)
+        assert len(text.partition(' (default')[0]) > 5 and text.count('(default: ') == 1, f'{action.dest}: {text}'
+        said = text.rpartition('(default: ')[2].removesuffix(')')
+        if action.default not in (None, {}, ''):
+            assert said == str(action.default), action.dest
+    # what a description says of an option without a default of its own is what the models and losses then take
+    args, _ = parse_args(DATA)
+    effective = dict(timesteps=SpikingSettings().timesteps, neuron=SpikingSettings().neuron, distill=args.distill,
+                     surrogate=f"the neuron's own; {LIF.Settings.surrogate} for the LIF")
+    for name, value in effective.items():
+        action, = [action for action in shown if action.dest == name]
+        assert re.search(rf'\(default: {re.escape(str(value))}[;)]', formatter._expand_help(action)), name
+    for name, flag in LOSS_FLAGS.items():
+        action, = [action for action in shown if action.dest == name]
+        default = loss_spec(flag.losses[0]).options[flag.option].default
+        default = ','.join(map(str, default)) if isinstance(default, tuple) else default
+        assert formatter._expand_help(action).endswith(f'(default: {default})')
+
+
+def test_help_ends_in_three_commands_that_are_right():
+    epilog = create_parser().format_help().partition('three commands:')[2]
+    commands = re.findall(r'^  accelerate launch train.py ?(.*)$', epilog, re.MULTILINE)
+    assert len(commands) == 3
+    for command in commands:
+        args, _ = parse_args(command.split())
+        assert args.model.startswith('spiking_')
 
 
 def test_a_runs_arguments_are_read_back_on_resume(tmp_path):

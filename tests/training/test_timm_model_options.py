@@ -13,9 +13,10 @@ from timm_options import observes
 from tiny_training import BASE, Posing, Tiny, parse, student
 import train
 from timm_sscl.training.command_line.options import OptionError, parse_args
-from timm_sscl.training import loop, processes
+from timm_sscl.training import processes
 from timm_sscl.training.datasets import create_datasets, guard_samples, resolve_input
 from timm_sscl.training.loaders import create_loaders
+from timm_sscl.training.steps import loop
 from timm_sscl.training.steps.loop import end_of_batches
 from timm_sscl.training.processes import create_accelerator
 from timm_sscl.training.student import create_student, place_model

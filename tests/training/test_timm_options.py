@@ -14,7 +14,7 @@ import pytest
 from timm_options import ALL, OBSERVED, TIMM_OPTIONS, dest
 from tiny_training import Tiny, parse
 from timm_sscl.distillation.teacher_input import TeacherInput
-from timm_sscl.training.command_line.loss_options import LOSS_FLAGS
+from timm_sscl.training.command_line.loss_flags import LOSS_FLAGS
 from timm_sscl.training.command_line.refused_options import UNSUPPORTED
 from timm_sscl.training.command_line.options import OptionError
 from timm_sscl.training.command_line.option_groups import create_parser

@@ -1,5 +1,4 @@
 """Create data sets by name: registered ones, and timm's."""
-import difflib
 import os
 from typing import Any, Dict, Optional
 
@@ -9,20 +8,17 @@ from timm.data import IterableImageDataset
 from timm.data import create_dataset as create_timm_dataset
 from torch.utils.data import Dataset
 
+from timm_sscl.dataset_names import STREAMS, TIMM_NAMES, TORCH_PARTED, known_name
+
 from .digits import DigitsDataset
 from .events import FrameSettings
 from .folders import check_layout, drop_hidden, take_spread
 from .images import MODES, DecodedStream, ImageDataset, to_mode
-from .registry import (
-    ARGUMENTS, TIMM_ARGUMENTS, build_dataset, list_datasets, register_dataset, registered_name)
+from .prefixes import check_source, how_to_download
+from .registry import ARGUMENTS, TIMM_ARGUMENTS, build_dataset, list_datasets, register_dataset
 
 __all__ = ['create_dataset']
 
-_STREAMS = 'hfids/', 'tfds/', 'wds/'
-_TORCH_FOLDER = 'torch/image_folder'
-_TORCH_PARTED = 'torch/cifar10', 'torch/cifar100', 'torch/mnist', 'torch/kmnist', 'torch/fashion_mnist', 'torch/qmnist'
-_TORCH = *_TORCH_PARTED, 'torch/places365', 'torch/inaturalist', 'torch/imagenet', _TORCH_FOLDER
-_TORCH_ALIASES = 'torch/inat', 'torch/folder'
 _SPLITS_OF_PARTED = 'train', 'training', 'val', 'valid', 'validation', 'eval', 'evaluation', 'test'
 
 
@@ -51,7 +47,7 @@ def create_dataset(
         FileNotFoundError: root does not exist and download is off.
         ValueError: The data set, its split or an option does not exist, or the split is empty.
     """
-    name = _known_name(name)
+    name = known_name(name, list_datasets())
     if num_samples is not None and num_samples < 1:
         raise ValueError(f'num_samples={num_samples}: must be 1 or more (--train-num-samples, --val-num-samples).')
     mode = kwargs.get('input_img_mode') or 'RGB'
@@ -67,29 +63,6 @@ def create_dataset(
         own = {key: value for key, value in arguments.items() if key not in ('settings', 'event_split')}
         return _timm_dataset(**own, **options)
     return build_dataset(name, arguments, options)
-
-
-def _known_name(name: str) -> str:
-    """Return the registered name for a name whose timm prefix may be in upper case.
-
-    For an unknown name timm would read an image folder.
-
-    Raises:
-        ValueError: The name is unknown.
-    """
-    prefix, slash, rest = name.partition('/')
-    timms = prefix.lower()
-    known = f'torch/{rest.lower()}' if timms == 'torch' else f'{timms}/{rest}'
-    timms_name = known if f'{timms}/' in ('torch/', 'hfds/', *_STREAMS) else name
-    for asked in (name, timms_name):
-        if not asked or registered_name(asked):
-            return asked
-    datasets = list_datasets()
-    close = difflib.get_close_matches(name.lower(), datasets, n=1) or [d for d in datasets if d.endswith(f'/{rest}')]
-    close = close or [d for d in _TORCH if d.endswith('/' + name.lower())]
-    raise ValueError(f"unknown data set '{name}' (--dataset)" + (f", did you mean '{close[0]}'?" if close else ';')
-                     + f" There are {', '.join(datasets)}; leave it out for an image folder or a tar file. A plug-in "
-                     'that registers others is imported by --plugin FILE|MODULE.')
 
 
 @register_dataset('digits')
@@ -119,13 +92,10 @@ def _timm_dataset(
     An unknown split, a missing split folder and hidden files are refused or left out, `num_samples` are evenly spread,
     and 16 bit images are scaled instead of clipped.
     """
-    if name in _TORCH_PARTED and split not in _SPLITS_OF_PARTED:
+    if name in TORCH_PARTED and split not in _SPLITS_OF_PARTED:
         raise ValueError(f"split '{split}': {name} has 'train' and 'validation'.")  # timm would return the test set
-    local = not name.startswith(('hfds/', *_STREAMS))
-    if local and not download and not (root and os.path.exists(root)):
-        raise FileNotFoundError(f"data folder '{root}' does not exist; give --data-dir the folder that holds "
-                                f"{split}/ (one sub-folder per class), or leave it and --dataset out for the digits.")
-    if local and not name and root and os.path.isdir(root) and not os.listdir(root):
+    check_source(name, root, split, download)
+    if not name and root and os.path.isdir(root) and not os.listdir(root):
         raise ValueError(f"data folder '{root}' is empty.")
     try:
         dataset = create_timm_dataset(
@@ -133,19 +103,20 @@ def _timm_dataset(
             seed=seed, is_training=is_training, class_map=class_map, batch_size=batch_size, repeats=repeats,
             input_key=input_key, target_key=target_key, trust_remote_code=trust_remote_code, **options)
     except (AssertionError, RuntimeError, ValueError) as error:
-        raise ValueError(f"cannot read split '{split}' of data set '{name or root}': {error}") from error
+        hint = how_to_download(name) if 'download=True' in str(error) else ''  # torchvision's own words
+        raise ValueError(f"cannot read split '{split}' of data set '{name or root}': {error}{hint}") from error
     _refuse_fallback(dataset, root, split)
     drop_hidden(dataset, renumber=not class_map)
     if hasattr(dataset, '__len__') and len(dataset) == 0:
         raise ValueError(f"split '{split}' of data set '{name or root}' holds no images.")
     # timm cuts streams itself
-    if num_samples is not None and not name.startswith(_STREAMS) and num_samples < len(dataset):
+    if num_samples is not None and not name.startswith(STREAMS) and num_samples < len(dataset):
         take_spread(dataset, num_samples)
     check_layout(dataset)
     return _with_8_bits(dataset, name, input_img_mode)
 
 
-for _name in (*_TORCH, *_TORCH_ALIASES, 'hfds/NAME', *(prefix + 'NAME' for prefix in _STREAMS)):
+for _name in TIMM_NAMES:
     register_dataset(_name)(_timm_dataset)
 
 

@@ -5,6 +5,7 @@ from typing import Any, Callable, Dict, List, Mapping, TypeVar, cast
 from timm.data import IterableImageDataset
 from torch.utils.data import Dataset, IterableDataset
 
+from timm_sscl import dataset_names
 from timm_sscl.knobs import check_known, declared_type, read_value, type_hints
 from timm_sscl.named import Registry
 
@@ -13,7 +14,7 @@ __all__ = ['ARGUMENTS', 'TIMM_ARGUMENTS', 'register_dataset', 'unregister_datase
 
 Builder = TypeVar('Builder', bound=Callable[..., Dataset])
 
-_FAMILY = '/NAME'  # a registered name with this ending stands for all names with the same prefix
+EVENT_PREFIXES = 'events/', 'tonic/'  # of the names of data sets whose items are event frames
 # Parameters by which a data set receives values from the script. All its other parameters are its own options.
 ARGUMENTS: Dict[str, str] = {
     'name': 'the name that was asked for',
@@ -91,16 +92,12 @@ def list_datasets() -> List[str]:
 
 def is_event_dataset(name: str) -> bool:
     """Return whether the data set of this name has event frames (T, 2, H, W) as items."""
-    return name.startswith(('events/', 'tonic/'))
+    return name.startswith(EVENT_PREFIXES)
 
 
 def registered_name(name: str) -> str:
     """Return the registered name that matches a name, itself or as a family 'PREFIX/NAME'; '' if there is none."""
-    if name in _datasets:
-        return name
-    families = [known.removesuffix(_FAMILY) + '/' for known in _datasets if known.endswith(_FAMILY)]
-    of = [prefix for prefix in families if name.startswith(prefix) and name != prefix]
-    return max(of, key=len).removesuffix('/') + _FAMILY if of else ''
+    return dataset_names.registered_name(name, list_datasets())
 
 
 def is_own_dataset(name: str) -> bool:

@@ -1,9 +1,11 @@
-"""OptionError, and a context that names the options behind another library's error."""
+"""OptionError, its line on the terminal, and a context that names the options behind another library's error."""
+import os
+import sys
 import traceback
 from contextlib import contextmanager
 from typing import Any, Iterator, Mapping, Tuple, Type
 
-__all__ = ['OptionError', 'blame_options', 'option_text']
+__all__ = ['OptionError', 'blame_options', 'end_with_line', 'option_text']
 
 
 class OptionError(ValueError):
@@ -18,6 +20,13 @@ def option_text(name: str, value: Any) -> str:
     if isinstance(value, Mapping):
         value = [f'{key}={item}' for key, item in value.items()]
     return ' '.join([flag, *map(str, value if isinstance(value, (list, tuple)) else [value])])
+
+
+def end_with_line(text: str, code: int) -> None:
+    """Print an error as one line, with the number of a process that is not the first, and end the script."""
+    rank = int(os.environ.get('RANK', 0))
+    print(f'error{f" (process {rank})" if rank else ""}: {" ".join(text.split())}', file=sys.stderr, flush=True)
+    sys.exit(code)
 
 
 @contextmanager

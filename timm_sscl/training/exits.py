@@ -11,7 +11,7 @@ from timm_sscl.data.samples import FailedTransform, UnreadableSample, WrongLabel
 from timm_sscl.distillation.loss_terms import WrongLoss
 
 from .saving.checkpoint import StorageError, find_newest
-from .errors import OptionError
+from .errors import OptionError, end_with_line
 from .process_failures import ProcessDied, as_process_failure
 from .steps.stop import Interrupted
 
@@ -37,12 +37,10 @@ _LASTING_ERRORS = WrongLabel, WrongSample, WrongLoss
 
 def exit_with_line(error: Exception, code: int) -> None:
     """Print an error as one line and end the script."""
-    rank = int(os.environ.get('RANK', 0))
     lines = str(error).strip().split('\n') if isinstance(error, RUN_ERRORS) else [str(error)]
     # an error from a loader worker includes its traceback
     text = lines[-1].partition(f'{type(error).__name__}: ')[2] or ' '.join(lines)
-    print(f'error{f" (process {rank})" if rank else ""}: {" ".join(text.split())}', file=sys.stderr, flush=True)
-    sys.exit(code)
+    end_with_line(text, code)
 
 
 @contextmanager

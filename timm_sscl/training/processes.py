@@ -1,4 +1,5 @@
 """Set up the processes of a run: Accelerate, threads, logging."""
+import importlib
 import logging
 import os
 from argparse import Namespace
@@ -8,11 +9,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, ProjectConfiguration
+from timm.layers import set_fast_norm
 from timm.utils import setup_default_logging
 
 from timm_sscl.cpu_features import has_fast_bfloat16
 
-from .errors import OptionError
+from .errors import OptionError, blame_options
 
 __all__ = ['create_accelerator', 'check_launch_plugins', 'count_cores', 'finish_trackers', 'set_threads',
            'setup_logging', 'warn_slow_precision']
@@ -21,11 +23,16 @@ _logger = logging.getLogger('train')
 
 
 def create_accelerator(args: Namespace) -> Accelerator:
-    """Create the Accelerator for the available devices.
+    """Create the Accelerator for the available devices, after --device-modules and --fast-norm took effect.
 
     Raises:
         OptionError: The options do not fit the devices, or the processes were launched without knowing of each other.
     """
+    with blame_options(dict(device_modules=args.device_modules)):
+        for module in args.device_modules or []:
+            importlib.import_module(module)
+    if args.fast_norm:
+        set_fast_norm()
     if args.deterministic:
         _use_deterministic_kernels()
     has_device = torch.cuda.is_available() or (hasattr(torch, 'accelerator') and torch.accelerator.is_available())
@@ -119,6 +126,12 @@ def setup_logging(accelerator: Accelerator) -> None:
     logging.getLogger('timm.utils.checkpoint_saver').setLevel(logging.WARNING)  # it lists all files every epoch
     # it names a sample by number; Samples names the path
     logging.getLogger('timm.data.dataset').setLevel(logging.ERROR)
+    # the compiler looks for CUDA on machines without a GPU, too
+    logging.getLogger('torch.utils.cpp_extension').addFilter(_concerns_the_user)
+
+
+def _concerns_the_user(record: logging.LogRecord) -> bool:
+    return 'No CUDA runtime is found' not in str(record.msg)
 
 
 def finish_trackers(accelerator: Accelerator) -> None:

@@ -17,7 +17,7 @@ from timm_sscl.models.spiking import PREFIX
 
 from .compile_check import check_compile_options
 from .errors import OptionError
-from .command_line.spiking_options import neuron_arguments
+from .command_line.neuron_options import neuron_arguments
 from .saving.weights import load_weights
 from .saving.weights_file import check_file_exists, check_weights_file, match_with_file
 
@@ -56,8 +56,7 @@ def create_student(args: Namespace, num_classes: int) -> nn.Module:
     """
     check_model_name(args.model, '--model')
     neuron = neuron_arguments(args)
-    neuron.update(include=args.neuron_include, exclude=args.neuron_exclude,
-                  allow_analog=args.allow_analog)
+    neuron.update(include=args.neuron_include, exclude=args.neuron_exclude, allow_analog=args.allow_analog)
     if is_event_dataset(args.dataset) and not args.model.startswith(PREFIX):
         neuron['timesteps'] = None  # it only sets the number of event frames
     neuron = {name: value for name, value in neuron.items() if value is not None}

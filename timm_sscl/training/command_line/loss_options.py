@@ -1,84 +1,19 @@
-"""Options of the losses: --loss-kwargs NAME.OPTION=VALUE, and flags for some of them."""
+"""Read the options of the losses, --loss-kwargs NAME.OPTION=VALUE and flags, and list them for --help."""
 import argparse
 import textwrap
-from dataclasses import dataclass
-from typing import Any, Dict, List, Mapping, Sequence, Tuple
+from typing import Any, Dict, Mapping, Sequence, Tuple
 
-from timm_sscl.losses import LossOption, create_loss, list_losses, loss_spec
+from timm_sscl.losses import create_loss, list_losses, loss_spec
 from timm_sscl.losses.options import REQUIRED
 
 from ..errors import OptionError, option_text
+from .loss_flags import LOSS_FLAGS, plain_text
 
-__all__ = ['LOSS_FLAGS', 'LossFlag', 'LossTexts', 'add_loss_flags', 'describe_losses', 'resolve_loss_options']
+__all__ = ['describe_losses', 'resolve_loss_options']
 
 _BUILT_IN = frozenset(list_losses())
 _Key = Tuple[str, str]  # (loss, option)
 _Values = Dict[_Key, Tuple[Any, str]]  # (value, text as written)
-
-
-@dataclass(frozen=True)
-class LossFlag:
-    """A flag of version 0.1.0, which sets one option of one or several losses."""
-    losses: Tuple[str, ...]
-    option: str
-
-    @property
-    def declared(self) -> LossOption:
-        """Declaration of the option."""
-        return loss_spec(self.losses[0]).options[self.option]
-
-    @property
-    def keys(self) -> List[_Key]:
-        """(loss, option) pairs that the flag sets."""
-        return [(loss, self.option) for loss in self.losses]
-
-
-_CONTRASTIVE = 'sscl', 'contrastive'
-LOSS_FLAGS: Dict[str, LossFlag] = {
-    'sscl_temperature': LossFlag(_CONTRASTIVE, 'temperature'),
-    'sscl_dim': LossFlag(_CONTRASTIVE, 'dim'),
-    'sscl_critic': LossFlag(_CONTRASTIVE, 'critic'),
-    'sscl_weighting': LossFlag(('sscl',), 'weighting'),
-    'sscl_projection': LossFlag(_CONTRASTIVE, 'projection'),
-    'sscl_queue': LossFlag(_CONTRASTIVE, 'queue_size'),
-    'sscl_cka_floor': LossFlag(('sscl',), 'cka_floor'),
-    'sscl_cka_momentum': LossFlag(_CONTRASTIVE, 'cka_momentum'),
-    'sscl_cka_scope': LossFlag(_CONTRASTIVE, 'cka_scope'),
-    'kd_temperature': LossFlag(('kd',), 'temperature'),
-    'kd_step_temperature': LossFlag(('kd_step',), 'temperature'),
-    'tet_lambda': LossFlag(('tet',), 'mse_share'),
-    'firing_rate_target': LossFlag(('firing_rate',), 'target'),
-}
-
-
-class LossTexts(argparse.Action):
-    """Parse NAME.OPTION=VALUE pairs to texts. The option's type is known only after plug-ins are imported."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        known = getattr(namespace, self.dest)
-        texts = dict(known) if isinstance(known, dict) else {}
-        for pair in values:
-            key, equals, text = pair.partition('=')
-            if not equals or not all(key.rpartition('.')[::2]):
-                parser.error(f'{option_string} {pair}: takes NAME.OPTION=VALUE, for example kd.temperature=2.')
-            if key in texts:
-                parser.error(f"{option_string}: '{key}' stands there twice, with {texts[key]} and {text}.")
-            texts[key] = text
-        setattr(namespace, self.dest, texts)
-
-
-def add_loss_flags(group: argparse._ArgumentGroup) -> None:
-    """Add --loss-kwargs and the flags. Type, default and help of a flag come from the loss's option."""
-    group.add_argument('--loss-kwargs', nargs='+', default={}, action=LossTexts, metavar='NAME.OPTION=VALUE',
-                       help='options of the losses; they are listed at the end of this help')
-    for name, flag in LOSS_FLAGS.items():
-        option = flag.declared
-        several = isinstance(option.default, tuple)
-        kind = type(option.default[0] if several else option.default)
-        group.add_argument(
-            f'--{name.replace("_", "-")}', default=None, type=kind, nargs='+' if several else None,
-            choices=option.choices or None, metavar=None if option.choices else 'VALUE',
-            help=f'same as --loss-kwargs {flag.losses[0]}.{flag.option} ({_plain_text(option.default)})')
 
 
 def describe_losses() -> str:
@@ -87,7 +22,7 @@ def describe_losses() -> str:
     for name in list_losses():
         lines.append(f'  {name}')
         for option in loss_spec(name).options.values():
-            default = '' if option.default is REQUIRED else _plain_text(option.default)
+            default = '' if option.default is REQUIRED else plain_text(option.default)
             choices = f'one of {", ".join(map(str, option.choices))}; ' if option.choices else ''
             lines.append(f'    {name}.{option.name}={default}')
             lines += textwrap.wrap(choices + option.help, 96, initial_indent=' ' * 8, subsequent_indent=' ' * 8)
@@ -144,7 +79,7 @@ def _from_kwargs(texts: Any, source: str) -> _Values:
     values: _Values = {}
     for key, text in texts.items():
         name, _, option = str(key).rpartition('.')
-        written = f'{key}={_plain_text(text)}'
+        written = f'{key}={plain_text(text)}'
         try:
             values[name, option] = loss_spec(name).option(option, f"loss '{name}'").parse(text, name), written
         except ValueError as error:
@@ -190,7 +125,3 @@ def _check_built(name: str, options: Mapping[str, Any]) -> None:
 
 def _comparable(value: Any) -> Any:
     return tuple(value) if isinstance(value, (list, tuple)) else value
-
-
-def _plain_text(value: Any) -> str:
-    return ','.join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

@@ -8,7 +8,7 @@ from PIL import Image
 
 from ..errors import OptionError, option_text
 
-__all__ = ['check_counts', 'check_ranges', 'check_choices']
+__all__ = ['check_counts', 'check_values']
 
 _INF = math.inf
 _SHARE = (0, 1)
@@ -56,6 +56,16 @@ def check_counts(args: argparse.Namespace) -> None:
     _check(args, _COUNTS)
 
 
+def check_values(args: argparse.Namespace) -> None:
+    """Check that numbers are in the range of their option, and names among those that timm's options accept.
+
+    Raises:
+        OptionError: One is not. The message names the option, its value and what would be right.
+    """
+    _check_ranges(args)
+    _check_choices(args)
+
+
 def _check(args: argparse.Namespace, ranges: _Ranges) -> None:
     for name, (low, high) in ranges.items():
         value = getattr(args, name)
@@ -66,12 +76,8 @@ def _check(args: argparse.Namespace, ranges: _Ranges) -> None:
             raise OptionError(f'{option_text(name, value)}: must be {bounds}.')
 
 
-def check_ranges(args: argparse.Namespace) -> None:
-    """Check that numbers are in the range of their option.
-
-    Raises:
-        OptionError: One is not. The message names the option, its value and its range.
-    """
+def _check_ranges(args: argparse.Namespace) -> None:
+    """Raise OptionError if a number is not in the range of its option."""
     _check(args, _RANGES)
     for name in _POSITIVE:
         value = getattr(args, name)
@@ -87,12 +93,8 @@ def check_ranges(args: argparse.Namespace) -> None:
         raise OptionError(f'{option_text("opt_betas", args.opt_betas)}: must be 0 or more and less than 1.')
 
 
-def check_choices(args: argparse.Namespace) -> None:
-    """Check that names are among those that timm's options accept.
-
-    Raises:
-        OptionError: One is not. The message names the option, its value and the known names.
-    """
+def _check_choices(args: argparse.Namespace) -> None:
+    """Raise OptionError if a name is not among those that timm's options accept."""
     for name, choices in _CHOICES.items():
         value = getattr(args, name)
         if value and value not in choices:

@@ -5,7 +5,7 @@ import os
 import re
 from typing import Iterable
 
-from timm.utils import ParseKwargs
+from timm_sscl.knobs import literal
 
 from ..errors import OptionError
 
@@ -13,10 +13,16 @@ __all__ = ['HelpFormatter', 'OptionParser', 'suggest_option', 'home_path', 'KeyV
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Show defaults that are set, and keep the line breaks of a text that has any."""
+    """Show the default of every option, and keep the line breaks of a text that has any.
+
+    A help text contains the default itself if it depends on other options.
+    """
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        return (action.help or '') if action.default in (None, {}, '') else super()._get_help_string(action) or ''
+        text = action.help or ''
+        if '(default: ' in text or not action.option_strings or action.dest == 'help':
+            return text
+        return f'{text} (default: none)' if action.default in (None, {}, '') else f'{text} (default: %(default)s)'
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return text if '\n' in text else super()._fill_text(text, width, indent)
@@ -63,11 +69,13 @@ def home_path(text: str) -> str:
     return os.path.expanduser(text)
 
 
-class KeyValues(ParseKwargs):
-    """timm's parser of KEY=VALUE pairs, with an error for anything else and for a key that has two values.
+class KeyValues(argparse.Action):
+    """Parse KEY=VALUE pairs as timm does, with an error for anything else and for a key that has two values.
 
-    An option that stands twice on the command line adds its pairs.
+    A value is a Python literal if it is one, else a text. An option that stands twice on the command line adds its
+    pairs.
     """
+
     def __call__(self, parser, namespace, values, option_string=None):
         before = getattr(namespace, self.dest)
         pairs = dict(before) if isinstance(before, dict) and before is not self.default else {}
@@ -75,8 +83,7 @@ class KeyValues(ParseKwargs):
             key, equals, text = value.partition('=')
             if not equals:
                 parser.error(f'{option_string} {" ".join(values)}: takes KEY=VALUE pairs.')
-            super().__call__(parser, namespace, [value], option_string)
-            read = getattr(namespace, self.dest)[key]
+            read = literal(text)
             if key in pairs and pairs[key] != read:
                 parser.error(f"{option_string}: '{key}' stands there twice, with {pairs[key]} and {text}.")
             pairs[key] = read

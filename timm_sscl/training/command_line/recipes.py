@@ -1,4 +1,5 @@
 """Load recipes: named sets of options, shipped with the package or from a YAML file."""
+import difflib
 from importlib import resources
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
@@ -57,4 +58,6 @@ def _recipe_text(name: str) -> str:
         return path.read_text()
     if path.name == name and shipped.is_file():
         return shipped.read_text()
-    raise OptionError(f"--config: unknown recipe '{name}'; there are {', '.join(list_recipes())}, or give a YAML file.")
+    close = difflib.get_close_matches(name, list_recipes(), n=1)
+    raise OptionError(f"--config: unknown recipe '{name}'; there are {', '.join(list_recipes())}, or give a YAML file."
+                      + (f" Did you mean '{close[0]}'?" if close else ''))

@@ -1,29 +1,22 @@
-"""Add the options of the neuron, the teacher and the losses."""
+"""Add the options of the neuron, the teacher and the losses. This does not import torch."""
 import argparse
-import difflib
-import math
-from typing import Any, Dict
 
-from timm_sscl.conversion import list_variants
-from timm_sscl.conversion.scales.gains import RMS, calibration_rule
-from timm_sscl.conversion.from_ann.qcfs import QCFS_THRESHOLD
-from timm_sscl.conversion.from_ann.thresholds import PERCENTILE, conversion_rule
-from timm_sscl.distillation.frames_ann import FRAMES
-from timm_sscl.distillation.presets import PRESETS
-from timm_sscl.knobs import knob_help
-from timm_sscl.neurons import LIF, list_neurons, list_surrogates
-
-from ..errors import OptionError
-from .loss_options import add_loss_flags
+from .declared import constant, settings
+from .loss_flags import add_loss_flags
 from .option_types import KeyValues, home_path, reset_potential
 
-__all__ = ['add_spiking_options', 'add_distillation_options', 'check_threshold_options', 'neuron_arguments']
+__all__ = ['add_spiking_options', 'add_distillation_options']
+
+_QCFS_THRESHOLD = constant('conversion.from_ann.qcfs', 'QCFS_THRESHOLD')
+_FRAMES = constant('distillation.frames_ann', 'FRAMES')
+_PRESETS = constant('distillation.presets', 'PRESETS')
 
 
 def add_spiking_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the neuron and the conversion."""
     group = parser.add_argument_group('Spiking neuron parameters')
-    group.add_argument('--timesteps', '-T', type=int, default=None, help='time steps T (4; a checkpoint\'s own)')
+    group.add_argument('--timesteps', '-T', type=int, default=None,
+                       help='timesteps T (default: 4; a checkpoint\'s own)')
     _add_neuron_options(group)
     group.add_argument('--neuron-init', default='calibrated', choices=['calibrated', 'ann', 'none'],
                        help='before training: an input gain per layer measured on real images; thresholds from the '
@@ -31,14 +24,14 @@ def add_spiking_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--ann-percentile', type=float, default=100., metavar='P',
                        help='--neuron-init ann: percentile of the ANN\'s activations that is the threshold')
     group.add_argument('--threshold-rule', default=None, metavar='NAME',
-                       help='rule of --neuron-init: rms or spike_norm for calibrated (rms); percentile, ltb or '
-                            'spike_norm for ann (percentile); a plug-in may register others')
+                       help='rule of --neuron-init: rms or spike_norm for calibrated; percentile, ltb or '
+                            'spike_norm for ann; a plug-in may register others (default: rms; percentile for ann)')
     group.add_argument('--threshold-factor', type=float, default=1., metavar='F',
                        help='factor on the thresholds that --neuron-init measures; 0.7 with spike_norm starts hybrid '
                             'training')
     group.add_argument('--qcfs', type=int, default=None, metavar='LEVELS',
                        help='train an ANN whose ReLUs are QCFS activations with this number of levels, for convert_ann')
-    group.add_argument('--qcfs-threshold', type=float, default=QCFS_THRESHOLD, metavar='V',
+    group.add_argument('--qcfs-threshold', type=float, default=_QCFS_THRESHOLD, metavar='V',
                        help='--qcfs: initial threshold; it is trained')
     _add_variant_options(group)
     group.add_argument('--stem-pool', default=None, choices=['avg'],
@@ -56,46 +49,23 @@ def add_spiking_options(parser: argparse.ArgumentParser) -> None:
                             'stay analog, the report lists them')
 
 
-def check_threshold_options(args: argparse.Namespace) -> None:
-    """Check --threshold-rule, --threshold-factor and --qcfs-threshold, after plug-ins were imported.
-
-    Raises:
-        OptionError: The rule is unknown or does not fit --neuron-init, the factor is out of range, or an option is
-            given that changes nothing.
-    """
-    rule, factor = args.threshold_rule, args.threshold_factor
-    if not 0 < factor < math.inf:
-        raise OptionError(f'--threshold-factor {factor}: must be a finite number above 0.')
-    if args.qcfs is None and args.qcfs_threshold != QCFS_THRESHOLD:
-        raise OptionError(f'--qcfs-threshold {args.qcfs_threshold}: goes with --qcfs LEVELS.')
-    if args.neuron_init == 'none' and (rule is not None or factor != 1.):
-        given = f'--threshold-rule {rule}' if rule else f'--threshold-factor {factor}'
-        raise OptionError(f'{given}: --neuron-init none measures no thresholds.')
-    try:
-        if args.neuron_init == 'calibrated':
-            calibration_rule(rule or RMS, factor)
-        elif args.neuron_init == 'ann':
-            conversion_rule(rule or PERCENTILE, args.ann_percentile, factor)
-    except (TypeError, ValueError) as error:
-        raise OptionError(f'--neuron-init {args.neuron_init} --threshold-rule {rule}: {error}') from error
-
-
 def _add_neuron_options(group: argparse._ArgumentGroup) -> None:
     """Add the options of the neuron, its surrogate, and the LIF, with the help texts of its settings."""
     group.add_argument('--neuron', default=None, metavar='NAME',
-                       help='neuron that the activations become (lif); a plug-in may register others')
+                       help='neuron that the activations become; a plug-in may register others (default: lif)')
     group.add_argument('--neuron-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
                        help='options of the neuron')
+    lif = {**settings('neurons.settings', 'NeuronSettings'), **settings('neurons.lif', 'LIF.Settings')}
     for name, option in (('tau', dict(type=float)), ('v_threshold', dict(type=float)),
                          ('v_reset', dict(type=reset_potential)), ('detach_reset', dict(action='store_true'))):
-        default = getattr(LIF.Settings, name)
-        text = knob_help(LIF.Settings)[name] + ('' if default is False else f' ({default})')
+        default = lif[name].default
+        text = f'{lif[name].help} (default: {default})'
         group.add_argument(f'--{name.replace("_", "-")}', default=None, help=text, **option)
     group.add_argument('--surrogate', default=None, metavar='NAME',
-                       help=f'{knob_help(LIF.Settings)["surrogate"]} (the neuron\'s own; {LIF.Settings.surrogate} for '
-                            f'the LIF)')
+                       help=f'{lif["surrogate"].help} (default: the neuron\'s own; '
+                            f'{lif["surrogate"].default} for the LIF)')
     group.add_argument('--surrogate-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
-                       help=knob_help(LIF.Settings)['surrogate_kwargs'])
+                       help=lif['surrogate_kwargs'].help)
 
 
 def _add_variant_options(group: argparse._ArgumentGroup) -> None:
@@ -109,51 +79,36 @@ def _add_variant_options(group: argparse._ArgumentGroup) -> None:
                        help='options of the residual')
 
 
-def neuron_arguments(args: argparse.Namespace) -> Dict[str, Any]:
-    """Return the given options of neuron and variants as arguments of create_model and convert_to_spiking.
-
-    Raises:
-        OptionError: The neuron, the surrogate or a variant is not registered.
-    """
-    for name, known in (('neuron', list_neurons()), ('surrogate', list_surrogates()),
-                        ('norm', list_variants('norm')), ('residual', list_variants('residual'))):
-        value = getattr(args, name)
-        if value is not None and value not in known:
-            close = difflib.get_close_matches(value, known, n=1)
-            raise OptionError(f'--{name} {value}: is not registered; there are {", ".join(known) or "none"}. A plug-in '
-                              f'that registers it is imported by --plugin FILE|MODULE.'
-                              + (f" Did you mean '{close[0]}'?" if close else ''))
-    names = ('timesteps', 'tau', 'v_threshold', 'v_reset', 'detach_reset', 'neuron', 'neuron_kwargs', 'surrogate',
-             'surrogate_kwargs', 'norm', 'norm_kwargs', 'residual', 'residual_kwargs')
-    return {name: getattr(args, name) for name in names if getattr(args, name) not in (None, {})}
-
-
 def add_distillation_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the teacher and the losses."""
     group = parser.add_argument_group('Teacher and distillation parameters')
     group.add_argument('--teacher', type=home_path, default=None, metavar='NAME',
-                       help='teacher model (the student\'s own ANN)')
+                       help='teacher model (default: the student\'s own ANN)')
     group.add_argument('--kd-model-name', type=home_path, default=None, metavar='NAME',
                        help='timm\'s: --teacher NAME --distill kd')
     group.add_argument('--teacher-checkpoint', type=home_path, default=None, metavar='FILE',
                        help='weights of the teacher')
     group.add_argument('--teacher-pretrained', action='store_true', help='start from timm\'s pretrained weights')
     group.add_argument('--teacher-epochs', type=int, default=None, metavar='N',
-                       help='epochs to train the teacher for where there are no weights for it (--epochs)')
+                       help='epochs to train the teacher for where there are no weights for it (default: --epochs)')
     group.add_argument('--teacher-size', type=int, nargs=2, default=None, metavar=('H', 'W'),
-                       help='size of the teacher\'s images, resized from the student\'s (the same)')
-    group.add_argument('--teacher-frames', default=FRAMES[0], choices=FRAMES,
+                       help='size of the teacher\'s images, resized from the student\'s (default: the same)')
+    group.add_argument('--teacher-frames', default=_FRAMES[0], choices=_FRAMES,
                        help='of event data, the teacher sees each frame and its outputs are averaged, or sees their '
                             'mean')
     group.add_argument('--teacher-mean', type=float, nargs='+', default=None, metavar='MEAN',
-                       help='mean that the teacher\'s images were normalised by in its training (the student\'s)')
-    group.add_argument('--teacher-std', type=float, nargs='+', default=None, metavar='STD', help='likewise, deviation')
+                       help='mean that the teacher\'s images were normalised by in its training (default: the '
+                            'student\'s)')
+    group.add_argument('--teacher-std', type=float, nargs='+', default=None, metavar='STD',
+                       help='likewise, standard deviation (default: the student\'s)')
     group.add_argument('--teacher-cache', action='store_true',
                        help='ask the teacher once per training image and keep its features on disk; needs --no-aug')
     group.add_argument('--teacher-kwargs', nargs='*', default={}, action=KeyValues,
-                       help='model kwargs of the teacher (--model-kwargs where it is the student\'s own ANN)')
-    group.add_argument('--distill', default=None, choices=list(PRESETS),
-                       help='what is added to cross-entropy: sscl (default), contrastive (uniform weights), kd or none')
+                       help='arguments of the teacher\'s architecture (default: --model-kwargs where it is the '
+                            'student\'s own ANN)')
+    group.add_argument('--distill', default=None, choices=list(_PRESETS),
+                       help='what is added to cross-entropy: sscl, contrastive (uniform weights), kd or none (default: '
+                            'sscl; kd with --kd-model-name)')
     group.add_argument('--loss', default=None, metavar='NAME=WEIGHT,...',
                        help='losses by name instead of --distill, for example sscl=0.1,kd=1')
     group.add_argument('--loss-file', type=home_path, default=None, metavar='FILE',
@@ -166,15 +121,17 @@ def add_distillation_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_loss_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument('--sscl-weight', type=float, default=0.1,
-                       help='weight of the sscl or contrastive loss (1: the paper)')
+                       help='weight of the sscl or contrastive loss; 1 in the paper')
     add_loss_flags(group)
     group.add_argument('--sscl-taps', default='4', metavar='N|NAMES',
                        help='how many of the last stages to compare (and the pooled feature), or their names: '
                             'layer3,pooled; names of modules, layer1.0.act1, are read by hooks')
-    group.add_argument('--sscl-teacher-taps', default=None, metavar='NAMES', help='the teacher\'s, where they differ')
+    group.add_argument('--sscl-teacher-taps', default=None, metavar='NAMES',
+                       help='the teacher\'s stages or modules (default: the student\'s)')
     group.add_argument('--kd-weight', '--distill-loss-weight', type=float, default=None,
-                       help='weight of the kd loss (1, or 1 - --task-loss-weight where only that is given)')
-    group.add_argument('--task-loss-weight', type=float, default=None, help='weight of the classification loss (1)')
+                       help='weight of the kd loss (default: 1; 1 - --task-loss-weight where only that is given)')
+    group.add_argument('--task-loss-weight', type=float, default=None,
+                       help='weight of the classification loss (default: 1)')
     group.add_argument('--kd-distill-type', default='logit', choices=['logit'],
                        help='timm\'s logit distillation is kd here')
     group.add_argument('--kd-loss-type', default='kl', choices=['kl'], help='divergence of the kd loss')

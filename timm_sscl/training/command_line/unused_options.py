@@ -6,7 +6,7 @@ from typing import Collection, Dict, Sequence
 from timm_sscl.losses import loss_spec
 
 from ..errors import OptionError
-from .loss_options import LOSS_FLAGS
+from .loss_flags import LOSS_FLAGS
 
 __all__ = ['check_loss_options']
 

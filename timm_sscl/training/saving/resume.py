@@ -14,7 +14,7 @@ from timm.task._helpers import load_task_ema_checkpoint, resume_task_checkpoint
 from timm.task.task import TrainingTask
 
 from .checkpoint import LAST, find_newest, holds_a_run, why_damaged
-from ..command_line.loss_options import LOSS_FLAGS
+from ..command_line.loss_flags import LOSS_FLAGS
 from ..command_line.option_groups import create_parser
 from ..command_line.options import ARGS_FILE, AUTO
 from ..teachers.teacher_key import plain
