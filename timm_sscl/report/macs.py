@@ -19,6 +19,7 @@ KINDS = 'binary', 'fractional', 'analog'
 _MAX_DENOMINATOR = 1024
 _UNITS = 4  # number of neurons that ran last whose units are tried on an input
 _SAMPLE = 4096  # number of values checked to tell fractions from analog values
+_FEW = 32  # number of them checked for all denominators at once
 
 aten = torch.ops.aten
 _ADDED = {aten.addmm, aten.baddbmm}  # their first argument is added, not multiplied
@@ -61,12 +62,17 @@ def input_kind(x: torch.Tensor) -> str:
     values = values[torch.linspace(0, len(values) - 1, min(len(values), _SAMPLE)).long()]
     if values.abs().max() > _SAMPLE:
         return 'analog'
-    for n in range(1, _MAX_DENOMINATOR + 1):
-        scaled = values * n
-        # averages deviate by a few float32 roundings, other values by 1/4 on average
-        if ((scaled - scaled.round()).abs() <= 2e-7 * scaled.abs()).all():
-            return 'fractional'
-    return 'analog'
+    denominators = torch.arange(1, _MAX_DENOMINATOR + 1, dtype=values.dtype, device=values.device)
+    # most denominators are out for the first few values
+    possible = denominators[_near_whole(values[:_FEW] * denominators[:, None]).all(1)]
+    return 'fractional' if any(_near_whole(values * n).all() for n in possible) else 'analog'
+
+
+def _near_whole(x: torch.Tensor) -> torch.Tensor:
+    """Return where values are whole numbers. Averages deviate by a few float32 roundings, other values by 1/4 on
+    average.
+    """
+    return (x - x.round()).abs() <= 2e-7 * x.abs()
 
 
 def _is_whole(x: torch.Tensor) -> bool:
