@@ -7,6 +7,7 @@ teacher.
     python benchmarks/ablation.py --output DIR --phase diagnose                      # gradients of the terms
     python benchmarks/ablation.py --report                                           # figure and results page
 
+The small scale trains in bfloat16 or float32, whichever is faster on this CPU; DIR/precision.json has the measurement.
 Every run is a separate train.py in its own folder. When started again, the script skips finished runs and resumes
 interrupted ones. Two instances with the same --output share the work. CIFAR100 is a folder of images: train/CLASS,
 validation/CLASS.
@@ -79,8 +80,6 @@ COORDINATES: Dict[str, List[Dict[str, Any]]] = OrderedDict(
     weighting=[dict(weighting=w) for w in ('cka', 'cka_mean1', 'uniform_matched', 'uniform')],
     kd=[dict(kd_weight=w) for w in (0.1, 0.3, 1.)],  # distillation alone, independent of sscl's settings
 )
-
-
 
 
 # ---- runs
@@ -275,9 +274,19 @@ def create_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def in_faster_precision(scale: Scale, output: Path) -> Scale:
+    """Return the scale; its students in float32 if they ask for bfloat16 and this CPU is slower with it."""
+    if not scale.student.get('amp'):
+        return scale
+    from ablation_precision import student_precision  # torch, which the other phases need not wait for
+    if student_precision(output, scale.width) == 'bfloat16':
+        return scale
+    return scale._replace(student={k: v for k, v in scale.student.items() if not k.startswith('amp')})
+
+
 def run_phase(args: argparse.Namespace, phase: str, base: Mapping[str, Any], deadline: Optional[float]) -> None:
     """Run the teacher and all runs of a phase."""
-    scale = SCALES[args.scale]
+    scale = in_faster_precision(SCALES[args.scale], args.output)
     data = link_data(args.data_dir, args.output / 'data', scale, phase)
     runner = Runner(args.output, args.workers_parallel, deadline, args.revision or code_revision(),
                     [sys.executable, str(ROOT / 'train.py')], args.max_load)

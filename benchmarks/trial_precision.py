@@ -4,9 +4,7 @@ import json
 import statistics
 import time
 from pathlib import Path
-from typing import Callable, Dict, List
-
-from trial_replica import Replica
+from typing import Any, Callable, Dict, List, Protocol
 
 __all__ = ['decided_precision', 'time_precisions']
 
@@ -14,11 +12,18 @@ PRECISIONS = 'float32', 'bfloat16'
 _ROUNDS = 3  # one step of each precision per round, after one that isn't timed
 
 
-def time_precisions(create: Callable[[str], Replica]) -> Dict[str, float]:
+class Step(Protocol):
+    """A training step that can be timed, such as that of a Replica."""
+    def train_mode(self, mode: bool) -> Any: ...
+    def rewind(self) -> Any: ...
+    def train_step(self) -> Any: ...
+
+
+def time_precisions(create: Callable[[str], Step]) -> Dict[str, float]:
     """Return the median milliseconds of a training step in each precision, measured in turn.
 
     Args:
-        create: Create a replica in a precision, with its state.
+        create: Create a step in a precision, with its state.
     """
     replicas = {name: create(name) for name in PRECISIONS}
     times: Dict[str, List[float]] = {name: [] for name in PRECISIONS}
@@ -32,7 +37,7 @@ def time_precisions(create: Callable[[str], Replica]) -> Dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def decided_precision(output: Path, device: str, create: Callable[[str], Replica]) -> str:
+def decided_precision(output: Path, device: str, create: Callable[[str], Step]) -> str:
     """Return the precision of an output: the one of its file precision.json, or the faster one, which is written there.
 
     Raises:

@@ -1,5 +1,6 @@
 """The ablation's plan, resumption, tables and intervals, with a fake trainer; no training."""
 import csv
+import json
 import math
 import subprocess
 import sys
@@ -15,9 +16,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / 'benchmarks'))
 
 import ablation
 import ablation_gradients
+import ablation_precision
 import ablation_results as results
 import ablation_runs
 import pages
+import trial_precision
 from ablation_runs import Runner
 from timm_sscl.training.command_line.options import parse_args
 
@@ -328,3 +331,32 @@ def test_term_gradients_are_those_of_the_terms():
     # gradients (1, 0) and 3 * (1, 2): norms 1 and 3 sqrt(5), cosine 1 / sqrt(5); rounded to 5 places
     assert layer1['task_norm'] == 1. and layer1['ratio'] == pytest.approx(3 * 5 ** .5, abs=1e-5)
     assert layer1['cosine'] == pytest.approx(5 ** -.5, abs=1e-5)
+
+
+def test_students_train_in_the_faster_precision(tmp_path, monkeypatch):
+    monkeypatch.setattr('torch.cuda.is_available', lambda: False)
+    small = ablation.SCALES['small']._replace(width=2)
+    for faster, slower in (('float32', 'bfloat16'), ('bfloat16', 'float32')):
+        output = tmp_path / faster
+        monkeypatch.setattr(trial_precision, 'time_precisions', lambda create: {faster: 10., slower: 80.})
+        monkeypatch.setattr(ablation_precision, 'machine', lambda: dict(cpu='a CPU', cpu_capability='AVX2'))
+        scale = ablation.in_faster_precision(small, output)
+        run = ablation.primary_runs(ablation.CHOSEN, ['none'], [1], [2])[0]
+        words = ablation.command(run, scale, tmp_path, tmp_path / 'run', 1, tmp_path / 'teacher.pth')
+        assert ('--amp' in words) == ('--amp-dtype' in words) == (faster == 'bfloat16')
+        monkeypatch.setattr(trial_precision, 'time_precisions', lambda create: {faster: 80., slower: 10.})
+        assert ablation.in_faster_precision(small, output) == scale  # one precision per output
+        assert json.loads((output / 'precision.json').read_text())['device'] == 'a CPU (AVX2)'
+    monkeypatch.setattr(ablation_precision, 'machine', lambda: dict(cpu='a CPU', cpu_capability='AVX512'))
+    with pytest.raises(SystemExit, match='AVX512'):
+        ablation.in_faster_precision(small, output)
+    (tmp_path / 'older' / 'runs' / 'run').mkdir(parents=True)
+    (tmp_path / 'older' / 'runs' / 'run' / 'args.yaml').write_text('')
+    assert ablation.in_faster_precision(small, tmp_path / 'older') == small
+    paper = ablation.SCALES['paper']
+    assert ablation.in_faster_precision(paper, tmp_path / 'paper') == paper and not (tmp_path / 'paper').exists()
+
+
+def test_precisions_are_timed_on_the_student():
+    times = trial_precision.time_precisions(lambda name: ablation_precision._Step(name, 2))
+    assert set(times) == {'float32', 'bfloat16'} and min(times.values()) > 0
