@@ -175,8 +175,9 @@ def test_compiled_part_outside_of_its_model_raises():
 
 def test_compiles_again_in_a_thread_that_ran_no_model_before():
     """The compiler's guards hold after its first call, which marks the running model for the first time."""
+    model, x = _net(), _images(3)  # a conversion runs the model, in this thread
+
     def run():
-        model, x = _net(), _images(3)
         compiled = torch.compile(model, backend='eager', fullgraph=True)
         compiled(x)
         return torch.equal(compiled.eval()(x), model.eval()(x))
