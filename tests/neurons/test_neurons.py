@@ -467,7 +467,7 @@ def test_second_derivative_is_refused():
     # for.
     x = _currents(2, 10).requires_grad_()
     grad_x, = torch.autograd.grad(lif(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match='once_differentiable'):
+    with pytest.raises(RuntimeError, match='cannot be differentiated again'):
         grad_x.sum().backward()
 
 

@@ -3,17 +3,17 @@ from dataclasses import dataclass, fields
 from typing import Any, Dict, Optional, Tuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from timm_sscl.knobs import knob
 
 from .base import SpikingNeuron
 from .kernels.backend import run
-from .kernels.batch_norm_recompute import NormSource
+from .kernels.current_recompute import Source, find_source
+from .kernels.first_order import first_order
 from .kernels.memory_layout import Flat
 from .kernels.packing import active_packing
 from .kernels.recursion import (
-    Neuron, backward_from_bits, backward_from_input, backward_from_norm, fire, fire_as, reset, traced)
+    Neuron, backward_from_bits, backward_from_input, backward_from_sources, fire, fire_as, reset, traced)
 from .registry import register_neuron
 from .settings import NeuronSettings, check_decay, check_reset
 from .surrogate import rectangle_window
@@ -49,50 +49,53 @@ class _LIF(torch.autograd.Function):
     """The recursion of `lif` with an explicit backward.
 
     Two bits per element are saved for the backward: whether it fired, and whether it was in the surrogate's window. A
-    hard reset with gradients also needs the potentials. They are recomputed from the saved input of the batch norm
-    before the neuron. Without a batch norm, only the input is saved.
+    hard reset with gradients also needs the potentials. They are recomputed from what the batch norm before the neuron
+    saves, or behind a residual sum the norm and the branch's first convolution. Elsewhere, only the input is saved.
     """
 
     @staticmethod
-    def forward(ctx, x, gain, neuron, keep, norm):
+    def forward(ctx, x, gain, neuron, keep, source):
         timesteps, flat = x.shape[0], Flat.of(x, gain)
         packing = active_packing() if keep else None
         ctx.needs_potential = neuron.v_reset is not None and not neuron.detach_reset and timesteps > 1
-        norm = norm if flat.by_channel() is not None else None
-        two_bits = keep and (norm is not None or not ctx.needs_potential)
+        source = source if flat.by_channel() is not None else None
+        two_bits = keep and (source is not None or not ctx.needs_potential)
         spikes, fired, window = run(
             fire, (flat.view(x), flat.gain), timesteps, neuron, two_bits or packing is not None, two_bits)
         spikes = flat.restore(spikes)
         if packing is not None:
             packing.add(spikes, fired.flatten(1), timesteps)
         if two_bits:
-            ctx.save_for_backward(fired, window, norm.bias if norm is not None else None)
+            ctx.save_for_backward(fired, window, *(term.bias for term in source or ()))
         elif keep:
             ctx.save_for_backward(x)
-        ctx.settings = flat, neuron, timesteps, norm
+        ctx.settings = flat, neuron, timesteps, source
         return spikes
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad):
-        flat, neuron, timesteps, norm = ctx.settings
+        flat, neuron, timesteps, source = ctx.settings
         if not ctx.needs_potential:
-            fired, window, _ = ctx.saved_tensors
+            fired, window, *_ = ctx.saved_tensors
             grad_x = run(backward_from_bits, (flat.view(grad), fired, window, flat.gain), timesteps, neuron)
-        elif norm is None:
+        elif source is None:
             x, = ctx.saved_tensors
             grad_x = run(backward_from_input, (flat.view(grad), flat.view(x), flat.gain), timesteps, neuron)
         else:
-            fired, window, bias = ctx.saved_tensors
-            x, scale, shift = norm.affine(bias)
+            fired, window, *biases = ctx.saved_tensors
             flat = flat.by_channel()
-            # one timestep for all, or folded
-            x = x.expand(flat.size) if x.shape == flat.size[1:] else x.view(flat.size)
             bits = (b.view(-1, *flat.shape[1:]) for b in (fired, window))
-            affine = scale.view(-1, 1), shift.view(-1, 1)
-            grad_x = run(
-                backward_from_norm, (flat.view(grad), *bits, flat.view(x), *affine, flat.gain), timesteps, neuron)
+            terms = tuple(_flat_affine(flat, *term.affine(bias)) for term, bias in zip(source, biases))
+            grad_x = run(backward_from_sources, (flat.view(grad), *bits, terms, flat.gain), timesteps, neuron)
         return flat.restore(grad_x), None, None, None, None
+
+
+def _flat_affine(flat: Flat, x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> Tuple[torch.Tensor, ...]:
+    """Return a term of the current, scale * x + shift, in a flat shape with an axis for the channels."""
+    same = x.shape == flat.size[1:]  # one timestep for all, else folded
+    x = x.expand(flat.size) if same else x.view(flat.size)
+    return flat.view(x), scale.view(-1, 1), shift.view(-1, 1)
 
 
 def lif(
@@ -134,14 +137,14 @@ def lif(
     return _apply(x, gain, Neuron.of(tau, v_threshold, v_reset, detach_reset, v_init), None)
 
 
-def _apply(x: torch.Tensor, gain: Optional[torch.Tensor], neuron: Neuron, norm: Optional[NormSource]) -> torch.Tensor:
+def _apply(x: torch.Tensor, gain: Optional[torch.Tensor], neuron: Neuron, source: Optional[Source]) -> torch.Tensor:
     """Run the neuron after checking settings and input.
 
     Args:
         x: Input current, (T, ...).
         gain: Factor on x.
         neuron: Settings.
-        norm: Batch norm that computed the input, if known.
+        source: Terms from which the input can be recomputed, if known.
     """
     check_neuron(neuron.tau, neuron.v_threshold, neuron.v_reset, neuron.v_init)
     if x.ndim == 0 or x.shape[0] < 1:
@@ -150,7 +153,7 @@ def _apply(x: torch.Tensor, gain: Optional[torch.Tensor], neuron: Neuron, norm: 
         raise ValueError(f'x has dtype {x.dtype}: lif integrates floating point currents.')
     if torch.jit.is_tracing():
         return traced(x, gain, x.shape[0], neuron)
-    return _LIF.apply(x, gain, neuron, torch.is_grad_enabled() and x.requires_grad, norm)
+    return _LIF.apply(x, gain, neuron, torch.is_grad_enabled() and x.requires_grad, source)
 
 
 @register_neuron('lif')
@@ -236,7 +239,7 @@ class LIF(SpikingNeuron):
     def run(self, x: torch.Tensor, folded: torch.Tensor) -> torch.Tensor:
         if self.settings.surrogate_function is not rectangle_window or not self._runs_own_step():
             return super().run(x, folded)
-        return _apply(x, self.gain, _kernel_settings(self.settings), NormSource.of(folded))
+        return _apply(x, self.gain, _kernel_settings(self.settings), find_source(folded))
 
     def run_as(self, x: torch.Tensor, folded: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         if type(self).run is not LIF.run or not self._runs_own_step():  # other spikes, such as MPBN's

@@ -5,7 +5,9 @@ import torch
 
 from .packing import only_packing_hooks
 
-__all__ = ['NormSource']
+__all__ = ['Affine', 'NormSource']
+
+Affine = Tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # x, and scale and shift per channel
 
 # training nodes that save input, weight, mean (result1) and inverse standard deviation (result2): torch's own, which
 # also serves CUDA for some dtypes and shapes, and cuDNN's
@@ -24,10 +26,14 @@ class NormSource(NamedTuple):
 
         With hooks on saved tensors, as in checkpointing, a tensor can be unpacked only once.
         """
-        if torch.compiler.is_compiling() or type(x.grad_fn).__name__ not in _NODES:
+        if torch.compiler.is_compiling() or not only_packing_hooks():
             return None
-        node: Any = x.grad_fn
-        if not node._saved_training or not only_packing_hooks():
+        return cls.of_node(x.grad_fn)
+
+    @classmethod
+    def of_node(cls, node: Any) -> Optional['NormSource']:
+        """Return the source whose autograd node this is, or None as in `of`."""
+        if type(node).__name__ not in _NODES or not node._saved_training:
             return None
         bias, _ = node.next_functions[2]
         if node._saved_weight is None and bias is None:
@@ -35,8 +41,12 @@ class NormSource(NamedTuple):
         bias = getattr(bias, 'variable', None)  # the leaf's bias; the node itself does not hold it
         return None if bias is None or node._saved_weight is None else cls(node, bias)
 
-    def affine(self, bias: Optional[torch.Tensor]) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the norm's input, and scale and shift per channel that reproduce its output up to rounding."""
+    def affine(self, bias: Optional[torch.Tensor]) -> Affine:
+        """Return the norm's input, and scale and shift per channel that reproduce its output up to rounding.
+
+        Args:
+            bias: The norm's bias, as autograd saved it.
+        """
         node = self.node
         scale = node._saved_result2 if bias is None else node._saved_result2 * node._saved_weight
         shift = -node._saved_result1 * scale

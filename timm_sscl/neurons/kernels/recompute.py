@@ -2,11 +2,11 @@
 from typing import Any, Callable, Hashable, NamedTuple, Optional, Sequence, Tuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from timm_sscl.neurons.contract import check_output
 
 from .backend import run
+from .first_order import first_order
 from .memory_layout import Flat
 
 __all__ = ['Kernel', 'recompute_applies', 'run_recomputed']
@@ -75,7 +75,7 @@ class _Recomputed(torch.autograd.Function):
         return flat.restore(out)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad):
         flat, kernel, timesteps, states = ctx.settings
         x, progress, *rest = ctx.saved_tensors

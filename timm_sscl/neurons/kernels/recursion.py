@@ -5,7 +5,7 @@ import torch
 
 from timm_sscl.neurons.surrogate import rectangle_window
 
-__all__ = ['Neuron', 'fire', 'fire_as', 'backward_from_input', 'backward_from_norm', 'backward_from_bits', 'traced',
+__all__ = ['Neuron', 'fire', 'fire_as', 'backward_from_input', 'backward_from_sources', 'backward_from_bits', 'traced',
            'unpack_bits', 'membrane_dtype', 'reset']
 
 _BYTE = 8
@@ -161,29 +161,28 @@ def backward_from_bits(
     return _backward(grad, windows, fired, [], gain, neuron)
 
 
-def backward_from_norm(
+def backward_from_sources(
         grad: torch.Tensor,
         fired_bits: torch.Tensor,
         window_bits: torch.Tensor,
-        x: torch.Tensor,
-        scale: torch.Tensor,
-        shift: torch.Tensor,
+        sources: Tuple[Tuple[torch.Tensor, torch.Tensor, torch.Tensor], ...],
         gain: Optional[torch.Tensor],
         timesteps: int,
         neuron: Neuron,
 ) -> torch.Tensor:
-    """Return the gradient by the current, with the current recomputed from the batch norm's saved input: scale * x +
-    shift.
+    """Return the gradient by the current, with the current recomputed as the sum of scale * x + shift over sources (x,
+    scale, shift), such as a batch norm's saved input and its affine map.
 
     The result is equal up to rounding. Rounding could move a potential across the threshold or an end of the window, so
     spikes and window are taken from the bits.
     """
-    dtype = membrane_dtype(x.dtype)
+    dtype = membrane_dtype(grad.dtype)
     windows, fired = (_unpack(bits, timesteps, dtype) for bits in (window_bits, fired_bits))
+    affine = [(x, scale.to(dtype), shift.to(dtype)) for x, scale, shift in sources]
     potentials: List[torch.Tensor] = []
     v: Union[float, torch.Tensor] = neuron.v_init
     for t, o in enumerate(fired):
-        current = _at(x, t).to(dtype) * scale.to(dtype) + shift.to(dtype)
+        current = sum(_at(x, t).to(dtype) * scale + shift for x, scale, shift in affine)
         potentials.append(v * neuron.tau + (current if gain is None else current * gain.to(dtype)))
         v = reset(potentials[-1], o, neuron)
     return _backward(grad, windows, fired, potentials, gain, neuron)
