@@ -53,7 +53,7 @@ def find_source(x: torch.Tensor) -> Optional[Source]:
 def _shape(edge: Tuple[Any, int]) -> Optional[torch.Size]:
     """Return the shape of the tensor of an autograd edge; None for a constant."""
     node, output = edge
-    return None if node is None else node._input_metadata[output].shape
+    return None if node is None else torch.Size(node._input_metadata[output].shape)
 
 
 def _kept_input(node: Any, edge: Tuple[Any, int]) -> Optional[_KeptInput]:
