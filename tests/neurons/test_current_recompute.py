@@ -28,7 +28,8 @@ class _Block(nn.Module):
         self.act2.set_gain(gain)
         self.conv1, self.conv2 = (nn.Conv2d(C, C, 3, padding=1, bias=False) for _ in range(2))
         self.bn1, self.bn2 = nn.BatchNorm2d(C), nn.BatchNorm2d(C)
-        self.downsample = nn.Sequential(nn.Conv2d(C, C, 1), nn.BatchNorm2d(C)) if downsample else nn.Identity()
+        projection = nn.Sequential(nn.Conv2d(C, C, 1, bias=False), nn.BatchNorm2d(C))
+        self.downsample = projection if downsample else nn.Identity()
         self.add = SUMS.get(add, add)
         self.cut = False  # hides from the neuron where its input comes from
         self.sums = []
