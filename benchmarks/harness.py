@@ -13,7 +13,7 @@ import time
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Sequence
 
 import torch
 
@@ -115,15 +115,18 @@ def measure_peak(step: Callable[..., Any]) -> float:
     return _resident('VmHWM') - before
 
 
-def peak_in_fresh_process(script: str, variant: str, *options: str, exact: bool = True) -> Optional[float]:
-    """Return the MiB that `script --worker variant` prints last, in its own process; None if it fails."""
+def output_of_fresh_process(script: str, variant: str, *options: str) -> str:
+    """Return the last line that `script --worker variant` prints in its own process, which frees memory at once.
+
+    Raises:
+        SystemExit: It failed; with the last lines of its error.
+    """
     command = [sys.executable, script, '--worker', variant, *options]
-    env = {**os.environ, **(EXACT_MALLOC if exact else {})}
-    result = subprocess.run(command, capture_output=True, text=True, env=env)
+    env = {name: value for name, value in os.environ.items() if name not in STEADY_MALLOC}
+    result = subprocess.run(command, capture_output=True, text=True, env={**env, **EXACT_MALLOC})
     if result.returncode:
-        print(f'  {variant}: no memory, {result.stderr.strip().splitlines()[-1][:120]}')
-        return None
-    return float(result.stdout.strip().splitlines()[-1])
+        raise SystemExit(f'{variant}: {result.stderr.strip()[-2000:]}')
+    return result.stdout.strip().splitlines()[-1]
 
 
 # ---- output

@@ -2,7 +2,7 @@
 """Measure what every neuron, norm and residual costs, relative to the LIF.
 
     python benchmarks/neuron_costs.py
-    python benchmarks/neuron_costs.py --no-steps  # layers alone
+    python benchmarks/neuron_costs.py --part contiguous  # a piece of it; each keeps what the others measured
     python benchmarks/neuron_costs.py --page   # the page's tables from benchmarks/results/neuron_costs.json
 
 Layers: forward and backward of one layer, T = 4 on a batch of 32 maps of 64 x 32 x 32, as in neuron.py. Steps: a
@@ -12,10 +12,11 @@ process, so that other work on the machine does not; it uses one thread.
 """
 import json
 import time
+from pathlib import Path
 from typing import Any, Dict, List, Mapping, Sequence
 
 import torch
-from harness import create_parser, interleave, keep_freed_memory, peak_in_fresh_process, save, show
+from harness import create_parser, interleave, keep_freed_memory, machine, output_of_fresh_process, save, show
 from neuron import measure
 from pages import PAGES, write_section
 from performance import markdown
@@ -28,6 +29,8 @@ BEGIN, END = '<!-- costs: written by benchmarks/neuron_costs.py -->', '<!-- end 
 T_LAYER, T_STEP, BATCH, SIZE, WIDTH, CHANNELS = 4, 2, 100, 32, 16, 64
 REFERENCE = 'lif'
 LIMIT = 1.7  # of PLIF, KLIF and LTMD
+LAYOUTS = 'contiguous', 'channels_last'
+PARTS = *LAYOUTS, 'steps', 'memory'
 STEPS: Dict[str, Dict[str, Any]] = {
     'lif': {},
     **{name: dict(neuron=name) for name in ('plif', 'klif', 'ltmd', 'glif', 'diet', 'ternary', 'ilif', 'psn')},
@@ -45,23 +48,40 @@ def ratios(timings: Mapping[str, Any], key: str) -> List[Dict[str, Any]]:
              'milliseconds': 1e3 * t.median} for name, t in timings.items()]
 
 
-def layers(rounds: int, names: Sequence[str]) -> Dict[str, List[Dict[str, Any]]]:
-    """Return the costs of one layer of every neuron by memory format."""
+def layers(layout: str, rounds: int) -> List[Dict[str, Any]]:
+    """Return the costs of one layer of every neuron in a memory format."""
+    names = [REFERENCE, *(name for name in list_neurons() if name != REFERENCE)]
     neurons = {name: create_neuron(name, timesteps=T_LAYER, channels=(CHANNELS, 1, 1)) for name in names}
-    return {layout: ratios(measure(neurons, layout, torch.float32, rounds, time.process_time), 'neuron')
-            for layout in ('contiguous', 'channels_last')}
+    return ratios(measure(neurons, layout, torch.float32, rounds, time.process_time), 'neuron')
 
 
 def steps(rounds: int) -> List[Dict[str, Any]]:
-    """Return the costs of a training step of every variant of the network."""
-    rows = ratios(interleave({name: create_step(variant(name), BATCH, SIZE, T_STEP) for name in STEPS}, rounds,
+    """Return the times of a training step of every variant of the network."""
+    return ratios(interleave({name: create_step(variant(name), BATCH, SIZE, T_STEP) for name in STEPS}, rounds,
                              clock=time.process_time), 'arm')
-    for row in rows:
-        print(f'  memory: {row["arm"]}', flush=True)
-        row['MiB'] = peak_in_fresh_process(__file__, row['arm'], '--threads', '1')
-    for row in rows:
-        row['memory'] = row['MiB'] and rows[0]['MiB'] and row['MiB'] / rows[0]['MiB']
-    return rows
+
+
+def peaks() -> Dict[str, float]:
+    """Return the MiB of the tensors of a step at its peak by variant."""
+    return {name: measure_peak(create_step(variant(name), BATCH, SIZE, T_STEP)) for name in STEPS}
+
+
+def memory() -> List[Dict[str, Any]]:
+    """Return the peaks, measured in another process, relative to the LIF's."""
+    found = json.loads(output_of_fresh_process(__file__, 'memory', '--threads', '1'))
+    return [dict(arm=name, MiB=mib, memory=mib / found[REFERENCE]) for name, mib in found.items()]
+
+
+def known_tables(file: Path) -> Dict[str, Any]:
+    """Return the newest tables of a file if they were measured on this machine with these versions, else none."""
+    newest = json.loads(file.read_text())[0] if file.is_file() else {}
+    return newest['tables'] if newest.get('machine') == machine() else {}
+
+
+def measure_part(part: str, rounds: int) -> List[Dict[str, Any]]:
+    if part == 'memory':
+        return memory()
+    return steps(rounds) if part == 'steps' else layers(part, rounds)
 
 
 def page(newest: Mapping[str, Any]) -> List[str]:
@@ -81,10 +101,12 @@ def page(newest: Mapping[str, Any]) -> List[str]:
         *markdown(list(by_neuron.values()), [
             ('neuron', 'neuron', ''), ('time', 'time', '.2f'), ('low', 'lower quartile', '.2f'),
             ('high', 'upper quartile', '.2f'), ('last', 'channels_last', '.2f'), ('milliseconds', 'ms', '.1f')]), '',
-        '`python benchmarks/neuron_costs.py`.', '', *(step_lines(tables['steps']) if 'steps' in tables else [])]
+        '`python benchmarks/neuron_costs.py`.', '', *(step_lines(tables) if 'steps' in tables else [])]
 
 
-def step_lines(rows: Sequence[Mapping[str, Any]]) -> List[str]:
+def step_lines(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> List[str]:
+    memory = {row['arm']: row for row in tables.get('memory', ())}
+    rows = [{**row, **memory.get(row['arm'], {})} for row in tables['steps']]
     return [
         f'A training step of `spiking_resnet20_cifar`, width {WIDTH}, T = {T_STEP}, {BATCH} images; the memory is that '
         f'of tensors at the peak:', '',
@@ -97,22 +119,27 @@ def step_lines(rows: Sequence[Mapping[str, Any]]) -> List[str]:
 def main() -> None:
     parser = create_parser(__doc__, rounds=9)
     parser.add_argument('--page', action='store_true', help='no measurement: the tables from the JSON file')
-    parser.add_argument('--no-steps', action='store_true', help='layers alone')
+    parser.add_argument('--part', choices=PARTS, help='only this part; the others stay as they were measured')
     parser.set_defaults(threads=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.worker:
-        print(measure_peak(create_step(variant(args.worker), BATCH, SIZE, T_STEP)))
+        print(json.dumps(peaks()))
         return
+    file = args.output / 'neuron_costs.json'
     if not args.page:
         keep_freed_memory()
-        tables: Dict[str, Any] = {**layers(args.rounds, [REFERENCE, *(n for n in list_neurons() if n != REFERENCE)])}
-        if not args.no_steps:
-            tables['steps'] = steps(args.rounds)
-        for name, rows in tables.items():
-            show(f'{name}, LIF = 1', rows)
-        save(args.output, 'neuron_costs', tables, rounds=args.rounds)
-    write_section(PAGE, BEGIN, END, page(json.loads((args.output / 'neuron_costs.json').read_text())[0]))
+        for part in [args.part] if args.part else PARTS:
+            tables = {**known_tables(file), part: measure_part(part, args.rounds)}
+            show(f'{part}, LIF = 1', tables[part])
+            save(args.output, 'neuron_costs', {name: tables[name] for name in PARTS if name in tables},
+                 rounds=args.rounds)
+    newest = json.loads(file.read_text())[0]
+    missing = [name for name in LAYOUTS if name not in newest['tables']]
+    if missing:
+        print(f'not measured yet: {", ".join(missing)}; the page stays as it is')
+        return
+    write_section(PAGE, BEGIN, END, page(newest))
 
 
 if __name__ == '__main__':

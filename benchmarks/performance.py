@@ -1,17 +1,64 @@
 #!/usr/bin/env python3
-r"""Write the performance page's tables from the JSON files of the speed benchmarks.
+"""Write the performance page's tables from the JSON files of the speed benchmarks, and run what is missing of them.
 
-    python benchmarks/neuron.py && python benchmarks/train_step.py && python benchmarks/loss.py && \
-        python benchmarks/scaling.py && python benchmarks/deploy.py && python benchmarks/performance.py
+    python benchmarks/performance.py --run              # all pieces not measured on this machine, then the page
+    python benchmarks/performance.py --run --only NAME  # pieces whose name contains NAME
+    python benchmarks/performance.py --list
+    python benchmarks/performance.py                    # the page alone
+
+A piece takes some minutes on two cores and has its own file in benchmarks/results, so that a run may be interrupted.
+--wrap names a command that runs each piece, for example one that waits until the machine is quiet.
 """
+import argparse
 import json
-from typing import Any, Dict, List, Mapping, Sequence, Tuple
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, NamedTuple, Sequence, Tuple
 
-from harness import RESULTS
+from harness import RESULTS, machine
 from pages import FIGURES, PAGES, write_section
+from train_step import NETS, PARTS, T, layouts, load_table, name_of
 
 PAGE = PAGES / 'performance.md'
 BEGIN, END = '<!-- performance: written by benchmarks/performance.py -->', '<!-- end of performance -->'
+
+
+class Piece(NamedTuple):
+    """A part of the measurements: the file that it leaves, and the command."""
+    name: str
+    command: Tuple[str, ...]
+
+
+def pieces() -> List[Piece]:
+    """Return all pieces in the order of the page."""
+    steps = [Piece(name_of(net, layout, part), ('train_step.py', net, '--layout', layout, '--part', part))
+             for net in NETS for layout in layouts(net) for part in PARTS]
+    return [Piece('neuron', ('neuron.py',)), *steps, Piece('loss', ('loss.py',)),
+            *(Piece(f'scaling_{part}', ('scaling.py', '--part', part)) for part in ('time', 'memory')),
+            Piece('deploy', ('deploy.py',))]
+
+
+def measured_here(name: str) -> bool:
+    """Return whether the newest file of a piece is of this machine with these versions."""
+    file = RESULTS / f'{name}.json'
+    return file.is_file() and json.loads(file.read_text())[0]['machine'] == machine()
+
+
+def run_missing(only: str, wrap: str) -> None:
+    """Run the pieces that were not measured on this machine. A piece that fails ends the run.
+
+    Args:
+        only: Part of a piece's name.
+        wrap: Command that runs a piece's command.
+    """
+    for piece in pieces():
+        if only in piece.name and not measured_here(piece.name):
+            print(f'---- {piece.name}', flush=True)
+            script, *options = piece.command
+            subprocess.run([*shlex.split(wrap), sys.executable, str(Path(__file__).parent / script), *options],
+                           check=True)
 
 
 def runs(name: str) -> List[Dict[str, Any]]:
@@ -50,31 +97,58 @@ def agreement(name: str, table: str, key: str, value: str) -> str:
             f'in the worst.')
 
 
+def measured_on(newest: Mapping[str, Any]) -> str:
+    """Return a sentence that names the machine of a run."""
+    here = newest['machine']
+    versions = ', '.join(f'{k} {here[k]}' for k in ('torch', 'timm') if here.get(k))
+    capability = here.get('cpu_capability', 'instructions not recorded')
+    return f' On {here["cpu"]} ({capability}), threads: {newest["threads"]}, {versions}.'
+
+
+def spread(row: Mapping[str, Any], low: str = 'low', high: str = 'high') -> str:
+    return '-' if row.get(low) is None else f'{row[low]:.2f} to {row[high]:.2f}'
+
+
 def neuron() -> List[str]:
     newest = runs('neuron')[0]
     rows = newest['tables']['ratios']
     cases = [key for key in rows[0] if key != 'neuron']
+    apart = quartiles_apart(newest['tables']['milliseconds'])
     return ['## One neuron layer', '',
             'Forward and backward of one layer, T = 4 on a batch of 32 maps of 64 x 32 x 32, memory kept between '
             'calls; ReLU on the same tensor is 1:', '',
             *markdown(rows, [('neuron', 'layer', ''), *((case, case, '.2f') for case in cases)]), '',
-            f'`python benchmarks/neuron.py`.{agreement("neuron", "ratios", "neuron", cases[0])}']
+            f'Half of the rounds lie within {apart:.0f} % in the median cell. `python benchmarks/neuron.py`.'
+            f'{measured_on(newest)}{agreement("neuron", "ratios", "neuron", cases[0])}']
+
+
+def quartiles_apart(rows: Sequence[Mapping[str, Any]]) -> float:
+    """Return how far the quartiles of times are apart in the median row, in percent of the median."""
+    apart = sorted(100 * (row['high'] - row['low']) / row['median'] for row in rows if row.get('median'))
+    return apart[len(apart) // 2]
 
 
 def train_step() -> List[str]:
-    newest = runs('train_step')[0]
-    batch = newest['batch_size']
-    return ['## A training step', '',
-            f'Training step of a ResNet-18, T = 4, 112 x 112: time on {batch} images, peak memory on {2 * batch}; the '
-            f'ANN sees four times as many images and is 1:', '',
-            *markdown(newest['tables']['steps'], [
-                ('step', 'step', ''), ('time', 'time', '.2f'), ('memory', 'memory', '.2f'),
-                ('process_memory', 'memory of the process', '.2f'), ('seconds', 's', '.2f'),
-                ('MiB', 'MiB', '.0f')]), '',
-            '"Memory" is that of tensors, measured with glibc giving every freed block back; "of the process" '
-            'includes the holes that it keeps by default. Under torch.compile the compiler\'s own memory would count, '
-            'so it is left out. '
-            f'`python benchmarks/train_step.py`.{agreement("train_step", "steps", "step", "time")}']
+    lines = ['## A training step', '',
+             f'Time and peak memory of tensors, T = {T}; the ANN sees {T} times as many images, in the same memory '
+             f'format, and is 1. "Best" are the options that no other one beats in both. Memory is measured with glibc '
+             f'giving every freed block back. The option "stem once" is `share_stem`.', '']
+    missing = []
+    for net in NETS.values():
+        for layout in layouts(net.name):
+            rows = load_table(RESULTS, net.name, layout)
+            if rows is None:
+                missing.append(f'{net.name} ({layout})')
+                continue
+            newest = runs(name_of(net.name, layout, 'time'))[0]
+            lines += [f'{net.name}, {layout}, {net.batch} images of {net.size} x {net.size}:', '',
+                      *markdown([{**row, 'spread': spread(row)} for row in rows], [
+                          ('step', 'step', ''), ('time', 'time', '.2f'), ('spread', 'quartiles', ''),
+                          ('memory', 'memory', '.2f'), ('best', 'best', ''), ('seconds', 's', '.2f'),
+                          ('MiB', 'MiB', '.0f')]), '', measured_on(newest).strip(), '']
+    if missing:
+        lines += [f'Not measured yet: {", ".join(missing)}.', '']
+    return [*lines, '`python benchmarks/train_step.py`.']
 
 
 def loss() -> List[str]:
@@ -84,7 +158,7 @@ def loss() -> List[str]:
             f'{newest["size"]}), in percent of the step with cross-entropy alone:', '',
             *markdown(newest['tables']['parts'], [
                 ('part', 'part', ''), ('percent_of_step', '% of the step', '.1f'), ('seconds', 's', '.3f')]), '',
-            '`python benchmarks/loss.py`.']
+            f'`python benchmarks/loss.py`.{measured_on(newest)}']
 
 
 def deployed() -> List[str]:
@@ -114,26 +188,37 @@ def deployed() -> List[str]:
 def scaling() -> List[str]:
     newest = runs('scaling')[0]
     return ['## Growth with T', '',
-            'Growth with T (batch 4, 112 x 112, channels_last), per further step beside the ANN\'s cost of as many '
-            'further images:', '',
+            f'Step of a ResNet-18, T = 1 to 32, batch {newest["batch"]}, 112 x 112, channels_last: the cost of a '
+            f'further timestep; the ANN\'s cost of as many further images is 1:', '',
             *markdown(newest['tables']['growth'], [
-                ('what', 'slope', ''), ('per_step_of_T', 'per step of T', '.3g'),
-                ('off_the_line_percent', 'off the line, %', '.1f')]), '',
-            '`python benchmarks/scaling.py`, which draws it over T, batch and resolution:', '',
+                ('what', 'slope', ''), ('ratio', 'ratio', '.2f'), ('off_the_line_percent', 'off the line, %', '.1f'),
+                ('per_step_of_T', 'per timestep', '.3g')]), '',
+            f'`python benchmarks/scaling.py`, which draws it over T, batch and resolution.{measured_on(newest)}', '',
             f'![Time and memory over T, batch and resolution]({FIGURES}/scaling.png)']
 
 
-def main() -> None:
-    machine, threads = runs('neuron')[0]['machine'], runs('neuron')[0]['threads']
-    versions = ', '.join(f'{k} {machine[k]}' for k in ('torch', 'timm', 'spikingjelly', 'snntorch') if machine[k])
-    capability = machine.get('cpu_capability', 'instructions not recorded')
-    lines = [f'Measured on {machine["cores"]} cores of {machine["cpu"]} ({capability}; {threads} threads), '
-             f'{machine["memory_gib"]} GiB, Python {machine["python"]}, {versions}; medians of interleaved '
-             f'runs, as ratios.', '']
+def write_page() -> None:
+    lines = ['Medians of interleaved runs, as ratios. Another machine has other ratios.', '']
     for section in (neuron, train_step, loss, scaling, deployed):
         lines += [*section(), '']
     write_section(PAGE, BEGIN, END, lines)
     print(f'{PAGE}: tables written')
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--run', action='store_true', help='measure what was not measured on this machine')
+    parser.add_argument('--only', default='', metavar='NAME', help='--run: pieces whose name contains NAME')
+    parser.add_argument('--wrap', default='', metavar='COMMAND', help='--run: command that runs each piece')
+    parser.add_argument('--list', action='store_true', help='name the pieces, and which were measured here')
+    args = parser.parse_args()
+    if args.list:
+        for piece in pieces():
+            print(f'{"measured" if measured_here(piece.name) else "missing "}  {piece.name}')
+        return
+    if args.run:
+        run_missing(args.only, args.wrap)
+    write_page()
 
 
 if __name__ == '__main__':

@@ -1,25 +1,45 @@
 #!/usr/bin/env python3
-"""Measure the cost of a training step: time and peak memory of a spiking ResNet-18 and of its ANN on as many images.
+"""Measure the cost of a training step: time and peak memory of spiking networks and of their ANNs on as many images.
 
-    python benchmarks/train_step.py
+    python benchmarks/train_step.py                  # all
+    python benchmarks/train_step.py resnet18 --layout channels_last --part time  # a piece of it, a few minutes
 
-T = 4, 8 images of 112 x 112 for time (16 for memory); the ANN gets T times as many. A step is forward, cross-entropy,
-backward and SGD. Memory is given for tensors (without glibc's holes) and for the process.
+Every network, memory format and part has its own file in benchmarks/results.
+
+T = 4; the ANN gets T times as many images, and ratios are to the ANN in the same memory format. A step is forward,
+cross-entropy, backward and SGD. The options are those of train.py. Memory is that of tensors, measured in another
+process in which glibc gives every freed block back.
 """
+import gc
+import json
+import time
 from contextlib import nullcontext
-from typing import Any, Callable, Dict, NamedTuple
+from pathlib import Path
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from harness import create_parser, has, interleave, measure_peak, peak_in_fresh_process, save, show
+from harness import create_parser, has, interleave, measure_peak, output_of_fresh_process, save, show
 
 from timm_sscl import share_stem
 from timm_sscl.neurons import packed_spikes
 
 T, CLASSES, SIZE = 4, 100, 112
-REFERENCE = 'ANN'
+PARTS = 'time', 'memory'
+
+
+class Net(NamedTuple):
+    """A network, the size of its images, and how many a spiking step takes."""
+    name: str
+    size: int
+    batch: int
+
+
+NETS = {net.name: net for net in (
+    Net('resnet18', SIZE, 8), Net('vgg16_cifar', 32, 16), Net('convnext_atto', SIZE, 8),
+    Net('vit_tiny_patch16_224', 224, 2), Net('mobilenetv3_small_100', SIZE, 16))}
 
 
 class Variant(NamedTuple):
@@ -36,24 +56,50 @@ class Variant(NamedTuple):
     arch: str = 'resnet18'
 
 
-VARIANTS: Dict[str, Variant] = {
-    REFERENCE: Variant(spiking=False),
-    'ANN, channels_last': Variant(spiking=False, channels_last=True),
+ANN = 'ANN'
+OPTIONS: Dict[str, Variant] = {
+    ANN: Variant(spiking=False),
+    'ANN, checkpointing': Variant(spiking=False, checkpointing=True),
     'spiking': Variant(),
-    'spiking, channels_last': Variant(channels_last=True),
-    'spiking, stem once': Variant(stem=True),
-    'spiking, channels_last, stem once': Variant(channels_last=True, stem=True),
-    'spiking, channels_last, stem once, detached reset': Variant(
-        channels_last=True, stem=True, options=dict(detach_reset=True)),
-    'spiking, channels_last, stem once, packed spikes': Variant(channels_last=True, stem=True, packed=True),
-    'spiking, channels_last, gradient checkpointing': Variant(channels_last=True, checkpointing=True),
-    'ANN, channels_last, gradient checkpointing': Variant(spiking=False, channels_last=True, checkpointing=True),
-    'ANN, torch.compile': Variant(spiking=False, compiled=True),
-    'spiking, torch.compile': Variant(compiled=True),
+    'packed spikes': Variant(packed=True),
+    'detached reset': Variant(options=dict(detach_reset=True)),
+    'detached reset, packed spikes': Variant(options=dict(detach_reset=True), packed=True),
+    'checkpointing': Variant(checkpointing=True),
+    'stem once': Variant(stem=True),
+    'stem once, packed spikes': Variant(stem=True, packed=True),
+}
+# of the ResNet-18 in contiguous format alone
+EXTRA: Dict[str, Variant] = {
     'ANN, bfloat16': Variant(spiking=False, bfloat16=True),
     'spiking, bfloat16': Variant(bfloat16=True),
+    'ANN, torch.compile': Variant(spiking=False, compiled=True),
+    'spiking, torch.compile': Variant(compiled=True),
     "SpikingJelly's spiking_resnet18": Variant(peer=True),
 }
+
+
+def layouts(arch: str) -> Tuple[str, ...]:
+    """Return the memory formats in which a network is measured. A ViT has a single convolution."""
+    return ('contiguous',) if arch.startswith('vit') else ('contiguous', 'channels_last')
+
+
+def variants(arch: str, layout: str) -> Dict[str, Variant]:
+    """Return the variants of a network in a memory format by their option, the rows of its table."""
+    found = {**OPTIONS, **(EXTRA if (arch, layout) == ('resnet18', 'contiguous') else {})}
+    found = {name: variant._replace(arch=arch, channels_last=layout == 'channels_last')
+             for name, variant in found.items()}
+    stem = has_stem(arch)
+    return {name: variant for name, variant in found.items()
+            if (stem or not variant.stem) and (has('spikingjelly') or not variant.peer)}
+
+
+def has_stem(arch: str) -> bool:
+    """Return whether what comes before the first neuron can run once per image."""
+    try:
+        create(Variant(arch=arch, stem=True), T)
+    except ValueError:  # the residual stream starts before the first neuron
+        return False
+    return True
 
 
 def spikingjelly_resnet18(timesteps: int) -> nn.Module:
@@ -93,7 +139,7 @@ def create(variant: Variant, timesteps: int) -> nn.Module:
     return torch.compile(model.train()) if variant.compiled else model.train()
 
 
-def create_step(variant: Variant, batch: int, size: int = SIZE, timesteps: int = T) -> Callable[[int], None]:
+def create_step(variant: Variant, batch: int, size: int, timesteps: int = T) -> Callable[[int], None]:
     """Return step(batch): one training step on `batch` samples. An ANN gets timesteps times as many."""
     model = create(variant, timesteps)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=.9)
@@ -113,37 +159,89 @@ def create_step(variant: Variant, batch: int, size: int = SIZE, timesteps: int =
     return step
 
 
-def worker(name: str, batch: int) -> None:
-    print(measure_peak(create_step(VARIANTS[name], batch)))
+def peaks(net: Net, layout: str) -> Dict[str, Optional[float]]:
+    """Return the MiB of a step's tensors at its peak by variant. The compiler's own memory would count: None."""
+    found: Dict[str, Optional[float]] = {}
+    for name, variant in variants(net.name, layout).items():
+        found[name] = None if variant.compiled else measure_peak(create_step(variant, net.batch, net.size))
+        gc.collect()
+    return found
+
+
+def times(net: Net, layout: str, rounds: int) -> List[Dict[str, Any]]:
+    """Return the time of every variant. One thread is measured by its processor time, without that of others."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    timings = interleave({name: create_step(variant, net.batch, net.size)
+                          for name, variant in variants(net.name, layout).items()}, rounds, clock=clock)
+    return [dict(variant=name, **timing._asdict()) for name, timing in timings.items()]
+
+
+def table(times: List[Dict[str, Any]], memory: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
+    """Return a network's rows: times and peaks as ratios to the ANN, and which points are on the Pareto front."""
+    peak = {row['variant']: row['MiB'] for row in memory}
+    one = times[0]['median']
+    rows = [dict(step=row['variant'], time=row['median'] / one, low=row['low'] / one, high=row['high'] / one,
+                 memory=peak.get(row['variant']) and peak[row['variant']] / peak[ANN], seconds=row['median'],
+                 MiB=peak.get(row['variant'])) for row in times]
+    for row in rows:
+        row['best'] = 'yes' if is_best(row, rows) else ''
+    return rows
+
+
+def is_best(row: Dict[str, Any], rows: List[Dict[str, Any]]) -> bool:
+    """Return whether no other option of the spiking network takes less of both time and memory."""
+    options = [r for r in rows if r['step'] in OPTIONS and not r['step'].startswith(ANN)]
+    return row in options and not any(r['time'] < row['time'] and r['memory'] < row['memory'] for r in options)
+
+
+def name_of(net: str, layout: str, part: str) -> str:
+    """Return the name of the file of a piece."""
+    return f'train_step_{net}_{layout}_{part}'
+
+
+def measure(net: Net, layout: str, part: str, args: Any) -> None:
+    """Measure times or peaks of a network and save them."""
+    print(f'{net.name}, {layout}: {part}', flush=True)
+    if part == 'time':
+        rows = times(net, layout, args.rounds)
+    else:
+        found = json.loads(output_of_fresh_process(
+            __file__, f'{net.name}:{layout}', '--threads', str(args.threads)))
+        rows = [dict(variant=name, MiB=mib) for name, mib in found.items()]
+    save(args.output, name_of(net.name, layout, part), {part: rows}, batch_size=net.batch, size=net.size)
+
+
+def load_table(output: Path, net: str, layout: str) -> Optional[List[Dict[str, Any]]]:
+    """Return a network's rows from the newest files; None if a part is missing."""
+    files = [output / f'{name_of(net, layout, part)}.json' for part in PARTS]
+    if not all(file.is_file() for file in files):
+        return None
+    return table(*(json.loads(f.read_text())[0]['tables'][part] for f, part in zip(files, PARTS)))
 
 
 def main() -> None:
     parser = create_parser(__doc__, rounds=11)
-    parser.add_argument('--batch-size', type=int, default=8, help='images for time; twice as many for memory')
+    parser.add_argument('nets', nargs='*', metavar='NET', help=f'of {", ".join(NETS)} (default: all)')
+    parser.add_argument('--layout', choices=['contiguous', 'channels_last'], help='only this memory format')
+    parser.add_argument('--part', choices=PARTS, help='only times or only memory')
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.worker:
-        worker(args.worker, 2 * args.batch_size)
+        net, layout = args.worker.split(':')
+        print(json.dumps(peaks(NETS[net], layout)))
         return
-    variants = {name: v for name, v in VARIANTS.items() if not v.peer or has('spikingjelly')}
-    timings = interleave({name: create_step(v, args.batch_size) for name, v in variants.items()}, args.rounds)
-    rows = []
-    options = '--threads', str(args.threads), '--batch-size', str(args.batch_size)
-    for name, variant in variants.items():
-        print(f'  memory: {name}', flush=True)
-        exact, process = (None if variant.compiled else  # the compiler's own memory would count
-                          peak_in_fresh_process(__file__, name, *options, exact=e) for e in (True, False))
-        rows.append(dict(step=name, seconds=timings[name].median, low=timings[name].low, high=timings[name].high,
-                         MiB=exact, process_MiB=process))
-    for row in rows:
-        row['time'] = row['seconds'] / rows[0]['seconds']
-        for column, ratio in (('MiB', 'memory'), ('process_MiB', 'process_memory')):
-            row[ratio] = row[column] and row[column] / rows[0][column]
-    show(f'ResNet-18, {args.batch_size} images x T={T}, {SIZE} x {SIZE}; {REFERENCE} on {args.batch_size * T} = 1',
-         rows)
+    if set(args.nets) - set(NETS):
+        parser.error(f'unknown: {", ".join(sorted(set(args.nets) - set(NETS)))}; must be of {", ".join(NETS)}.')
+    for name in args.nets or NETS:
+        for layout in layouts(name):
+            if args.layout in (None, layout):
+                for part in [args.part] if args.part else PARTS:
+                    measure(NETS[name], layout, part, args)
+                rows = load_table(args.output, name, layout)
+                if rows:
+                    show(f'{name}, {layout}, T={T}; the ANN on as many images = 1', rows)
     if not has('spikingjelly'):
         print('absent: SpikingJelly')
-    save(args.output, 'train_step', {'steps': rows}, batch_size=args.batch_size)
 
 
 if __name__ == '__main__':
