@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from timm.models import clean_state_dict, load_checkpoint
 from timm.utils import ModelEmaV2, ModelEmaV3
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
 from timm_sscl import LIF, calibrate, convert_ann, convert_to_spiking
 
@@ -341,6 +341,34 @@ def test_averaged_copy_made_before_the_calibration_follows_it():
     same(average.module, model)
 
 
+def foreach_average(decay):
+    return lambda model: AveragedModel(model, use_buffers=True, multi_avg_fn=get_ema_multi_avg_fn(decay))
+
+
+def scalar_average(decay):
+    """As Lightning's EMAWeightAveraging."""
+    return lambda model: AveragedModel(model, use_buffers=True, avg_fn=get_ema_avg_fn(decay))
+
+
+def timm_average(decay):
+    return lambda model: ModelEmaV2(model, decay=decay)
+
+
+@pytest.mark.parametrize('decay', [.9, .99, .9999, .99999])
+@pytest.mark.parametrize('average', [foreach_average, scalar_average, timm_average])
+def test_averages_that_round_whole_numbers_keep_the_settings(average, decay):
+    model = plain()
+    averaged = average(decay)(model)
+    for _ in range(20):
+        (averaged.update if average is timm_average else averaged.update_parameters)(model)
+    again = fresh()
+    again.load_state_dict(averaged.module.state_dict())
+    assert averaged.module.settings == again.settings == model.settings
+    # decay * x + (1 - decay) * x is x but for the rounding of three operations
+    torch.testing.assert_close(again.state_dict()['conv1.0.weight'], model.state_dict()['conv1.0.weight'], rtol=1e-5,
+                               atol=0)
+
+
 @pytest.mark.parametrize('training', [False, True])
 @pytest.mark.parametrize('explicit', [False, True])
 def test_set_timesteps_reaches_averaged_copies(explicit, training):
@@ -551,6 +579,10 @@ def test_long_lists_of_patterns_fit_or_are_refused():
     assert sum(map(len, source.settings.exclude)) < 4096 == len(state['spiking_settings'])
     convert_to_spiking(model).load_state_dict(state)
     assert list(model.neurons()) == ['399'] and model.settings == source.settings
+    long = [str(torch.rand(20, generator=torch.Generator().manual_seed(i)).tolist()) for i in range(15)]  # not halved
+    source, model = convert_to_spiking(ann(), exclude=long), convert_to_spiking(ann())
+    model.load_state_dict(source.state_dict())
+    assert model.settings == source.settings
     noise = [str(torch.rand(20, generator=torch.Generator().manual_seed(i)).tolist()) for i in range(40)]
     model = ann()
     with pytest.raises(ValueError, match='include, exclude'):

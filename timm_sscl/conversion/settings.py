@@ -251,17 +251,34 @@ def _pairs(own: Any) -> Pairs:
 def encode(stored: Dict[str, Any]) -> bytes:
     """Encode settings as bytes: a head with a checksum, JSON (compressed if long), padding zeros.
 
+    Every byte is stored as two halves, unless that is too long: weight averaging rounds whole numbers (`_halves`).
+
     Raises:
         ValueError: include, exclude, calls and the options of neuron and variants are too long.
     """
     content = json.dumps(stored).encode()
-    room = SETTINGS_SIZE - _HEAD.size
-    if len(content) > room:
+    if 2 * (len(content) + _HEAD.size) > SETTINGS_SIZE:
         content = zlib.compress(content)
+    room = SETTINGS_SIZE - _HEAD.size
     if len(content) > room:
         raise ValueError(f'include, exclude, calls, {", ".join(_KWARGS)}: they take {len(content)} bytes, a '
                          f'checkpoint has room for {room}; shell wildcards make patterns shorter.')
-    return (_HEAD.pack(_MAGIC, len(content), zlib.crc32(content)) + content).ljust(SETTINGS_SIZE, b'\0')
+    data = _HEAD.pack(_MAGIC, len(content), zlib.crc32(content)) + content
+    return (_halves(data) if 2 * len(data) <= SETTINGS_SIZE else data).ljust(SETTINGS_SIZE, b'\0')
+
+
+def _halves(data: bytes) -> bytes:
+    """Return every byte as two bytes: its upper and its lower 4 bits, each in the upper bits above an 8.
+
+    An average of equal bytes is rounded down, by decay * x + (1 - decay) * x in float32: an error of up to 7 (8 below)
+    leaves the upper bits as they are.
+    """
+    return bytes(half << 4 | 8 for byte in data for half in divmod(byte, 16))
+
+
+def _whole(data: bytes) -> bytes:
+    """Undo `_halves`."""
+    return bytes(upper & 0xF0 | lower >> 4 for upper, lower in zip(data[::2], data[1::2]))
 
 
 def decode_bytes(data: bytes) -> Optional[Dict[str, Any]]:
@@ -270,10 +287,13 @@ def decode_bytes(data: bytes) -> Optional[Dict[str, Any]]:
     Raises:
         ValueError: The checksum does not match, as after averaging different settings.
     """
-    magic, length, checksum = _HEAD.unpack(data[:_HEAD.size])
-    if magic != _MAGIC:
+    for packed in (_whole(data), data):
+        magic, length, checksum = _HEAD.unpack(packed[:_HEAD.size])
+        if magic == _MAGIC:
+            break
+    else:
         return None
-    content = data[_HEAD.size:_HEAD.size + length]
+    content = packed[_HEAD.size:_HEAD.size + length]
     if zlib.crc32(content) != checksum:
         raise ValueError(f"'{SETTINGS_KEY}' does not match its checksum: it is damaged, or an average over models with "
                          f'different settings (T, tau, ...); give them the same before averaging.')
@@ -287,7 +307,7 @@ def decode_tensor(tensor: torch.Tensor) -> Dict[str, Any]:
         ValueError: The tensor holds no settings.
     """
     data = bytes(read_values(tensor.to(torch.uint8)))
-    stored = decode_bytes(data) if len(data) >= _HEAD.size else None
+    stored = decode_bytes(data) if len(data) >= 2 * _HEAD.size else None
     if stored is None:  # version 0.1.0 wrote only the JSON
         try:
             stored = json.loads(data)
