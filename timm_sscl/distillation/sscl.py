@@ -7,9 +7,8 @@ import torch
 import torch.nn as nn
 from timm.utils import unwrap_model
 
-from timm_sscl.features.finding import find_taps, named_taps, tap_shapes
+from timm_sscl.features.finding import tap_shapes
 from timm_sscl.features.recorder import Recorder, guard_on_hooks
-from timm_sscl.features.stages import match_by_depth
 from timm_sscl.features.tap import Tap, fold_feature
 from timm_sscl.losses.pair_critics import Critic
 from timm_sscl.losses.projections import Projection
@@ -19,8 +18,9 @@ from timm_sscl.losses.weightings import Weighting
 
 from .frames_ann import as_mean_frame, fold_frames, takes_frames_folded
 from .sharing import check_nothing_shared
+from .tap_pairs import pair_taps
 from .teacher_input import TeacherInput, Transform
-from .trained_check import TrainedCheck
+from .trained_check import SyncedCheck, TrainedCheck
 
 __all__ = ['SSCLLoss']
 
@@ -31,9 +31,10 @@ _TrainedCheck = TrainedCheck  # name in pickles of version 0.1.0
 class SSCLLoss(nn.Module):
     """Similarity-sensitive contrastive loss between two models, in two lines of any training loop.
 
-    The constructor taps the last four stages and the pooled feature of both models (timm models), or named modules (any
-    nn.Module), freezes the teacher, and creates the projections g_S and g_A. In a training step, `sscl(x)` runs the
-    teacher on x and compares its features with those recorded during `student(x)`.
+    The constructor taps the last four stages and the pooled feature of both models (timm models; of features_only
+    wrappers the last four outputs), or named modules (any nn.Module), freezes the teacher, and creates the projections
+    g_S and g_A. In a training step, `sscl(x)` runs the teacher on x and compares its features with those recorded during
+    `student(x)`.
 
     Add the parameters (g_S, g_A) to the optimizer. Student and teacher are not submodules: their parameters are not
     among these, and the state_dict contains neither. `.to(device)` also moves the teacher. With
@@ -115,7 +116,7 @@ class SSCLLoss(nn.Module):
         self._timesteps = None if follows else timesteps
         self.teacher_input = TeacherInput(teacher_size, renormalize, teacher_transform)
         shape = self.teacher_input.shape(input_size)
-        of_student, of_teacher = _pair_taps(inner_student, inner_teacher, taps, teacher_taps, input_size, shape)
+        of_student, of_teacher = pair_taps(inner_student, inner_teacher, taps, teacher_taps, input_size, shape)
         shapes = {}
         if create_projection(projection).needs_shapes:
             shapes = dict(student_shapes=tap_shapes(inner_student, of_student, input_size),
@@ -137,6 +138,7 @@ class SSCLLoss(nn.Module):
         # enabled only inside this loss; other calls of the teacher are not recorded
         self._teacher_recorder.enabled = False
         self.__dict__['_trained'] = TrainedCheck()
+        self.__dict__['_synced'] = SyncedCheck()
         _logger.info(f'SSCLLoss: {len(of_student)} pairs of taps: ' + ', '.join(
             f'{s.module} - {a.module}' for s, a in zip(of_student, of_teacher)))
 
@@ -149,6 +151,11 @@ class SSCLLoss(nn.Module):
     def stats(self) -> Dict[str, Dict[str, float]]:
         """Statistics of the last step per layer: cka (this batch), cka_running, weight, nce and mi_bound (nats)."""
         return self.criterion.stats
+
+    @property
+    def device_stats(self) -> Dict[str, Dict[str, torch.Tensor]]:
+        """The values of `stats` as 0-d tensors on the device, for loggers: reading `stats` waits for the device."""
+        return self.criterion.device_stats
 
     @property
     def taps(self) -> List[Tap]:
@@ -180,6 +187,7 @@ class SSCLLoss(nn.Module):
         teacher_features = self._run_teacher(self.teacher_input(x) if teacher_input is None else teacher_input)
         if self.training and training:
             self._trained(self._student_recorder.model, self.criterion)
+            self._synced(self.criterion)
             self._warn_frozen(student_features)
             return self.from_features(student_features, teacher_features)
         with _evaluating(self.criterion):  # an evaluation does not change the running CKA
@@ -264,6 +272,7 @@ class SSCLLoss(nn.Module):
             state['_timesteps'] = state.pop('timesteps')
             state['_wrapped_teacher'] = None
             del state['_teacher']
+        state.setdefault('_synced', SyncedCheck())  # not in pickles of version 0.1.0
         super().__setstate__(state)
         self._student_recorder.enabled = True  # it has a model if that was copied, too
         guard_on_hooks()
@@ -321,21 +330,3 @@ def _refuse_compiled(model: nn.Module) -> None:
         if hasattr(module, '_orig_mod') or module._compiled_call_impl is not None:
             raise ValueError(f"{name or type(model).__name__} is compiled, and torch.compile ignores hooks added after "
                              f'it: build the loss first, then compile.')
-
-
-def _pair_taps(student, teacher, taps, teacher_taps, input_size, teacher_size):
-    """Return taps of both models in pairs: by name, or the stages at equal relative depth and the pooled feature."""
-    if taps is None and teacher_taps is None:
-        found = find_taps(student, input_size=input_size), find_taps(teacher, input_size=teacher_size)
-        kept = match_by_depth(*(len(f) - 1 for f in found))  # without the pooled feature
-        return tuple([*(f[i] for i in stages), f[-1]] for f, stages in zip(found, kept))
-    if taps is None:
-        raise ValueError('teacher_taps without taps: name the student\'s modules as well.')
-    taps = [taps] if isinstance(taps, str) else list(taps)
-    if teacher_taps is None:
-        teacher_taps = taps
-    teacher_taps = [teacher_taps] if isinstance(teacher_taps, str) else list(teacher_taps)
-    if len(taps) != len(teacher_taps) or not taps:
-        raise ValueError(f'taps names {len(taps)} modules and teacher_taps {len(teacher_taps)}; '
-                         f'they are compared in pairs.')
-    return named_taps(student, taps, input_size), named_taps(teacher, teacher_taps, teacher_size)
