@@ -33,8 +33,8 @@ class SSCLLoss(nn.Module):
 
     The constructor taps the last four stages and the pooled feature of both models (timm models; of features_only
     wrappers the last four outputs), or named modules (any nn.Module), freezes the teacher, and creates the projections
-    g_S and g_A. In a training step, `sscl(x)` runs the teacher on x and compares its features with those recorded during
-    `student(x)`.
+    g_S and g_A. In a training step, `sscl(x)` runs the teacher on x and compares its features with those recorded
+    during `student(x)`.
 
     Add the parameters (g_S, g_A) to the optimizer. Student and teacher are not submodules: their parameters are not
     among these, and the state_dict contains neither. `.to(device)` also moves the teacher. With
