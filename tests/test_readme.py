@@ -145,8 +145,7 @@ def test_the_commands_of_readme_and_manual_parse(tmp_path, monkeypatch):
 
 OTHERS = {  # of launchers, pytest, pip and the benchmarks
     '--multi_gpu', '--num_processes', '--nproc_per_node', '--cpu', '--mixed_precision', '--skip-meta', '--families',
-    '--strict',
-    '--devices'}  # of an example
+    '--strict', '--devices'}  # of an example
 
 
 def test_every_option_that_is_named_exists():
