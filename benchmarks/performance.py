@@ -165,11 +165,13 @@ def deployed() -> List[str]:
     newest = runs('deploy')[0]
     cpu, tables = newest['machine'], newest['tables']
     shares = [key for key in tables['profiles'][0] if key not in ('isa', 'net', 'bits')]
+    avx2 = ('With AVX2 alone there are no int8 dot products (VNNI, AMX)' if any(
+        row['isa'] == 'AVX2' for row in tables['times']) else 'The run has no rows for AVX2 alone')
     lines = ['## Int8 inference', '',
              f'A forward of the [deployed](deploy.md) model, T = {newest["timesteps"]}, on one thread of {cpu["cpu"]}, '
              f'torch {cpu["torch"]}: 8 images of 112 x 112 for the ResNet-18, 16 of 32 x 32 for the VGG-16. The ANN '
              f'gets T times as many images; in float32, in its faster memory format, it is 1. CPU times, medians of '
-             f'interleaved rounds; the machine was shared. With AVX2 alone there are no int8 dot products (VNNI, AMX):',
+             f'interleaved rounds; the machine was shared. {avx2}:',
              '', *markdown(tables['times'], [
                  ('net', 'network', ''), ('isa', 'instructions', ''), ('what', 'model', ''), ('time', 'time', '.2f'),
                  ('low', 'lower quartile', '.2f'), ('high', 'upper quartile', '.2f'), ('ms', 'ms', '.0f')]), '',
