@@ -1,5 +1,6 @@
 """What train.py writes loads by itself, and timm-sscl-hub saves it with a card that says what the run's files say."""
 import json
+import shutil
 
 import pytest
 import timm
@@ -75,6 +76,25 @@ def test_the_folder_of_a_run(run, tmp_path, capsys, monkeypatch):
                  'my_neuron.py; import before loading', 'epoch 1 of 1, seed 42, averaged weights', 'residual=sew'):
         assert text in card, text
     assert str(folder.parent) not in card  # no path of this machine
+
+
+def test_the_card_says_no_number_of_other_weights(run, tmp_path):
+    """Of a run that was interrupted within an epoch, and of averaged weights that were not validated."""
+    folder, (row,) = run[0], rows_of(run[0])
+    cut = shutil.copytree(folder, tmp_path / 'cut')
+    (cut / 'summary.json').unlink()
+    content = torch.load(cut / 'last.pth.tar', weights_only=True)
+    content['run_state']['position'] = (1, 3)  # as RunSaver.save_recovery writes it: 'epoch' is that of the last row
+    torch.save(content, cut / 'recovery-1-3.pth.tar')
+    main([str(cut), str(tmp_path / 'a'), '--checkpoint', 'recovery-1-3.pth.tar'])
+    card = (tmp_path / 'a' / 'README.md').read_text()
+    assert 'epoch 2 of 1, after its step 3, seed 42' in card
+    assert not any(title in card for title in ('Accuracy', 'Firing rate', 'Losses', 'Energy'))
+    rows = (cut / 'summary.csv').read_text()
+    (cut / 'summary.csv').write_text(rows.replace('eval_top1_ema', 'other'))  # as with --model-ema-force-cpu
+    main([str(cut), str(tmp_path / 'b')])
+    text = f'{float(row["eval_top1"]):.2f} top-1, {float(row["eval_top5"]):.2f} top-5 on the validation split (of the '
+    assert f'{text}weights that are not averaged)' in (tmp_path / 'b' / 'README.md').read_text()
 
 
 def test_what_is_refused(run, tmp_path, capsys):

@@ -21,6 +21,7 @@ from ..errors import OptionError
 from ..exits import one_line_errors
 from ..command_line.option_types import HelpFormatter, OptionParser, home_path
 from ..command_line.options import parse_args
+from ..saving.checkpoint import read_run_state
 from .run_files import RunFiles, columns_with, read_run
 from .run_summary import differing_options
 
@@ -83,8 +84,11 @@ def _class_names(file: Path) -> Optional[List[str]]:
 def _details(files: RunFiles, checkpoint: Path) -> Dict[str, Any]:
     """Return the facts of the model card on the training and the measurements."""
     options, summary = files.options, files.summary or {}
-    content = load_checkpoint_metadata(str(checkpoint))
-    row = next((row for row in files.rows if int(row['epoch']) == content['epoch']), {})
+    content, run_state = load_checkpoint_metadata(str(checkpoint)), read_run_state(checkpoint)
+    epoch, step = run_state['position'] if run_state else (content['epoch'] + 1, 0)
+    # within an epoch, no row was measured with these weights
+    row = next((row for row in files.rows if not step and int(row['epoch']) == epoch - 1), {})
+    inside = f', after its step {step}' if step else ''
     averaged = content.get('state_dict_ema') is not None
     of = ' (of the weights that are not averaged)' if averaged else ''
     late = '' if files.rows and row is files.rows[-1] else ', after the last epoch'
@@ -92,11 +96,11 @@ def _details(files: RunFiles, checkpoint: Path) -> Dict[str, Any]:
     data = options.get('dataset') or os.path.basename(os.path.normpath(options.get('data_dir') or ''))
     plugins = ', '.join(map(os.path.basename, options.get('plugin') or []))
     facts = {
-        'Data': data, 'Accuracy': _accuracy(row, averaged), 'Teacher': _teacher(files, summary),
-        'Losses': ' + '.join(['cross-entropy', *(f'{w:g} {name}' for name, w in summary.get('losses', {}).items())]),
+        'Data': data, 'Accuracy': _accuracy(row, averaged, of), 'Teacher': _teacher(files, summary),
+        'Losses': _losses(summary),
         'Firing rate': _firing_rate(row, of),
         'Energy': _energy(summary.get('energy'), of + late),
-        'Training': f'epoch {content["epoch"] + 1} of {options.get("epochs")}, seed {options.get("seed")}'
+        'Training': f'epoch {epoch + bool(step)} of {options.get("epochs")}{inside}, seed {options.get("seed")}'
                     + (', averaged weights (EMA)' if averaged else ''),
         'Options': ', '.join(f'{name}={value}' for name, value in shown.items()),
         'Plug-ins': f'{plugins}; import before loading' if plugins else '',
@@ -104,11 +108,17 @@ def _details(files: RunFiles, checkpoint: Path) -> Dict[str, Any]:
     return {title: fact for title, fact in facts.items() if fact}
 
 
-def _accuracy(row: Mapping[str, str], averaged: bool) -> str:
+def _accuracy(row: Mapping[str, str], averaged: bool, of: str) -> str:
     ending = '_ema' if averaged and row.get('eval_top1_ema') else ''
     columns = {f'eval_top1{ending}': 'top-1', f'eval_top5{ending}': 'top-5'}
     values = [f'{float(row[column]):.2f} {text}' for column, text in columns.items() if row.get(column)]
-    return f'{", ".join(values)} on the validation split' if values else ''
+    of = '' if ending else of
+    return f'{", ".join(values)} on the validation split{of}' if values else ''
+
+
+def _losses(summary: Mapping[str, Any]) -> str:
+    weights = summary.get('losses')  # an interrupted run has no summary
+    return '' if weights is None else ' + '.join(['cross-entropy', *(f'{w:g} {name}' for name, w in weights.items())])
 
 
 def _teacher(files: RunFiles, summary: Mapping[str, Any]) -> str:
