@@ -8,16 +8,19 @@ data set, loaders, model, optimizer and schedule (`--ann` of this script). The A
 as the spiking network gets, which is as many convolutions. Both read the same images, which are drawn at random.
 
 "cold" has an empty compile cache, "warm" one that an earlier run has filled. All commands run in turn, round by round.
+Processor time leaves out the time that other work on the machine takes.
 """
 import argparse
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
-from typing import Dict, List
+from typing import Dict, List, Tuple
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS, BATCH, TIMESTEPS, SIZE, CLASSES = 10, 16, 4, 32, 10
@@ -92,37 +95,52 @@ def commands(data: Path, output: Path) -> Dict[str, List[str]]:
     }
 
 
-def seconds_to_tenth_step(command: List[str], cache: Path) -> float:
-    """Return the seconds from the start of a command to its tenth step; it is ended then."""
+def _processor_time(group: int) -> float:
+    """Return the processor seconds of a process group, of its ended processes too, from /proc."""
+    ticks = 0
+    for stat in Path('/proc').glob('[0-9]*/stat'):
+        try:
+            fields = stat.read_text().rpartition(')')[2].split()
+        except OSError:  # it has just ended
+            continue
+        if int(fields[2]) == group:
+            ticks += sum(map(int, fields[11:15]))
+    return ticks / os.sysconf('SC_CLK_TCK')
+
+
+def time_to_tenth_step(command: List[str], cache: Path) -> Tuple[float, float]:
+    """Return the seconds and the processor seconds from the start of a command to its tenth step. It is ended then."""
     env = {**os.environ, 'TORCHINDUCTOR_CACHE_DIR': str(cache), 'PYTHONPATH': str(ROOT)}
     began = time.perf_counter()
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=env)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=env,
+                               start_new_session=True)
     lines: List[str] = []
     try:
         for line in process.stderr:
             lines.append(line)
             if _DONE.search(line):
-                return time.perf_counter() - began
+                return time.perf_counter() - began, _processor_time(process.pid)
     finally:
-        process.terminate()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # the launcher would leave its child running
         process.communicate()
     raise SystemExit(f'{" ".join(command)} ended before its tenth step:\n{"".join(lines[-20:])}')
 
 
-def measure(rounds: int, folder: Path) -> Dict[str, List[float]]:
-    """Return the seconds of every command by name, cold ones once per round."""
+def measure(rounds: int, folder: Path) -> Dict[str, List[Tuple[float, float]]]:
+    """Return the times of every command by name; those of train.py cold and warm."""
     write_images(folder / 'data')
     write_teacher(folder / 'teacher.pth')
     all_commands = commands(folder / 'data', folder / 'out')
-    seconds: Dict[str, List[float]] = {}
+    times: Dict[str, List[Tuple[float, float]]] = {}
     for i in range(rounds):
-        for name, command in all_commands.items():
-            kinds = ['cold', 'warm'] if 'train.py' in name else ['']
-            for kind in kinds:
+        for number, (name, command) in enumerate(all_commands.items()):
+            for kind in ('cold', 'warm') if 'train.py' in name else ('',):
                 case = ', '.join(filter(None, [name, kind]))
-                seconds.setdefault(case, []).append(seconds_to_tenth_step(command, folder / f'cache-{i}-{name[:10]}'))
-                print(f'  round {i + 1}/{rounds}  {case}: {seconds[case][-1]:.1f} s', flush=True)
-    return seconds
+                times.setdefault(case, []).append(time_to_tenth_step(command, folder / f'cache-{i}-{number}'))
+                wall, cpu = times[case][-1]
+                print(f'  round {i + 1}/{rounds}  {case}: {wall:.1f} s, {cpu:.1f} s of processors', flush=True)
+    return times
 
 
 def main() -> None:
@@ -136,11 +154,13 @@ def main() -> None:
         return
     from harness import Timing, save, show  # not at the top: the ANN's loop is to import what timm's script imports
     with tempfile.TemporaryDirectory() as folder:
-        seconds = measure(args.rounds, Path(folder))
-    timings = {name: Timing.of(values) for name, values in seconds.items()}
-    base = next(timing for name, timing in timings.items() if name.endswith('accelerate launch')).median
-    rows = [dict(what=name, time=timing.median / base, low=timing.low / base, high=timing.high / base,
-                 seconds=timing.median) for name, timing in timings.items()]
+        times = measure(args.rounds, Path(folder))
+    walls, cpus = ({name: Timing.of([pair[i] for pair in pairs]) for name, pairs in times.items()} for i in (0, 1))
+    base = next(name for name in walls if name.endswith('accelerate launch'))
+    rows = [dict(what=name, time=wall.median / walls[base].median, low=wall.low / walls[base].median,
+                 high=wall.high / walls[base].median, seconds=wall.median,
+                 processor_time=cpus[name].median / cpus[base].median, processor_seconds=cpus[name].median)
+            for name, wall in walls.items()]
     show('to the tenth step', rows)
     save(args.output, 'first_steps', {'steps': rows}, batch_size=BATCH, timesteps=TIMESTEPS, size=SIZE)
 
