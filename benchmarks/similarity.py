@@ -53,11 +53,11 @@ def rebuild_models(folders: List[Path]) -> Tuple[Dict[str, torch.nn.Module], arg
         raise OptionError(f'no run has a teacher to compare with ({why})')
     digests = {name: runs[name].teacher.digest for name in taught}
     if len(set(digests.values())) > 1:
-        raise OptionError(f'the runs have other teachers: {", ".join(f"{n} {d}" for n, d in digests.items())}')
+        raise OptionError(f'the runs have different teachers: {", ".join(f"{n} {d}" for n, d in digests.items())}')
     first = next(iter(taught.values()))
     data = {name: (built.args.data_dir, built.args.dataset) for name, built in rebuilt.items()}
     if len(set(data.values())) > 1:
-        raise OptionError(f'the runs read other data: {data}')
+        raise OptionError(f'the runs read different data: {data}')
     return {'teacher': first.teacher, **{name: built.student for name, built in rebuilt.items()}}, first.args
 
 
