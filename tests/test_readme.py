@@ -13,6 +13,7 @@ from urllib.parse import unquote
 import pytest
 import timm
 import torch
+from packaging.version import Version
 from timm.models import _registry
 
 import timm_sscl
@@ -91,7 +92,10 @@ def test_every_block_of_readme_runs_by_itself(line, code, new_namespace, capsys)
 
 
 @pytest.mark.parametrize('file', [f for f in PAGES if blocks(f, 'python')], ids=lambda file: file.stem)
-def test_the_blocks_of_a_page_run_from_top_to_bottom(file, new_namespace, capsys):
+def test_the_blocks_of_a_page_run_from_top_to_bottom(file, new_namespace, capsys, tmp_path, monkeypatch):
+    if 'to_onnx' in file.read_text() and Version(torch.__version__) < Version('2.14'):
+        pytest.skip("the exporter of torch 2.6 fails at batch norms; run is 2.14's")
+    monkeypatch.chdir(tmp_path)  # for the files that they write
     torch.manual_seed(0)
     namespace = new_namespace(file.stem)
     for line, code in blocks(file, 'python'):

@@ -178,7 +178,8 @@ def _convert(model: Any, program: torch.export.ExportedProgram, names: List[str]
             program, (), dynamo=True, verbose=False, input_names=['images'], output_names=names, opset_version=opset,
             dynamic_shapes=dict(images={0: _BATCH}))
     except Exception as error:
-        raise ValueError(f'{type(model).__name__}: cannot be written to ONNX: {_reason(error)}') from error
+        raise ValueError(f'{type(model).__name__}: torch {torch.__version__} does not write it to ONNX: '
+                         f'{_reason(error)}') from error
     converted.model.metadata_props['timesteps'] = str(model.timesteps)
     return converted
 
