@@ -15,7 +15,7 @@ from timm_sscl.export import to_onnx
 T, K = 3, 4
 
 pytestmark = pytest.mark.skipif(
-    Version(torch.__version__) < Version('2.14'), reason="the exporter of torch 2.6 fails at batch norms; 2.14's is run")
+    Version(torch.__version__) < Version('2.14'), reason="torch 2.6's exporter fails at batch norms; 2.14's is run")
 
 
 class _Net(nn.Module):
