@@ -125,6 +125,20 @@ def test_a_change_that_autograd_does_not_see():
     _assert_same(got, _gradients(block, x, cut=True))
 
 
+def test_a_norm_changed_without_a_gradient():
+    """A neuron right behind a norm, whose output is shifted without a gradient."""
+    block, x = _Block().double(), _data()
+
+    def shift(module, args, out):
+        with torch.no_grad():
+            out.add_(.3)
+
+    block.bn1.register_forward_hook(shift)
+    got = _gradients(block, x)
+    block.bn1.register_forward_hook(lambda module, args, out: out * 1)  # hides the norm from the neuron
+    _assert_same(got, _gradients(block, x, cut=True))
+
+
 def test_a_frozen_branch_keeps_the_input():
     block, x = _Block().double(), _data()
     block.conv1.requires_grad_(False)

@@ -21,14 +21,15 @@ class NormSource(NamedTuple):
 
     @classmethod
     def of(cls, x: torch.Tensor) -> Optional['NormSource']:
-        """Return the source of x; None if it is not a batch norm in training mode, or its saved tensors are not
-        accessible.
+        """Return the source of x; None if it is not a batch norm in training mode, if x was changed in place since, or
+        if the saved tensors are not accessible.
 
         With hooks on saved tensors, as in checkpointing, a tensor can be unpacked only once.
         """
         if torch.compiler.is_compiling() or not only_packing_hooks():
             return None
-        return cls.of_node(x.grad_fn)
+        source = cls.of_node(x.grad_fn)
+        return source if source is None or x._version == 0 else None
 
     @classmethod
     def of_node(cls, node: Any) -> Optional['NormSource']:
