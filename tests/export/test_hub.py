@@ -157,14 +157,16 @@ def test_the_model_stays_as_it_is(tmp_path):
 
 
 def test_refusals_leave_nothing(tmp_path):
-    changed, other = plain(), plain()
+    changed, other, layer = plain(), plain(), plain()
+    layer.layer2[0].bn1.eps = .1  # the state dict does not hold it
     changed.fc = nn.Sequential(nn.Linear(changed.num_features, 5))
     other.layer1[0].act1 = nn.ReLU()  # not a neuron any more; its weights are those of the config's model
     cases = [
         (timm.create_model(NAME, **TINY), 'does not spike; timm.models.save_for_hf'),
         (convert_to_spiking(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())), 'was not created by timm.create_model'),
         (timm.create_model(f'spiking_{NAME}', norm_layer=nn.BatchNorm2d, **TINY), 'created with norm_layer=<class'),
-        (changed, 'cannot be built from its config|was changed since'), (other, 'was changed since')]
+        (changed, 'cannot be built from its config|was changed since'), (other, 'was changed since'),
+        (layer, r'was changed since timm.create_model in a way .* layer2.0.bn1 would not be')]
     for model, text in cases:
         with pytest.raises(ValueError, match=text):
             save_for_hub(model, tmp_path / 'mine')

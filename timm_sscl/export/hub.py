@@ -157,6 +157,14 @@ def _check_loads(folder: Path, model: SpikingModule) -> None:
     again = loaded.state_dict()
     differ = [name for name in {**state, **again} if name != SETTINGS_KEY and not (
         name in state and name in again and torch.equal(state[name], again[name]))]
+    layers, made = _layers(model), _layers(loaded)
+    differ += [name for name in layers if layers[name] != made.get(name)]
     if differ or loaded.settings != model.settings:
         raise ValueError(f'{kind} was changed since timm.create_model in a way that its config does not say: '
                          f'{", ".join(differ[:5]) or "its settings"} would not be the same after loading.')
+
+
+def _layers(model: nn.Module) -> Dict[str, str]:
+    """Return what torch shows of every layer: strides, eps, ... A config does not hold drop rates."""
+    return {name: f'{type(module).__name__}({module.extra_repr()})' for name, module in model.named_modules()
+            if 'drop' not in type(module).__name__.lower()}
