@@ -43,14 +43,15 @@ def calibrated():
 
 def variants():
     return trained(timm.create_model(
-        f'spiking_{NAME}', timesteps=3, neuron='plif', norm='tebn', residual='sew', surrogate='atan', **TINY))
+        f'spiking_{NAME}', timesteps=3, neuron='plif', neuron_kwargs=dict(v_threshold=.1), norm='tebn', residual='sew',
+        surrogate='atan', **TINY))
 
 
 @torch.no_grad()
 def assert_same(model, source):
     assert model.settings == source.settings and not model._explicit
     out = source(images(), per_step=True)
-    assert out.std() > 1e-3
+    assert out.std(1).max() > 1e-3  # images matter
     assert torch.equal(model.eval()(images(), per_step=True), out)
 
 

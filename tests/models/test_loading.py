@@ -56,7 +56,8 @@ def of_another_head():
 
 
 def of_a_variant():
-    return trained(timesteps=3, norm='tebn', neuron='plif', surrogate='atan', residual='sew')
+    return trained(timesteps=3, norm='tebn', neuron='plif', neuron_kwargs=dict(v_threshold=.1), surrogate='atan',
+                   residual='sew')
 
 
 def of_another_variant():
@@ -71,7 +72,7 @@ ARMS = [with_more_timesteps, with_gains_and_a_shared_stem, from_an_ann, of_anoth
 def assert_same(model, source):
     assert type(model) is type(source) and not model.training and model.settings == source.settings
     out = source(images(), per_step=True)
-    assert out.std() > 1e-3
+    assert out.std(1).max() > 1e-3  # images matter
     assert torch.equal(model(images(), per_step=True), out)
     states = source.state_dict(), model.state_dict()
     assert list(states[0]) == list(states[1]) and all(torch.equal(*pair) for pair in zip(*map(dict.values, states)))
