@@ -11,6 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import sklearn.model_selection  # noqa: F401  for the digits, in this process and not in every child
+
 import train
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from sscl_reference import (
     BATCH_ONLY, Cnn, REFERENCE_TOL, STAGES, T, attach, create, gradients, images_of, messages, nce_by_hand,
     outputs_of, plain, project, reference, resnets, tapped, teacher_features)
+from spiking_families import short_resnet
 from timm_sscl import SSCLLoss
 
 
@@ -266,7 +267,7 @@ def test_plain_training_loop():
 
 def test_student_compiled_after_the_loss_was_built():
     """Hooks are part of the graph where they were there first, also when a twin without hooks was compiled before."""
-    student, teacher = resnets(layers=(1, 1, 1, 1))
+    student, teacher = short_resnet(timesteps=T).double().train(), short_resnet().double()
     x = images_of()
     torch.compile(copy.deepcopy(student), fullgraph=True, backend='eager')(x)
     sscl = attach(student, teacher)

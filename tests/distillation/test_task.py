@@ -12,6 +12,7 @@ from timm.utils import unwrap_model
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from processes import run_processes
+from spiking_families import short_resnet
 import timm_sscl  # noqa: F401  registers the spiking_ names
 from timm_sscl import SSCLLoss, SSCLTask
 from timm_sscl.distributed import gather_rows
@@ -559,7 +560,12 @@ def test_one_process_gathers_nothing():
 
 def test_task_compiles_as_one_graph():
     """Student, taps and losses without a graph break, in float64; the backend is dynamo's and autograd's part only."""
-    tasks = [_task(dtype=torch.float64) for _ in range(2)]
+    tasks = []
+    for _ in range(2):
+        student, teacher = short_resnet(timesteps=T), short_resnet()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)  # for the projections
+            tasks.append(SSCLTask(student, teacher, 'sscl', verbose=False, dtype=torch.float64))
     tasks[1].trainable_module = torch.compile(tasks[1].trainable_module, fullgraph=True, backend='aot_eager')
     x, y = _batch(dtype=torch.float64)
     results = []

@@ -9,6 +9,7 @@ import torch
 import torch.nn as nn
 from timm.utils import unwrap_model
 
+from spiking_families import short_resnet
 import timm_sscl  # noqa: F401  registers the spiking_ names
 from timm_sscl import LIF, SSCLTask, create_loss, lif
 from timm_sscl.losses import firing_rate_loss, loss_needs
@@ -183,7 +184,7 @@ def test_reentrant_checkpointing_is_refused(set_reentrant):
 
 
 def test_compiles_as_one_graph():
-    tasks = [_task() for _ in range(2)]
+    tasks = [_task(student=short_resnet(timesteps=T).double()) for _ in range(2)]
     tasks[1].trainable_module = torch.compile(tasks[1].trainable_module, fullgraph=True, backend='aot_eager')
     results = []
     for task in tasks:

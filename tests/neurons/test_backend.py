@@ -19,7 +19,7 @@ from timm_sscl.neurons.kernels import packing
 ROOT = Path(__file__).resolve().parents[2]
 
 # settings, and per-channel or scalar gain: each is other code for the compiler
-SETTINGS = [dict(), dict(tau=.6, v_threshold=.7, v_reset=-.2), dict(v_reset=None), dict(detach_reset=True),
+SETTINGS = [dict(), dict(tau=.6, v_threshold=.7, v_reset=-.2), dict(v_reset=None),
             dict(tau=1., v_threshold=1., v_reset=None, v_init=.5)]
 
 
@@ -46,7 +46,7 @@ def _assert_same(first, second, dtype):
 # every combination compiles for seconds: settings in float64, the other dtypes and numbers of steps with the default
 @pytest.mark.parametrize('settings, dtype, timesteps', [
     *((settings, torch.float64, 3) for settings in SETTINGS), (dict(), torch.float32, 1), (dict(), torch.bfloat16, 4),
-    (dict(detach_reset=True), torch.float32, 9)], ids=str)  # nine steps are two bytes of bits
+    (dict(detach_reset=True), torch.float64, 9)], ids=str)  # nine steps are two bytes of bits
 def test_compiled_equals_eager(settings, dtype, timesteps):
     x, grad = _data((timesteps, 2, 501), dtype), _data((timesteps, 2, 501), dtype, seed=1)
     _assert_same(_run('compiled', x, grad, **settings), _run('eager', x, grad, **settings), dtype)
@@ -90,13 +90,13 @@ def test_graphs_do_not_run_out(monkeypatch, caplog):
 
     def compile_without_inductor(function, options, **kwargs):  # it is dynamo that stops
         calls.append(1)
-        return torch_compile(function, backend='aot_eager', **kwargs)
+        return torch_compile(function, backend='eager', **kwargs)
     monkeypatch.setattr(torch, 'compile', compile_without_inductor)
     neuron = partial(lif, tau=.2371)  # of no other test: nothing is compiled for it yet
     with lif_backend('compiled'), torch.compiler.set_stance('default'):
-        for timesteps in (1, 2, 3):
+        for timesteps in (1, 2):
             for shape in ((timesteps, 1), (timesteps, 3, 2)):
-                for dtype in (torch.float32, torch.float64):
+                for dtype in (torch.float32, torch.float64, torch.bfloat16):
                     x = _data(shape, dtype)
                     with lif_backend('eager'):
                         expected = neuron(x)
@@ -105,9 +105,10 @@ def test_graphs_do_not_run_out(monkeypatch, caplog):
 
 
 NO_COMPILER = '''
-import logging, torch
+import logging, sys, torch, timm_sscl
 logging.basicConfig(level=logging.INFO)
 from timm_sscl.neurons import lif, lif_backend
+assert 'torch._inductor.compile_fx' not in sys.modules  # importing compiles nothing
 x = torch.randn(4, 2 ** 17, requires_grad=True)  # large enough to be worth compiling
 spikes = lif(x)
 lif(x).sum().backward()
@@ -118,19 +119,11 @@ print('done')
 
 
 @pytest.mark.slow
-def test_without_a_compiler_one_line_is_logged(tmp_path):
+def test_importing_compiles_nothing_and_without_a_compiler_one_line_is_logged(tmp_path):
     env = {**os.environ, 'CXX': 'no-such-compiler', 'TORCHINDUCTOR_CACHE_DIR': str(tmp_path), 'PYTHONPATH': str(ROOT)}
     result = subprocess.run([sys.executable, '-c', NO_COMPILER], capture_output=True, text=True, env=env, timeout=300)
     assert 'done' in result.stdout, result.stderr
     assert result.stderr.count('run without torch.compile') == 1
-
-
-@pytest.mark.slow
-def test_importing_compiles_nothing():
-    code = 'import sys, timm_sscl; print("torch._inductor.compile_fx" in sys.modules)'
-    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120,
-                            env={**os.environ, 'PYTHONPATH': str(ROOT)})
-    assert result.stdout.strip() == 'False', result.stdout + result.stderr
 
 
 def test_unknown_backend():

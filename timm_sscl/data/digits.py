@@ -3,8 +3,6 @@ from typing import Any, Callable, List, Optional, Tuple
 
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch.utils.data import Dataset
 
 __all__ = ['DigitsDataset', 'digits_split']
@@ -21,6 +19,8 @@ def digits_split(split: str, num_samples: Optional[int] = None) -> Tuple[Any, np
     """
     if split not in _SPLITS:
         raise ValueError(f"split '{split}': the digits have 'train' and 'validation'.")
+    from sklearn.datasets import load_digits  # a second to import, which other data need not take
+    from sklearn.model_selection import train_test_split
     digits = load_digits()
     indices = train_test_split(
         np.arange(len(digits.target)), test_size=_VALIDATION_IMAGES, random_state=0, stratify=digits.target)
