@@ -35,9 +35,11 @@ def find_source(x: torch.Tensor) -> Optional[Source]:
     norm = NormSource.of(x)
     if norm is not None:
         return norm,
+    if torch.compiler.is_compiling():  # dynamo traces no autograd nodes
+        return None
     node: Any = x.grad_fn
     # a sum in place counts as a version; a further one would be a change without a gradient
-    if torch.compiler.is_compiling() or type(node).__name__ != 'AddBackward0' or x._version > 1:
+    if type(node).__name__ != 'AddBackward0' or x._version > 1:
         return None
     if not only_packing_hooks() or node._saved_alpha != 1:
         return None
