@@ -4,7 +4,7 @@ A plane is an int8 tensor of the weight's shape. The weight is scale * (plane 0 
 one scale per output channel. The products of every plane with whole inputs are exact; their sums are float32.
 """
 from functools import lru_cache
-from typing import Any, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +54,8 @@ def split_weight(weight: torch.Tensor, planes: int) -> Tuple[torch.Tensor, torch
     flat = weight.detach().flatten(1).double()
     scale = (flat.abs().amax(1) / _TOP).float()
     scale = torch.where(scale == 0, 1., scale)
-    rest, levels = flat / scale.double()[:, None], []
+    rest = flat / scale.double()[:, None]
+    levels: List[torch.Tensor] = []
     while not levels or (len(levels) < planes and rest.any()):
         level = rest.round().clamp(-_TOP, _TOP)
         levels.append(level.to(torch.int8).view(weight.shape))

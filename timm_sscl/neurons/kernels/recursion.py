@@ -182,7 +182,10 @@ def backward_from_sources(
     potentials: List[torch.Tensor] = []
     v: Union[float, torch.Tensor] = neuron.v_init
     for t, o in enumerate(fired):
-        current = sum(_at(x, t).to(dtype) * scale + shift for x, scale, shift in affine)
+        terms = [_at(x, t).to(dtype) * scale + shift for x, scale, shift in affine]
+        current = terms[0]
+        for term in terms[1:]:
+            current = current + term
         potentials.append(v * neuron.tau + (current if gain is None else current * gain.to(dtype)))
         v = reset(potentials[-1], o, neuron)
     return _backward(grad, windows, fired, potentials, gain, neuron)
