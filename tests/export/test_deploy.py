@@ -258,6 +258,8 @@ def test_is_for_inference():
     with pytest.raises(RuntimeError, match='Int8Conv2d has no gradients.*inference'):
         deployed.train()(images)
     assert torch.equal(deployed.eval()(images), model(images))
+    with pytest.raises(RuntimeError, match=r'computes in float32, this one was cast to torch\.float64'):
+        copy.deepcopy(deployed).double()(images.double())
     with pytest.raises(ValueError, match='_Net does not spike'):
         deploy(_Net(), images)
 

@@ -67,6 +67,9 @@ class _Int8Layer(nn.Module):
         if self.training:
             raise RuntimeError(f'{type(self).__name__} has no gradients; a deployed model is for inference. Call '
                                f'eval(), or train the model that it was made of.')
+        if self.weight_scale.dtype != torch.float32:
+            raise RuntimeError(f'a deployed model computes in float32, this one was cast to {self.weight_scale.dtype}; '
+                               'deploy the model again.')
         if not runs_int8(x):
             return self.float_map(self._as_values(x), self.float_weight())
         if not self.runs_planes:
