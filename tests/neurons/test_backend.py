@@ -14,7 +14,6 @@ import torch.nn as nn
 
 from timm_sscl import LIF, lif
 from timm_sscl.neurons import lif_backend, packed_spikes
-from timm_sscl.neurons.kernels import packing
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -266,7 +265,6 @@ def test_packed_spikes_change_no_gradient(view):
     assert all(torch.equal(a, b) for a, b in zip(plain, packed))
 
 
-@pytest.mark.skipif(not hasattr(torch._C._autograd, '_top_saved_tensors_default_hooks'), reason='needs torch 2.8')
 def test_packed_spikes_are_bits():
     act, conv, alive = LIF(8), nn.Conv2d(6, 5, 3), []
     for context in (nullcontext, packed_spikes):
@@ -297,13 +295,3 @@ def test_somebody_elses_hooks_stay():
         with packed_spikes():
             linear(act(torch.randn(6, 8, requires_grad=True)))
     assert torch.Size([6, 8]) in packed
-
-
-def test_before_torch_2_8_nothing_is_packed_and_no_gradient_changes(monkeypatch):
-    """torch 2.6 and 2.7 do not say which hooks are active: packing warns, and a current behind a norm is kept."""
-    layers, x = _layers(torch.float64, 'affine', None), _data((12, 6, 5, 5), torch.float64)
-    expected = _gradients(layers, x)
-    monkeypatch.setattr(packing, '_top_hooks', None)
-    _assert_same_gradients(_gradients(layers, x), expected)
-    with pytest.warns(UserWarning, match='packed_spikes has no effect with torch .* needs torch 2.8'):
-        _assert_same_gradients(_gradients(layers, x, context=packed_spikes), expected)

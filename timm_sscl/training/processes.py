@@ -35,7 +35,7 @@ def create_accelerator(args: Namespace) -> Accelerator:
         set_fast_norm()
     if args.deterministic:
         _use_deterministic_kernels()
-    has_device = torch.cuda.is_available() or (hasattr(torch, 'accelerator') and torch.accelerator.is_available())
+    has_device = torch.cuda.is_available() or torch.accelerator.is_available()
     precision = {'float16': 'fp16', 'bfloat16': 'bf16'}[args.amp_dtype] if args.amp else None
     cpu = args.device == 'cpu' or not has_device
     if args.device not in (None, 'cpu') and not has_device:

@@ -1,5 +1,4 @@
 """Save the spikes that layers need for their backward as bits."""
-import warnings
 from contextlib import contextmanager
 from typing import Any, Dict, Iterator, NamedTuple, Optional, Tuple, Union
 
@@ -12,8 +11,6 @@ from .recursion import unpack_bits
 __all__ = ['packed_spikes', 'active_packing', 'only_packing_hooks', 'SpikePacking']
 
 _active: Optional['SpikePacking'] = None
-# says which hooks on saved tensors are active; torch 2.8 and newer
-_top_hooks = getattr(torch._C._autograd, '_top_saved_tensors_default_hooks', None)
 
 
 class _Spikes(NamedTuple):
@@ -75,12 +72,8 @@ def active_packing() -> Optional[SpikePacking]:
 
 
 def only_packing_hooks() -> bool:
-    """Return whether no hooks on saved tensors are active except those of a packing; False before torch 2.8, which does
-    not say it.
-    """
-    if _top_hooks is None:
-        return False
-    hooks = _top_hooks(True)
+    """Return whether no hooks on saved tensors are active except those of a packing."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return hooks is None or (_active is not None and hooks[0] == _active.pack)
 
 
@@ -90,13 +83,9 @@ def packed_spikes() -> Iterator[None]:
 
     The input of a convolution or linear layer then takes 1 / 32 of the memory (float32, T = 8; one byte per 8 timesteps
     or less), and the backward recomputes the floats. It has no effect on a model that is compiled as a whole, nor
-    together with other hooks on saved tensors (checkpointing, offloading). Before torch 2.8 it has no effect, and
-    warns.
+    together with other hooks on saved tensors (checkpointing, offloading).
     """
     global _active
-    if _top_hooks is None:
-        warnings.warn(f'packed_spikes has no effect with torch {torch.__version__}; it needs torch 2.8 or newer.',
-                      stacklevel=3)
     if not only_packing_hooks():
         yield
         return
