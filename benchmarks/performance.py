@@ -207,13 +207,17 @@ def write_page() -> None:
     print(f'{PAGE}: tables written')
 
 
-def main() -> None:
+def create_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--run', action='store_true', help='measure what was not measured on this machine')
     parser.add_argument('--only', default='', metavar='NAME', help='--run: pieces whose name contains NAME')
     parser.add_argument('--wrap', default='', metavar='COMMAND', help='--run: command that runs each piece')
     parser.add_argument('--list', action='store_true', help='name the pieces, and which were measured here')
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = create_parser().parse_args()
     if args.list:
         for piece in pieces():
             print(f'{"measured" if measured_here(piece.name) else "missing "}  {piece.name}')

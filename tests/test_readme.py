@@ -32,6 +32,7 @@ sys.path.insert(0, str(ROOT / 'benchmarks'))
 import ablation
 import compare
 import compare_results
+import performance
 
 by_name = pytest.mark.parametrize('file', TEXTS, ids=lambda file: file.stem)
 
@@ -153,7 +154,7 @@ OTHERS = {  # of launchers, pytest, pip and the benchmarks
 
 
 def test_every_option_that_is_named_exists():
-    scripts = ablation, compare, compare_results
+    scripts = ablation, compare, compare_results, performance
     parsers = [create_parser(), create_report_parser(), create_hub_parser()]
     parsers += [script.create_parser() for script in scripts]
     known = {option for parser in parsers for action in parser._actions for option in action.option_strings}

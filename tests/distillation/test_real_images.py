@@ -10,7 +10,7 @@ from timm_sscl.neurons import lif_backend
 
 CASES = {
     'vit_tiny_patch16_224': (dict(neuron='ternary'), dict(img_size=32)),
-    'resnet50': (dict(residual='ms', norm='tebn'), dict(layers=(1, 2, 1, 1))),
+    'resnet50': (dict(residual='ms', norm='tebn'), {}),
     'convnext_atto': (dict(neuron='plif'), {}),
 }
 

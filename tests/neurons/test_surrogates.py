@@ -11,6 +11,7 @@ import torch.nn as nn
 from timm_sscl import LIF, convert_to_spiking, list_surrogates, register_surrogate
 from timm_sscl.neurons import lif_backend, spike
 from timm_sscl.neurons.surrogate import resolve_surrogate
+from timm_sscl.training.steps.compiling import CompileClock
 from timm_sscl.training.steps.loop import begin_epoch
 
 THRESHOLD = .5
@@ -173,6 +174,7 @@ def test_training_tells_the_progress():
             self.mixup, self.position = None, type('Position', (), dict(epoch=0, step=0))
             self.args = type('Args', (), dict(mixup_off_epoch=0))
             self.accelerator = type('Accelerator', (), dict(is_main_process=False))
+            self.compiling = CompileClock()
 
     model = _net(surrogate='evaf')
     seen = []

@@ -86,11 +86,11 @@ def evaluate_only(args: Namespace, accelerator: Accelerator, stop: StopRequest) 
         for timesteps in args.eval_timesteps or [own]:
             if timesteps is not None:
                 student.set_timesteps(timesteps)
-            with Predictions(student) as own:
+            with Predictions(student) as predicted:
                 result, rates[f'{name} T={timesteps}'] = _evaluate_one(session, student, loader, name, timesteps)
             results.append(result)
             if args.deploy:
-                metrics = evaluate_deployed(session, cast(SpikingModule, student), loader, own)
+                metrics = evaluate_deployed(session, cast(SpikingModule, student), loader, predicted)
                 results.append(Evaluation(f'{name}, deployed', timesteps, **metrics))
     if accelerator.is_main_process:
         _report_evaluation(args, folder, results, rates)
