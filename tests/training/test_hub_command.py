@@ -49,6 +49,11 @@ def test_a_checkpoint_suffices(run):
     averaged = torch.load(folder / 'last.pth.tar', weights_only=True)['state_dict_ema']
     model = load(folder / 'last.pth.tar')
     assert model.settings == student.settings and model.settings.stem is not None
+    config = timm.data.resolve_model_data_config(model)  # as the run's images, digits of 32 x 32
+    assert config['input_size'] == (3, 32, 32) and config['mean'] == config['std'] == (.5, .5, .5)
+    assert model.pretrained_cfg['num_classes'] == 10
+    with pytest.raises(ValueError, match="the weights do not fit .*, of which load was given {'num_classes': 7}"):
+        load(folder / 'last.pth.tar', num_classes=7)
     state = {name: value for name, value in model.state_dict().items() if value.is_floating_point()}
     assert state and all(torch.equal(value, averaged[name]) for name, value in state.items())
     assert not torch.equal(model(images(), per_step=True), expected)

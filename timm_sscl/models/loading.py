@@ -16,9 +16,10 @@ from timm_sscl.distillation.frames_ann import accept_frames
 
 from .spiking import names_of_saved
 
-__all__ = ['DESCRIPTION_KEY', 'describe_model', 'load']
+__all__ = ['DESCRIPTION_KEY', 'PREPROCESSING', 'describe_model', 'load']
 
 DESCRIPTION_KEY = 'timm_model'  # key of a checkpoint of train.py
+PREPROCESSING = 'input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode'  # of timm's data configuration
 
 
 def load(file: Union[str, Path], use_ema: bool = True, **kwargs: Any) -> nn.Module:
@@ -36,7 +37,8 @@ def load(file: Union[str, Path], use_ema: bool = True, **kwargs: Any) -> nn.Modu
             file can hold, such as norm_layer=MyNorm, must be given again.
 
     Returns:
-        The model in evaluation mode, in the precision of its weights.
+        The model in evaluation mode, in the precision of its weights. Of a run of train.py, pretrained_cfg has the
+        preprocessing, for timm.data.resolve_model_data_config.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -64,10 +66,20 @@ def load(file: Union[str, Path], use_ema: bool = True, **kwargs: Any) -> nn.Modu
     try:
         _to_dtype_of(model, state).load_state_dict(state, strict=True)
     except RuntimeError as error:
-        raise ValueError(f"'{file}': the weights do not fit {described['architecture']} with {described['args']}, as "
-                         f'after changes of the model by hand. Make the same changes, then load_state_dict: '
+        why = f'of which load was given {kwargs}.' if kwargs else (
+            'as after changes of the model by hand. Make the same changes, then load_state_dict:')
+        raise ValueError(f"'{file}': the weights do not fit {described['architecture']} with "
+                         f"{({**described['args'], **kwargs})}, {why} "
                          f'{" ".join(str(error).split())[:300]}') from error
+    _set_preprocessing(model, options)
     return model.eval()
+
+
+def _set_preprocessing(model: nn.Module, options: Mapping[str, Any]) -> None:
+    """Set what timm.data.resolve_model_data_config reads to the preprocessing of the run, where its options tell it."""
+    used, config = options.get('data_config') or {}, getattr(model, 'pretrained_cfg', None)
+    if used and isinstance(config, dict):
+        config.update({name: used[name] for name in PREPROCESSING if name in used}, num_classes=model.num_classes)
 
 
 def _load_folder(folder: Path, kwargs: Dict[str, Any]) -> nn.Module:

@@ -116,7 +116,7 @@ def calibration_rule(rule: Rule, factor: float) -> Callable[[], Optional[Thresho
 def _check(model: nn.Module, images: torch.Tensor) -> None:
     """Raise ValueError if the model or the images cannot be calibrated."""
     if not isinstance(model, SpikingModule):
-        raise ValueError(f'{type(model).__name__} does not spike; convert_to_spiking(model) makes it.')
+        raise ValueError(f'{type(model).__name__} does not spike; call convert_to_spiking(model) first.')
     if any(lif.scale is not None for lif in model.neurons().values()):
         raise ValueError(f"{type(model).__name__}: its neurons' thresholds come from an ANN (convert_ann); a "
                          f'calibration would undo them.')

@@ -56,7 +56,7 @@ def fold_norms(model: SpikingModule, images: torch.Tensor) -> SpikingModule:
         ValueError: The model is not spiking.
     """
     if not isinstance(model, SpikingModule):
-        raise ValueError(f'{type(model).__name__} does not spike; convert_to_spiking(model) makes it.')
+        raise ValueError(f'{type(model).__name__} does not spike; call convert_to_spiking(model) first.')
     with untouched(model), ForwardTrace(model) as trace:
         model(images)
     fold = _Fold(model, trace)

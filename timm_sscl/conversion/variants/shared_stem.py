@@ -68,7 +68,7 @@ def share_stem(model: SpikingModule, input_size: Optional[Sequence[int]] = None)
         ValueError: The model is not spiking, or the probe fails. The message says where.
     """
     if not isinstance(model, SpikingModule):
-        raise ValueError(f'{type(model).__name__} does not spike; convert_to_spiking(model) makes it.')
+        raise ValueError(f'{type(model).__name__} does not spike; call convert_to_spiking(model) first.')
     if model.settings.stem is not None:
         return model
     with untouched(model):

@@ -14,6 +14,7 @@ from timm_sscl.data.manifest import DATA_FILE
 from timm_sscl.export import save_for_hub
 from timm_sscl.export.hub import LICENCE
 from timm_sscl.models import load
+from timm_sscl.models.loading import PREPROCESSING
 from timm_sscl.report.energy import RULE
 
 from ..datasets import resolve_input
@@ -28,7 +29,6 @@ from .run_summary import differing_options
 __all__ = ['BEST_FILE', 'create_hub_parser', 'main', 'save_run_for_hub']
 
 BEST_FILE = 'model_best.pth.tar'  # checkpoint of a run's best epoch
-_PREPROCESSING = 'input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode'
 # options that name files and folders of the machine that trained, or that do not change the training
 _NOT_SHOWN = {
     'data_dir', 'experiment', 'output', 'resume', 'workers', 'log_interval', 'model', 'timesteps', 'teacher_checkpoint',
@@ -71,7 +71,7 @@ def save_run_for_hub(
     config = resolve_input(args, student)
     names = _class_names(files.folder / DATA_FILE)
     return save_for_hub(
-        student, folder, _details(files, file), {key: config[key] for key in _PREPROCESSING}, licence,
+        student, folder, _details(files, file), {key: config[key] for key in PREPROCESSING}, licence,
         **({'label_names': names} if names and len(names) == student.num_classes else {}))
 
 
