@@ -119,5 +119,5 @@ def test_an_error_comes_before_torch_is_imported():
     imported = re.findall(r'^import time:.*\| +(\S+)$', result.stderr, re.MULTILINE)
     error, = [line for line in result.stderr.splitlines() if line.startswith('error: ')]
     assert result.returncode == 2 and error.endswith('Did you mean --epochs?')
-    assert 'timm_sscl.training.command_line.layers' in imported
+    assert 'timm_sscl.training.command_line.option_sources' in imported
     assert not {'torch', 'timm', 'accelerate', 'numpy', 'timm_sscl.losses'} & set(imported)

@@ -29,7 +29,7 @@ def inference_copy(model: nn.Module, what: str) -> Any:
     if hasattr(model, '_orig_mod'):
         raise ValueError(f'{what}: the model is compiled by torch.compile; give the model that was compiled.')
     if not isinstance(model, SpikingModule):
-        raise ValueError(f'{what}: {type(model).__name__} does not spike; convert_to_spiking(model) makes it.')
+        raise ValueError(f'{what}: {type(model).__name__} does not spike; call convert_to_spiking(model) first.')
     copied: Any = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     for module in copied.modules():
         module._compiled_call_impl = None  # model.compile() changes the module itself

@@ -16,10 +16,10 @@ from timm_sscl.distillation.frames_ann import accept_frames
 
 from .spiking import names_of_saved
 
-__all__ = ['DESCRIPTION_KEY', 'PREPROCESSING', 'describe_model', 'load']
+__all__ = ['DESCRIPTION_KEY', 'describe_model', 'load']
 
 DESCRIPTION_KEY = 'timm_model'  # key of a checkpoint of train.py
-PREPROCESSING = 'input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode'  # of timm's data configuration
+_PREPROCESSING = 'input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode'  # of timm's data configuration
 
 
 def load(file: Union[str, Path], use_ema: bool = True, **kwargs: Any) -> nn.Module:
@@ -79,7 +79,7 @@ def _set_preprocessing(model: nn.Module, options: Mapping[str, Any]) -> None:
     """Set what timm.data.resolve_model_data_config reads to the preprocessing of the run, where its options tell it."""
     used, config = options.get('data_config') or {}, getattr(model, 'pretrained_cfg', None)
     if used and isinstance(config, dict):
-        config.update({name: used[name] for name in PREPROCESSING if name in used}, num_classes=model.num_classes)
+        config.update({name: used[name] for name in _PREPROCESSING if name in used}, num_classes=model.num_classes)
 
 
 def _load_folder(folder: Path, kwargs: Dict[str, Any]) -> nn.Module:

@@ -3,7 +3,7 @@ import os
 import sys
 from collections import deque
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional, Sequence, Set, Tuple, Union
+from typing import Any, Callable, Dict, Optional, Set, Tuple
 
 import torch
 import torch.nn as nn
@@ -16,7 +16,7 @@ from timm.models._registry import _model_default_cfgs, _model_pretrained_cfgs, i
 
 from timm_sscl.conversion.convert import convert_to_spiking
 from timm_sscl.conversion.description import PREFIX
-from timm_sscl.conversion.settings import SETTINGS_KEY, WITH_OPTIONS, SpikingSettings, option_key
+from timm_sscl.conversion.settings import ARGUMENTS, SETTINGS_KEY, WITH_OPTIONS, SpikingSettings, option_key
 from timm_sscl.conversion.state import split_spiking_state
 
 __all__ = ['register_spiking_models', 'names_of_saved', 'PREFIX']
@@ -113,44 +113,21 @@ def _entrypoint(base: str) -> Callable[..., nn.Module]:
             pretrained: bool = False,
             pretrained_cfg: Any = None,
             pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
-            timesteps: Optional[int] = None,
-            tau: Optional[float] = None,
-            v_threshold: Optional[float] = None,
-            v_reset: Union[float, str, None] = None,
-            detach_reset: Optional[bool] = None,
-            v_init: Optional[float] = None,
-            include: Union[str, Sequence[str], None] = None,
-            exclude: Union[str, Sequence[str], None] = None,
-            stem_pool: Optional[str] = None,
-            norm: Any = None,
-            allow_analog: Optional[bool] = None,
-            neuron: Any = None,
-            neuron_kwargs: Optional[Dict[str, Any]] = None,
-            surrogate: Any = None,
-            surrogate_kwargs: Optional[Dict[str, Any]] = None,
-            norm_kwargs: Optional[Dict[str, Any]] = None,
-            residual: Any = None,
-            residual_kwargs: Optional[Dict[str, Any]] = None,
             **kwargs,
     ) -> nn.Module:
         stored, saved = None, dict(kwargs.get('pretrained_model_args') or {})
+        options = {name: kwargs.pop(name, None) for name in ARGUMENTS}
         if pretrained:
             pretrained_cfg_overlay, stored = _split_pretrained(
                 pretrained_cfg, pretrained_cfg_overlay, kwargs.get('cache_dir'))
             if stored is not None and pretrained_cfg_overlay is not None:
                 _make_ann_state(base, kwargs, pretrained_cfg_overlay['state_dict'], stored)
-                if allow_analog is None:
-                    allow_analog = SpikingSettings.from_tensor(stored[SETTINGS_KEY]).allow_analog
-                    saved.update(allow_analog=allow_analog)
+                if options['allow_analog'] is None:
+                    options['allow_analog'] = SpikingSettings.from_tensor(stored[SETTINGS_KEY]).allow_analog
+                    saved.update(allow_analog=options['allow_analog'])
         model = model_entrypoint(base)(
             pretrained=pretrained, pretrained_cfg=pretrained_cfg, pretrained_cfg_overlay=pretrained_cfg_overlay,
             **kwargs)
-        options = dict(
-            timesteps=timesteps, tau=tau, v_threshold=v_threshold, v_reset=v_reset, detach_reset=detach_reset,
-            v_init=v_init, include=include, exclude=exclude, stem_pool=stem_pool, norm=norm,
-            allow_analog=allow_analog, neuron=neuron, neuron_kwargs=neuron_kwargs, surrogate=surrogate,
-            surrogate_kwargs=surrogate_kwargs, norm_kwargs=norm_kwargs, residual=residual,
-            residual_kwargs=residual_kwargs)
         given = {name: value for name, value in options.items() if value is not None}
         convert_to_spiking(model, **given)
         model._explicit -= names_of_saved(given, saved)

@@ -14,10 +14,11 @@ from typing import List, Optional, Sequence
 
 from timm_sscl.dataset_names import TIMM_NAMES, known_name
 
-from .layers import AUTO, parse_losses, read_command_line
+from .option_sources import AUTO, parse_losses, read_command_line
 from .declared import constant, registered
 from ..errors import OptionError, end_with_line, option_text
 from .option_ranges import check_values
+from .option_types import not_registered
 
 __all__ = ['end_if_wrong', 'check_at_sight']
 
@@ -71,22 +72,15 @@ def _check_registered(args: argparse.Namespace) -> None:
     for option, names in known.items():
         value = getattr(args, option)
         if value is not None and value not in names:
-            _refuse(option, value, names)
+            raise not_registered(option, value, names)
     losses = registered('losses', 'register_loss')
     for name in parse_losses(args.loss) if args.loss else ():
         if name not in losses:
-            _refuse('loss', name, losses)
+            raise not_registered('loss', name, losses)
     try:
         known_name(args.dataset, sorted({*registered('data', 'register_dataset'), *TIMM_NAMES}))
     except ValueError as error:
         raise OptionError(str(error)) from error
-
-
-def _refuse(option: str, value: str, known: Sequence[str], show: bool = True) -> None:
-    close = difflib.get_close_matches(value, known, n=1)
-    listed = f'; there are {", ".join(sorted(set(known)))}' if show else ''
-    raise OptionError(f'{option_text(option, value)}: is not registered{listed}. A plug-in that registers it is '
-                      f'imported by --plugin FILE|MODULE.' + (f" Did you mean '{close[0]}'?" if close else ''))
 
 
 def _check_model(option: str, name: str) -> None:
@@ -98,7 +92,7 @@ def _check_model(option: str, name: str) -> None:
         return
     known = [found for source in sources for found in re.findall(r'^@register_model\s+def (\w+)', source, re.MULTILINE)]
     spiking = [_SPIKING + found for found in known] if name.startswith(_SPIKING) else known
-    _refuse(option, name, spiking, show=False)
+    raise not_registered(option, name, spiking, show=False)
 
 
 def _check_optimizer(name: str) -> None:

@@ -1,6 +1,5 @@
 """Check the options of the neuron and its thresholds against what is registered."""
 import argparse
-import difflib
 import math
 from typing import Any, Dict
 
@@ -11,6 +10,7 @@ from timm_sscl.conversion.from_ann.thresholds import PERCENTILE, conversion_rule
 from timm_sscl.neurons import list_neurons, list_surrogates
 
 from ..errors import OptionError
+from .option_types import not_registered
 
 __all__ = ['check_threshold_options', 'neuron_arguments']
 
@@ -49,10 +49,7 @@ def neuron_arguments(args: argparse.Namespace) -> Dict[str, Any]:
                         ('norm', list_variants('norm')), ('residual', list_variants('residual'))):
         value = getattr(args, name)
         if value is not None and value not in known:
-            close = difflib.get_close_matches(value, known, n=1)
-            raise OptionError(f'--{name} {value}: is not registered; there are {", ".join(known) or "none"}. A plug-in '
-                              f'that registers it is imported by --plugin FILE|MODULE.'
-                              + (f" Did you mean '{close[0]}'?" if close else ''))
+            raise not_registered(name, value, known)
     names = ('timesteps', 'tau', 'v_threshold', 'v_reset', 'detach_reset', 'neuron', 'neuron_kwargs', 'surrogate',
              'surrogate_kwargs', 'norm', 'norm_kwargs', 'residual', 'residual_kwargs')
     return {name: getattr(args, name) for name in names if getattr(args, name) not in (None, {})}

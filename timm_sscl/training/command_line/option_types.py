@@ -7,9 +7,10 @@ from typing import Iterable
 
 from timm_sscl.knobs import literal
 
-from ..errors import OptionError
+from ..errors import OptionError, option_text
 
-__all__ = ['HelpFormatter', 'OptionParser', 'suggest_option', 'home_path', 'KeyValues', 'reset_potential']
+__all__ = ['HelpFormatter', 'OptionParser', 'not_registered', 'suggest_option', 'home_path', 'KeyValues',
+           'reset_potential']
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -45,6 +46,22 @@ def suggest_option(name: str, known: Iterable[str]) -> str:
     if _ALIASES.get(name) in names:
         return _ALIASES[name]
     return next(iter(difflib.get_close_matches(name, names, n=1)), '')
+
+
+def not_registered(option: str, value: str, known: Iterable[str], show: bool = True) -> OptionError:
+    """Return the error for a name that is not registered, with the closest known one.
+
+    Args:
+        option: Name of the option.
+        value: The unknown name.
+        known: Registered names.
+        show: Whether to list them.
+    """
+    names = sorted(set(known))
+    close = difflib.get_close_matches(value, names, n=1)
+    listed = f'; there are {", ".join(names) or "none"}' if show else ''
+    return OptionError(f'{option_text(option, value)}: is not registered{listed}. A plug-in that registers it is '
+                       f'imported by --plugin FILE|MODULE.' + (f" Did you mean '{close[0]}'?" if close else ''))
 
 
 class OptionParser(argparse.ArgumentParser):

@@ -6,7 +6,7 @@ from typing import Any, Dict, Mapping, Optional, Sequence, Tuple
 from timm_sscl.distillation.presets import PRESETS, resolve_losses
 from timm_sscl.report.extra import MISSING, can_report
 
-from .layers import ARGS_FILE, AUTO, parse_losses, read_command_line
+from .option_sources import ARGS_FILE, AUTO, parse_losses, read_command_line
 from ..errors import OptionError
 from .loss_options import resolve_loss_options
 from .neuron_options import check_threshold_options
@@ -37,7 +37,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> Tuple[argparse.Namespace
     args.losses = _losses(args)
     check_threshold_options(args)
     args.loss_options = resolve_loss_options(
-        args, [('', line.recipe), (f'{line.source}: ', line.layers), ('', line.typed)], list(args.losses))
+        args, [('', line.recipe), (f'{line.source}: ', line.file_options), ('', line.typed)], list(args.losses))
     _check_batch_size(args)
     check_loss_options(args, line.given, args.losses)
     return args, line.recipe

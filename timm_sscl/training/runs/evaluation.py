@@ -4,6 +4,7 @@ import logging
 import os
 import pickle
 from argparse import Namespace
+from contextlib import nullcontext
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -86,10 +87,10 @@ def evaluate_only(args: Namespace, accelerator: Accelerator, stop: StopRequest) 
         for timesteps in args.eval_timesteps or [own]:
             if timesteps is not None:
                 student.set_timesteps(timesteps)
-            with Predictions(student) as predicted:
+            with Predictions(student) if args.deploy else nullcontext() as predicted:
                 result, rates[f'{name} T={timesteps}'] = _evaluate_one(session, student, loader, name, timesteps)
             results.append(result)
-            if args.deploy:
+            if predicted is not None:
                 metrics = evaluate_deployed(session, cast(SpikingModule, student), loader, predicted)
                 results.append(Evaluation(f'{name}, deployed', timesteps, **metrics))
     if accelerator.is_main_process:

@@ -14,10 +14,8 @@ from timm_sscl.data.manifest import DATA_FILE
 from timm_sscl.export import save_for_hub
 from timm_sscl.export.hub import LICENCE
 from timm_sscl.models import load
-from timm_sscl.models.loading import PREPROCESSING
 from timm_sscl.report.energy import RULE
 
-from ..datasets import resolve_input
 from ..errors import OptionError
 from ..exits import one_line_errors
 from ..command_line.option_types import HelpFormatter, OptionParser, home_path
@@ -68,11 +66,9 @@ def save_run_for_hub(
     student = load(file)
     if not isinstance(student, SpikingModule):
         raise OptionError(f"'{files.folder}' trained {args.model}, which does not spike.")
-    config = resolve_input(args, student)
     names = _class_names(files.folder / DATA_FILE)
-    return save_for_hub(
-        student, folder, _details(files, file), {key: config[key] for key in PREPROCESSING}, licence,
-        **({'label_names': names} if names and len(names) == student.num_classes else {}))
+    config: Dict[str, Any] = {'label_names': names} if names and len(names) == student.num_classes else {}
+    return save_for_hub(student, folder, _details(files, file), licence=licence, **config)
 
 
 def _class_names(file: Path) -> Optional[List[str]]:

@@ -27,14 +27,14 @@ class CommandLine:
         args: The options.
         given: Names of the options on the command line.
         typed: Their values.
-        layers: Options of --config or of the resumed run.
+        file_options: Options of --config or of the resumed run.
         source: Where those come from: '--config FILE'.
         recipe: Options that the digits recipe set; empty if data or a data set is given.
     """
     args: argparse.Namespace
     given: set
     typed: Dict[str, Any]
-    layers: Dict[str, Any]
+    file_options: Dict[str, Any]
     source: str
     recipe: Dict[str, Any]
 
@@ -56,27 +56,27 @@ def read_command_line(argv: Optional[Sequence[str]] = None, registered: str = ''
     args.data_dir = args.data_dir or args.data
     given |= {'data_dir'} if args.data else set()
     typed = {name: getattr(args, name) for name in given}
-    layers = load_recipe(args.config) if args.config else _resumed_options(args.resume)
+    stored = load_recipe(args.config) if args.config else _resumed_options(args.resume)
     source = f'--config {args.config}' if args.config else f'--resume {args.resume}'
-    _apply(parser, args, layers, given, source)
+    _apply(parser, args, stored, given, source)
     recipe: Dict[str, Any] = {}
     if not args.data_dir and not args.dataset:
         options = load_recipe(DIGITS_RECIPE)
-        recipe = {k: v for k, v in options.items() if k not in given and k not in layers}
+        recipe = {k: v for k, v in options.items() if k not in given and k not in stored}
         if 'model' not in recipe:
             recipe.pop('model_kwargs', None)
         _apply(parser, args, recipe, given, DIGITS_RECIPE)
     del args.data
-    usual = [name for name, value in layers.items() if value == parser.get_default(name)]
-    args.fit_workers = 'workers' not in {*given, *recipe, *layers} - set(usual)
-    _check(args, given | {name for name, value in layers.items() if value is not None})
+    usual = [name for name, value in stored.items() if value == parser.get_default(name)]
+    args.fit_workers = 'workers' not in {*given, *recipe, *stored} - set(usual)
+    _check(args, given | {name for name, value in stored.items() if value is not None})
     _check_seeds(args, given)
     frames = constant('distillation.frames_ann', 'FRAMES')
     if has_event_frames(args.dataset):
         _check_events(parser, args)
     elif args.teacher_frames != frames[0]:
         raise OptionError(f'--teacher-frames {args.teacher_frames}: goes with event data.')
-    return CommandLine(args, given, typed, layers, source, recipe)
+    return CommandLine(args, given, typed, stored, source, recipe)
 
 
 def has_event_frames(dataset: str) -> bool:
