@@ -312,7 +312,8 @@ class SpikingState(Described):
     def _apply(self, fn, recurse=True):
         self._read_settings()
         super()._apply(fn, recurse)
-        self._put_settings(self._encode_settings())  # to_empty leaves arbitrary values
+        self._put_settings(self._spiking_data)  # to_empty leaves arbitrary values, also settings of another model
+        self._put_settings(self._encode_settings())
         return self
 
     def train(self: _Self, mode: bool = True) -> _Self:
