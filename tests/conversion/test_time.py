@@ -3,6 +3,7 @@ import copy
 from typing import Optional
 
 import pytest
+import timm
 import torch
 import torch.nn as nn
 
@@ -115,3 +116,41 @@ def test_wrong_input_raises():
         plain(images_of(frames=T - 1))
     with pytest.raises(TypeError, match='list'):
         plain([images_of()])
+
+
+class _Spectrogram(nn.Module):
+    """Takes (B, H, W), as timm's config of it says."""
+    pretrained_cfg = dict(input_size=(8, 8))
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.act = nn.Conv2d(1, 4, 3), nn.ReLU()
+
+    def forward(self, x):
+        return self.act(self.conv(x.unsqueeze(1))).mean((2, 3))
+
+
+@torch.no_grad()
+def test_an_image_without_its_batch_axis():
+    for name, kwargs in (('spiking_test_resnet', {}), ('spiking_test_vit', {}),
+                         ('spiking_test_resnet', dict(features_only=True))):
+        model = timm.create_model(name, timesteps=1, **kwargs).eval()
+        image = torch.randn(*model.pretrained_cfg['input_size'])
+        for call in (model, getattr(model, 'forward_features', model)):
+            with pytest.raises(ValueError, match=r'\(B, C, H, W\).*shape \(3, 160, 160\).*x\[None\]'):
+                call(image)
+            with pytest.raises(ValueError, match=r'\(B, C, H, W\).*shape \(160, 160\)\.$'):
+                call(image[0])
+        assert len(model(image[None])) in (1, 5)  # logits of one image, or the maps of five stages
+
+
+@torch.no_grad()
+def test_three_axes_where_the_model_takes_them():
+    """A model that adds the channels itself, and timm's NaFlex transformer, which takes patches (B, N, P * P * C)."""
+    model = convert_to_spiking(_Spectrogram(), timesteps=2, input_size=(8, 8))
+    assert model(torch.randn(3, 8, 8)).shape == (3, 4)
+    flexible = timm.create_model(
+        'spiking_naflexvit_base_patch16_gap', timesteps=2, num_classes=5, embed_dim=32, depth=1, num_heads=2).eval()
+    coordinates = torch.tensor([(0, 0), (0, 1), (1, 0), (1, 1)]).expand(3, 4, 2)
+    tokens = flexible.forward_features(torch.randn(3, 4, 16 * 16 * 3), patch_coord=coordinates)
+    assert tokens['patches'].shape == (2 * 3, 4 + 4, 32)  # with four register tokens

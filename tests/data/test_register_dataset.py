@@ -75,6 +75,7 @@ def test_a_name_may_stand_for_many():
 
 
 @pytest.mark.parametrize('kwargs, words', [
+    (dict(transform=abs), "data set 'own' has no option 'transform'; set it afterwards: dataset.transform = "),
     (dict(sise=3), "data set 'own' has no option 'sise'; it has size. Did you mean 'size'?"),
     (dict(num_samples=3, size=1), 'cannot be cut to 3 samples .*no parameter num_samples'),
     (dict(), "data set 'own' needs the option size .*--dataset-kwargs size="),

@@ -9,7 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from timm_sscl import FiringRates, calibrate, convert_to_spiking
-from timm_sscl.export import deploy, int8_missing
+from timm_sscl.export import DeployReport, deploy, int8_missing
 from timm_sscl.export import layers
 from timm_sscl.export.int8 import split_weight
 from timm_sscl.export.layers import Int8Conv2d, Int8Linear
@@ -275,3 +275,11 @@ def test_report_says_what_stayed():
     report = deploy(model).deploy_report
     assert any('norm' in why for why in report.float32.values())
     assert 'int8' in str(report) and all(name in str(report) for name in report.float32)
+
+
+def test_report_counts_layers_that_run_in_float32():
+    report = DeployReport(weight_bits=24, int8={'a': '', 'b': '', 'c': ''}, float32={'d': 'analog'})
+    assert '3 of 4 convolutions and linear maps in int8 (24 bits), ' in str(report)
+    report.faster_in_float32 = ('a', 'b')
+    assert '3 of 4 convolutions and linear maps with int8 weights (24 bits), 1 of them compute in int8' in str(report)
+    assert ' and 2 in float32' in str(report).splitlines()[0] and 'where that is faster: a, b' in str(report)

@@ -133,6 +133,10 @@ def test_config_and_card(tmp_path):
     assert expected.items() <= config['model_args'].items()
     card = (folder / 'README.md').read_text()
     neurons, parameters = len(source.neurons()), sum(p.numel() for p in source.parameters())
+    preprocessing = re.search(r'\*\*Preprocessing:\*\* (.*)', card).group(1)
+    used = timm.data.resolve_model_data_config(timm.create_model(f'local-dir:{folder}'))
+    used = {k: tuple(v) if isinstance(v, list) else v for k, v in used.items()}  # from JSON
+    assert used['mean'] == (.1, .2, .3) and preprocessing == ', '.join(f'{k}={v}' for k, v in used.items())
     for text in ('# Model card for my-net', 'license: mit', f'`{NAME}` of timm', '**Timesteps:** 3',
                  f'{neurons} layers of LIF', 'timesteps=3, tau=0.5', f'{parameters:,}', '93.1 top-1',
                  '(B, 3, 32, 32)', '(3, B, 5)', '@inproceedings'):

@@ -14,6 +14,7 @@ from timm_sscl import (
     unregister_neuron)
 from timm_sscl.models.loading import DESCRIPTION_KEY, describe_model
 
+TAKES = 'load takes a checkpoint of train.py .*state dict .*folder with a config.json'
 NAME, WIDTH = 'spiking_resnet20_cifar', dict(width=8, layers=(1, 1), num_classes=5)
 
 
@@ -173,9 +174,21 @@ def test_models_that_a_file_does_not_describe(tmp_path):
     torch.save(own, tmp_path / 'pickle.pth')
     with pytest.raises(ValueError, match=r'save model.state_dict\(\), not the model'):
         load(tmp_path / 'pickle.pth')
-    with pytest.raises(FileNotFoundError, match='none.pth'):
+    with pytest.raises(FileNotFoundError, match=f'none.pth.*{TAKES}.*the folder has changed.pth, own.pth, pickle.pth'):
         load(tmp_path / 'none.pth')
     with pytest.raises(FileNotFoundError, match='without a config.json; name a file in it: changed.pth'):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize('name', ['summary.csv', 'args.yaml', 'cka.png', 'empty.pth.tar', 'text.safetensors'])
+def test_files_that_are_no_checkpoints(tmp_path, name):
+    (tmp_path / name).write_bytes(b'' if name.startswith('empty') else b'epoch,lr,top1,loss')
+    with pytest.raises(ValueError, match=f'{name}.*is no file of weights.*{TAKES}'):
+        load(tmp_path / name)
+
+
+def test_folders_without_a_checkpoint(tmp_path):
+    with pytest.raises(FileNotFoundError, match=f'without a config.json; name a file. {TAKES}'):
         load(tmp_path)
 
 

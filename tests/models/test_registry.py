@@ -2,8 +2,10 @@
 import copy
 import inspect
 import logging
+import re
 import sys
 import warnings
+from functools import partial
 
 import pytest
 import safetensors.torch
@@ -165,6 +167,18 @@ def test_create_model_arguments(name):
 def test_bad_setting_raises(name, value):
     with pytest.raises(ValueError, match=name):
         _create('test_resnet', **{name: value})
+
+
+def test_misspelt_argument():
+    for given, hint in ((dict(timestep=2), "argument 'timestep'. Did you mean 'timesteps'?"),
+                        (dict(v_treshold=.5), "Did you mean 'v_threshold'?"),
+                        (dict(colour=2), "neither timm's resnet18 nor the spiking settings have an argument 'colour'. "
+                                         'Settings are timesteps, ')):
+        with pytest.raises(TypeError, match=re.escape(hint)):
+            timm.create_model('spiking_resnet18', **given)
+    with pytest.raises(TypeError, match=r"unexpected keyword argument 'eps'$"):  # of an argument, not of the model
+        timm.create_model('spiking_resnet18', act_layer=partial(torch.nn.ReLU, eps=1))
+
 
 
 # ---------------------------------------------------------------------------------------------------- checkpoints

@@ -138,7 +138,7 @@ def test_a_signal_saves_stops_and_names_the_command_that_goes_on(server, whole, 
     assert f'error: stopped by {number.name}' in log and 'Traceback' not in log
     command = next(line for line in log.splitlines() if line.startswith('To go on: '))
     launcher, resume = command[len('To go on: '):].split('train.py ')
-    assert launcher.startswith('accelerate launch ') and resume == '--resume out/run'
+    assert launcher.startswith(f'{sys.executable} ') and resume == '--resume out/run'
     code, log = server.run(resume.split(), tmp_path)
     assert code == 0, log
     same_runs(reference / 'out', tmp_path / 'out')

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map
 from .finding.call_sites import set_calls
 from .over_time.channels import give_channels
 from .over_time.decoding import decode
+from .over_time.model_input import check_rank, encode_input
 from .finding.feature_activations import feature_neuron, fires_features, pruning_methods
 from .finding.functional_calls import NEURON_NAME, FunctionsOverTime, methods_inside_only, number_of_calls
 from timm_sscl.class_swap import Mixin, TimmMixin, new_mixed
@@ -32,30 +33,6 @@ from .over_time.dropout import OverTime
 
 __all__ = [
     'SpikingSettings', 'SpikingModule', 'SpikingModel', 'SpikingEncoder', 'SETTINGS_KEY', 'encode_input', 'decode']
-
-
-def encode_input(x: Any, timesteps: int, stem: Optional[str] = None) -> torch.Tensor:
-    """Fold the input to (T * B, ...): images (B, C, H, W) are repeated, event frames (B, T, C, H, W) are folded.
-
-    If `stem` names a neuron, images stay (B, C, H, W), and that neuron repeats its current.
-
-    Raises:
-        TypeError: x is not a tensor.
-        ValueError: The number of event frames is not timesteps, or event frames meet a stem that runs once.
-    """
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f'a spiking model takes a tensor of images or event frames, got {type(x).__name__}.')
-    if x.ndim == 5:
-        if stem is not None:
-            raise ValueError(f'event frames differ in time, but what comes before {stem} runs once per sample '
-                             f'(share_stem); set_stem(None) undoes it.')
-        if x.shape[1] != timesteps:
-            raise ValueError(f'the input holds {x.shape[1]} frames per sample, the model runs timesteps={timesteps}; '
-                             f'set_timesteps({x.shape[1]}) makes them agree.')
-        return x.transpose(0, 1).flatten(0, 1)
-    if stem is not None:
-        return x
-    return torch.cat([x] * timesteps)  # unlike expand and reshape, cat keeps channels_last
 
 
 def fold_traced_input(x: Any, timesteps: int, stem: Optional[str], args: Sequence[Any], kwargs: Dict[str, Any]) -> Any:
@@ -221,6 +198,7 @@ class SpikingModule(SpikingState, Mixin):
         return rows if self.settings.stem is not None else rows // self.timesteps
 
     def _repeat_over_time(self, x: Any) -> torch.Tensor:
+        check_rank(self, x)
         return encode_input(x, self.timesteps, self.settings.stem)
 
     def _functions(self, method: str):

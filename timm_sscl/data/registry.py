@@ -134,6 +134,9 @@ def build_dataset(name: str, arguments: Mapping[str, Any], options: Mapping[str,
     known = [p.name for p in parameters.values()
              if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in (*ARGUMENTS, *TIMM_ARGUMENTS)]
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        if 'transform' in options and 'transform' not in known:
+            raise ValueError(f"data set '{own}' has no option 'transform'; set it afterwards: dataset.transform = ... "
+                             f"(timm's create_loader sets it, too).")
         check_known(options, known, f"data set '{own}'")
     missing = [option for option in known if parameters[option].default is inspect.Parameter.empty
                and option not in options]

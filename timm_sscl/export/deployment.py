@@ -50,8 +50,12 @@ class DeployReport:
 
     def __str__(self) -> str:
         maps, neurons = len(self.int8) + len(self.float32), len(self.levels) + len(self.values)
-        lines = [f'Deployed: {len(self.int8)} of {maps} convolutions and linear maps in int8 ({self.weight_bits} bits)'
-                 f', {len(self.levels)} of {neurons} neuron layers write 8 bits; stem: {self.stem}']
+        weights, computing = len(self.int8), len(self.int8) - len(self.faster_in_float32)
+        what = f'{weights} of {maps} convolutions and linear maps ' + (
+            f'in int8 ({self.weight_bits} bits)' if computing == weights else
+            f'with int8 weights ({self.weight_bits} bits), {computing} of them compute in int8 on this CPU and '
+            f'{weights - computing} in float32')
+        lines = [f'Deployed: {what}, {len(self.levels)} of {neurons} neuron layers write 8 bits; stem: {self.stem}']
         lines += [f'  int8 is missing: {self.missing}'] if self.missing else []
         if self.faster_in_float32:
             lines.append(f'  run in float32 on this CPU, where that is faster: {", ".join(self.faster_in_float32)}')

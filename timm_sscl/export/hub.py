@@ -58,13 +58,15 @@ def model_card(
     """
     described, settings = _check(model), model.settings
     base, dtype = described['architecture'].removeprefix(PREFIX), next(model.parameters()).dtype
-    channels, *size = resolve_model_data_config(model, data_config)['input_size']
+    preprocessing = resolve_model_data_config(model, data_config)
+    channels, *size = preprocessing['input_size']
     neurons = model.spiking_report().neurons
     facts = {
         'Model type': 'spiking neural network (SNN), image classification', 'Timesteps': settings.timesteps,
         'Neurons': f'{len(neurons)} layers of {settings.neuron_class_name}',
         'Spiking settings': _text(settings.arguments()), 'Model arguments': _text(described['args']),
-        'Parameters': f'{sum(p.numel() for p in model.parameters()):,}', **(details or {})}
+        'Parameters': f'{sum(p.numel() for p in model.parameters()):,}', 'Preprocessing': _text(preprocessing),
+        **(details or {})}
     return dict(
         tags=['image-classification', 'timm', 'spiking-neural-network', 'timm_sscl'], license=licence,
         description=f'A spiking version of `{base}` of timm: its activations are spiking neurons that run for '

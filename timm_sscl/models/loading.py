@@ -19,6 +19,8 @@ from .spiking import names_of_saved
 __all__ = ['DESCRIPTION_KEY', 'describe_model', 'load']
 
 DESCRIPTION_KEY = 'timm_model'  # key of a checkpoint of train.py
+_TAKES = ('load takes a checkpoint of train.py (NAME.pth.tar), a state dict that torch.save or safetensors wrote, or a '
+          'folder with a config.json, as save_for_hub writes it')
 _PREPROCESSING = 'input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode'  # of timm's data configuration
 
 
@@ -49,7 +51,7 @@ def load(file: Union[str, Path], use_ema: bool = True, **kwargs: Any) -> nn.Modu
     if path.is_dir():
         return _load_folder(path, kwargs)
     if not path.is_file():
-        raise FileNotFoundError(f"'{file}' does not exist.")
+        raise FileNotFoundError(f"'{file}' does not exist. {_TAKES}{_names(path.parent, '; the folder has ')}.")
     checkpoint = _read(path)
     state = load_state_dict(str(path), use_ema=use_ema)
     options = checkpoint.get('args') or {}
@@ -84,19 +86,30 @@ def _set_preprocessing(model: nn.Module, options: Mapping[str, Any]) -> None:
 
 def _load_folder(folder: Path, kwargs: Dict[str, Any]) -> nn.Module:
     if not (folder / 'config.json').is_file():
-        found = sorted(file.name for ending in ('*.pth.tar', '*.pth', '*.safetensors') for file in folder.glob(ending))
         raise FileNotFoundError(f"'{folder}' is a folder without a config.json; name a file"
-                                f'{f" in it: {chr(44).join(found)}" if found else ""}.')
+                                f"{_names(folder, ' in it: ') or f'. {_TAKES}'}.")
     return timm.create_model(f'local-dir:{folder}', pretrained=True, **kwargs).eval()
+
+
+def _names(folder: Path, before: str) -> str:
+    """Return which files of weights are in a folder, after other words; '' if there are none."""
+    found = sorted(file.name for ending in ('*.pth.tar', '*.pth', '*.safetensors') for file in folder.glob(ending))
+    return before + ', '.join(found) if found else ''
 
 
 def _read(path: Path) -> Dict[str, Any]:
     """Return what a file holds beside the weights; {} for plain weights.
 
     Raises:
-        ValueError: It holds no weights that can be read without executing code.
+        ValueError: It is no file of weights, or holds none that can be read without executing code.
     """
-    if path.suffix == '.safetensors':
+    safe = path.suffix == '.safetensors'
+    with open(path, 'rb') as opened:
+        head = opened.read(9)
+    # safetensors: 8 bytes of length, then JSON; torch.save: a zip file, before torch 1.6 a pickle
+    if head[8:] != b'{' if safe else head[:2] != b'PK' and head[:1] != b'\x80':
+        raise ValueError(f"'{path}' is no file of weights. {_TAKES}{_names(path.parent, '; the folder has ')}.")
+    if safe:
         return {}
     try:
         content = load_checkpoint_metadata(str(path))

@@ -1,5 +1,7 @@
 """Register `spiking_<name>` for every timm architecture in timm's registry, with its tags and pretrained configs."""
+import difflib
 import os
+import re
 import sys
 from collections import deque
 from pathlib import Path
@@ -107,6 +109,18 @@ def names_of_saved(given: Dict[str, Any], saved: Dict[str, Any]) -> Set[str]:
     return names
 
 
+def _unknown_argument(error: TypeError, kwargs: Dict[str, Any]) -> Optional[str]:
+    """Return the given argument that a call refused; None for another TypeError."""
+    found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    return found.group(1) if found and found.group(1) in kwargs else None
+
+
+def _why_unknown(base: str, argument: str) -> str:
+    close = difflib.get_close_matches(argument, ARGUMENTS, n=1)
+    hint = f"Did you mean '{close[0]}'?" if close else f'Settings are {", ".join(ARGUMENTS)}.'
+    return f"{PREFIX}{base}: neither timm's {base} nor the spiking settings have an argument '{argument}'. {hint}"
+
+
 def _entrypoint(base: str) -> Callable[..., nn.Module]:
     """Return the timm entrypoint function that creates the spiking version of an architecture."""
     def create(
@@ -125,9 +139,15 @@ def _entrypoint(base: str) -> Callable[..., nn.Module]:
                 if options['allow_analog'] is None:
                     options['allow_analog'] = SpikingSettings.from_tensor(stored[SETTINGS_KEY]).allow_analog
                     saved.update(allow_analog=options['allow_analog'])
-        model = model_entrypoint(base)(
-            pretrained=pretrained, pretrained_cfg=pretrained_cfg, pretrained_cfg_overlay=pretrained_cfg_overlay,
-            **kwargs)
+        try:
+            model = model_entrypoint(base)(
+                pretrained=pretrained, pretrained_cfg=pretrained_cfg, pretrained_cfg_overlay=pretrained_cfg_overlay,
+                **kwargs)
+        except TypeError as error:
+            unknown = _unknown_argument(error, kwargs)
+            if unknown is None:
+                raise
+            raise TypeError(_why_unknown(base, unknown)) from error
         given = {name: value for name, value in options.items() if value is not None}
         convert_to_spiking(model, **given)
         model._explicit -= names_of_saved(given, saved)

@@ -1,11 +1,12 @@
 """End the script with one line for wrong input, failures and signals, and print the command that resumes the run."""
 import os
+import shlex
 import signal
 import sys
 import threading
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator, Optional
+from typing import Iterator, List, Optional
 
 from timm_sscl.data.samples import FailedTransform, UnreadableSample, WrongLabel, WrongSample
 from timm_sscl.distillation.loss_terms import WrongLoss
@@ -89,16 +90,18 @@ def report_resume_command(script: str, folder: Optional[Path] = None, group: Opt
         exit_with_line(error, 128 + error.signal_number if isinstance(error, Interrupted) else 1)
 
 
-def launcher() -> str:
-    """Return the launcher of this run as written on the command line."""
+def launcher() -> List[str]:
+    """Return how this run was started: the words before the script on the command line."""
     precision = os.environ.get('ACCELERATE_MIXED_PRECISION', 'no')
+    setting = [] if precision == 'no' else [f'ACCELERATE_MIXED_PRECISION={precision}']
     if 'TORCHELASTIC_RUN_ID' in os.environ:
         processes = os.environ.get('LOCAL_WORLD_SIZE', os.environ.get('WORLD_SIZE', '1'))
-        command = f'torchrun --nproc_per_node {processes}'
-        return command if precision == 'no' else f'ACCELERATE_MIXED_PRECISION={precision} {command}'
-    return 'accelerate launch' + ('' if precision == 'no' else f' --mixed_precision {precision}')
+        return [*setting, 'torchrun', '--nproc_per_node', processes]
+    if 'ACCELERATE_DYNAMO_BACKEND' in os.environ:  # accelerate launch always sets it
+        return ['accelerate', 'launch', *(['--mixed_precision', precision] if setting else [])]
+    return [*setting, sys.orig_argv[0]]
 
 
 def resume_command(script: str, folder: Path) -> str:
     """Return the command that continues the run in this folder, with the launcher of this run."""
-    return f'{launcher()} {os.path.relpath(script)} --resume {folder}'
+    return shlex.join([*launcher(), os.path.relpath(script), '--resume', str(folder)])

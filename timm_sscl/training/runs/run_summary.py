@@ -111,10 +111,10 @@ def library_versions() -> Dict[str, str]:
 
 
 def run_command(script: str, argv: Optional[Sequence[str]]) -> str:
-    """Return the command that started this run, with the launcher.
+    """Return the command that started this run.
 
     Args:
         script: File of the running script.
         argv: Its arguments; None takes sys.argv's.
     """
-    return shlex.join([*launcher().split(), os.path.relpath(script), *map(str, sys.argv[1:] if argv is None else argv)])
+    return shlex.join([*launcher(), os.path.relpath(script), *map(str, sys.argv[1:] if argv is None else argv)])
