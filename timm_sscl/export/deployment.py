@@ -18,9 +18,12 @@ from .layers import Int8Conv2d, Int8Linear, LevelAvgPool, LevelMaxPool, LevelNeu
 from .levels import StepTrace
 from .plan import Plan, make_plan
 
-__all__ = ['DeployReport', 'deploy']
+__all__ = ['DeployReport', 'WEIGHT_BITS', 'deploy']
 
 _logger = logging.getLogger(__name__)
+
+
+WEIGHT_BITS = 8, 16, 24  # that a deployed weight may have
 
 
 @dataclass
@@ -98,7 +101,7 @@ def deploy(model: SpikingModule, images: Optional[torch.Tensor] = None, weight_b
     Raises:
         ValueError: The model is not spiking, or does not run on the images, or `weight_bits` is another number.
     """
-    if weight_bits not in (8, 16, 24):
+    if weight_bits not in WEIGHT_BITS:
         raise ValueError(f'weight_bits={weight_bits!r}: 8, 16 or 24.')
     if not isinstance(model, SpikingModule):
         raise ValueError(f'{type(model).__name__} does not spike; convert_to_spiking(model) makes it.')

@@ -301,6 +301,9 @@ def _add_misc(parser: argparse.ArgumentParser) -> None:
                        help='with --eval-only: these numbers of timesteps (default: the model\'s own)')
     group.add_argument('--deploy', action='store_true',
                        help='with --eval-only: evaluate the model as deployed, in int8 on the CPU, and its speed')
+    group.add_argument('--weight-bits', type=int, nargs='+', default=[24], metavar='BITS',
+                       choices=constant('export.deployment', 'WEIGHT_BITS'),
+                       help='with --deploy: bits of the weights, 24, 16 or 8; several give a row each')
     group.add_argument('--checkpoint-hist', type=int, default=10,
                        help='number of checkpoints of the best epochs that are kept')
     group.add_argument('-j', '--workers', type=int, default=4,

@@ -96,7 +96,7 @@ def _resumed_options(resume: str) -> Dict[str, Any]:
     except OptionError as error:
         raise OptionError(str(error).replace('--config', '--resume', 1)) from error
     return {name: value for name, value in options.items() if name not in (
-        'resume', 'eval_only', 'eval_timesteps', 'deploy')}
+        'resume', 'eval_only', 'eval_timesteps', 'deploy', 'weight_bits')}
 
 
 def _given(parser: argparse.ArgumentParser, argv: Optional[Sequence[str]]) -> set:
@@ -149,6 +149,8 @@ def _check(args: argparse.Namespace, given: set) -> None:
                           f'takes numbers of 1 or more.')
     if args.deploy and not args.eval_only:
         raise OptionError('--deploy: goes with --eval-only; a training needs the model as it is.')
+    if 'weight_bits' in given and not args.deploy:
+        raise OptionError(f'--weight-bits {" ".join(map(str, args.weight_bits))}: goes with --deploy.')
     if args.teacher_size and min(args.teacher_size) < 1:
         raise OptionError(f'--teacher-size {args.teacher_size[0]} {args.teacher_size[1]}: must be 1 pixel or more.')
     if not 0 < args.ann_percentile <= 100:

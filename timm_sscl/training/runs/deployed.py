@@ -1,7 +1,7 @@
 """--deploy: accuracy and speed of the deployed model."""
 import time
 from functools import partial
-from typing import Any, Dict, List
+from typing import Any, Dict, List, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -14,7 +14,7 @@ from ..session import Session
 from ..saving.state import prepare_input
 from ..steps.validation import evaluate
 
-__all__ = ['Predictions', 'check_deploy', 'evaluate_deployed']
+__all__ = ['Predictions', 'Timed', 'check_deploy', 'evaluate_deployed', 'evaluate_timed']
 
 
 class Predictions:
@@ -39,22 +39,42 @@ class Predictions:
         self._handle.remove()
 
 
-class _Timed(nn.Module):
-    """A model in float32 that measures the time of its calls."""
+class Timed(NamedTuple):
+    """A model on a validation loader."""
+    metrics: Dict[str, float]
+    predictions: Predictions
+    images_per_second: float  # of the model's calls in this process, without reading images
 
-    def __init__(self, model: nn.Module):
+
+class _Clock(nn.Module):
+    """A model that measures the time of its calls on batches of one size; another size packs and compiles anew."""
+
+    def __init__(self, model: nn.Module, batch: int):
         super().__init__()
         self.model = model
+        self.batch = batch
         self.images = 0
         self.seconds = 0.
 
     def forward(self, x: torch.Tensor) -> Any:
         started = time.perf_counter()
-        with torch.autocast('cpu', enabled=False):
-            out = self.model(x.float())
-        self.images += len(x)
-        self.seconds += time.perf_counter() - started
+        out = self.model(x)
+        if len(x) == self.batch:
+            self.images += len(x)
+            self.seconds += time.perf_counter() - started
         return out
+
+
+class _Float32(nn.Module):
+    """A model that computes in float32 under autocast, too."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: torch.Tensor) -> Any:
+        with torch.autocast('cpu', enabled=False):
+            return self.model(x.float())
 
 
 def check_deploy(session: Session, student: nn.Module) -> None:
@@ -66,29 +86,44 @@ def check_deploy(session: Session, student: nn.Module) -> None:
                           f'add --device cpu.')
 
 
-def evaluate_deployed(session: Session, student: SpikingModule, loader: Any, own: Predictions) -> Dict[str, float]:
+def evaluate_timed(session: Session, model: nn.Module, loader: Any) -> Timed:
+    """Return metrics, predictions and speed of a model on a prepared validation loader, which gives the same batches
+    every time.
+
+    A batch that is not counted comes first: it packs weights and compiles neurons.
+    """
+    cast = partial(prepare_input, session.args)
+    first = cast(next(iter(loader))[0])
+    with torch.no_grad(), session.accelerator.autocast():
+        model.eval()(first)
+    clock = _Clock(model, len(first))
+    with Predictions(clock) as predictions:
+        metrics = evaluate(session, clock, loader, cast)
+    return Timed(metrics, predictions, clock.images / clock.seconds)
+
+
+def evaluate_deployed(
+        session: Session,
+        student: SpikingModule,
+        loader: Any,
+        own: Predictions,
+        weight_bits: int,
+) -> Dict[str, float]:
     """Return metrics of the deployed student on a prepared validation loader, its agreement with the student in percent
     of the images, and its images per second.
-
-    The time is that of the model's calls in this process, without reading images. A batch that is not counted comes
-    first: it packs weights and compiles neurons.
 
     Args:
         session: Session.
         student: Spiking model.
         loader: Loader, which gives the same batches every time.
         own: The student's predictions, of which those for the loader's batches come first.
+        weight_bits: Bits of the deployed weights.
     """
-    cast = partial(prepare_input, session.args)
-    first = cast(next(iter(loader))[0])
-    deployed = deploy(student, first[:1])
-    with torch.no_grad():
-        deployed(first.float())
-    timed = _Timed(deployed)
-    with Predictions(timed) as predictions:
-        metrics = evaluate(session, timed, loader, cast)
-    same = [a.eq(b.to(a.device)) for a, b in zip(predictions.classes, own.classes)]
+    first = prepare_input(session.args, next(iter(loader))[0])
+    deployed = _Float32(deploy(student, first[:1], weight_bits))
+    timed = evaluate_timed(session, deployed, loader)
+    same = [a.eq(b.to(a.device)) for a, b in zip(timed.predictions.classes, own.classes)]
     counts = torch.tensor([sum(int(s.sum()) for s in same), sum(len(s) for s in same)], dtype=torch.float64)
     counts = session.accelerator.reduce(counts)
-    return {**metrics, 'agreement': 100 * (counts[0] / counts[1]).item(),
-            'images_per_second': timed.images / timed.seconds}
+    return {**timed.metrics, 'agreement': 100 * (counts[0] / counts[1]).item(),
+            'images_per_second': timed.images_per_second}

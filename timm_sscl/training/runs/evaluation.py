@@ -4,7 +4,6 @@ import logging
 import os
 import pickle
 from argparse import Namespace
-from contextlib import nullcontext
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -21,8 +20,8 @@ from timm_sscl.conversion.model import SpikingModule
 from timm_sscl.data.manifest import DATA_FILE, check_data, describe_data
 from timm_sscl.report import FiringRates, estimate_energy
 
-from ..saving.checkpoint import lock_folder, why_damaged, write_text
-from .deployed import Predictions, check_deploy, evaluate_deployed
+from ..saving.checkpoint import Position, lock_folder, position_of, why_damaged, write_text
+from .deployed import check_deploy, evaluate_deployed, evaluate_timed
 from ..datasets import create_datasets, guard_samples, resolve_input, resolve_num_classes
 from ..errors import OptionError
 from ..exits import one_line_errors
@@ -51,8 +50,32 @@ class Evaluation(NamedTuple):
     entropy: Optional[float] = None  # of a spike, bits per neuron and timestep
     energy_uj: Optional[float] = None  # of the arithmetic for one image
     ann_energy_uj: Optional[float] = None
-    images_per_second: Optional[float] = None  # of a deployed model
+    weight_bits: Optional[int] = None  # of a deployed model
+    images_per_second: Optional[float] = None  # with --deploy: of the model's calls in this process
     agreement: Optional[float] = None  # % of the images for which a deployed model predicts what the model predicts
+
+
+class _Weights(NamedTuple):
+    """What is evaluated, and where it comes from."""
+    folder: Path  # for the results
+    states: Dict[str, Optional[Dict[str, torch.Tensor]]]  # 'model' and 'ema'; None for the model as it is built
+    file: str
+    position: Optional[Position] = None  # of the training; None if the file does not say
+
+    def facts(self) -> Dict[str, Any]:
+        """Return the file, the epoch counted from 0 as in summary.csv, and the step if it lies within the epoch."""
+        if self.position is None:
+            return dict(checkpoint=self.file, epoch=None)
+        epoch, step = self.position
+        return dict(checkpoint=self.file, epoch=epoch, step=step) if step else dict(
+            checkpoint=self.file, epoch=epoch - 1)
+
+    def __str__(self) -> str:
+        if self.position is None:
+            return self.file
+        epoch, step = self.position
+        when = f'step {step} of epoch {epoch + 1}' if step else f'epoch {epoch}'
+        return f'{self.file}, after {when} (the files count from 0: {self.facts()["epoch"]})'
 
 
 _ENERGY_IMAGES = 32  # number of images whose firing rates determine the energy
@@ -68,18 +91,19 @@ def evaluate_only(args: Namespace, accelerator: Accelerator, stop: StopRequest) 
         data_config = resolve_input(args, student)
         datasets = guard_samples(args, datasets, data_config, num_classes)
         session = Session(args, accelerator, partial(create_loaders, args, datasets, data_config, num_classes), stop)
-        folder, weights = _weights_to_evaluate(args)
+        weights = _weights_to_evaluate(args)
         if args.resume:
-            check_data(folder / DATA_FILE, validation=described)
+            check_data(weights.folder / DATA_FILE, validation=described)
         if args.eval_timesteps and not isinstance(student, SpikingModule):
             raise OptionError(f"--eval-timesteps: '{args.model}' does not spike and has no time steps.")
         if args.deploy:
             check_deploy(session, student)
+        _logger.info(f'Evaluates {weights}.')
     student.to(accelerator.device)
     loader = accelerator.prepare(session.make_loaders().eval)
     results, rates = [], {}
     own = getattr(student, 'timesteps', None)
-    for name, state in weights.items():
+    for name, state in weights.states.items():
         if own is not None:
             student.set_timesteps(own)  # T with which the weights are loaded
         with one_line_errors():
@@ -87,25 +111,28 @@ def evaluate_only(args: Namespace, accelerator: Accelerator, stop: StopRequest) 
         for timesteps in args.eval_timesteps or [own]:
             if timesteps is not None:
                 student.set_timesteps(timesteps)
-            with Predictions(student) if args.deploy else nullcontext() as predicted:
-                result, rates[f'{name} T={timesteps}'] = _evaluate_one(session, student, loader, name, timesteps)
-            results.append(result)
-            if predicted is not None:
-                metrics = evaluate_deployed(session, cast(SpikingModule, student), loader, predicted)
-                results.append(Evaluation(f'{name}, deployed', timesteps, **metrics))
+            result, rates[f'{name} T={timesteps}'] = _evaluate_one(session, student, loader, name, timesteps)
+            results += [result] if not args.deploy else _with_deployed(session, student, loader, result)
     if accelerator.is_main_process:
-        _report_evaluation(args, folder, results, rates)
+        _report_evaluation(args, weights, results, rates)
 
 
-def _weights_to_evaluate(args: Namespace) -> Tuple[Path, Dict[str, Optional[Dict[str, torch.Tensor]]]]:
-    """Return the folder for the results, and the weights by name: a checkpoint's model and EMA, or None for the built
-    model.
-    """
+def _with_deployed(session: Session, student: nn.Module, loader: Any, result: Evaluation) -> List[Evaluation]:
+    """Return the student's result with its speed, and those of the model deployed with each number of bits."""
+    own = evaluate_timed(session, student, loader)
+    deployed = [Evaluation(f'{result.weights}, deployed', result.timesteps, weight_bits=bits, **evaluate_deployed(
+        session, cast(SpikingModule, student), loader, own.predictions, bits)) for bits in session.args.weight_bits]
+    return [result._replace(images_per_second=own.images_per_second), *deployed]
+
+
+def _weights_to_evaluate(args: Namespace) -> _Weights:
+    """Return a checkpoint's model and EMA, or the model as it is built."""
     if not args.resume:
         if not (args.initial_checkpoint or args.pretrained or args.pretrained_path):
             raise OptionError(
                 '--eval-only: no weights; give --resume FOLDER|FILE, --initial-checkpoint or --pretrained.')
-        return Path(args.output or './output/eval'), {'model': None}
+        source = args.initial_checkpoint or args.pretrained_path or f'the pretrained weights of {args.model}'
+        return _Weights(Path(args.output or './output/eval'), {'model': None}, source)
     file = args.resume if os.path.isfile(args.resume) else newest_file(Path(args.resume))
     if not file:
         raise FileNotFoundError(
@@ -117,7 +144,8 @@ def _weights_to_evaluate(args: Namespace) -> Tuple[Path, Dict[str, Optional[Dict
         states = {'model': checkpoint['state_dict'], 'ema': checkpoint.get('state_dict_ema')}
     except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
         raise ValueError(f"--resume: '{file}' is no checkpoint of a run: {error}") from error
-    return Path(file).parent, {name: state for name, state in states.items() if state}
+    return _Weights(Path(file).parent, {name: state for name, state in states.items() if state}, str(file),
+                    position_of(checkpoint))
 
 
 def _load_student(student: nn.Module, state: Optional[Dict[str, torch.Tensor]], source: str) -> None:
@@ -156,11 +184,12 @@ def _evaluate_one(
                       ann_energy_uj=energy.ann), layers
 
 
-def _report_evaluation(args: Namespace, folder: Path, results: List[Evaluation], rates: Dict[str, Any]) -> None:
+def _report_evaluation(args: Namespace, weights: _Weights, results: List[Evaluation], rates: Dict[str, Any]) -> None:
     """Print the results as a table, append them to evaluation.csv, and write them with all layers to a new JSON file.
     """
     columns = [name for name in Evaluation._fields if any(getattr(r, name) is not None for r in results)]
-    rows = [[f'{v:.4g}' if isinstance(v, float) else str(v) for v in (getattr(r, c) for c in columns)] for r in results]
+    rows = [['-' if v is None else f'{v:.4g}' if isinstance(v, float) else str(v)
+             for v in (getattr(r, c) for c in columns)] for r in results]
     widths = [max(map(len, column)) for column in zip(columns, *rows)]
     lines = ['', *('  '.join(f'{cell:>{w}}' for cell, w in zip(row, widths)) for row in (columns, *rows))]
     if len(rates) == 1:  # with several results, only the JSON file has the layers
@@ -172,12 +201,12 @@ def _report_evaluation(args: Namespace, folder: Path, results: List[Evaluation],
         lines.append(f'Energy: microjoules of one image\'s arithmetic at 45 nm (4.6 pJ a MAC, 0.9 pJ an addition), '
                      f'with the firing rates of {_ENERGY_IMAGES} images or one batch; layers without binary or whole '
                      f'input are MACs; the stem counts {"once" if args.share_stem else "at every step"}.')
-    now = datetime.now()
+    now, folder, facts = datetime.now(), weights.folder, weights.facts()
     file = folder / f'evaluation-{now.strftime("%Y%m%d-%H%M%S-%f")}.json'
     _logger.info('\n'.join([*lines, f'Files: {file}, {folder / "evaluation.csv"}']))
     with lock_folder(folder / 'evaluation'):  # the run itself may be writing
-        write_text(file, json.dumps(dict(model=args.model, weights=args.resume or args.initial_checkpoint,
+        write_text(file, json.dumps(dict(model=args.model, weights=args.resume or args.initial_checkpoint, **facts,
                                          results=[r._asdict() for r in results], layers=rates), indent=2) + '\n')
         for result in results:
             append_row(folder / 'evaluation.csv', {'time': now.isoformat(timespec='seconds'), 'model': args.model,
-                                                   **result._asdict()})
+                                                   **facts, **result._asdict()})

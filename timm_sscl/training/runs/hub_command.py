@@ -20,7 +20,7 @@ from ..errors import OptionError
 from ..exits import one_line_errors
 from ..command_line.option_types import HelpFormatter, OptionParser, home_path
 from ..command_line.options import parse_args
-from ..saving.checkpoint import read_run_state
+from ..saving.checkpoint import Position, position_of
 from .run_files import RunFiles, columns_with, read_run
 from .run_summary import differing_options
 
@@ -80,8 +80,8 @@ def _class_names(file: Path) -> Optional[List[str]]:
 def _details(files: RunFiles, checkpoint: Path) -> Dict[str, Any]:
     """Return the facts of the model card on the training and the measurements."""
     options, summary = files.options, files.summary or {}
-    content, run_state = load_checkpoint_metadata(str(checkpoint)), read_run_state(checkpoint)
-    epoch, step = run_state['position'] if run_state else (content['epoch'] + 1, 0)
+    content = load_checkpoint_metadata(str(checkpoint))
+    epoch, step = position_of(content) or Position(0, 0)
     # within an epoch, no row was measured with these weights
     row = next((row for row in files.rows if not step and int(row['epoch']) == epoch - 1), {})
     inside = f', after its step {step}' if step else ''

@@ -7,7 +7,7 @@ import zipfile
 from argparse import Namespace
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, Tuple
 
 import torch
 from timm.task import TrainingTask
@@ -16,8 +16,8 @@ from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
 from timm_sscl.models.loading import DESCRIPTION_KEY, describe_model
 
-__all__ = ['RunSaver', 'Position', 'find_newest', 'read_run_state', 'why_damaged', 'replacing', 'write_text',
-           'lock_folder', 'StorageError', 'put_aside_later', 'holds_a_run', 'LAST', 'LOCK']
+__all__ = ['RunSaver', 'Position', 'find_newest', 'position_of', 'read_run_state', 'why_damaged', 'replacing',
+           'write_text', 'lock_folder', 'StorageError', 'put_aside_later', 'holds_a_run', 'LAST', 'LOCK']
 
 _logger = logging.getLogger(__name__)
 
@@ -269,6 +269,13 @@ def read_run_state(file: Path) -> Optional[Dict[str, Any]]:
     state = load_checkpoint_metadata(str(file))
     state = state.get(RUN_STATE) if isinstance(state, dict) else None
     return None if state is None else {**state, 'position': Position(*state['position'])}
+
+
+def position_of(checkpoint: Mapping[str, Any]) -> Optional[Position]:
+    """Return where the training stood when the content of a checkpoint was saved; None if it does not say."""
+    if checkpoint.get(RUN_STATE):
+        return Position(*checkpoint[RUN_STATE]['position'])
+    return Position(checkpoint['epoch'] + 1, 0) if 'epoch' in checkpoint else None
 
 
 def find_newest(folder: Path) -> Optional[Path]:

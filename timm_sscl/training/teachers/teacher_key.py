@@ -39,7 +39,7 @@ IRRELEVANT = frozenset((
     'img_size', 'in_chans', 'input_size', 'crop_pct', 'mean', 'std', 'interpolation', 'drop_connect',
     # validation (added if the schedule depends on it)
     'val_split', 'val_num_samples', 'validation_batch_size', 'val_interval', 'eval_metric', 'eval_only',
-    'eval_timesteps', 'deploy',
+    'eval_timesteps', 'deploy', 'weight_bits',
     # where and how fast the run executes, and what it writes
     'device', 'device_modules', 'threads', 'local_rank', 'synchronize_step', 'deterministic', 'channels_last',
     'workers', 'pin_mem', 'no_prefetcher', 'output', 'experiment', 'log_interval', 'save_images', 'report_to',
