@@ -37,7 +37,8 @@ def draw_differences(comparisons: Sequence[Comparison], plan: Plan, file: Path, 
     """Draw the paired difference of every seed with mean and 95 % interval, one row per comparison."""
     shown = [c for c in comparisons if c.pairs]
     figure, axis = plt.subplots(figsize=(8.5, 1.3 + .85 * len(shown)))
-    _differences(axis, shown, [f'{plan.label(c.arm)} minus {plan.label(c.control)}\n({c.pairs} pairs)' for c in shown])
+    _differences(axis, shown, [
+        wrap(f'{plan.label(c.arm)} minus {plan.label(c.control)}', 34) + f'\n({c.pairs} pairs)' for c in shown])
     axis.set_title(title, fontsize=11)
     axis.set_xlabel('difference in top-1, same seed (points)')
     _save(figure, file)
@@ -49,17 +50,19 @@ def _differences(axis: Any, shown: Sequence[Comparison], labels: Sequence[str]) 
     for i, c in enumerate(shown):
         _row(axis, i, c.values, _color(c))
     axis.plot([], [], 'o', color=GREY, ms=4, alpha=.6, label='one seed')
-    axis.errorbar([], [], xerr=1, fmt='D', color=BLUE, capsize=4, ms=6, label='mean, 95 %: decided')
-    axis.errorbar([], [], xerr=1, fmt='D', color=ORANGE, capsize=4, ms=6, label='mean, 95 %: not decided')
-    axis.set_yticks(range(len(shown)), [wrap(label, 34) for label in labels], fontsize=9)
+    for color, meaning in ((BLUE, 'one is better'), (GREEN, f'within ± {MARGIN:g}'), (ORANGE, 'undecided')):
+        axis.errorbar([], [], xerr=1, fmt='D', color=color, capsize=4, ms=6, label=f'mean, 95 %: {meaning}')
+    axis.set_yticks(range(len(shown)), labels, fontsize=9)
     axis.set_ylim(len(shown) - .5, -.5)
     axis.grid(axis='x', alpha=.3)
-    axis.legend(fontsize=8, loc='upper center', bbox_to_anchor=(.5, -.32 / max(1, len(shown)) - .12), ncol=4,
+    axis.legend(fontsize=8, loc='upper center', bbox_to_anchor=(.5, -.32 / max(1, len(shown)) - .12), ncol=3,
                 frameon=False)
 
 
 def _color(c: Comparison) -> str:
-    return BLUE if c.decided else ORANGE
+    if c.decided:
+        return BLUE
+    return GREEN if c.interval is not None and c.interval.within(MARGIN) else ORANGE
 
 
 def _row(axis: Any, y: float, values: Sequence[float], color: str) -> None:
@@ -120,8 +123,8 @@ def draw_arms(
     if costs:
         _costs(axes[2], costs)
     figure.suptitle(title, fontsize=11, y=.99)
-    figure.text(.5, 0, 'dots: one seed each; diamonds: mean and 95 % interval, blue if decided; '
-                       f'grey band: ± {MARGIN:g} points', ha='center', va='top', fontsize=8)
+    figure.text(.5, 0, 'dots: one seed each; diamonds: mean and 95 % interval, blue if one is better, green if '
+                       f'within the grey band of ± {MARGIN:g} points, orange if undecided', ha='center', va='top', fontsize=8)
     figure.tight_layout()
     _save(figure, file)
 

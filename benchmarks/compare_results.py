@@ -31,7 +31,7 @@ RESULTS, PLANS = ROOT / 'results', ROOT / 'plans'
 # fields of a run that are stated beside the plan
 FACTS = dict(teacher_top1='top-1 of the teacher', device='device', precision='precision', torch='torch', timm='timm',
              revision='code')
-LAYER_KEYS = ('cka_running', 'CKA'), ('weight', 'weight')
+LAYER_KEYS = ('cka_running', 'running CKA (a moving average over the steps)'), ('weight', 'weight')
 
 
 def page_of(plan: str) -> str:
