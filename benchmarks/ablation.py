@@ -287,9 +287,10 @@ def in_faster_precision(scale: Scale, output: Path) -> Scale:
 def run_phase(args: argparse.Namespace, phase: str, base: Mapping[str, Any], deadline: Optional[float]) -> None:
     """Run the teacher and all runs of a phase."""
     scale = in_faster_precision(SCALES[args.scale], args.output)
+    from ablation_precision import device_name
     data = link_data(args.data_dir, args.output / 'data', scale, phase)
     runner = Runner(args.output, args.workers_parallel, deadline, args.revision or code_revision(),
-                    [sys.executable, str(ROOT / 'train.py')], args.max_load)
+                    [sys.executable, str(ROOT / 'train.py')], args.max_load, device_name())
     for option, names, known in (('--base', base, BASE), ('--coordinates', args.coordinates, COORDINATES)):
         unknown = sorted(set(names) - set(known))
         if unknown:
@@ -333,9 +334,9 @@ def facts(scale: str) -> Facts:
     """Return the facts about a scale that the report states."""
     size = SCALES[scale]
     options = {**size.recipe, **size.student}
-    recipe = f'{options["opt"]} at {options["lr"]:g}, batch {options["batch_size"]}' + (
-        f', {options["amp_dtype"]}' if options.get('amp') else '')
-    return Facts(size.classes, size.images_per_class, size.width, options['epochs'], size.teacher['epochs'], recipe)
+    recipe = f'{options["opt"]} at {options["lr"]:g}, batch {options["batch_size"]}'
+    return Facts(size.classes, size.images_per_class, size.width, options['epochs'], size.teacher['epochs'], recipe,
+                 options['amp_dtype'] if options.get('amp') else None)
 
 
 def show_results(runs: Sequence[Mapping[str, Any]], layers: Sequence[Mapping[str, Any]]) -> None:

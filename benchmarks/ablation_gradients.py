@@ -9,6 +9,7 @@ import torch
 from timm.data import resolve_data_config
 from timm.utils import random_seed
 
+from ablation_precision import device_name
 from ablation_results import GRADIENTS_CSV, gradient_lines, read_csv, write_csv
 from ablation_runs import finished_runs
 from timm_sscl.training.datasets import create_datasets, resolve_num_classes
@@ -84,7 +85,8 @@ def diagnose(folder: Path, at_start: bool) -> List[Dict[str, Any]]:
         restore(task, str(folder / 'last.pth.tar'))
     task.train()
     batches = [batch for batch, _ in zip(loaders.train, range(_DIAGNOSIS_BATCHES))]
-    return term_gradients(task, batches)
+    precision = str(next(student.parameters()).dtype).removeprefix('torch.')
+    return [dict(row, precision=precision) for row in term_gradients(task, batches)]
 
 
 def diagnose_all(output: Path, modes: Sequence[str], results: Path) -> None:
@@ -96,7 +98,7 @@ def diagnose_all(output: Path, modes: Sequence[str], results: Path) -> None:
             continue
         seen.add((run.variant, run.timesteps))
         for when in ('start', 'end'):
-            rows += [dict(run=f'{run.variant}, T={run.timesteps}, {when}', seed=run.seed, **row)
+            rows += [dict(run=f'{run.variant}, T={run.timesteps}, {when}', seed=run.seed, **row, device=device_name())
                      for row in diagnose(folder, when == 'start')]
     write_csv(results / GRADIENTS_CSV, rows)
     print('\n'.join(gradient_lines(read_csv(results / GRADIENTS_CSV))))

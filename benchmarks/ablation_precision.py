@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from harness import machine
 from trial_precision import decided_precision
 
-__all__ = ['student_precision']
+__all__ = ['device_name', 'student_precision']
 
 BATCH, CLASSES, TIMESTEPS = 16, 20, 2
 
@@ -33,6 +33,12 @@ class _Step:
         F.cross_entropy(logits.float(), self.target).backward()
 
 
+def device_name() -> str:
+    """Return the name of the GPU, or that of the CPU with its capability."""
+    facts = machine()
+    return facts['gpu'] or f'{facts["cpu"]} ({facts["cpu_capability"]})'
+
+
 def student_precision(output: Path, width: int) -> str:
     """Return the precision of an output's students: 'float32' or 'bfloat16', whichever is faster on this CPU.
 
@@ -50,5 +56,4 @@ def student_precision(output: Path, width: int) -> str:
     if begun or torch.cuda.is_available():
         return 'bfloat16'
     output.mkdir(parents=True, exist_ok=True)
-    facts = machine()
-    return decided_precision(output, f'{facts["cpu"]} ({facts["cpu_capability"]})', lambda name: _Step(name, width))
+    return decided_precision(output, device_name(), lambda name: _Step(name, width))

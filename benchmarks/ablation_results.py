@@ -2,16 +2,16 @@
 import csv
 import json
 import math
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import matplotlib
 import numpy as np
 import yaml
 from scipy import stats
 
-from ablation_runs import Run, finished_runs
+from ablation_runs import Run, finished_runs, recorded_device
 from pages import FIGURES, PAGES, write_section
 
 matplotlib.use('Agg')
@@ -37,7 +37,8 @@ class Facts(NamedTuple):
     width: int
     epochs: int
     teacher_epochs: int
-    recipe: str  # optimizer and precision of the students, in words
+    recipe: str  # optimizer and batch of the students, in words
+    precision: Optional[str]  # mixed precision that the recipe asks for
 
 
 _LAYER_KEYS = ('cka', 'cka_running', 'weight', 'nce', 'mi_bound')
@@ -52,7 +53,8 @@ def collect(output: Path, scale: str) -> Tuple[List[Dict[str, Any]], List[Dict[s
             epochs = list(csv.DictReader(epochs_file))
         settings = yaml.safe_load((folder / 'args.yaml').read_text())
         recipe = {name: settings[name] for name in ('opt', 'lr', 'weight_decay')}
-        runs.append(run_row(run._replace(options={**recipe, **run.options}), scale, summary, epochs, revision))
+        row = run_row(run._replace(options={**recipe, **run.options}), scale, summary, epochs, revision)
+        runs.append({**row, 'precision': precision_of(settings), 'device': recorded_device(folder)})
         layers += layer_rows(run, epochs)
     return runs, layers
 
@@ -73,6 +75,11 @@ def run_row(
         train_task_loss=_number(epochs[-1].get('train_task_loss')), val_loss=round(summary['student']['loss'], 4),
         teacher_top1=round(summary['teacher']['top1'], 2) if summary['teacher'] else None,
         firing_rate=round(float(np.mean(rates)), 4) if rates else None, seconds=summary['seconds'], revision=revision)
+
+
+def precision_of(settings: Mapping[str, Any]) -> str:
+    """Return the precision of a training with these options of train.py."""
+    return settings['amp_dtype'] if settings.get('amp') else settings.get('model_dtype') or 'float32'
 
 
 def _number(text: Optional[str]) -> Optional[float]:
@@ -99,7 +106,7 @@ def _short(text: Optional[str]) -> Optional[str]:
 def write_results(results: Path, runs: Sequence[Mapping[str, Any]], layers: Sequence[Mapping[str, Any]]) -> None:
     """Write the two CSV files for the result of `collect`."""
     outcome = ('epochs', 'top1_last', 'top1_best', 'best_epoch', 'train_loss', 'train_task_loss', 'val_loss',
-               'teacher_top1', 'firing_rate', 'seconds', 'revision')
+               'teacher_top1', 'firing_rate', 'seconds', 'precision', 'device', 'revision')
     write_csv(results / RUNS_CSV, runs, outcome)
     write_csv(results / LAYERS_CSV, layers)
 
@@ -281,6 +288,17 @@ def gradient_lines(rows: Sequence[Mapping[str, Any]]) -> List[str]:
     return lines
 
 
+def conditions(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Return precision and device of the runs behind a table, in words. Older runs recorded neither."""
+    rows, sentences = list(rows), []
+    for column, label in (('precision', 'Precision'), ('device', 'CPU or GPU')):
+        counts = Counter(row.get(column) or 'not recorded' for row in rows)
+        values = [f'{value} ({count} of {len(rows)} runs)' if len(counts) > 1 else value
+                  for value, count in sorted(counts.items())]
+        sentences.append(f'{label}: {"; ".join(values)}.')
+    return ' '.join(sentences)
+
+
 def page_lines(
         rows: Sequence[Mapping[str, Any]],
         layers: Sequence[Mapping[str, Any]],
@@ -293,30 +311,38 @@ def page_lines(
     teachers = {r['phase']: float(r['teacher_top1']) for r in rows if r['teacher_top1']}
     what = 'all' if facts.classes is None else f'{facts.classes} of 100'
     count = 'all their' if facts.images_per_class is None else f'{facts.images_per_class} of 500'
+    asked = '' if facts.precision is None or any(r.get('precision') for r in primary) else f', {facts.precision}'
     lines = [
         f'The ablation follows the paper\'s Table 3 at a scale that two CPU cores carry: real CIFAR-100, {what} '
         f'classes, {count} training images per class, `resnet20_cifar` at width {facts.width}, {facts.epochs} epochs '
-        f'of {facts.recipe}. The paper has all classes and images, width 64 and 400 epochs. The teacher is the ANN of '
-        f'the same width, trained for {facts.teacher_epochs} epochs on the same images. It reaches '
+        f'of {facts.recipe}{asked}. The paper has all classes and images, width 64 and 400 epochs. The teacher is the '
+        f'ANN of the same width, trained for {facts.teacher_epochs} epochs on the same images. It reaches '
         f'{teachers.get("primary", float("nan")):.2f} top-1, and all runs share it. **Nothing here reproduces the '
         'paper\'s numbers.** They stand beside ours so that the order and the size of the differences can be compared.',
         '', f'Settings of the loss: {settings_text(primary)}.', '',
         'Differences are paired by seed; ± is the half width of the 95 % interval (t distribution). "Best epoch" is '
         'what public code of this line of work reports; it is chosen on the validation set.', '']
+    if not all(r.get('precision') and r.get('device') for r in rows):
+        lines += [f'"Not recorded" below a table: its runs are older than the columns `precision` and `device` of '
+                  f'`benchmarks/results/{RUNS_CSV}`.', '']
     for timesteps in sorted({int(r['timesteps']) for r in primary if int(r['timesteps'])}):
         lines += [f'## T = {timesteps}', '', f'Validation set ({100 * (facts.classes or 100):,} images):', '',
-                  *comparison_lines(rows, timesteps), '', verdict(rows, timesteps),
+                  *comparison_lines(rows, timesteps), '',
+                  conditions(r for r in primary if int(r['timesteps']) == timesteps), '', verdict(rows, timesteps),
                   *pair_lines(rows, timesteps), '']
     lines += [f'![Accuracy by mode, CKA and NCE per layer]({FIGURES}/{FIGURE})', '',
               '## CKA, weight and bound per layer', '', *cka_lines(layers), '',
+              conditions(r for r in primary if (r['variant'], int(r['timesteps'])) == ('sscl', 2)), '',
               '## Every configuration that was tried', '',
               'The settings were chosen on a tenth of the training set held out (1,000 images, so that one run is '
               f'about ± 1.5 points; teacher {teachers.get("select", float("nan")):.2f} there). T = 2, one seed where '
-              'one number stands:', '', *selection_lines(rows), '']
+              'one number stands:', '', *selection_lines(rows), '',
+              conditions(r for r in rows if r['phase'] == 'select' and r['variant'] != 'teacher'), '']
     if gradients:
         lines += ['## Gradients of the terms', '',
                   'Gradient of what is added over that of cross-entropy: ratio of the norms by stage and, in brackets, '
-                  'cosine between the two (`--phase diagnose`):', '', *gradient_lines(gradients), '']
+                  'cosine between the two (`--phase diagnose`):', '', *gradient_lines(gradients), '',
+                  conditions({r['run']: r for r in gradients}.values()), '']
     if notes:
         lines += ['## What these numbers do and do not say', '', notes.strip(), '']
     run = 'python benchmarks/ablation.py --output output/ablation'

@@ -12,7 +12,7 @@ from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, Seq
 
 import numpy as np
 
-__all__ = ['Run', 'Runner', 'finished_runs', 'is_done']
+__all__ = ['Run', 'Runner', 'finished_runs', 'is_done', 'recorded_device']
 
 
 class Run(NamedTuple):
@@ -51,6 +51,7 @@ class Runner:
         revision: Code revision to record.
         train: Command that starts a training.
         max_load: Start runs only while the machine's load (1 minute) is below this.
+        device: Name of the device, to record.
     """
 
     def __init__(
@@ -61,9 +62,10 @@ class Runner:
             revision: str,
             train: Sequence[str],
             max_load: float = math.inf,
+            device: Optional[str] = None,
     ):
         self.output, self.parallel, self.deadline, self.revision = output, parallel, deadline, revision
-        self.max_load = max_load
+        self.max_load, self.device = max_load, device
         self.train = list(train)
         self.seconds: List[Tuple[int, float]] = []  # (timesteps, seconds) of the runs of this process
 
@@ -140,7 +142,7 @@ class Runner:
         if is_done(folder):  # another process has finished it meanwhile
             return None
         words = start_arguments(folder, arguments[run.name])
-        facts = {**run._asdict(), 'revision': self.revision}
+        facts = {**run._asdict(), 'revision': self.revision, 'device': self.device}
         (folder.parent / f'{folder.name}.json').write_text(json.dumps(facts, indent=1) + '\n')
         with open(folder.parent / f'{folder.name}.log', 'a') as log:
             # the child inherits the lock, which therefore holds while the training runs, even if this process ends
@@ -158,6 +160,11 @@ class Runner:
         self.seconds.append((run.timesteps, time.time() - started))
         print(f'{datetime.now():%H:%M:%S} {run.name}: {summary["student"]["top1"]:.2f} top-1 after '
               f'{time.time() - started:.0f} s; ETA {self._eta(waiting)}', flush=True)
+
+
+def recorded_device(folder: Path) -> Optional[str]:
+    """Return the device that a run was last started on; None for runs that did not record it."""
+    return json.loads((folder.parent / f'{folder.name}.json').read_text()).get('device')
 
 
 def finished_runs(output: Path) -> Iterator[Tuple[Run, str, Path]]:

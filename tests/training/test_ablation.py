@@ -229,6 +229,7 @@ def test_nothing_starts_while_the_machine_is_busy(runner, monkeypatch):
 # ---- results
 
 def test_csvs_hold_a_row_per_run_and_per_epoch_and_layer(runner, tmp_path):
+    runner.device = 'a CPU (AVX2)'
     runner(RUNS, arguments(runner, RUNS))
     rows, layers = results.collect(runner.output, 'small')
     results.write_csv(tmp_path / 'runs.csv', rows, ('seconds', 'revision'))
@@ -237,6 +238,7 @@ def test_csvs_hold_a_row_per_run_and_per_epoch_and_layer(runner, tmp_path):
         assert next(csv.reader(file))[-2:] == ['seconds', 'revision']
     assert sorted((r['variant'], r['seed']) for r in read) == sorted((r.variant, str(r.seed)) for r in RUNS)
     sscl = next(r for r in read if r['variant'] == 'sscl')
+    assert (sscl['precision'], sscl['device']) == ('float32', 'a CPU (AVX2)')  # of args.yaml and of the runner
     outcome = {key: sscl[key] for key in ('top1_last', 'top1_best', 'best_epoch', 'train_loss')}
     assert outcome == dict(top1_last='31.0', top1_best='31.5', best_epoch='1', train_loss='1.0')
     assert (sscl['opt'], sscl['lr']) == ('adamw', '0.002')
@@ -281,6 +283,22 @@ def test_verdict_compares_the_modes_on_their_common_seeds():
     rows = table_rows(dict(none=[40., 41.], sscl=[43., 41.]))
     assert 'includes 0' in results.verdict(rows, 2)
     assert 'not told apart' in results.pair_lines(table_rows(dict(kd=[40., 43.], sscl=[42., 42.])), 2)[0]
+
+
+def test_precision_and_device_of_a_table_are_those_of_its_runs(runner):
+    assert results.precision_of(dict(amp=True, amp_dtype='bfloat16')) == 'bfloat16'
+    assert results.precision_of(dict(amp=False, amp_dtype='bfloat16', model_dtype='float64')) == 'float64'
+    runner(RUNS[:1], arguments(runner, RUNS))
+    assert ablation_runs.recorded_device(runner.folder(RUNS[0])) is None  # this runner was not told
+    new, old = dict(precision='bfloat16', device='a CPU (AMX)'), dict(precision='')  # '': as read from a CSV
+    assert results.conditions([new, new]) == 'Precision: bfloat16. CPU or GPU: a CPU (AMX).'
+    assert results.conditions([old, {}]) == 'Precision: not recorded. CPU or GPU: not recorded.'
+    assert results.conditions([new, old, new]) == (
+        'Precision: bfloat16 (2 of 3 runs); not recorded (1 of 3 runs). '
+        'CPU or GPU: a CPU (AMX) (2 of 3 runs); not recorded (1 of 3 runs).')
+    rows = [dict(row, **new, teacher_top1='60', sscl_critic='infonce') for row in table_rows(dict(none=[40.]))]
+    page = '\n'.join(results.page_lines(rows, [], [], ablation.facts('small')))
+    assert page.count('bfloat16') == 1 and 'ot recorded' not in page.split('## CKA')[0]  # what ran, not the recipe
 
 
 def test_a_pages_section_is_replaced_and_the_rest_stays(tmp_path):
@@ -339,7 +357,7 @@ def test_students_train_in_the_faster_precision(tmp_path, monkeypatch):
     for faster, slower in (('float32', 'bfloat16'), ('bfloat16', 'float32')):
         output = tmp_path / faster
         monkeypatch.setattr(trial_precision, 'time_precisions', lambda create: {faster: 10., slower: 80.})
-        monkeypatch.setattr(ablation_precision, 'machine', lambda: dict(cpu='a CPU', cpu_capability='AVX2'))
+        monkeypatch.setattr(ablation_precision, 'machine', lambda: dict(cpu='a CPU', cpu_capability='AVX2', gpu=None))
         scale = ablation.in_faster_precision(small, output)
         run = ablation.primary_runs(ablation.CHOSEN, ['none'], [1], [2])[0]
         words = ablation.command(run, scale, tmp_path, tmp_path / 'run', 1, tmp_path / 'teacher.pth')
@@ -347,7 +365,7 @@ def test_students_train_in_the_faster_precision(tmp_path, monkeypatch):
         monkeypatch.setattr(trial_precision, 'time_precisions', lambda create: {faster: 80., slower: 10.})
         assert ablation.in_faster_precision(small, output) == scale  # one precision per output
         assert json.loads((output / 'precision.json').read_text())['device'] == 'a CPU (AVX2)'
-    monkeypatch.setattr(ablation_precision, 'machine', lambda: dict(cpu='a CPU', cpu_capability='AVX512'))
+    monkeypatch.setattr(ablation_precision, 'machine', lambda: dict(cpu='a CPU', cpu_capability='AVX512', gpu=None))
     with pytest.raises(SystemExit, match='AVX512'):
         ablation.in_faster_precision(small, output)
     (tmp_path / 'older' / 'runs' / 'run').mkdir(parents=True)
