@@ -316,7 +316,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.report:
         if args.output is not None:
-            write_results(RESULTS, *collect(args.output, args.scale))
+            runs, layers = collect(args.output, args.scale)
+            if not runs:
+                raise SystemExit(f'--output {args.output} has no finished run; the files in {RESULTS} stay as they are.')
+            write_results(RESULTS, runs, layers)
         return report(RESULTS, PAGE, facts(args.scale))
     if args.output is None:
         parser.error('--output is needed')

@@ -362,7 +362,7 @@ def cka_lines(layers: Sequence[Mapping[str, Any]]) -> List[str]:
     names = list(dict.fromkeys(r['layer'] for r in rows))
     lines = ['SSCL, T = 2, means over the seeds, epoch 1 and ' + f'{last}:', '', '| | ' + ' | '.join(names) + ' |',
              '|---' * (len(names) + 1) + '|']
-    for key, label in (('cka_running', 'CKA'), ('weight', 'weight 1/CKA'), ('mi_bound', 'MI bound, nats')):
+    for key, label in (('cka_running', 'running CKA'), ('weight', 'weight 1/CKA'), ('mi_bound', 'MI bound, nats')):
         cells = []
         for name in names:
             first, end = (np.mean([float(r[key]) for r in rows if (r['layer'], int(r['epoch'])) == (name, epoch)])
@@ -390,7 +390,7 @@ def draw(rows: Sequence[Mapping[str, Any]], layers: Sequence[Mapping[str, Any]],
     """
     figure, axes = plt.subplots(1, 3, figsize=(14, 4.4), gridspec_kw=dict(width_ratios=(1.9, 1, 1)))
     _draw_accuracy(axes[0], rows)
-    for axis, key, label in ((axes[1], 'cka_running', 'CKA, student and teacher'),
+    for axis, key, label in ((axes[1], 'cka_running', 'running CKA, student and teacher'),
                              (axes[2], 'nce', 'contrastive loss $-L_{NCE}$ (nats)')):
         _draw_layers(axis, layers, key)
         axis.set(xlabel='epoch', ylabel=label, title='SSCL, T = 2')
@@ -418,8 +418,7 @@ def _draw_accuracy(axis: Any, rows: Sequence[Mapping[str, Any]]) -> None:
             seeds = [value - base[s] for s, value in by_seed(rows, 'primary', mode, t).items() if s in base]
             axis.plot([i + offset] * len(seeds), seeds, '.', color=COLORS[mode], alpha=.5, ms=5)
             paired = row['difference']
-            axis.errorbar(i + offset, paired.mean, yerr=paired.half if paired.n > 2 else None, fmt=_MARKS[t],
-                          color=COLORS[mode], capsize=4)
+            axis.errorbar(i + offset, paired.mean, yerr=paired.half, fmt=_MARKS[t], color=COLORS[mode], capsize=4)
             if row['paper_difference'] is not None:
                 axis.plot(i + offset + .12, row['paper_difference'], _MARKS[t], mfc='none', mec='black', ms=6)
     axis.axhline(0, color=COLORS['none'], lw=1)
