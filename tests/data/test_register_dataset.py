@@ -152,6 +152,8 @@ def test_wrong_frames_are_refused(frames):
     with pytest.raises(WrongSample, match=r'must be a floating point tensor \(T, 2, H, W\) = \(3, 2, 4, 4\)'):
         Samples(Items([(frames, 0)]), 2, training=False, check=check)[0]
     assert Samples(Items([(FRAMES, 1)]), 2, training=False, check=check)[0][1] == 1
+    with pytest.raises(WrongSample, match="'number 0' has NaN or infinite values"):
+        Samples(Items([(FRAMES / 0, 0)]), 2, training=False, check=check)[0]
 
 
 @pytest.mark.parametrize('label', [1, np.int64(1), torch.tensor(1), True])

@@ -55,7 +55,7 @@ class ImageCheck:
 
 
 class FramesCheck:
-    """Check that event frames have one shape and are floating point.
+    """Check that event frames have one shape, are floating point and finite.
 
     Args:
         shape: (T, 2, H, W).
@@ -66,8 +66,10 @@ class FramesCheck:
 
     def __call__(self, frames: Any) -> str:
         good = isinstance(frames, torch.Tensor) and frames.is_floating_point() and tuple(frames.shape) == self.shape
-        return '' if good else (f'is a {_kind(frames)}, and must be a floating point tensor (T, 2, H, W) = '
-                                f'{self.shape} (T is --timesteps)')
+        if not good:
+            return (f'is a {_kind(frames)}, and must be a floating point tensor (T, 2, H, W) = {self.shape} '
+                    f'(T is --timesteps)')
+        return '' if frames.isfinite().all() else 'has NaN or infinite values, of which no neuron fires'
 
 
 def _kind(value: Any) -> str:

@@ -15,6 +15,7 @@ from timm.models._hub import generate_readme
 from timm_sscl.conversion.description import PREFIX, describe_model
 from timm_sscl.conversion.model import SpikingModule
 from timm_sscl.conversion.settings import SETTINGS_KEY
+from timm_sscl.models.finite import check_finite
 
 __all__ = ['LICENCE', 'model_card', 'save_for_hub']
 
@@ -104,10 +105,11 @@ def save_for_hub(
 
     Raises:
         ValueError: The model is not spiking, timm did not create it, it was changed since in a way that timm does not
-            record, or it has an argument that JSON cannot hold.
+            record, it has an argument that JSON cannot hold, or weights that are not finite.
         FileExistsError: The folder holds something.
     """
     card, folder = model_card(model, details, data_config, licence), Path(folder).resolve()
+    check_finite(model.state_dict(), type(model).__name__)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"'{folder}' holds something already; name a new folder.")
     written = folder.with_name(f'.{folder.name}.{os.getpid()}.part')

@@ -1,4 +1,5 @@
 """load: a model from a checkpoint file alone."""
+import logging
 import os
 from argparse import Namespace
 from pathlib import Path
@@ -14,9 +15,12 @@ from timm_sscl.conversion.description import MODEL_KEY, describe_model
 from timm_sscl.conversion.settings import SETTINGS_KEY, SpikingSettings, decode_tensor
 from timm_sscl.distillation.frames_ann import accept_frames
 
+from .finite import find_non_finite, text_of_non_finite
 from .spiking import names_of_saved
 
 __all__ = ['DESCRIPTION_KEY', 'describe_model', 'load']
+
+_logger = logging.getLogger(__name__)
 
 DESCRIPTION_KEY = 'timm_model'  # key of a checkpoint of train.py
 _TAKES = ('load takes a checkpoint of train.py (NAME.pth.tar), a state dict that torch.save or safetensors wrote, or a '
@@ -40,7 +44,7 @@ def load(file: Union[str, Path], use_ema: bool = True, **kwargs: Any) -> nn.Modu
 
     Returns:
         The model in evaluation mode, in the precision of its weights. Of a run of train.py, pretrained_cfg has the
-        preprocessing, for timm.data.resolve_model_data_config.
+        preprocessing, for timm.data.resolve_model_data_config. A warning names weights that are not finite.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -48,10 +52,16 @@ def load(file: Union[str, Path], use_ema: bool = True, **kwargs: Any) -> nn.Modu
             plug-in that it needs is not imported; the weights do not fit the model that it describes.
     """
     path = Path(file)
-    if path.is_dir():
-        return _load_folder(path, kwargs)
+    model = _load_folder(path, kwargs) if path.is_dir() else _load_file(path, use_ema, kwargs)
+    broken = find_non_finite(model.state_dict())
+    if broken:
+        _logger.warning(f"'{file}' holds {text_of_non_finite(broken)}. A neuron whose current is NaN does not fire.")
+    return model.eval()
+
+
+def _load_file(path: Path, use_ema: bool, kwargs: Dict[str, Any]) -> nn.Module:
     if not path.is_file():
-        raise FileNotFoundError(f"'{file}' does not exist. {_TAKES}{_names(path.parent, '; the folder has ')}.")
+        raise FileNotFoundError(f"'{path}' does not exist. {_TAKES}{_names(path.parent, '; the folder has ')}.")
     checkpoint = _read(path)
     state = load_state_dict(str(path), use_ema=use_ema)
     options = checkpoint.get('args') or {}
@@ -60,7 +70,7 @@ def load(file: Union[str, Path], use_ema: bool = True, **kwargs: Any) -> nn.Modu
         stored = decode_tensor(state[SETTINGS_KEY]) if SETTINGS_KEY in state else {}
         saved = SpikingSettings.from_stored(stored).arguments() if stored else {}
     except ValueError as error:
-        raise ValueError(f"'{file}': {error}{_plugins(options)}") from error
+        raise ValueError(f"'{path}': {error}{_plugins(options)}") from error
     described = stored.get(MODEL_KEY) or checkpoint.get(DESCRIPTION_KEY) or _from_options(path, options, state)
     model = _create(path, described, {**saved, **kwargs}, options)
     if saved:
@@ -70,11 +80,11 @@ def load(file: Union[str, Path], use_ema: bool = True, **kwargs: Any) -> nn.Modu
     except RuntimeError as error:
         why = f'of which load was given {kwargs}.' if kwargs else (
             'as after changes of the model by hand. Make the same changes, then load_state_dict:')
-        raise ValueError(f"'{file}': the weights do not fit {described['architecture']} with "
+        raise ValueError(f"'{path}': the weights do not fit {described['architecture']} with "
                          f"{({**described['args'], **kwargs})}, {why} "
                          f'{" ".join(str(error).split())[:300]}') from error
     _set_preprocessing(model, options)
-    return model.eval()
+    return model
 
 
 def _set_preprocessing(model: nn.Module, options: Mapping[str, Any]) -> None:
@@ -88,7 +98,7 @@ def _load_folder(folder: Path, kwargs: Dict[str, Any]) -> nn.Module:
     if not (folder / 'config.json').is_file():
         raise FileNotFoundError(f"'{folder}' is a folder without a config.json; name a file"
                                 f"{_names(folder, ' in it: ') or f'. {_TAKES}'}.")
-    return timm.create_model(f'local-dir:{folder}', pretrained=True, **kwargs).eval()
+    return timm.create_model(f'local-dir:{folder}', pretrained=True, **kwargs)
 
 
 def _names(folder: Path, before: str) -> str:

@@ -13,6 +13,7 @@ from timm.models import resolve_model_input_args
 from timm_sscl.conversion import convert_to_qcfs, set_stem_pool, share_stem
 from timm_sscl.data.events import is_event_dataset
 from timm_sscl.distillation.frames_ann import accept_frames
+from timm_sscl.models.finite import check_finite
 from timm_sscl.models.spiking import PREFIX
 
 from .compile_check import check_compile_options
@@ -92,6 +93,8 @@ def create_student(args: Namespace, num_classes: int) -> nn.Module:
         raise OptionError(_why_not_built(args, error)) from error
     if args.pretrained_path and not args.pretrained_path.lower().endswith(('.npz', '.npy')):
         _check_pretrained(student, args.pretrained_path)
+    if args.pretrained_path:
+        check_finite(student.state_dict(), f"--pretrained-path: '{args.pretrained_path}'")
     if args.stem_pool is not None:
         set_stem_pool(student, args.stem_pool)
     if args.qcfs is not None:

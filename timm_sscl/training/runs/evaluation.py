@@ -18,6 +18,7 @@ from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
 from timm_sscl.conversion.model import SpikingModule
 from timm_sscl.data.manifest import DATA_FILE, check_data, describe_data
+from timm_sscl.models.finite import check_finite
 from timm_sscl.report import FiringRates, estimate_energy
 
 from ..saving.checkpoint import Position, lock_folder, position_of, why_damaged, write_text
@@ -107,7 +108,7 @@ def evaluate_only(args: Namespace, accelerator: Accelerator, stop: StopRequest) 
         if own is not None:
             student.set_timesteps(own)  # T with which the weights are loaded
         with one_line_errors():
-            _load_student(student, state, args.resume)
+            _load_student(student, state, weights.file)
         for timesteps in args.eval_timesteps or [own]:
             if timesteps is not None:
                 student.set_timesteps(timesteps)
@@ -144,8 +145,10 @@ def _weights_to_evaluate(args: Namespace) -> _Weights:
         states = {'model': checkpoint['state_dict'], 'ema': checkpoint.get('state_dict_ema')}
     except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
         raise ValueError(f"--resume: '{file}' is no checkpoint of a run: {error}") from error
-    return _Weights(Path(file).parent, {name: state for name, state in states.items() if state}, str(file),
-                    position_of(checkpoint))
+    states = {name: state for name, state in states.items() if state}
+    for state in states.values():
+        check_finite(state, f"--resume: '{file}'")
+    return _Weights(Path(file).parent, states, str(file), position_of(checkpoint))
 
 
 def _load_student(student: nn.Module, state: Optional[Dict[str, torch.Tensor]], source: str) -> None:

@@ -13,6 +13,7 @@ from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from timm_sscl.data.folders import classes_of
+from timm_sscl.models.finite import check_finite
 
 from ..datasets import create_datasets, guard_samples, resolve_input, resolve_num_classes
 from ..errors import OptionError
@@ -69,6 +70,7 @@ def rebuild(run: RunFiles, images: int, device: torch.device) -> Rebuilt:
 
     Raises:
         OptionError: The options of the run do not apply any more, for example since its data has moved.
+        ValueError: The weights of the run are not finite.
     """
     args, _ = parse_args(['--resume', str(run.folder), '--eval-only'])
     args.pretrained, args.pretrained_path, args.initial_checkpoint, args.neuron_init = False, None, '', 'none'
@@ -79,7 +81,9 @@ def rebuild(run: RunFiles, images: int, device: torch.device) -> Rebuilt:
     student = create_student(args, num_classes)
     config = args.data_config = resolve_input(args, student)
     datasets = guard_samples(args, datasets, config, num_classes)
-    student.load_state_dict(clean_state_dict(load_checkpoint_metadata(str(run.checkpoint))['state_dict']))
+    state = clean_state_dict(load_checkpoint_metadata(str(run.checkpoint))['state_dict'])
+    check_finite(state, f"'{run.checkpoint}'")
+    student.load_state_dict(state)
     teacher, why, teacher_input = _rebuild_teacher(run, args, num_classes)
     loader = create_loaders(Namespace(**{**vars(args), 'workers': 0}), datasets, config, num_classes).eval
     whole = not hasattr(loader.dataset, '__len__') or len(loader.dataset) <= images

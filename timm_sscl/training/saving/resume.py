@@ -12,6 +12,9 @@ import yaml
 from timm.models import safe_model_name
 from timm.task._helpers import load_task_ema_checkpoint, resume_task_checkpoint
 from timm.task.task import TrainingTask
+from timm.utils.checkpoint_saver import load_checkpoint_metadata
+
+from timm_sscl.models.finite import check_finite
 
 from .checkpoint import LAST, find_newest, holds_a_run, why_damaged
 from ..command_line.loss_flags import LOSS_FLAGS
@@ -30,7 +33,7 @@ def restore(task: TrainingTask, file: str, optimizer: Optional[torch.optim.Optim
     """Load a checkpoint of this task. Return the epoch at which to continue, or None if the file does not say.
 
     Raises:
-        ValueError: The file is not a checkpoint of this model and run.
+        ValueError: The file is not a checkpoint of this model and run, or its weights are not finite.
     """
     try:
         epoch = resume_task_checkpoint(task, file, optimizer=optimizer)
@@ -39,6 +42,9 @@ def restore(task: TrainingTask, file: str, optimizer: Optional[torch.optim.Optim
     except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"--resume: '{file}' is no checkpoint of this model and run: "
                          f'{" ".join(str(error).split())[:300]}') from error
+    content = load_checkpoint_metadata(file)
+    for name in ('state_dict', 'state_dict_ema', 'model'):  # "model" in checkpoints of old versions of timm
+        check_finite(content.get(name) or {}, f"--resume: '{file}'")
     return epoch
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 import torch.nn as nn
 from timm.models import load_checkpoint
 
+from timm_sscl.models.finite import check_finite
+
 from .checkpoint import LAST, why_damaged
 from .weights_file import check_file_exists, check_weights_file
 
@@ -27,7 +29,7 @@ def load_weights(model: nn.Module, file: str, option: str) -> None:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is damaged, unsafe, or holds the weights of another model.
+        ValueError: It is damaged, unsafe, or holds values that are not finite or the weights of another model.
     """
     if os.path.isdir(file):
         found = [name for name in _WEIGHT_FILES if os.path.isfile(os.path.join(file, name))]
@@ -48,3 +50,4 @@ def load_weights(model: nn.Module, file: str, option: str) -> None:
                              f'{len(expected)} tensors and {getattr(model, "num_classes", "?")} classes: {text[:300]}'
                              ) from error
         raise ValueError(f"{option}: '{file}' is no weights file that can be read safely ({text[:200]}).") from error
+    check_finite(model.state_dict(), f"{option}: '{file}'")

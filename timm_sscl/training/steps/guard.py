@@ -4,6 +4,8 @@ from typing import Any, Dict, List, NoReturn, Optional
 import torch
 from timm.utils import unwrap_model
 
+from timm_sscl.models.finite import find_non_finite
+
 from ..saving.checkpoint import Position
 from ..exits import NonFiniteLoss, OtherProcessFailed
 from .meters import layer_stats, scalar_terms
@@ -75,9 +77,8 @@ def _raise(training: Training, bad: BadStep) -> NoReturn:
 
 def check_weights(training: Training) -> None:
     """Raise NonFiniteLoss if a weight is nan or infinite, before it is saved."""
-    for name, value in unwrap_model(training.module).state_dict().items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            raise NonFiniteLoss(
-                f"'{name}' is not finite at epoch {training.position.epoch + 1}, step {training.position.step}, so "
-                f'this checkpoint was not written; those in {training.folder} are from before. A smaller '
-                f'--lr or --clip-grad may help.')
+    for name in find_non_finite(unwrap_model(training.module).state_dict()):
+        raise NonFiniteLoss(
+            f"'{name}' is not finite at epoch {training.position.epoch + 1}, step {training.position.step}, so "
+            f'this checkpoint was not written; those in {training.folder} are from before. A smaller '
+            f'--lr or --clip-grad may help.')
