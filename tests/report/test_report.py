@@ -107,7 +107,7 @@ def test_kinds_by_hand():
     assert counted.by_module['conv'] == dict(binary=T * conv, fractional=0, analog=0)
     assert [m.training for m in model.modules()] == modes and torch.equal(torch.get_rng_state(), state)
     assert sum(counted.share(kind) for kind in ('binary', 'fractional', 'analog')) == pytest.approx(1)
-    model.act1.set_gain(None, torch.rand(4, 1, 1))  # an output scale folds into the weights: the input is binary still
+    model.act1.set_gain(None, 1 + torch.rand(4, 1, 1))  # a scale folds into the weights: the input is binary still
     assert model.spiking_report().macs(images)[:3] == counted[:3] and model.act1.scale is not None
 
 

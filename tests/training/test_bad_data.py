@@ -304,6 +304,8 @@ def test_eval_only(images, tmp_path, monkeypatch):
     for r in results:
         assert (0 < r['entropy'] < 1 and 0 < r['firing_rate'] < 1
                 and 0 < r['energy_uj'] < r['timesteps'] * r['ann_energy_uj'])
+    energy = json.loads((tmp_path / 'out/run/summary.json').read_text())['energy']
+    assert results[0]['energy_uj'] == pytest.approx(energy['spiking_uj'], rel=1e-6)  # the same images
     # rates differ a little with T
     assert results[1]['energy_uj'] == pytest.approx(results[0]['energy_uj'] * 2.5, rel=0.2)
     shutil.rmtree(images / 'train')  # not needed

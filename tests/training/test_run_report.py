@@ -65,6 +65,8 @@ def test_train_writes_the_report_of_its_run(runs):
     # the whole validation set, rebuilt: the accuracy is that of the last validation
     assert f'{facts["student"]["top1"]:.2f} top-1, on 40 validation images' in page
     assert f'{facts["teacher"]["top1"]:.2f} top-1' in page and '12 activations are neurons, 0 stay analog' in page
+    energy = facts['energy']  # of all 40 images, in both
+    assert energy['images'] == 40 and f'In all {energy["spiking_uj"]:.4g} microjoules per image' in page
     assert '4.6 pJ' in page and 'train.py' in facts['command'] and facts['versions']['torch'] in page
 
 

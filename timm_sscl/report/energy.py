@@ -1,6 +1,6 @@
 """Estimate the energy of the arithmetic for one image, spiking and real-valued (45 nm, float32; Horowitz 2014)."""
 import warnings
-from typing import Dict, NamedTuple
+from typing import Dict, NamedTuple, Optional
 
 import torch
 import torch.nn as nn
@@ -8,12 +8,14 @@ import torch.nn as nn
 from timm_sscl.neurons import SpikingNeuron
 from timm_sscl.untouched import untouched
 
+from .firing import FiringRates
 from .macs import MacShares, count_macs
 
 __all__ = ['Energy', 'LayerEnergy', 'estimate_energy', 'MAC_PJ', 'AC_PJ', 'RULE']
 
 MAC_PJ = 4.6  # energy of one multiplication and addition
 AC_PJ = 0.9  # energy of one addition
+_PROBE = 8  # number of images that show the kinds of a model's products where rates are given
 RULE = (
     f'{MAC_PJ} pJ for a multiply-accumulate (MAC) whose input is not whole numbers, {AC_PJ} pJ for an addition. A MAC '
     f'whose input is spikes is as many additions as its input has spikes. Real-valued: {MAC_PJ} pJ for every MAC of '
@@ -52,17 +54,31 @@ class Energy(NamedTuple):
         return self.spiking / self.ann
 
 
-def estimate_energy(model: nn.Module, images: torch.Tensor) -> Energy:
+def estimate_energy(model: nn.Module, images: torch.Tensor, rates: Optional[FiringRates] = None) -> Energy:
     """Estimate the energy of a spiking model's arithmetic, and of the same network with one real-valued timestep.
 
     Args:
         model: Spiking model.
         images: Real images in the model's input format, on its device. The firing rates are measured on them.
+        rates: What `FiringRates(model, inputs=True)` counted on other images, such as a whole validation set. The
+            firing rates are then those. The first 8 of `images` show which layers multiply and which add, and stand
+            for products outside a layer, such as one of two activations.
 
     Returns:
         Energy per image.
+
+    Raises:
+        ValueError: rates have no inputs, or were counted with another number of timesteps.
+
+    Examples:
+        ```python
+        with FiringRates(model, inputs=True) as rates, torch.no_grad():
+            for images, _ in loader:
+                model(images)
+        energy = estimate_energy(model, images, rates)
+        ```
     """
-    shares = count_macs(model, images)
+    shares = count_macs(model, images) if rates is None else _count_with_rates(model, images[:_PROBE], rates)
     frames = images[:, :1] if images.ndim == 5 else images
     with untouched(model), warnings.catch_warnings():
         warnings.simplefilter('ignore')  # some neurons change with one timestep, which does not affect the count
@@ -75,6 +91,27 @@ def estimate_energy(model: nn.Module, images: torch.Tensor) -> Energy:
     macs, ann_macs = shares.total - shares.whole, sum(ann_by_layer.values())
     return Energy((MAC_PJ * macs + AC_PJ * shares.additions) * 1e-6, MAC_PJ * ann_macs * 1e-6, macs, shares.additions,
                   ann_macs, layers)
+
+
+def _count_with_rates(model: nn.Module, images: torch.Tensor, rates: FiringRates) -> MacShares:
+    """Count the MACs of some images. Additions of layers are scaled to the mean inputs that `rates` counted."""
+    if rates.inputs is None:
+        raise ValueError('rates: the inputs of the layers were not counted; give FiringRates(model, inputs=True).')
+    steps = {len(step_rates) for step_rates in rates.per_step().values()}
+    if steps != {model.timesteps}:
+        counted = f'{max(steps)} timesteps' if steps else 'no image'
+        raise ValueError(f'rates: were counted on {counted}, and the model has {model.timesteps} timesteps.')
+    with FiringRates(model, inputs=True) as here:
+        shares = count_macs(model, images)
+    wanted, found = rates.inputs.means(), here.inputs.means() if here.inputs is not None else {}
+    added = {}
+    for name, (whole, additions) in shares.added_by_module.items():
+        if found.get(name) and name in wanted:
+            additions *= wanted[name] / found[name]
+        elif name in wanted:  # silent on these images
+            additions = whole * wanted[name]
+        added[name] = (whole, additions)
+    return shares._replace(additions=sum(additions for _, additions in added.values()), added_by_module=added)
 
 
 def _by_layer(shares: MacShares, ann: Dict[str, int]) -> Dict[str, LayerEnergy]:

@@ -9,6 +9,7 @@ import torch.nn as nn
 from timm_sscl.distributed import world_size
 from timm_sscl.neurons import SpikingNeuron
 
+from .layer_inputs import LayerInputs
 from .representation import level_entropy
 from .watching import neurons_to_watch
 
@@ -23,6 +24,7 @@ class FiringRates:
     Args:
         model: Spiking model.
         per_neuron: Whether to count every neuron separately, which `entropy` needs.
+        inputs: Whether to sum the input of every layer with weights, too, which `estimate_energy(..., rates=)` needs.
 
     Raises:
         ValueError: The model has no spiking neurons.
@@ -36,9 +38,10 @@ class FiringRates:
         ```
     """
 
-    def __init__(self, model: nn.Module, per_neuron: bool = False):
+    def __init__(self, model: nn.Module, per_neuron: bool = False, inputs: bool = False):
         self.model = model
         self.per_neuron = per_neuron
+        self.inputs = LayerInputs(model) if inputs else None
         self._spikes: Dict[str, torch.Tensor] = {}  # (T,), spikes per timestep
         self._elements: Dict[str, torch.Tensor] = {}  # (T,), neurons times images per timestep
         self._neurons: Dict[str, torch.Tensor] = {}  # (L, ...), how often each neuron had each level other than 0
@@ -49,6 +52,8 @@ class FiringRates:
         self._open.enter_context(torch.compiler.set_stance('force_eager'))
         for name, neuron in self._watched.items():
             self._open.callback(neuron.register_forward_hook(self._count(name)).remove)
+        if self.inputs is not None:
+            self.inputs.attach(self._open)
         return self
 
     def __exit__(self, *exc) -> None:
@@ -74,6 +79,8 @@ class FiringRates:
                 for total in (count, elements, *([self._neurons[name]] if name in self._neurons else [])):
                     dist.all_reduce(total)
                 self._elements[name] = elements.round().long().cpu()
+            if self.inputs is not None:
+                self.inputs.sum_over_processes()
         return self
 
     def per_layer(self) -> Dict[str, float]:

@@ -1,6 +1,6 @@
 """Count the multiply-accumulates (MACs) of a forward by the kind of their input: how spiking a network is."""
-from contextlib import contextmanager, nullcontext
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Sequence, Tuple
+from contextlib import nullcontext
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -53,8 +53,13 @@ class MacShares(NamedTuple):
         return getattr(self, kind) / max(self.total, 1)
 
 
-def input_kind(x: torch.Tensor) -> str:
-    """Classify the values of a tensor: 'binary', 'fractional' (all multiples of 1/n, n up to 1024) or 'analog'."""
+def input_kind(x: torch.Tensor, tolerance: float = 2e-7) -> str:
+    """Classify the values of a tensor: 'binary', 'fractional' (all multiples of 1/n, n up to 1024) or 'analog'.
+
+    Args:
+        x: Tensor.
+        tolerance: Relative deviation from a multiple of 1/n that counts as rounding.
+    """
     if ((x == 0) | (x == 1)).all():
         return 'binary'
     values = x.detach().flatten()
@@ -64,15 +69,15 @@ def input_kind(x: torch.Tensor) -> str:
         return 'analog'
     denominators = torch.arange(1, _MAX_DENOMINATOR + 1, dtype=values.dtype, device=values.device)
     # most denominators are out for the first few values
-    possible = denominators[_near_whole(values[:_FEW] * denominators[:, None]).all(1)]
-    return 'fractional' if any(_near_whole(values * n).all() for n in possible) else 'analog'
+    possible = denominators[_near_whole(values[:_FEW] * denominators[:, None], tolerance).all(1)]
+    return 'fractional' if any(_near_whole(values * n, tolerance).all() for n in possible) else 'analog'
 
 
-def _near_whole(x: torch.Tensor) -> torch.Tensor:
+def _near_whole(x: torch.Tensor, tolerance: float = 2e-7) -> torch.Tensor:
     """Return where values are whole numbers. Averages deviate by a few float32 roundings, other values by 1/4 on
     average.
     """
-    return (x - x.round()).abs() <= 2e-7 * x.abs()
+    return (x - x.round()).abs() <= tolerance * x.abs()
 
 
 def _is_whole(x: torch.Tensor) -> bool:
@@ -80,14 +85,23 @@ def _is_whole(x: torch.Tensor) -> bool:
 
 
 def _in_levels(x: torch.Tensor, units: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return x divided by one of the units if that gives whole numbers; else x itself."""
-    for unit in units:
-        if unit.ndim > x.ndim or any(n not in (1, m) for n, m in zip(unit.shape[::-1], x.shape[::-1])):
-            continue
-        levels = torch.where(unit == 0, 0., x / unit)
-        if ((levels - levels.round()).abs() <= 2e-6 * levels.abs()).all():  # tolerance: a few float32 roundings
+    """Return x divided by one of the units if that gives whole numbers or, failing that, fractions; else x itself."""
+    quotients = [q for q in (_quotient(x, unit) for unit in units) if q is not None]
+    for levels in quotients:
+        if _near_whole(levels, 2e-6).all():  # tolerance: a few float32 roundings
             return levels.round()
+    if quotients and input_kind(x) == 'analog':
+        return next((levels for levels in quotients if input_kind(levels, 2e-6) == 'fractional'), x)
     return x
+
+
+def _quotient(x: torch.Tensor, unit: torch.Tensor) -> Optional[torch.Tensor]:
+    """Return x / unit, also for flattened maps x (N, C * H * W) and a unit (C, 1, 1); None if the shapes do not fit."""
+    if unit.ndim > x.ndim and x.ndim == 2 and x.shape[1] % unit.numel() == 0 and unit.shape[0] == unit.numel():
+        unit = unit.flatten().repeat_interleave(x.shape[1] // unit.numel())
+    if unit.ndim > x.ndim or any(n not in (1, m) for n, m in zip(unit.shape[::-1], x.shape[::-1])):
+        return None
+    return torch.where(unit == 0, 0., x / unit)
 
 
 class _CountMacs(TorchDispatchMode):
@@ -155,24 +169,13 @@ class _CountMacs(TorchDispatchMode):
         self.by_module.setdefault(self._module(), dict.fromkeys(KINDS, 0))[kind] += macs
 
 
-@contextmanager
-def _without_scales(model: nn.Module) -> Iterator[None]:
-    """Run a model inside in evaluation mode with spikes of 0 or 1. Output scales of a converted ANN are dropped, since
-    they can be folded into the weights.
-    """
-    with untouched(model):
-        for module in model.modules():
-            if isinstance(module, SpikingNeuron):
-                module.set_gain(module.gain, None)
-        yield
-
-
 def count_macs(model: nn.Module, images: torch.Tensor) -> MacShares:
     """Count the MACs of one forward by the kind of their input: convolutions, linear layers, matrix products.
 
     A product of two activations (attention) counts by its more spiking operand. Elementwise products, norms and pooling
     are not MACs. The kind follows from the values of the input, not from the architecture. An amplitude that a neuron
-    learns is divided out where the input is whole multiples of it, since it folds into the weights there.
+    learns, or the output scale of a converted ANN, is divided out where the input is multiples of it, since it folds
+    into the weights there.
 
     Args:
         model: Model, spiking or not. It runs in evaluation mode without gradients.
@@ -185,7 +188,7 @@ def count_macs(model: nn.Module, images: torch.Tensor) -> MacShares:
     recurrent = any(isinstance(m, nn.RNNBase) for m in model.modules())
     # fused kernels would hide their products
     unfused = torch.backends.mkldnn.flags(enabled=False) if recurrent else nullcontext()
-    with _without_scales(model), unfused, without_fused_paths(), sdpa_kernel(SDPBackend.MATH):
+    with untouched(model), unfused, without_fused_paths(), sdpa_kernel(SDPBackend.MATH):
         for module in model.modules():
             if isinstance(module, SpikingNeuron):
                 module.register_forward_pre_hook(counter.enter_neuron)

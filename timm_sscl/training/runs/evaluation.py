@@ -79,9 +79,6 @@ class _Weights(NamedTuple):
         return f'{self.file}, after {when} (the files count from 0: {self.facts()["epoch"]})'
 
 
-_ENERGY_IMAGES = 32  # number of images whose firing rates determine the energy
-
-
 def evaluate_only(args: Namespace, accelerator: Accelerator, stop: StopRequest) -> None:
     """--eval-only: report accuracy, firing rates, entropy and energy of a checkpoint, at its own T or at others."""
     with one_line_errors():
@@ -173,12 +170,12 @@ def _evaluate_one(
     cast = partial(prepare_input, session.args)
     if timesteps is None:
         return Evaluation(weights, None, **evaluate(session, student, loader, cast)), {}
-    with FiringRates(student, per_neuron=True) as firing:
+    with FiringRates(student, per_neuron=True, inputs=True) as firing:
         metrics = evaluate(session, student, loader, cast)
     firing.sum_over_processes()
     rates, entropy = firing.per_layer(), firing.entropy()
-    images = broadcast(cast(next(iter(loader))[0][:_ENERGY_IMAGES]))
-    energy = estimate_energy(student, images)
+    images = broadcast(cast(next(iter(loader))[0]))
+    energy = estimate_energy(student, images, firing)
     per_step = firing.per_step()
     layers = {name: dict(firing_rate=rates[name], firing_rate_per_step=per_step[name], entropy=entropy.get(name))
               for name in rates}
@@ -202,8 +199,8 @@ def _report_evaluation(args: Namespace, weights: _Weights, results: List[Evaluat
                   for layers in rates.values() for name, v in layers.items()]
     if any(r.energy_uj is not None for r in results):
         lines.append(f'Energy: microjoules of one image\'s arithmetic at 45 nm (4.6 pJ a MAC, 0.9 pJ an addition), '
-                     f'with the firing rates of {_ENERGY_IMAGES} images or one batch; layers without binary or whole '
-                     f'input are MACs; the stem counts {"once" if args.share_stem else "at every step"}.')
+                     f'with the firing rates of all validation images; layers without binary or whole input are MACs; '
+                     f'the stem counts {"once" if args.share_stem else "at every step"}.')
     now, folder, facts = datetime.now(), weights.folder, weights.facts()
     file = folder / f'evaluation-{now.strftime("%Y%m%d-%H%M%S-%f")}.json'
     _logger.info('\n'.join([*lines, f'Files: {file}, {folder / "evaluation.csv"}']))

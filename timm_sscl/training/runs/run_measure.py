@@ -16,7 +16,6 @@ from .rebuild import Rebuilt
 
 __all__ = ['Measured', 'AtT', 'measure_run']
 
-_ENERGY_IMAGES = 32  # number of images whose firing rates determine the energy
 _WORST = 12  # number of worst-classified images
 _MOST_CLASSES = 10  # number of classes of which an image's spikes are recorded
 
@@ -135,7 +134,6 @@ def _measure_spiking(rebuilt: Rebuilt, result: Measured, examples: torch.Tensor)
     student = rebuilt.student
     images = next(iter(rebuilt.loader))[0]
     own = student.timesteps
-    result.energy = estimate_energy(student, images[:_ENERGY_IMAGES])
     try:
         with record_spikes(student) as record:
             student(examples.to(images.device))
@@ -159,13 +157,13 @@ def _measure_spiking(rebuilt: Rebuilt, result: Measured, examples: torch.Tensor)
 def _at(rebuilt: Rebuilt, result: Measured, images: torch.Tensor, own: int) -> AtT:
     """Measure the student with its current number of timesteps."""
     student, right, total = rebuilt.student, 0, 0
-    with FiringRates(student) as firing:
+    with FiringRates(student, inputs=True) as firing:
         for batch, labels in rebuilt.loader:
             right += int((_logits(student(batch)).argmax(1) == labels.cpu()).sum())
             total += len(labels)
     rates = firing.per_step()
+    energy = estimate_energy(student, images, firing)
     if student.timesteps == own:
-        result.rates = rates
-    energy = estimate_energy(student, images[:_ENERGY_IMAGES])
+        result.rates, result.energy = rates, energy
     steps = mean_per_step(rates)
     return AtT(student.timesteps, 100 * right / total, sum(steps) / len(steps), energy.spiking, energy.ann)

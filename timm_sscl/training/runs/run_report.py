@@ -102,10 +102,11 @@ def _overview(run: RunFiles, measured: Measured) -> Section:
         rows.append(('Teacher', 'none'))
     if measured.rates:
         mean = sum(sum(r) / len(r) for r in measured.rates.values()) / len(measured.rates)
-        rows.append(('Firing rate', f'{mean:.3f} spikes per neuron and timestep, mean of {len(measured.rates)} layers'))
+        rows.append(('Firing rate', f'{mean:.3f} spikes per neuron and timestep, mean of {len(measured.rates)} layers, '
+                                    f'{part}'))
     if measured.energy is not None:
         rows.append(('Energy', f'{measured.energy.spiking:.3g} microjoules per image, {measured.energy.ratio:.2f} of '
-                               f'the real-valued network with one timestep'))
+                               f'the real-valued network with one timestep, {part}'))
     if 'seconds' in summary:
         rows.append(('Time', f'{summary["seconds"]:.0f} s'))
     return Section('Overview', tables=[Table(('', ''), rows)])
@@ -162,9 +163,9 @@ def _spiking(rebuilt: Rebuilt, measured: Measured) -> List[Section]:
     assert measured.energy is not None
     figure = new_figure(8, 1.4 + .3 * len(measured.energy.layers))
     plot_energy(measured.energy, figure.subplots())
-    energy = Section('Energy by layer', [
-        RULE, f'In all {measured.energy.spiking:.4g} microjoules per image, {measured.energy.ann:.4g} real-valued.'],
-        {'energy.png': figure})
+    total = (f'In all {measured.energy.spiking:.4g} microjoules per image, {measured.energy.ann:.4g} real-valued, at '
+             f'the firing rates of the {measured.images} validation images.')
+    energy = Section('Energy by layer', [RULE, total], {'energy.png': figure})
     return [rates, raster, _sweep(rebuilt, measured), energy]
 
 

@@ -24,8 +24,6 @@ __all__ = ['summarize']
 
 _logger = logging.getLogger('train')
 
-_ENERGY_IMAGES = 8  # number of validation images whose firing rates determine the energy
-
 
 @dataclass
 class _Ended:
@@ -72,18 +70,19 @@ def summarize(
         command: Command that started it.
     """
     run = _Ended(session, folder, student, teacher, result, report, seconds, command)
-    energy = _energy(run)
+    loader = session.make_loaders().eval
+    energy = _energy(run, loader)
     _logger.info('\n'.join(_lines(run, energy)))
-    write_text(folder / SUMMARY_FILE, json.dumps(_facts(run, energy), indent=2) + '\n')
+    write_text(folder / SUMMARY_FILE, json.dumps(_facts(run, energy, len(loader.dataset)), indent=2) + '\n')
 
 
-def _energy(run: _Ended) -> Optional[Energy]:
-    """Return the energy of a spiking student, by the firing rates of some validation images."""
+def _energy(run: _Ended, loader: Any) -> Optional[Energy]:
+    """Return the energy of a spiking student, by the firing rates of the whole validation set."""
     if run.timesteps is None:
         return None
-    images = next(iter(run.session.make_loaders().eval))[0][:_ENERGY_IMAGES]
+    images = next(iter(loader))[0]
     device = next(run.student.parameters()).device
-    return estimate_energy(run.student, prepare_input(run.session.args, images.to(device)))
+    return estimate_energy(run.student, prepare_input(run.session.args, images.to(device)), run.result.firing)
 
 
 def _lines(run: _Ended, energy: Optional[Energy]) -> List[str]:
@@ -103,8 +102,8 @@ def _lines(run: _Ended, energy: Optional[Energy]) -> List[str]:
             f'Time      {timedelta(seconds=round(run.seconds))}{speed}']
 
 
-def _facts(run: _Ended, energy: Optional[Energy]) -> Dict[str, Any]:
-    """Return what summary.json holds."""
+def _facts(run: _Ended, energy: Optional[Energy], images: int) -> Dict[str, Any]:
+    """Return what summary.json holds. `images` is the size of the validation set."""
     args, teacher, result = run.session.args, run.teacher, run.result
     return dict(
         model=args.model, timesteps=run.timesteps, losses=args.losses, seed=args.seed, student=result.last,
@@ -113,7 +112,7 @@ def _facts(run: _Ended, energy: Optional[Energy]) -> Dict[str, Any]:
                      digest=teacher.record.digest) if teacher else None,
         firing_rates=result.firing_rates, firing_rates_per_step=result.step_rates,
         energy=dict(spiking_uj=energy.spiking, ann_uj=energy.ann, macs=energy.macs, additions=energy.additions,
-                    ann_macs=energy.ann_macs) if energy is not None else None,
+                    ann_macs=energy.ann_macs, images=images) if energy is not None else None,
         parameters=sum(p.numel() for p in run.student.parameters()),
         conversion=run.report.as_dict() if run.report is not None else None,
         images_per_second=result.images_per_second, seconds=round(run.seconds, 1),

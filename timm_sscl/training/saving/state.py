@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 
 from timm_sscl.data.samples import Samples
 from timm_sscl.random_state import get_random_state, set_random_state
+from timm_sscl.report import FiringRates
 
 from .checkpoint import Position, RunSaver, put_aside_later, read_run_state
 from ..steps.compiling import CompileClock
@@ -66,6 +67,7 @@ class Training:
         meters: Sums of the epoch so far.
         random_state: Random state of every process in the checkpoint.
         step_rates: Firing rates at the last validation, by layer and timestep.
+        firing: Counts of the last validation.
         stuck_layers: Layers that never or always fired at the last validation.
         silent_layers: Layers that did not fire in training between the last two logs.
         read_failure: Error of this process when reading the current batch.
@@ -99,6 +101,7 @@ class Training:
     meters: Meters = field(default_factory=Meters)
     random_state: Optional[list] = None
     step_rates: Dict[str, List[float]] = field(default_factory=dict)
+    firing: Optional[FiringRates] = None
     stuck_layers: Dict[str, str] = field(default_factory=dict)
     silent_layers: List[str] = field(default_factory=list)
     read_failure: Optional[Exception] = None
@@ -118,7 +121,7 @@ class Training:
         """Return the result of the training, from its last metrics and firing rates."""
         best, epoch = (self.saver.best_metric, self.saver.best_epoch) if self.saver else (None, None)
         speed = self.images_done / self.seconds if self.seconds else None
-        return FitResult(dict(metrics), best, epoch, rates, self.step_rates if rates else {}, speed)
+        return FitResult(dict(metrics), best, epoch, rates, self.step_rates if rates else {}, speed, self.firing)
 
 
 class FitResult(NamedTuple):
@@ -129,6 +132,7 @@ class FitResult(NamedTuple):
     firing_rates: Dict[str, float]  # firing rates of the last epoch on the validation set; empty for an ANN
     step_rates: Dict[str, List[float]]  # firing rates at every timestep
     images_per_second: Optional[float] = None  # of the training, over all processes; None if no step was left
+    firing: Optional[FiringRates] = None  # counts of the last validation; None for an ANN
 
 
 def prepare_input(args: Namespace, input: torch.Tensor, change: Optional[Callable] = None) -> torch.Tensor:

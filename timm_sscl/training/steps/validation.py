@@ -60,15 +60,17 @@ def validate(training: Training, epoch: int) -> Tuple[Dict[str, float], Dict[str
     """Return metrics on the validation set and every neuron layer's firing rate. All processes must call this."""
     args, session, loader = training.args, training.session, training.eval_loader
     model, spiking = training.eval_model, hasattr(unwrap_model(training.eval_model), 'set_timesteps')
+    last = epoch + 1 >= training.epochs
     if spiking and args.torchcompile:  # hooks would recompile the model at every validation
-        spiking = epoch + 1 >= training.epochs
+        spiking = last
         model = unwrap_model(model) if spiking else model
-    firing = FiringRates(model) if spiking else None
+    firing = FiringRates(model, inputs=last) if spiking else None  # the last ones determine the energy
     with training.compiling, firing or nullcontext():
         metrics = evaluate(session, model, loader, training.prepare_input)
     if firing is not None:
         firing.sum_over_processes()
     training.step_rates = firing.per_step() if firing is not None else {}
+    training.firing = firing
     rates = firing.per_layer() if firing is not None else {}
     _warn_stuck_layers(training, epoch, rates)
     if training.task.has_ema() and not args.model_ema_force_cpu:
