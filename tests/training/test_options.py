@@ -93,6 +93,9 @@ def test_a_run_opens_with_the_options_that_differ():
     assert options_line(vars(args), recipe) == 'Options   --distill sscl --epochs 3 --no-aug --tau 0.5'
     args, _ = parse_args([*DATA, '--model-kwargs', 'width=8'])
     assert options_line(vars(args), {}) == 'Options   --data-dir somewhere --distill sscl --model-kwargs width=8'
+    args, _ = parse_args([*DATA, '--smoothing', '0', '--workers', '0', '--color-jitter', '0'])
+    assert options_line(vars(args), {}) == ('Options   --color-jitter 0.0 --data-dir somewhere --distill sscl '
+                                            '--smoothing 0.0 --workers 0')
 
 
 def test_command_line_wins_over_the_config(tmp_path):

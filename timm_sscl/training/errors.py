@@ -5,7 +5,7 @@ import traceback
 from contextlib import contextmanager
 from typing import Any, Iterator, Mapping, Tuple, Type
 
-__all__ = ['OptionError', 'blame_options', 'end_with_line', 'option_text']
+__all__ = ['OptionError', 'blame_options', 'end_with_line', 'is_given', 'option_text']
 
 
 class OptionError(ValueError):
@@ -20,6 +20,11 @@ def option_text(name: str, value: Any) -> str:
     if isinstance(value, Mapping):
         value = [f'{key}={item}' for key, item in value.items()]
     return ' '.join([flag, *map(str, value if isinstance(value, (list, tuple)) else [value])])
+
+
+def is_given(value: Any) -> bool:
+    """Return whether an option's value says something: not None, False or empty. Zero does."""
+    return value is not None and value is not False and not (isinstance(value, (str, list, tuple, dict)) and not value)
 
 
 def end_with_line(text: str, code: int) -> None:
@@ -50,7 +55,7 @@ def blame_options(
     except passing:
         raise
     except Exception as error:  # timm and torch raise AssertionError, KeyError, TypeError, ...
-        given = [option_text(name, value) for name, value in options.items() if value not in (None, False, '', {}, [])]
+        given = [option_text(name, value) for name, value in options.items() if is_given(value)]
         reason = ' '.join(str(error).split())
         if isinstance(error, ImportError):
             reason += f'; install the package {error.name}' if error.name else ''

@@ -9,7 +9,7 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 from timm_sscl.report import mean_per_step
 
-from ..errors import option_text
+from ..errors import is_given, option_text
 from ..exits import launcher
 from ..command_line.option_groups import create_parser
 from ..teachers.teacher_key import plain
@@ -80,7 +80,7 @@ def differing_options(options: Mapping[str, Any]) -> Dict[str, Any]:
     parser = create_parser()
     known = {action.dest for action in parser._actions}
     return {name: value for name, value in sorted(options.items()) if name in known
-            and value not in (None, '', {}, [], False) and plain(value) != plain(parser.get_default(name))}
+            and is_given(value) and plain(value) != plain(parser.get_default(name))}
 
 
 def options_line(options: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
