@@ -12,6 +12,8 @@ from data_0_1_0 import make
 from timm_sscl import (
     SpikingNeuron, accept_frames, calibrate, convert_ann, convert_to_spiking, load, register_neuron, share_stem,
     unregister_neuron)
+from timm_sscl.conversion.settings import SETTINGS_KEY
+from timm_sscl.export import save_for_hub
 from timm_sscl.models.loading import DESCRIPTION_KEY, describe_model
 
 TAKES = 'load takes a checkpoint of train.py .*state dict .*folder with a config.json'
@@ -164,6 +166,9 @@ def test_an_architecture_that_is_missing_is_named(tmp_path):
 def test_models_that_a_file_does_not_describe(tmp_path):
     own = convert_to_spiking(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), timesteps=2)
     torch.save(own.state_dict(), tmp_path / 'own.pth')
+    torch.save(timm.create_model('resnet20_cifar', **WIDTH).state_dict(), tmp_path / 'ann.bin')
+    with pytest.raises(ValueError, match="ann.bin' holds weights alone.* of an ANN names no model. Create the model"):
+        load(tmp_path / 'ann.bin')
     with pytest.raises(ValueError, match='does not say which model it holds.*not created by timm'):
         load(tmp_path / 'own.pth')
     changed = trained(timesteps=2)
@@ -221,3 +226,57 @@ def test_run_of_0_1_0(tmp_path):
             assert torch.equal(model(make.images(), per_step=True), by_hand(make.images(), per_step=True))
     with pytest.raises(ValueError, match='written by version 0.1.0.*load_checkpoint'):
         load(make.HERE / 'calibrated_vit.pth')
+
+
+@pytest.fixture(scope='module', params=[True, False])
+def saved(request, tmp_path_factory):
+    """Whether a model spikes, and a folder with a hub folder and a file of it."""
+    folder = tmp_path_factory.mktemp('saved')
+    if request.param:
+        source = with_gains_and_a_shared_stem()
+        save_for_hub(source, folder / 'hub')
+        torch.save(source.state_dict(), folder / 'model.pth')
+    else:
+        source = timm.create_model(NAME.removeprefix('spiking_'), **WIDTH)
+        timm.models.save_for_hf(source, folder / 'hub', safe_serialization=True)
+        torch.save({'state_dict': source.state_dict(), DESCRIPTION_KEY: describe_model(source)}, folder / 'model.pth')
+    return request.param, folder
+
+
+@pytest.mark.parametrize('kwargs', [
+    dict(features_only=True, out_indices=(0, 1, 2)), dict(features_only=True, out_indices=(1, 2), timesteps=3),
+    dict(num_classes=0), dict(num_classes=7), dict(in_chans=1), dict(in_chans=4, num_classes=7),
+    dict(global_pool='max')])
+def test_weights_are_adapted_as_timm_adapts_pretrained_ones(saved, kwargs, caplog):
+    """Against timm's own way through a folder."""
+    spiking, folder = saved
+    kwargs = kwargs if spiking else {name: value for name, value in kwargs.items() if name != 'timesteps'}
+    expected = timm.create_model(f"local-dir:{folder / 'hub'}", pretrained=True, **kwargs).eval()
+    caplog.clear()
+    model = load(folder / 'model.pth', **kwargs)
+    assert type(model) is type(expected) and not model.training and 'state_dict' not in model.pretrained_cfg
+    states = [{k: v for k, v in m.state_dict().items() if k not in ('fc.weight', 'fc.bias', SETTINGS_KEY)}
+              for m in (model, expected)]
+    assert states[0].keys() == states[1].keys() and all(torch.equal(*pair) for pair in zip(*map(dict.values, states)))
+    other_head = kwargs.get('num_classes', 0) > 0
+    assert ('fc.weight, fc.bias are not in the file' in caplog.text) == other_head
+    if not other_head:
+        x = images()[:, :1] if kwargs.get('in_chans') == 1 else images()
+        with torch.no_grad():
+            outputs, wanted = model(x), expected(x)
+        as_list = (lambda out: out if isinstance(out, list) else [out])
+        assert all(torch.equal(*pair) for pair in zip(as_list(outputs), as_list(wanted), strict=True))
+    if spiking:
+        assert model.timesteps == kwargs.get('timesteps', 2) and model.settings.tau == .5
+        assert model.pretrained_cfg == load(folder / 'model.pth').pretrained_cfg or kwargs.get('features_only')
+
+
+def test_preprocessing_of_a_run_is_adapted_too(tmp_path):
+    source = trained(timesteps=2)
+    used = dict(input_size=(3, 16, 16), mean=(.1, .2, .3), std=(.4, .5, .6), interpolation='bilinear', crop_pct=1.)
+    torch.save(dict(state_dict=source.state_dict(), args=dict(data_config=used)), tmp_path / 'run.pth.tar')
+    config = load(tmp_path / 'run.pth.tar', in_chans=1).pretrained_cfg
+    assert config['input_size'] == (1, 16, 16) and config['mean'] == pytest.approx((.2,))
+    assert load(tmp_path / 'run.pth.tar', features_only=True, out_indices=(1, 2)).pretrained_cfg['mean'] == (.1, .2, .3)
+    with pytest.raises(ValueError, match=f'do not fit {NAME} .*load was given .*layers'):
+        load(tmp_path / 'run.pth.tar', layers=(2, 2), width=4)

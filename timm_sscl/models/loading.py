@@ -8,13 +8,16 @@ from typing import Any, Dict, Mapping, Optional, Union
 import timm
 import torch
 import torch.nn as nn
+from timm.data.loader import adapt_to_chs
+from timm.layers import to_2tuple
 from timm.models import get_pretrained_cfg, is_model, load_state_dict, resolve_model_input_args
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
 from timm_sscl.conversion.description import MODEL_KEY, describe_model
-from timm_sscl.conversion.settings import SETTINGS_KEY, SpikingSettings, decode_tensor
+from timm_sscl.conversion.settings import ARGUMENTS, SETTINGS_KEY, SpikingSettings, decode_tensor
 from timm_sscl.distillation.frames_ann import accept_frames
 
+from .adapting import create_adapted
 from .finite import find_non_finite, text_of_non_finite
 from .spiking import names_of_saved
 
@@ -39,8 +42,10 @@ def load(file: Union[str, Path], use_ema: bool = True, **kwargs: Any) -> nn.Modu
         file: File as written by torch.save(model.state_dict(), file), by safetensors or by train.py; or a folder with a
             config.json, as for timm.create_model('local-dir:FOLDER', pretrained=True).
         use_ema: Whether to take the averaged weights (--model-ema) if the file has them, as timm does.
-        **kwargs: Arguments of timm.create_model, which take precedence over the file's: timesteps=8. Arguments that no
-            file can hold, such as norm_layer=MyNorm, must be given again.
+        **kwargs: Arguments of timm.create_model, which take precedence over the file's: timesteps=8. Weights are
+            adapted as timm adapts pretrained ones: features_only=True and another num_classes drop the classifier,
+            in_chans changes the first convolution. Arguments that no file can hold, such as norm_layer=MyNorm, must be
+            given again.
 
     Returns:
         The model in evaluation mode, in the precision of its weights. Of a run of train.py, pretrained_cfg has the
@@ -72,26 +77,57 @@ def _load_file(path: Path, use_ema: bool, kwargs: Dict[str, Any]) -> nn.Module:
     except ValueError as error:
         raise ValueError(f"'{path}': {error}{_plugins(options)}") from error
     described = stored.get(MODEL_KEY) or checkpoint.get(DESCRIPTION_KEY) or _from_options(path, options, state)
-    model = _create(path, described, {**saved, **kwargs}, options)
+    given = {**saved, **kwargs}
+    model = _create(path, described, given, options)
     if saved:
         model._explicit -= names_of_saved({k: v for k, v in saved.items() if k not in kwargs}, saved)
     try:
-        _to_dtype_of(model, state).load_state_dict(state, strict=True)
+        model = _fill(model, described, given, state, adapt=bool(set(kwargs) - set(ARGUMENTS)))
     except RuntimeError as error:
         why = f'of which load was given {kwargs}.' if kwargs else (
             'as after changes of the model by hand. Make the same changes, then load_state_dict:')
         raise ValueError(f"'{path}': the weights do not fit {described['architecture']} with "
                          f"{({**described['args'], **kwargs})}, {why} "
                          f'{" ".join(str(error).split())[:300]}') from error
-    _set_preprocessing(model, options)
+    _set_preprocessing(model, options, kwargs)
     return model
 
 
-def _set_preprocessing(model: nn.Module, options: Mapping[str, Any]) -> None:
-    """Set what timm.data.resolve_model_data_config reads to the preprocessing of the run, where its options tell it."""
+def _fill(model: Any, described: Dict[str, Any], given: Dict[str, Any], state: Dict[str, Any], adapt: bool) -> Any:
+    """Load weights into a model that is created with further arguments than the file's, and return it.
+
+    Where they do not fit strictly, and `adapt` allows it, return another one, whose weights are adapted as timm does.
+    """
+    try:
+        _to_dtype_of(model, state).load_state_dict(state, strict=True)
+        return model
+    except RuntimeError:
+        if not adapt:
+            raise
+    adapted = create_adapted(described, given, state)
+    adapted.pretrained_cfg = adapted.default_cfg = model.pretrained_cfg  # without the weights
+    if hasattr(model, '_explicit'):
+        adapted._explicit = model._explicit
+    if 'frames' in described:
+        accept_frames(adapted, described['frames'])
+    return _to_dtype_of(adapted, state)
+
+
+def _set_preprocessing(model: nn.Module, options: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Set what timm.data.resolve_model_data_config reads to the preprocessing of the run, where its options tell it.
+
+    It is adapted to other channels and another image size, where load was given them.
+    """
     used, config = options.get('data_config') or {}, getattr(model, 'pretrained_cfg', None)
-    if used and isinstance(config, dict):
-        config.update({name: used[name] for name in _PREPROCESSING if name in used}, num_classes=model.num_classes)
+    if not used or not isinstance(config, dict):
+        return
+    config.update({name: used[name] for name in _PREPROCESSING if name in used})
+    if hasattr(model, 'num_classes'):
+        config['num_classes'] = model.num_classes
+    channels, *size = used['input_size']
+    channels, size = given.get('in_chans') or channels, to_2tuple(given.get('img_size') or size)
+    config.update(input_size=(channels, *size), **{
+        name: tuple(adapt_to_chs(used[name], channels)) for name in ('mean', 'std') if name in used})
 
 
 def _load_folder(folder: Path, kwargs: Dict[str, Any]) -> nn.Module:
@@ -158,10 +194,11 @@ def _from_options(path: Path, options: Mapping[str, Any], state: Dict[str, Any])
         ValueError: There are none, or they do not apply.
     """
     if not options.get('model'):
-        raise ValueError(
-            f"'{path}' does not say which model it holds: it was written by version 0.1.0, or its model was not "
-            f'created by timm. Create the model, then load the file: model = timm.create_model(NAME, ...); '
-            f'timm.models.load_checkpoint(model, FILE).')
+        why = (f"'{path}' does not say which model it holds: it was written by version 0.1.0, or its model was not "
+               f'created by timm' if SETTINGS_KEY in state else
+               f"'{path}' holds weights alone, and the state dict of an ANN names no model")
+        raise ValueError(f'{why}. Create the model, then load the file: model = timm.create_model(NAME, ...); '
+                         f'timm.models.load_checkpoint(model, FILE).')
     names = dict(gp='global_pool', bn_momentum='bn_momentum', bn_eps='bn_eps')
     given = {to: options.get(name) for name, to in names.items()}
     args = resolve_model_input_args(
