@@ -59,7 +59,12 @@ def setting(row: Mapping[str, Any]) -> Tuple[str, int, str]:
 
 
 def write_rows(folder: Path, plan: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write every run of a plan to CSV, failed ones too, and the bits of those of the comparison if they are small."""
+    """Write every run of a plan to CSV, failed ones too, and the bits of those of the comparison if they are small.
+
+    The file of bits holds the arrays `names` (R,) of the runs, `sizes` (R,) in bytes, and `bits`, the bytes of all runs
+    one after the other. `numpy.unpackbits` of a run's bytes says of each image, in the order of the data, whether it is
+    classified correctly; the first `num_images` bits count, a column of the CSV file.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     columns = list(dict.fromkeys(key for row in rows for key in row if key != 'correct'))
     with open(csv_file(folder, plan), 'w', newline='') as out:

@@ -62,3 +62,16 @@ def test_files_of_the_distributions_exist():
     for line in options['options.entry_points']['console_scripts'].split('\n'):
         module, _, function = line.partition(' = ')[2].partition(':')
         assert not line or f'def {function}(' in (ROOT / f'{module.replace(".", "/")}.py').read_text(), line
+
+
+def test_bibtex_of_the_manual_says_what_the_citation_file_says():
+    facts = yaml.safe_load((ROOT / 'CITATION.cff').read_text())
+    software, paper = facts, facts['references'][0]
+    page = (ROOT / 'docs/pages/paper-to-code.md').read_text()
+    authors = ' and '.join(f'{author["family-names"]}, {author["given-names"]}' for author in paper['authors'])
+    for name, value in (
+            ('title', software['title']), ('version', software['version']), ('license', software['license']),
+            ('author', f'{{{software["authors"][0]["name"]}}}'), ('title', paper['title']), ('author', authors),
+            ('booktitle', paper['collection-title']), ('publisher', paper['publisher']['name']),
+            ('year', paper['year'])):
+        assert f'  {name} = {{{value}}},\n' in page

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn as nn
 
+from timm_sscl import calibrate, convert_ann, convert_to_spiking, estimate_energy
 from timm_sscl.probing import ProbeError, examples, probe, undisturbed
 
 
@@ -114,3 +115,26 @@ def test_lazy_parameters_are_named():
     with pytest.raises(ProbeError, match='lazy'):
         probe(model, lambda example: example(model))
     assert type(model[0]) is nn.LazyLinear
+
+
+@pytest.mark.parametrize('measure', [
+    calibrate, estimate_energy, lambda model, images: model.spiking_report().macs(images)])
+def test_measuring_on_images_of_other_channels_names_both_numbers(measure):
+    model = convert_to_spiking(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), timesteps=2)
+    with pytest.raises(ValueError, match=r'images: have shape \(2, 1, 8, 8\), 1 channels, and the model takes 3'):
+        measure(model, torch.randn(2, 1, 8, 8))
+
+
+def test_an_error_inside_the_model_stays_what_it_was():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4, 2))
+    broken = convert_to_spiking(net, timesteps=2, input_size=(3, 3, 3))
+    with pytest.raises(RuntimeError, match='shapes cannot be multiplied'):
+        estimate_energy(broken, torch.randn(2, 3, 8, 8))
+
+
+@pytest.mark.parametrize('measure', [calibrate, convert_ann])
+def test_images_that_are_no_tensor(measure):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    model = convert_to_spiking(model, timesteps=2) if measure is calibrate else model
+    with pytest.raises(ValueError, match='images: must be a tensor .*got a list'):
+        measure(model, [torch.randn(2, 3, 8, 8)])

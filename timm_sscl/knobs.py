@@ -16,7 +16,8 @@ from typing import (
     Any, Dict, Iterable, Literal, Mapping, Sequence, Tuple, Type, TypeVar, Union, cast, get_args, get_origin,
     get_type_hints)
 
-__all__ = ['knob', 'build', 'check_known', 'knob_help', 'type_hints', 'declared_type', 'read_value', 'literal']
+__all__ = [
+    'RESETS', 'build', 'check_known', 'declared_type', 'knob', 'knob_help', 'literal', 'read_value', 'type_hints']
 
 D = TypeVar('D')
 
@@ -27,17 +28,19 @@ _WORDS: Dict[type, Dict[str, Any]] = {
 }
 _NAMES = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'a word', type(None): 'none'}
 _PLAIN = bool, int, float, str
+RESETS: Mapping[str, Any] = types.MappingProxyType({'soft': None})  # words for a reset potential
 
 
-def knob(default: Any, help: str, **field_options: Any) -> Any:
+def knob(default: Any, help: str, words: Mapping[str, Any] = types.MappingProxyType({}), **field_options: Any) -> Any:
     """Declare a dataclass field with a default and a help text.
 
     Args:
         default: Default value.
         help: One line, shown by `train.py --help` and in error messages.
+        words: Words that stand for a value, such as 'soft' for None.
         field_options: Further arguments of dataclasses.field.
     """
-    return dataclasses.field(default=default, metadata=dict(help=help), **field_options)
+    return dataclasses.field(default=default, metadata=dict(help=help, words=words), **field_options)
 
 
 def knob_help(cls: type) -> Dict[str, str]:
@@ -80,7 +83,7 @@ def build(cls: Type[D], options: Mapping[str, Any], owner: str) -> D:
     hints = type_hints(cls)
     return cls(**{
         name: read_value(declared_type(hints.get(name), fields[name].default), value, name, fields[name].default,
-                         owner) for name, value in options.items()})
+                         owner, fields[name].metadata.get('words', {})) for name, value in options.items()})
 
 
 def type_hints(declared: Any) -> Dict[str, Any]:
@@ -106,6 +109,7 @@ def read_value(
         name: str,
         default: Any = inspect.Parameter.empty,
         owner: str = '',
+        words: Mapping[str, Any] = types.MappingProxyType({}),
 ) -> Any:
     """Return a value as its declared type. The default is accepted as it is.
 
@@ -116,16 +120,21 @@ def read_value(
         name: Name of the option, for the message.
         default: Default of the option.
         owner: What the option belongs to, for the message: "neuron 'plif'".
+        words: Words that stand for a value. The message names them in place of none.
 
     Raises:
         ValueError: The value does not have the type, or is a number that is not finite.
     """
+    if isinstance(value, str) and value in words:
+        return words[value]
     if value is default or (type(value) is type(default) and value == default):
         return value
     try:
         return _read(kind, value)
     except (ValueError, OverflowError):
         described = _described(kind)
+        if words:
+            described = f"{described.removesuffix(' or none')} or {' or '.join(map(repr, words))}"
         if _is_not_finite(value):
             described = described.replace('a number', 'a finite number')
         of = f' (an option of {owner})' if owner else ''

@@ -1,6 +1,7 @@
 """Probe a model: run it once on an example input and leave it unchanged."""
 import itertools
 import logging
+import re
 from contextlib import contextmanager
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, TypeVar
 
@@ -11,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from timm_sscl.untouched import untouched, without_hooks
 
-__all__ = ['Example', 'ProbeError', 'as_example', 'examples', 'probe', 'probe_sizes', 'undisturbed']
+__all__ = ['Example', 'ProbeError', 'as_example', 'examples', 'naming_channels', 'probe', 'probe_sizes', 'undisturbed']
 
 _logger = logging.getLogger(__name__)
 
@@ -212,3 +213,20 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """Run a model inside in evaluation mode, eagerly, without gradients and without user hooks; then restore it."""
     with untouched(model), without_hooks(model), torch.compiler.set_stance('force_eager'):
         yield
+
+
+@contextmanager
+def naming_channels(images: torch.Tensor) -> Iterator[None]:
+    """Run a model on images inside. If they have another number of channels than it takes, say so in place of torch.
+
+    Raises:
+        ValueError: A convolution got the images' number of channels and takes another one.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        found = re.search(r'to have (\d+) channels, but got (\d+) channels', str(error))
+        if found is None or images.ndim < 3 or int(found[2]) != images.shape[-3]:
+            raise
+        raise ValueError(f'images: have shape {tuple(images.shape)}, {found[2]} channels, and the model takes '
+                         f'{found[1]}.') from error

@@ -156,6 +156,8 @@ def test_round_trip_is_exact(options, tmp_path):
     graph = to_nir(model, images)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     nir.write(tmp_path / 'net.nir', graph)
+    with pytest.raises(FileNotFoundError, match="graph: there is no file '.*other.nir'"):
+        from_nir(tmp_path / 'other.nir')
     again = from_nir(str(tmp_path / 'net.nir')).eval()
     folded = fold_norms(fold_gains(copy.deepcopy(model), images), images)
     with record_spikes(folded) as expected, record_spikes(again) as record:

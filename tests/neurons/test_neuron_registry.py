@@ -308,6 +308,19 @@ def test_lif_options_in_either_form():
         convert(neuron=type('Other', (LIF,), {}))
 
 
+@pytest.mark.parametrize('neuron', ['lif', 'if', 'klif'])
+def test_words_for_the_soft_reset(neuron):
+    net = partial(nn.Sequential, nn.Linear(4, 4), nn.ReLU())
+    for word in ('soft', 'none', None):
+        assert create_neuron(neuron, timesteps=2, v_reset=word).settings.v_reset is None
+        model = convert_to_spiking(net(), example_inputs=torch.zeros(1, 4), neuron=neuron, v_reset=word)
+        assert model[1].settings.v_reset is None
+    for make in (partial(create_neuron, neuron, timesteps=2),
+                 partial(convert_to_spiking, net(), example_inputs=torch.zeros(1, 4), neuron=neuron)):
+        with pytest.raises(ValueError, match="v_reset=sotf: must be a number or 'soft'"):
+            make(v_reset='sotf')
+
+
 def test_option_of_another_neuron_by_the_lifs_name(plif):
     model = convert_to_spiking(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), example_inputs=torch.zeros(1, 4), tau=.2,
                                neuron='my_plif')

@@ -21,6 +21,7 @@ from timm_sscl.neurons import list_neurons, list_surrogates
 from timm_sscl.training.errors import OptionError
 from timm_sscl.training.command_line import declared
 from timm_sscl.training.command_line.first_look import check_at_sight
+from timm_sscl.training.command_line.option_sources import read_command_line
 from timm_sscl.training.command_line.loss_flags import LOSS_FLAGS
 
 TRAIN = Path(timm_sscl.__file__).parent.parent / 'train.py'
@@ -107,10 +108,31 @@ def test_what_may_be_right_passes(argv):
     (['--dataset', 'digts'], "did you mean 'digits'?"),
     (['--dataset', 'cifar10'], "did you mean 'torch/cifar10'?"), (['--data-dir', 'nowhere'], '--data-dir nowhere'),
     (['--teacher-checkpoint', 'no.pth'], '--teacher-checkpoint no.pth'), (['--resume', 'no'], '--resume no'),
+    (['--eval-only'], '--eval-only: no weights'),
+    (['--event-frames', 'time', '--event-size', '8'], '--event-frames time, --event-size 8: goes with event data'),
+    (['--loss', 'sscl=0.1', '--sscl-weight', '0.2'], 'write --loss sscl=0.2'),
+    (['--v-reset', 'sotf'], "'sotf' is neither a number nor 'soft'"),
     (['--seeds', '1', '1'], '1 stands there twice'), (['--torchscript'], 'not supported')])
 def test_what_is_wrong_is_refused(argv, words):
     with pytest.raises(OptionError, match=re.escape(words)):
         check_at_sight(argv)
+
+
+def test_no_name_is_suggested_for_the_sake_of_its_prefix():
+    with pytest.raises(OptionError) as error:
+        check_at_sight(['--model', 'spiking_nope'])
+    assert '--model spiking_nope: is not registered' in str(error.value) and 'Did you mean' not in str(error.value)
+
+
+def test_the_recipe_that_was_meant_stands_before_the_list():
+    with pytest.raises(OptionError, match="unknown recipe 'digts'. Did you mean 'digits'. Give a YAML file or one of"):
+        check_at_sight(['--config', 'digts'])
+
+
+@pytest.mark.parametrize('word', ['soft', 'none', 'None'])
+def test_words_for_the_soft_reset(word):
+    assert read_command_line(['--v-reset', word]).args.v_reset == 'soft'
+    assert read_command_line(['--v-reset', '0.1']).args.v_reset == .1
 
 
 def test_an_error_comes_before_torch_is_imported():

@@ -46,6 +46,7 @@ def test_evaluator_counts_labels():
 
 def test_teacher_below_chance_is_not_called_within_it(caplog):
     warn_teacher_at_chance('net', 0., 16, 8)
+    assert 'share of the most frequent class among 16' in caplog.text
     assert 'below chance (50.00' in caplog.text and 'labels' in caplog.text and 'within' not in caplog.text
 
 

@@ -1,4 +1,5 @@
 """Reports of tiny runs: one page that needs no other file, of every kind of run, and the comparison of several."""
+import csv
 import json
 import logging
 import re
@@ -9,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from runs import TINY, run_here
+from runs import ROOT, TINY, run_here
 from timm_sscl.training.runs.interval import interval
 from timm_sscl.training.runs.report_command import main
 from timm_sscl.training.runs.run_report import write_run_report
@@ -62,12 +63,26 @@ def test_train_writes_the_report_of_its_run(runs):
     assert pictures(folder) - {'worst.png'} == ALL - {'worst.png'}
     assert page.count('<img') == len(pictures(folder)) and 'Complete: 2 epochs.' in page
     facts = json.loads((folder / 'summary.json').read_text())
+    assert 'of 40 validation images (those of --val-num-samples 40)' in page
     # the whole validation set, rebuilt: the accuracy is that of the last validation
     assert f'{facts["student"]["top1"]:.2f} top-1, on 40 validation images' in page
     assert f'{facts["teacher"]["top1"]:.2f} top-1' in page and '12 activations are neurons, 0 stay analog' in page
     energy = facts['energy']  # of all 40 images, in both
     assert energy['images'] == 40 and f'In all {energy["spiking_uj"]:.4g} microjoules per image' in page
     assert '4.6 pJ' in page and 'train.py' in facts['command'] and facts['versions']['torch'] in page
+
+
+@pytest.mark.slow
+def test_the_manual_names_every_column_and_key_of_a_run(runs):
+    page = (ROOT / 'docs/pages/report.md').read_text()
+    documented = set(re.findall(r'`([\w]+)`', page))
+    facts = json.loads((runs('taught') / 'summary.json').read_text())
+    inside = {key for name in ('student', 'best', 'teacher', 'energy') for key in facts[name]}
+    assert {*facts, *inside} <= documented
+    patterns = [re.sub('NAME|TAP|LAYER', r'[\\w.]+', re.sub('stepT', r'step\\d+', name)) for name in documented]
+    with open(runs('taught') / 'summary.csv') as file:
+        columns = next(csv.reader(file))
+    assert len(columns) > 20 and not [c for c in columns if not any(re.fullmatch(p, c) for p in patterns)]
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import torch
 import torch.nn as nn
 
 from timm_sscl.class_swap import mix_in
+from timm_sscl.knobs import RESETS, read_value
 from timm_sscl.neurons import SpikingNeuron, neuron_name, surrogate_name
 from timm_sscl.untouched import all_or_nothing
 
@@ -128,9 +129,7 @@ def _explicit_settings(
     if isinstance(neuron, partial):
         named, options = neuron.func, {**neuron.keywords, **options}
     if isinstance(options.get('v_reset'), str):
-        if options['v_reset'] != SOFT_RESET:
-            raise ValueError(f"v_reset={options['v_reset']!r}: must be a number, or 'soft' for the soft reset.")
-        options['v_reset'] = None
+        options['v_reset'] = read_value(Optional[float], options['v_reset'], 'v_reset', words=RESETS)
     given = {k: v for k, v in others.items() if v is not None}
     given.update({} if neuron is None else {'neuron': neuron_name(named)})
     given.update({} if surrogate is None else {'surrogate': surrogate_name(surrogate)})
@@ -204,7 +203,7 @@ def convert_to_spiking(
         tau: Decay factor of the membrane, 0.25 by default. This and the next four are options of the LIF neuron, and of
             any other neuron that has options of these names.
         v_threshold: Firing threshold, 0.5 by default.
-        v_reset: Potential after a spike, 0. by default; None or 'soft' subtracts the threshold instead.
+        v_reset: Potential after a spike, 0. by default; 'soft', 'none' or None subtracts the threshold instead.
         detach_reset: Whether the gradient ignores the reset, False by default.
         v_init: Initial potential; v_reset by default (0 for the soft reset).
         include: Patterns of the activations that become neurons; all but gates by default. A gate becomes a neuron if

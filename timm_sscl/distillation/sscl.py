@@ -31,6 +31,11 @@ _TrainedCheck = TrainedCheck  # name in pickles of version 0.1.0
 class SSCLLoss(nn.Module):
     """Similarity-sensitive contrastive loss between two models, in two lines of any training loop.
 
+        loss = sum_l w_l L_l,   w_l = 1 / max(CKA_l, cka_floor)
+
+    L_l is `info_nce_loss` of the rows g_S(S) and g_A(A) of the features pooled over time and space. CKA_l is unbiased
+    and sees the whole features, of the student all T*C*H*W numbers per image.
+
     The constructor taps the last four stages and the pooled feature of both models (timm models; of features_only
     wrappers the last four outputs), or named modules (any nn.Module), freezes the teacher, and creates the projections
     g_S and g_A. In a training step, `sscl(x)` runs the teacher on x and compares its features with those recorded

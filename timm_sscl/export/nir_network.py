@@ -88,11 +88,14 @@ def from_nir(
 
     Raises:
         ImportError: The extra `export` is not installed.
+        FileNotFoundError: There is no such file.
         ValueError: The graph has a node that is not supported, several inputs or outputs, a cycle, or neurons with
             different time constants; timesteps is not known. The message names the node.
     """
     nir: Any = from_extra('nir')
     if isinstance(graph, (str, os.PathLike)):
+        if not os.path.isfile(graph):
+            raise FileNotFoundError(f"graph: there is no file '{os.fspath(graph)}'.")
         graph = nir.read(graph)
     if not isinstance(graph, nir.NIRGraph):
         raise ValueError(f'graph: must be a nir.NIRGraph or the name of a file, got a {type(graph).__name__}.')

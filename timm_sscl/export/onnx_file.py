@@ -79,7 +79,8 @@ def to_onnx(
         model: Spiking model in float32.
         path: File to write; an existing file is replaced. Weights beyond 2 GB go to a second file beside it.
         images: A batch in the model's input format: images (B, C, H, W) or event frames (B, T, C, H, W). Their size is
-            part of the graph. They are also what onnxruntime is compared on, in one batch and the first by itself.
+            part of the graph. They are converted to float32. They are also what onnxruntime is compared on, in one
+            batch and the first by itself.
         per_step: Whether the outputs are those of every timestep, (T, B, ...), instead of their mean.
         opset: Version of ONNX's operators; torch's default.
 

@@ -131,6 +131,8 @@ def info_nce_loss(
 ) -> torch.Tensor:
     """Return InfoNCE: softmax cross-entropy over each row, averaged over both directions (student to teacher and back).
 
+        loss = -1/(2N) sum_i [ log(e^z_ii / sum_j e^z_ij) + log(e^z_ii / sum_j e^z_ji) ],   z_ij = s_i.a_j / temperature
+
     The rows of a queue are negatives for the student's rows. The direction from teacher to student has only the batch.
 
     Args:

@@ -4,7 +4,7 @@ from typing import Any, Dict, Optional, Tuple
 
 import torch
 
-from timm_sscl.knobs import knob
+from timm_sscl.knobs import RESETS, knob
 
 from .base import SpikingNeuron
 from .kernels.backend import run
@@ -187,7 +187,7 @@ class LIF(SpikingNeuron):
         """Settings of a LIF; defaults are the paper's."""
         tau: float = knob(0.25, 'decay factor of the membrane')
         v_threshold: float = knob(0.5, 'firing threshold')
-        v_reset: Optional[float] = knob(0., 'reset potential, or soft')
+        v_reset: Optional[float] = knob(0., 'reset potential, or soft', words=RESETS)
         detach_reset: bool = knob(False, 'no gradient through the reset')
         v_init: Optional[float] = knob(None, 'initial potential (the reset potential; 0 for the soft reset)')
 

@@ -4,7 +4,7 @@ from typing import Any, Dict, Mapping, Optional, Tuple, Union
 
 import torch
 
-from timm_sscl.knobs import knob
+from timm_sscl.knobs import RESETS, knob
 
 from .surrogate import Surrogate, follows_progress, read_surrogate_options, resolve_surrogate, spike
 
@@ -82,7 +82,7 @@ class NeuronSettings(_Resolved):
 class ResetSettings(NeuronSettings):
     """Settings of a neuron that fires at a threshold and has a hard or soft reset."""
     v_threshold: float = knob(1., 'firing threshold')
-    v_reset: Optional[float] = knob(0., 'reset potential, or soft')
+    v_reset: Optional[float] = knob(0., 'reset potential, or soft', words=RESETS)
     detach_reset: bool = knob(False, 'no gradient through the reset')
 
     def check(self) -> None:
@@ -131,4 +131,5 @@ def check_reset(v_threshold: float, v_reset: Optional[float]) -> None:
         raise ValueError(f'v_threshold={v_threshold}: the firing threshold must be positive.')
     if v_reset is not None and not v_reset < v_threshold:
         raise ValueError(
-            f'v_reset={v_reset}: the reset potential must lie below v_threshold={v_threshold}; None is the soft reset.')
+            f"v_reset={v_reset}: the reset potential must lie below v_threshold={v_threshold}, or be "
+            f"'soft' for the soft reset.")

@@ -68,7 +68,8 @@ def estimate_energy(model: nn.Module, images: torch.Tensor, rates: Optional[Firi
         Energy per image.
 
     Raises:
-        ValueError: rates have no inputs, or were counted with another number of timesteps.
+        ValueError: rates have no inputs, or were counted with another number of timesteps; or the images have another
+            number of channels than the model takes.
 
     Examples:
         ```python

@@ -11,6 +11,7 @@ from torch.utils.module_tracker import ModuleTracker
 
 from timm_sscl.fused_paths import without_fused_paths
 from timm_sscl.neurons import SpikingNeuron
+from timm_sscl.probing import naming_channels
 from timm_sscl.untouched import untouched
 
 __all__ = ['MacShares', 'count_macs', 'input_kind', 'KINDS']
@@ -183,6 +184,9 @@ def count_macs(model: nn.Module, images: torch.Tensor) -> MacShares:
 
     Returns:
         MacShares per image, summed over the timesteps.
+
+    Raises:
+        ValueError: The images have another number of channels than the model takes.
     """
     counter = _CountMacs([*model.parameters(), *model.buffers()])
     recurrent = any(isinstance(m, nn.RNNBase) for m in model.modules())
@@ -193,7 +197,7 @@ def count_macs(model: nn.Module, images: torch.Tensor) -> MacShares:
             if isinstance(module, SpikingNeuron):
                 module.register_forward_pre_hook(counter.enter_neuron)
                 module.register_forward_hook(counter.leave_neuron)
-        with counter.tracker, counter:
+        with naming_channels(images), counter.tracker, counter:
             model(images)
     n = len(images)
     by_module = {name: {kind: macs // n for kind, macs in counts.items()} for name, counts in counter.by_module.items()}

@@ -134,6 +134,8 @@ def conversion_rule(rule: Rule, percentile: float, factor: float) -> Callable[[]
 def _check_images(images: torch.Tensor, timesteps: int, make: Callable[[], ThresholdRule], rule: Rule) -> bool:
     """Return whether the rule measures spiking layers, after checking the images."""
     spiking = make().spiking
+    if not isinstance(images, torch.Tensor):
+        raise ValueError(f'images: must be a tensor (N, C, H, W) or (N, T, C, H, W), got a {type(images).__name__}.')
     if len(images) == 0:
         raise ValueError('images: holds no image to take the thresholds from.')
     if not torch.isfinite(images).all():

@@ -15,6 +15,7 @@ from ..model import SpikingModule
 from ..from_ann.pool_first import pooled_current
 from ..rules import ThresholdRule, rule_maker
 from ..rules.base import Rule
+from timm_sscl.probing import naming_channels
 from timm_sscl.untouched import undone_on_error, untouched
 
 __all__ = ['calibrate', 'normalising_by_batch', 'LayerDrive', 'RMS', 'calibration_rule']
@@ -73,7 +74,8 @@ def calibrate(
 
     Raises:
         ValueError: The model is not spiking, its neurons have output scales (thresholds from an ANN), images or a
-            layer's current has a value that is not finite, no layer runs, or rule or factor is unknown or out of range.
+            layer's current has a value that is not finite, images have another number of channels than the model takes,
+            no layer runs, or rule or factor is unknown or out of range.
     """
     make = calibration_rule(rule, factor)
     _check(model, images)
@@ -120,6 +122,8 @@ def _check(model: nn.Module, images: torch.Tensor) -> None:
     if any(lif.scale is not None for lif in model.neurons().values()):
         raise ValueError(f"{type(model).__name__}: its neurons' thresholds come from an ANN (convert_ann); a "
                          f'calibration would undo them.')
+    if not isinstance(images, torch.Tensor):
+        raise ValueError(f'images: must be a tensor (N, C, H, W) or (N, T, C, H, W), got a {type(images).__name__}.')
     if not torch.isfinite(images).all():
         raise ValueError('images: holds values that are not finite.')
 
@@ -139,7 +143,8 @@ def _measure(
             drive = _Drive(lif, partial(drives.setdefault, name), make(), factor)
             lif.register_forward_pre_hook(drive.measure)
             lif.register_forward_hook(drive.count)
-        model(images)
+        with naming_channels(images):
+            model(images)
     if not drives:
         raise ValueError(f'{type(model).__name__}: none of its neuron layers ran on the images; nothing to calibrate.')
     broken = [name for name, drive in drives.items() if not math.isfinite(drive.rms)]

@@ -91,8 +91,7 @@ def _check_model(option: str, name: str) -> None:
     if ':' in name or not sources or any(base in source and word.search(source) for source in sources):
         return
     known = [found for source in sources for found in re.findall(r'^@register_model\s+def (\w+)', source, re.MULTILINE)]
-    spiking = [_SPIKING + found for found in known] if name.startswith(_SPIKING) else known
-    raise not_registered(option, name, spiking, show=False)
+    raise not_registered(option, name, known, show=False, prefix=_SPIKING if name.startswith(_SPIKING) else '')
 
 
 def _check_optimizer(name: str) -> None:

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any, Dict, Optional, Sequence
 
 from .declared import constant, settings
-from ..errors import OptionError
+from ..errors import OptionError, option_text
 from .option_groups import create_parser
 from .option_ranges import check_counts
 from .option_types import home_path, suggest_option
 from .recipes import DIGITS_RECIPE, load_recipe
-from .refused_options import IMAGE_ONLY, UNSUPPORTED
+from .refused_options import EVENTS_ONLY, IMAGE_ONLY, UNSUPPORTED
 
 __all__ = ['ARGS_FILE', 'AUTO', 'CommandLine', 'has_event_frames', 'parse_losses', 'read_command_line']
 
@@ -71,11 +71,12 @@ def read_command_line(argv: Optional[Sequence[str]] = None, registered: str = ''
     args.fit_workers = 'workers' not in {*given, *recipe, *stored} - set(usual)
     _check(args, given | {name for name, value in stored.items() if value is not None})
     _check_seeds(args, given)
+    _check_loss_weights(args, given)
     frames = constant('distillation.frames_ann', 'FRAMES')
     if has_event_frames(args.dataset):
         _check_events(parser, args)
-    elif args.teacher_frames != frames[0]:
-        raise OptionError(f'--teacher-frames {args.teacher_frames}: goes with event data.')
+    else:
+        _check_images(args, given, args.teacher_frames != frames[0])
     return CommandLine(args, given, typed, stored, source, recipe)
 
 
@@ -160,6 +161,8 @@ def _check(args: argparse.Namespace, given: set) -> None:
         if random or not args.no_aug:
             raise OptionError(f'--teacher-cache: images must be the same in every epoch; '
                               f'{"leave out " + ", ".join(random) if random else "give --no-aug"}.')
+    if args.eval_only and not (args.resume or args.initial_checkpoint or args.pretrained or args.pretrained_path):
+        raise OptionError('--eval-only: no weights; give --resume FOLDER|FILE, --initial-checkpoint or --pretrained.')
     if 'loss' in given and 'distill' in given:
         raise OptionError('--distill and --loss both say what is added to cross-entropy; use one.')
     if args.kd_model_name and args.teacher and args.kd_model_name != args.teacher:
@@ -195,6 +198,15 @@ def _check_seeds(args: argparse.Namespace, given: set) -> None:
                           f'folder above the runs of all seeds.')
 
 
+def _check_loss_weights(args: argparse.Namespace, given: set) -> None:
+    """Refuse weights of --distill on the command line beside --loss."""
+    for option, name in (('sscl_weight', 'sscl'), ('kd_weight', 'kd')):
+        if args.loss and option in given:
+            value = getattr(args, option)
+            raise OptionError(f'{option_text(option, value)}: is of --distill, and --loss has the weights itself; '
+                              f'write --loss {name}={value:g}.')
+
+
 def _check_events(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Check the options for event data."""
     given = [name for name in IMAGE_ONLY if getattr(args, name) != parser.get_default(name)]
@@ -214,6 +226,14 @@ def _check_events(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
             raise OptionError(f'--{name.replace("_", "-")} {getattr(args, name)}: must be {least} or more.')
     if args.timesteps is None:
         args.timesteps = settings('data.events.frames', 'FrameSettings')['timesteps'].default
+
+
+def _check_images(args: argparse.Namespace, given: set, by_frames: bool) -> None:
+    """Refuse options of event data, of those on the command line, and a teacher's treatment of frames."""
+    names = [name for name in EVENTS_ONLY if name in given] + ['teacher_frames'] * by_frames
+    if names:
+        texts = ', '.join(option_text(name, getattr(args, name)) for name in names)
+        raise OptionError(f'{texts}: goes with event data (--dataset events/... or tonic/...).')
 
 
 def parse_losses(text: str) -> Dict[str, float]:

@@ -3,9 +3,9 @@ import argparse
 import difflib
 import os
 import re
-from typing import Iterable
+from typing import Iterable, Optional
 
-from timm_sscl.knobs import literal
+from timm_sscl.knobs import RESETS, literal, read_value
 
 from ..errors import OptionError, option_text
 
@@ -48,7 +48,7 @@ def suggest_option(name: str, known: Iterable[str]) -> str:
     return next(iter(difflib.get_close_matches(name, names, n=1)), '')
 
 
-def not_registered(option: str, value: str, known: Iterable[str], show: bool = True) -> OptionError:
+def not_registered(option: str, value: str, known: Iterable[str], show: bool = True, prefix: str = '') -> OptionError:
     """Return the error for a name that is not registered, with the closest known one.
 
     Args:
@@ -56,9 +56,10 @@ def not_registered(option: str, value: str, known: Iterable[str], show: bool = T
         value: The unknown name.
         known: Registered names.
         show: Whether to list them.
+        prefix: Beginning of the name that all known ones may have. It makes no two names similar.
     """
     names = sorted(set(known))
-    close = difflib.get_close_matches(value, names, n=1)
+    close = [prefix + match for match in difflib.get_close_matches(value.removeprefix(prefix), names, n=1)]
     listed = f'; there are {", ".join(names) or "none"}' if show else ''
     return OptionError(f'{option_text(option, value)}: is not registered{listed}. A plug-in that registers it is '
                        f'imported by --plugin FILE|MODULE.' + (f" Did you mean '{close[0]}'?" if close else ''))
@@ -108,5 +109,9 @@ class KeyValues(argparse.Action):
 
 
 def reset_potential(text: str):
-    """Type of --v-reset: a number, or 'soft'."""
-    return text if text == 'soft' else float(text)
+    """Type of --v-reset: a number, or 'soft', for which 'none' is another word."""
+    try:
+        value = read_value(Optional[float], text, 'v_reset', words=RESETS)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor 'soft', the soft reset") from None
+    return 'soft' if value is None else value

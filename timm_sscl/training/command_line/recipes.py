@@ -59,5 +59,5 @@ def _recipe_text(name: str) -> str:
     if path.name == name and shipped.is_file():
         return shipped.read_text()
     close = difflib.get_close_matches(name, list_recipes(), n=1)
-    raise OptionError(f"--config: unknown recipe '{name}'; there are {', '.join(list_recipes())}, or give a YAML file."
-                      + (f" Did you mean '{close[0]}'?" if close else ''))
+    raise OptionError(f"--config: unknown recipe '{name}'." + (f" Did you mean '{close[0]}'?" if close else '')
+                      + f" Give a YAML file or one of {', '.join(list_recipes())}.")

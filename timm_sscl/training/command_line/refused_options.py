@@ -1,7 +1,7 @@
 """Options of timm's script that are refused, and options that do not apply to event data."""
 from typing import Dict
 
-__all__ = ['UNSUPPORTED', 'IMAGE_ONLY']
+__all__ = ['UNSUPPORTED', 'IMAGE_ONLY', 'EVENTS_ONLY']
 
 # refused option -> reason; README lists them under "Differences"
 UNSUPPORTED: Dict[str, str] = {
@@ -44,3 +44,5 @@ IMAGE_ONLY = (
     'train_crop_mode', 'scale', 'ratio', 'vflip', 'color_jitter', 'color_jitter_prob', 'grayscale_prob',
     'gaussian_blur_prob', 'aa', 'reprob', 'remode', 'recount', 'cutmix', 'cutmix_minmax',
     'train_interpolation', 'share_stem', 'save_images', 'eval_timesteps')
+# options of event data
+EVENTS_ONLY = 'event_frames', 'event_mode', 'event_size', 'event_roll', 'event_split', 'event_axes'

@@ -5,7 +5,6 @@ from typing import Collection, Dict, Sequence
 
 from timm_sscl.losses import loss_spec
 
-from ..errors import OptionError
 from .loss_flags import LOSS_FLAGS
 
 __all__ = ['check_loss_options']
@@ -16,25 +15,17 @@ _READ_BY: Dict[str, Sequence[str]] = {
     **{name: flag.losses for name, flag in LOSS_FLAGS.items()},
     'sscl_weight': ('sscl', 'contrastive'), 'kd_weight': ('kd',),
 }
-_WEIGHTS = {'sscl_weight': 'sscl', 'kd_weight': 'kd'}  # weights for --distill; --loss contains its own
 _TEACHER = 'teacher', 'kd_model_name', 'teacher_checkpoint', 'teacher_pretrained', 'teacher_epochs', 'teacher_frames'
 
 
 def check_loss_options(args: argparse.Namespace, given: Collection[str], losses: Dict[str, float]) -> None:
-    """Refuse weight options together with --loss, and warn of options that no loss uses.
+    """Warn of options that no loss uses.
 
     Args:
         args: The options.
         given: Names of the options on the command line.
         losses: Weights of the losses by name.
-
-    Raises:
-        OptionError: --sscl-weight or --kd-weight is given together with --loss.
     """
-    for option, name in _WEIGHTS.items():
-        if args.loss and option in given:
-            raise OptionError(f'{_flag(option)} {getattr(args, option)}: is of --distill, and --loss has the weights '
-                              f'itself; write --loss {name}={getattr(args, option):g}.')
     unread = [option for option, names in _READ_BY.items() if option in given and not set(names) & set(losses)]
     specs = [loss_spec(name) for name in losses]
     if not any(spec.needs_features for spec in specs):

@@ -126,9 +126,6 @@ def _with_deployed(session: Session, student: nn.Module, loader: Any, result: Ev
 def _weights_to_evaluate(args: Namespace) -> _Weights:
     """Return a checkpoint's model and EMA, or the model as it is built."""
     if not args.resume:
-        if not (args.initial_checkpoint or args.pretrained or args.pretrained_path):
-            raise OptionError(
-                '--eval-only: no weights; give --resume FOLDER|FILE, --initial-checkpoint or --pretrained.')
         source = args.initial_checkpoint or args.pretrained_path or f'the pretrained weights of {args.model}'
         return _Weights(Path(args.output or './output/eval'), {'model': None}, source)
     file = args.resume if os.path.isfile(args.resume) else newest_file(Path(args.resume))

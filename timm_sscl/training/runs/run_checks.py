@@ -43,7 +43,8 @@ def warn_teacher_at_chance(name: str, top1: float, samples: int, most_frequent: 
     below = top1 / 100 < chance - 2 * error
     _logger.warning(
         f'Teacher {name}: {top1:.2f} top-1 is {"below" if below else "within two standard errors of"} chance '
-        f'({100 * chance:.2f} ± {100 * error:.2f} on {samples} validation samples), so it teaches nothing. '
+        f'({100 * chance:.2f} ± {100 * error:.2f}: the share of the most frequent class among {samples} validation '
+        f'samples), so it teaches nothing. '
         f'{"Do its labels mean the classes of this data? " if below else ""}More --teacher-epochs, a shorter '
         f'--warmup-epochs or --teacher-checkpoint FILE may help.')
 

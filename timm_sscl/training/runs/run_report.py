@@ -200,11 +200,18 @@ def _errors(rebuilt: Rebuilt, measured: Measured) -> Section:
     wrong = measured.images - int(measured.confusion.diagonal().sum())
     figures = {'confusion.png': draw_confusion(measured.confusion, rebuilt.classes)}
     text = [f'{wrong} of {measured.images} validation images '
-            f'{"(the whole set)" if rebuilt.whole else "(evenly spaced over the set)"} are classified wrongly.']
+            f'({_which_images(rebuilt)}) are classified wrongly.']
     if measured.worst:
         figures['worst.png'] = draw_pictures(measured.worst)
         text.append('The pictures are the wrong answers with the largest cross-entropy.')
     return Section('Errors', text, figures)
+
+
+def _which_images(rebuilt: Rebuilt) -> str:
+    """Say in words which images of the validation set were measured."""
+    wanted = rebuilt.args.val_num_samples
+    used = f'those of --val-num-samples {wanted}' if wanted else 'the whole set'
+    return used if rebuilt.whole else f'evenly spaced over {used}'
 
 
 def _conversion(rebuilt: Rebuilt) -> Section:
