@@ -7,6 +7,8 @@ from timm_sscl import (
     SSCLTask, SpikingNeuron, Variant, register_dataset, register_loss, register_neuron, register_surrogate,
     register_variant, unregister_loss)
 from timm_sscl.losses import loss_spec
+from timm_sscl.neurons import create_neuron
+from timm_sscl.training.student import check_model_name
 
 
 class _Neuron(SpikingNeuron):
@@ -69,3 +71,19 @@ def test_an_option_of_a_function_has_a_default():
     register_loss('test_p')(lambda step, *, p=1., **more: step.logits.mean())
     assert list(loss_spec('test_p').options) == ['p']
     unregister_loss('test_p')
+
+
+@pytest.mark.parametrize('name, meant', [('lfi', 'lif'), ('mfl', 'mlf'), ('kilf', 'klif')])
+def test_neighbours_that_changed_places_are_one_edit(name, meant):
+    """Of the names that share as many letters with it, an error names the one that is closest."""
+    with pytest.raises(ValueError, match=rf"unknown neuron '{name}'.*Did you mean '{meant}'\?"):
+        create_neuron(name, 2)
+
+
+def test_a_common_prefix_makes_no_names_similar():
+    with pytest.raises(ValueError, match="unknown model 'spiking_nope'.$"):
+        check_model_name('spiking_nope', '--model')
+    with pytest.raises(ValueError, match="unknown model 'spiking_resnte18'. Did you mean spiking_resnet18,"):
+        check_model_name('spiking_resnte18', '--model')
+    with pytest.raises(ValueError, match="unknown model 'resnte18'. Did you mean resnet18,"):
+        check_model_name('resnte18', '--model')

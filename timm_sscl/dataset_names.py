@@ -1,6 +1,7 @@
 """Names of timm's data sets, and the registered name behind a name that a user writes. This does not import torch."""
-import difflib
 from typing import Collection
+
+from timm_sscl.closest import closest
 
 __all__ = ['STREAMS', 'TIMM_NAMES', 'TORCH_PARTED', 'known_name', 'registered_name']
 
@@ -39,7 +40,7 @@ def known_name(name: str, datasets: Collection[str]) -> str:
     for asked in (name, timms_name):
         if not asked or registered_name(asked, datasets):
             return asked
-    close = difflib.get_close_matches(name.lower(), datasets, n=1) or [d for d in datasets if d.endswith(f'/{rest}')]
+    close = closest(name.lower(), datasets) or [d for d in datasets if d.endswith(f'/{rest}')]
     close = close or [d for d in _TORCH if d.endswith('/' + name.lower())]
     raise ValueError(f"unknown data set '{name}' (--dataset)" + (f", did you mean '{close[0]}'?" if close else ';')
                      + f" There are {', '.join(datasets)}; leave it out for an image folder or a tar file. A plug-in "

@@ -5,7 +5,6 @@ are registered declare their options by their signature. The same reading of val
 """
 import ast
 import dataclasses
-import difflib
 import inspect
 import math
 import numbers
@@ -15,6 +14,7 @@ from collections.abc import Callable as AbstractCallable, Mapping as AbstractMap
 from typing import (
     Any, Dict, Iterable, Literal, Mapping, Sequence, Tuple, Type, TypeVar, Union, cast, get_args, get_origin,
     get_type_hints)
+from timm_sscl.closest import closest
 
 __all__ = [
     'RESETS', 'build', 'check_known', 'declared_type', 'knob', 'knob_help', 'literal', 'read_value', 'type_hints']
@@ -61,7 +61,7 @@ def check_known(names: Iterable[str], known: Sequence[str], owner: str) -> None:
     """
     for name in names:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
+            close = closest(name, known)
             hint = f" Did you mean '{close[0]}'?" if close else ''
             raise ValueError(f"{owner} has no option '{name}'; it has {', '.join(known) or 'none'}.{hint}")
 

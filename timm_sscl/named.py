@@ -1,7 +1,8 @@
 """Registries: tables that the register_* decorators fill and the list_* functions read."""
-import difflib
 import logging
 from typing import Any, Dict, Generic, Iterator, List, TypeVar
+
+from timm_sscl.closest import closest
 
 __all__ = ['Registry']
 
@@ -72,7 +73,7 @@ class Registry(Generic[T]):
             ValueError: There is none. The message lists the registered names.
         """
         if name not in self._entries:
-            close = difflib.get_close_matches(name, self._entries, n=1)
+            close = closest(name, self._entries)
             hint = f" Did you mean '{close[0]}'?" if close else ''
             raise ValueError(f"unknown {self.kind} '{name}'; registered are {', '.join(self.names())}.{hint}")
         return self._entries[name]

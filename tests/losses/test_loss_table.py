@@ -18,6 +18,12 @@ def test_every_loss_has_a_row():
     assert BUILT_IN == set(ROWS) and len(BUILT_IN) > 20
 
 
+def test_the_list_among_the_options_has_every_loss():
+    text = (ROOT / 'docs/pages/options.md').read_text()
+    table = text[text.index('The losses by name'):].split('\n\n')[1]
+    assert sorted(re.findall(r'^\| `(\w+)` \|', table, re.M)) == sorted(BUILT_IN)
+
+
 @pytest.mark.parametrize('name', sorted(BUILT_IN - {'contrastive'}))
 def test_options_and_defaults(name):
     written = dict(re.match(r'`(\w+)(?:=([^`]*))?`', part).groups() for part in ROWS[name][3].split(', ') if part)

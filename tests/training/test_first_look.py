@@ -102,6 +102,7 @@ def test_what_may_be_right_passes(argv):
     (['--sched', 'cosin'], "Did you mean 'cosine'"), (['--sscl-critic', 'nce'], 'invalid choice'),
     (['--opt', 'adamww'], 'Did you mean adamw'), (['--model', 'spiking_resnt18'], "Did you mean 'spiking_resnet18'?"),
     (['--teacher', 'resnet1'], '--teacher resnet1'), (['--neuron', 'liff'], "Did you mean 'lif'?"),
+    (['--neuron', 'lfi'], "Did you mean 'lif'?"),
     (['--surrogate', 'atann'], "Did you mean 'atan'?"), (['--norm', 'tdbnn'], 'bntt, mpbn, tab, tdbn, tebn'),
     (['--residual', 'sow'], 'ds, ms, sew'), (['--threshold-rule', 'rmss'], "Did you mean 'rms'?"),
     (['--loss', 'sscl=1,kdd=2'], '--loss kdd'), (['--loss', 'kd=x'], "the weight in 'kd=x' is no number"),

@@ -3,13 +3,13 @@
 A loss is a class that users also build directly, so it has a signature anyway. Name, type and default come from the
 signature and the help from the docstring's Args, so that an option is declared once. A dataclass would repeat it.
 """
-import difflib
 import inspect
 import re
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Callable, Collection, Dict, Iterator, Literal, Mapping, Tuple, get_args, get_origin
 
+from timm_sscl.closest import closest
 from timm_sscl.knobs import declared_type, literal, read_value, type_hints
 
 __all__ = ['REQUIRED', 'INDEX_ARGUMENTS', 'TAP_ARGUMENTS', 'LossOption', 'read_options', 'check_option',
@@ -102,7 +102,7 @@ def check_option(owner: str, known: Mapping[str, LossOption], name: str) -> None
     if not known:
         raise ValueError(f"{owner} takes no options, got '{name}'.")
     if name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
+        close = closest(name, known)
         hint = f" Did you mean '{close[0]}'?" if close else ''
         raise ValueError(f"{owner} has no option '{name}'; it has {', '.join(known)}.{hint}")
 

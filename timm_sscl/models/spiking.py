@@ -1,5 +1,4 @@
 """Register `spiking_<name>` for every timm architecture in timm's registry, with its tags and pretrained configs."""
-import difflib
 import os
 import re
 import sys
@@ -16,6 +15,7 @@ from timm.models._hub import load_state_dict_from_hf, load_state_dict_from_path
 from timm.models._pretrained import DefaultCfg, PretrainedCfg
 from timm.models._registry import _model_default_cfgs, _model_pretrained_cfgs, is_model
 
+from timm_sscl.closest import closest
 from timm_sscl.conversion.convert import convert_to_spiking
 from timm_sscl.conversion.description import PREFIX
 from timm_sscl.conversion.settings import ARGUMENTS, SETTINGS_KEY, WITH_OPTIONS, SpikingSettings, option_key
@@ -116,7 +116,7 @@ def _unknown_argument(error: TypeError, kwargs: Dict[str, Any]) -> Optional[str]
 
 
 def _why_unknown(base: str, argument: str) -> str:
-    close = difflib.get_close_matches(argument, ARGUMENTS, n=1)
+    close = closest(argument, ARGUMENTS)
     hint = f"Did you mean '{close[0]}'?" if close else f'Settings are {", ".join(ARGUMENTS)}.'
     return f"{PREFIX}{base}: neither timm's {base} nor the spiking settings have an argument '{argument}'. {hint}"
 

@@ -1,9 +1,10 @@
 """Check the options of torch.compile before anything is built."""
-import difflib
 from typing import Optional
 
 import torch
 from torch._dynamo import lookup_backend  # a backend may be registered by another package and not be in any list
+
+from timm_sscl.closest import closest
 
 from .errors import OptionError
 
@@ -24,7 +25,7 @@ def check_compile_options(backend: str, mode: Optional[str] = None) -> None:
         lookup_backend(backend)
     except Exception as error:  # InvalidBackend, or an error while importing the backend
         known = torch.compiler.list_backends()
-        close = difflib.get_close_matches(backend, known, n=1)
+        close = closest(backend, known)
         raise OptionError(f"--torchcompile {backend}: unknown; there are {', '.join(known)}."
                           + (f" Did you mean '{close[0]}'?" if close else '')) from error
     modes = torch._inductor.list_mode_options()

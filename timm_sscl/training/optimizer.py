@@ -1,5 +1,4 @@
 """Create timm's optimizer and schedule from the options, with errors that name the options."""
-import difflib
 from argparse import Namespace
 from typing import Any, List, Tuple
 
@@ -8,6 +7,7 @@ import torch.nn as nn
 from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
+from timm_sscl.closest import closest
 from timm_sscl.neurons import SpikingNeuron
 
 from .errors import OptionError, blame_options
@@ -68,6 +68,6 @@ def _check_optimizer_name(name: str) -> None:
     known: List[Any] = list(list_optimizers())
     plain = name.lower().split('_')[-1]  # the part after a prefix such as lookahead_
     if plain not in known and name.lower() not in known:
-        close = difflib.get_close_matches(plain, known, n=3)
+        close = closest(plain, known, n=3)
         raise OptionError(f'--opt {name}: timm has no such optimizer.'
                           + (f' Did you mean {", ".join(close)}?' if close else f' There are {", ".join(known)}.'))

@@ -1,5 +1,4 @@
 """Create the student: a timm model with the requested weights."""
-import difflib
 import logging
 from argparse import Namespace
 from typing import Any, Dict, Optional, Tuple
@@ -10,6 +9,7 @@ import torch.nn as nn
 from timm.layers import convert_sync_batchnorm
 from timm.models import resolve_model_input_args
 
+from timm_sscl.closest import closest
 from timm_sscl.conversion import convert_to_qcfs, set_stem_pool, share_stem
 from timm_sscl.data.events import is_event_dataset
 from timm_sscl.distillation.frames_ann import accept_frames
@@ -31,7 +31,9 @@ def check_model_name(name: str, option: str) -> None:
     """Raise OptionError for a model name that timm does not know. The message names the closest ones."""
     if ':' in name or timm.is_model(name):
         return
-    close = difflib.get_close_matches(name, timm.list_models(), n=3)
+    prefix = PREFIX if name.startswith(PREFIX) else ''  # it makes no two names similar
+    known = [known.removeprefix(PREFIX) for known in timm.list_models() if known.startswith(PREFIX) == bool(prefix)]
+    close = [prefix + match for match in closest(name.removeprefix(prefix), known, n=3)]
     raise OptionError(f"{option}: unknown model '{name}'." + (f" Did you mean {', '.join(close)}?" if close else ''))
 
 

@@ -1,7 +1,7 @@
 """Register variants by kind and name with a decorator, and create them."""
-import difflib
 from typing import Any, Callable, Dict, List, Optional, Type, Union
 
+from timm_sscl.closest import closest
 from timm_sscl.named import Registry
 
 from .base import Variant
@@ -63,7 +63,7 @@ def check_registered(kind: str, name: Any) -> None:
     names = _registry(kind).names()
     if name not in names:
         known = ', '.join(map(repr, names)) or 'registered first; there is none'
-        close = difflib.get_close_matches(str(name), names, n=1)
+        close = closest(str(name), names)
         hint = f" Did you mean '{close[0]}'?" if close else ''
         raise ValueError(f"{kind}={name!r}: must be {known}, or None for the model's own. A plug-in may register "
                          f'others.{hint}')

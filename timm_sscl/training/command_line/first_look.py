@@ -4,7 +4,6 @@ What torch or a plug-in must be imported for is checked later: the keyword argum
 options with the model, and all registered names if a plug-in is given.
 """
 import argparse
-import difflib
 import importlib.util
 import os
 import re
@@ -12,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import List, Optional, Sequence
 
+from timm_sscl.closest import closest
 from timm_sscl.dataset_names import TIMM_NAMES, known_name
 
 from .option_sources import AUTO, parse_losses, read_command_line
@@ -99,7 +99,7 @@ def _check_optimizer(name: str) -> None:
     factory = ''.join(_sources('timm', 'optim', '_optim_factory.py'))
     plain = name.lower().rpartition('_')[2]
     if factory and f"'{plain}'" not in factory and f"'{name.lower()}'" not in factory:
-        close = difflib.get_close_matches(plain, re.findall(r"name='(\w+)'", factory), n=3)
+        close = closest(plain, re.findall(r"name='(\w+)'", factory), n=3)
         raise OptionError(f'{option_text("opt", name)}: timm has no such optimizer.'
                           + (f' Did you mean {", ".join(close)}?' if close else ''))
 

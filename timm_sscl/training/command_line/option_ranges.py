@@ -1,10 +1,11 @@
 """Check the values of timm's options at the start: ranges of numbers, and names."""
 import argparse
-import difflib
 import math
 from typing import Dict, Sequence, Tuple
 
 from PIL import Image
+
+from timm_sscl.closest import closest
 
 from ..errors import OptionError, option_text
 
@@ -98,6 +99,6 @@ def _check_choices(args: argparse.Namespace) -> None:
     for name, choices in _CHOICES.items():
         value = getattr(args, name)
         if value and value not in choices:
-            close = difflib.get_close_matches(value, choices, n=1)
+            close = closest(value, choices)
             raise OptionError(f'{option_text(name, value)}: unknown; there are {", ".join(choices)}.'
                               + (f" Did you mean '{close[0]}'?" if close else ''))

@@ -1,10 +1,10 @@
 """Types of options, and a parser that raises instead of ending the process."""
 import argparse
-import difflib
 import os
 import re
 from typing import Iterable, Optional
 
+from timm_sscl.closest import closest
 from timm_sscl.knobs import RESETS, literal, read_value
 
 from ..errors import OptionError, option_text
@@ -45,7 +45,7 @@ def suggest_option(name: str, known: Iterable[str]) -> str:
     name, names = name.replace('-', '_').lower(), list(known)
     if _ALIASES.get(name) in names:
         return _ALIASES[name]
-    return next(iter(difflib.get_close_matches(name, names, n=1)), '')
+    return next(iter(closest(name, names)), '')
 
 
 def not_registered(option: str, value: str, known: Iterable[str], show: bool = True, prefix: str = '') -> OptionError:
@@ -59,7 +59,7 @@ def not_registered(option: str, value: str, known: Iterable[str], show: bool = T
         prefix: Beginning of the name that all known ones may have. It makes no two names similar.
     """
     names = sorted(set(known))
-    close = [prefix + match for match in difflib.get_close_matches(value.removeprefix(prefix), names, n=1)]
+    close = [prefix + match for match in closest(value.removeprefix(prefix), names)]
     listed = f'; there are {", ".join(names) or "none"}' if show else ''
     return OptionError(f'{option_text(option, value)}: is not registered{listed}. A plug-in that registers it is '
                        f'imported by --plugin FILE|MODULE.' + (f" Did you mean '{close[0]}'?" if close else ''))

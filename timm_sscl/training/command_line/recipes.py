@@ -1,10 +1,11 @@
 """Load recipes: named sets of options, shipped with the package or from a YAML file."""
-import difflib
 from importlib import resources
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
 import yaml
+
+from timm_sscl.closest import closest
 
 from ..errors import OptionError
 
@@ -58,6 +59,6 @@ def _recipe_text(name: str) -> str:
         return path.read_text()
     if path.name == name and shipped.is_file():
         return shipped.read_text()
-    close = difflib.get_close_matches(name, list_recipes(), n=1)
+    close = closest(name, list_recipes())
     raise OptionError(f"--config: unknown recipe '{name}'." + (f" Did you mean '{close[0]}'?" if close else '')
                       + f" Give a YAML file or one of {', '.join(list_recipes())}.")
