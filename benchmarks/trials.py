@@ -23,8 +23,9 @@ the line says 'failed' and the trial is asked for again with retry. All accuraci
     train_terms     {'task': classification loss, NAME: each loss, unweighted}, means over the last epoch
     layers          {'first': {LAYER: {'cka', 'cka_running', 'weight', 'nce', 'mi_bound'}}, 'last': the same}: values of
                     the last step of the first and of the last epoch; {} for losses without statistics
-    firing_rate     mean over the neuron layers of their firing rates, on validation images
-    energy          estimated energy relative to the ANN's on one image (45 nm figures)
+    firing_rate     mean over the neuron layers of their firing rates, on the first 100 validation images
+    energy          estimated energy relative to the ANN's on one image (45 nm figures), by the firing rates of the
+                    first 8 validation images
     teacher_top1    accuracy of the teacher on the same split; null without a teacher
     seconds         wall-clock seconds of the group of trials that trained side by side
     replicas        number of trials in this group, 1 if it trained alone

@@ -222,7 +222,7 @@ def test_readmes_result_is_the_tables():
     section = (ROOT / 'README.md').read_text().split('## Results')[1].split('## ')[0]
     numbers = re.findall(r'[+-]?\d+\.\d\d(?: ± \d+\.\d\d)?', section)
     results = (ROOT / 'docs' / 'pages' / 'comparison.md').read_text()
-    assert len(numbers) == 2 and all(number in results for number in numbers)
+    assert len(numbers) == 4 and all(number in results for number in numbers)
 
 
 @pytest.mark.slow
