@@ -3,6 +3,7 @@ import collections
 import dataclasses
 
 import pytest
+import timm
 import torch
 import torch.nn as nn
 
@@ -75,3 +76,12 @@ def test_what_cannot_be_decoded_is_an_error(images, wrap, error, message):
     model = spiking(wrap)
     with pytest.raises(error, match=message):
         model(images)
+
+
+def test_features_that_were_averaged_are_the_culprit():
+    model = timm.create_model('spiking_test_resnet', num_classes=10, timesteps=3).eval()
+    x = torch.rand(2, 3, 32, 32)
+    features = model.forward_features(x)
+    assert torch.equal(model.forward_head(features), model(x))
+    with pytest.raises(ValueError, match=r'forward_head takes .* timesteps=3; got \(2, 96, 1, 1\), as after a mean'):
+        model.forward_head(features.unflatten(0, (3, 2)).mean(0))

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 from timm_sscl import (
     FiringRates, cka_map, estimate_energy, plot_cka_map, plot_energy, plot_firing_rates, plot_raster, record_spikes)
+from timm_sscl.report.figures import Curve, draw_curves
 
 T = 3
 
@@ -99,3 +100,11 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch):
 def test_no_rates_are_an_error(ax):
     with pytest.raises(ValueError, match='rates: no layer ran'):
         plot_firing_rates({}, ax)
+
+
+@pytest.mark.parametrize('epochs', [[1], [1, 2], list(range(1, 31))])
+def test_epochs_on_an_axis_are_whole(epochs):
+    ax, = draw_curves({'loss': [Curve('student, validation', epochs, [.5] * len(epochs))]}).axes
+    low, high = ax.get_xlim()
+    ticks = [tick for tick in ax.get_xticks() if low <= tick <= high]
+    assert ticks and all(tick == int(tick) for tick in ticks)

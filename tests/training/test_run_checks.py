@@ -75,6 +75,9 @@ def test_run_with_an_average_and_a_long_warmup_says_so(images, tmp_path, monkeyp
     line = next(line for line in caplog.text.splitlines() if line.startswith('Student '))
     assert f'best top1 of the averaged model (--model-ema) {max(column):.2f}' in line
     assert f"(epoch {best['epoch'] + 1}; the files count from 0: {best['checkpoint']})" in line
+    for start in ('Firing ', 'Energy '):
+        line = next(line for line in caplog.text.splitlines() if line.startswith(start))
+        assert '(of the weights that are not averaged)' in line
     caplog.clear()  # the average is loaded after the model was set to T=3
     run_here(['--eval-only', '--resume', folder, '--eval-timesteps', '3'], tmp_path, monkeypatch)
     assert 'was asked for' not in caplog.text

@@ -144,11 +144,12 @@ def test_a_report_that_fails_ends_no_run(tmp_path, monkeypatch, caplog):
     def fail(*args):
         raise RuntimeError('no picture today')
     monkeypatch.setattr('timm_sscl.training.runs.run_report._sections', fail)
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.INFO):
         run_here([*KINDS['other'], '--distill', 'none', '--output', tmp_path], tmp_path, monkeypatch)
         run_here([*KINDS['other'], '--distill', 'none', '--output', tmp_path, '--experiment', 'on', '--report'],
                  tmp_path, monkeypatch)
     assert caplog.text.count('The report could not be written (RuntimeError: no picture today)') == 1
+    assert caplog.text.count('Writes the report') == 1 and ' from the start until here' in caplog.text
     assert (tmp_path / 'on' / 'summary.json').is_file() and not (tmp_path / 'other' / 'report.html').exists()
 
 

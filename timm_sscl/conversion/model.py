@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 
 from .finding.call_sites import set_calls
 from .over_time.channels import give_channels
-from .over_time.decoding import decode
+from .over_time.decoding import check_folded, decode
 from .over_time.model_input import check_rank, encode_input
 from .finding.feature_activations import feature_neuron, fires_features, pruning_methods
 from .finding.functional_calls import NEURON_NAME, FunctionsOverTime, methods_inside_only, number_of_calls
@@ -294,9 +294,14 @@ class SpikingModel(SpikingModule, TimmMixin):
         return self._call_folded('forward_features', super().forward_features, *args, **kwargs)
 
     def forward_head(self, x: torch.Tensor, *args, per_step: bool = False, **kwargs) -> Any:
-        """Return logits (or pre_logits) from features (T * B, ...): their mean over time (B, ...), or (T, B, ...)."""
+        """Return logits (or pre_logits) from features (T * B, ...): their mean over time (B, ...), or (T, B, ...).
+
+        Raises:
+            ValueError: The features do not have T * B rows.
+        """
         if self._is_folded():
             return super().forward_head(x, *args, **kwargs)
+        check_folded(x, self.timesteps)
         out = self._call_folded('forward_head', super().forward_head, x, *args, **kwargs)
         return decode(out, self.timesteps, per_step)
 

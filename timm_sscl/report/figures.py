@@ -191,4 +191,4 @@ def show_picture(ax: Any, picture: Picture) -> None:
 
 
 def _whole_epochs(ax: Any) -> None:
-    ax.xaxis.set_major_locator(from_extra('matplotlib.ticker').MaxNLocator(integer=True))
+    ax.xaxis.set_major_locator(from_extra('matplotlib.ticker').MaxNLocator(integer=True, min_n_ticks=1))

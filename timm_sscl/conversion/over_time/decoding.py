@@ -7,7 +7,20 @@ from typing import Any, Optional
 import torch
 from torch.utils._pytree import SUPPORTED_NODES, tree_leaves, tree_map
 
-__all__ = ['decode']
+__all__ = ['check_folded', 'decode']
+
+
+def check_folded(features: Any, timesteps: int) -> None:
+    """Check that the features that forward_head is given have T * B rows.
+
+    Raises:
+        ValueError: They have not.
+    """
+    if isinstance(features, torch.Tensor) and features.ndim and not torch.jit.is_tracing() \
+            and features.shape[0] % timesteps:
+        raise ValueError(f'forward_head takes the features of all timesteps as forward_features returns them, '
+                         f'(T * B, ...) with timesteps={timesteps}; got {tuple(features.shape)}, as after a mean over '
+                         f'time. It averages the logits itself.')
 
 
 def decode(out: Any, timesteps: int, per_step: bool = False, batch: Optional[int] = None) -> Any:

@@ -22,7 +22,7 @@ from ..command_line.option_types import HelpFormatter, OptionParser, home_path
 from ..command_line.options import parse_args
 from ..saving.checkpoint import Position, position_of
 from .run_files import RunFiles, columns_with, read_run
-from .run_summary import differing_options
+from .run_summary import NOT_AVERAGED, differing_options
 
 __all__ = ['BEST_FILE', 'create_hub_parser', 'main', 'save_run_for_hub']
 
@@ -86,7 +86,7 @@ def _details(files: RunFiles, checkpoint: Path) -> Dict[str, Any]:
     row = next((row for row in files.rows if not step and int(row['epoch']) == epoch - 1), {})
     inside = f', after its step {step}' if step else ''
     averaged = content.get('state_dict_ema') is not None
-    of = ' (of the weights that are not averaged)' if averaged else ''
+    of = NOT_AVERAGED if averaged else ''
     late = '' if files.rows and row is files.rows[-1] else ', after the last epoch'
     shown = {name: value for name, value in differing_options(options).items() if name not in _NOT_SHOWN}
     data = options.get('dataset') or os.path.basename(os.path.normpath(options.get('data_dir') or ''))

@@ -1,4 +1,5 @@
 """Measure a rebuilt run on its validation set: predictions, firing rates, energy, spikes, similarity to the teacher."""
+import logging
 import warnings
 from dataclasses import dataclass, field
 from typing import Dict, List, NamedTuple, Optional, Tuple
@@ -15,6 +16,8 @@ from timm_sscl.untouched import untouched
 from .rebuild import Rebuilt
 
 __all__ = ['Measured', 'AtT', 'measure_run']
+
+_logger = logging.getLogger('train')
 
 _WORST = 12  # number of worst-classified images
 _MOST_CLASSES = 10  # number of classes of which an image's spikes are recorded
@@ -71,14 +74,17 @@ def measure_run(rebuilt: Rebuilt) -> Measured:
     """Measure the student of a run, and its similarity to the teacher."""
     student = rebuilt.student
     with untouched(student):
-        result, examples = _predict(rebuilt)
         if hasattr(student, 'set_timesteps'):
-            _measure_spiking(rebuilt, result, examples)
+            with FiringRates(student, inputs=True) as firing:
+                result, examples = _predict(rebuilt)
+            _measure_spiking(rebuilt, result, examples, firing)
         else:
+            result, _ = _predict(rebuilt)
             result.missing['spikes'] = 'The model does not spike.'
     if rebuilt.teacher is None:
         result.missing['similarity'] = rebuilt.no_teacher
     else:
+        _logger.info('Report: compares all layers with the teacher\'s.')
         result.similarity = cka_map(student, rebuilt.teacher, rebuilt.loader, teacher_input=rebuilt.teacher_input)
     return result
 
@@ -129,11 +135,13 @@ def _shown(rebuilt: Rebuilt, image: torch.Tensor) -> torch.Tensor:
     return image.permute(1, 2, 0) if len(image) == 3 else image.mean(0)
 
 
-def _measure_spiking(rebuilt: Rebuilt, result: Measured, examples: torch.Tensor) -> None:
-    """Measure what only a spiking model has. The model is in evaluation mode."""
+def _measure_spiking(rebuilt: Rebuilt, result: Measured, examples: torch.Tensor, firing: FiringRates) -> None:
+    """Measure what only a spiking model has. The model is in evaluation mode; `firing` counted its predictions."""
     student = rebuilt.student
     images = next(iter(rebuilt.loader))[0]
     own = student.timesteps
+    result.rates, result.energy = firing.per_step(), estimate_energy(student, images, firing)
+    result.sweep.append(_at_t(own, result.top1, result.rates, result.energy))
     try:
         with record_spikes(student) as record:
             student(examples.to(images.device))
@@ -143,7 +151,7 @@ def _measure_spiking(rebuilt: Rebuilt, result: Measured, examples: torch.Tensor)
     others = [] if is_event_dataset(rebuilt.args.dataset) else [t for t in (1, own // 2, 2 * own) if t not in (0, own)]
     if not others:
         result.missing['sweep'] = 'The number of timesteps is that of the event frames.'
-    for timesteps in sorted({own, *others}):
+    for timesteps in sorted({*others}):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter('ignore')  # a neuron that changes with T says so; the report is about that change
@@ -151,19 +159,22 @@ def _measure_spiking(rebuilt: Rebuilt, result: Measured, examples: torch.Tensor)
         except (ValueError, NotImplementedError) as error:
             result.missing['sweep'] = str(error)
             continue
-        result.sweep.append(_at(rebuilt, result, images, own))
+        _logger.info(f'Report: measures the model with {timesteps} timesteps.')
+        result.sweep.append(_measure_at(rebuilt, images))
+    result.sweep.sort()
 
 
-def _at(rebuilt: Rebuilt, result: Measured, images: torch.Tensor, own: int) -> AtT:
+def _measure_at(rebuilt: Rebuilt, images: torch.Tensor) -> AtT:
     """Measure the student with its current number of timesteps."""
     student, right, total = rebuilt.student, 0, 0
     with FiringRates(student, inputs=True) as firing:
         for batch, labels in rebuilt.loader:
             right += int((_logits(student(batch)).argmax(1) == labels.cpu()).sum())
             total += len(labels)
-    rates = firing.per_step()
     energy = estimate_energy(student, images, firing)
-    if student.timesteps == own:
-        result.rates, result.energy = rates, energy
+    return _at_t(student.timesteps, 100 * right / total, firing.per_step(), energy)
+
+
+def _at_t(timesteps: int, top1: float, rates: Dict[str, List[float]], energy: Energy) -> AtT:
     steps = mean_per_step(rates)
-    return AtT(student.timesteps, 100 * right / total, sum(steps) / len(steps), energy.spiking, energy.ann)
+    return AtT(timesteps, top1, sum(steps) / len(steps), energy.spiking, energy.ann)

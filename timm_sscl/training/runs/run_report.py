@@ -18,7 +18,7 @@ from ..saving.checkpoint import replacing, write_text
 from .rebuild import Rebuilt, rebuild
 from .run_files import RunFiles, columns_with, curve, read_run
 from .run_measure import Measured, measure_run
-from .run_summary import differing_options, library_versions
+from .run_summary import NOT_AVERAGED, differing_options, library_versions
 
 __all__ = ['REPORT_FILE', 'PICTURES', 'IMAGES', 'write_run_report', 'write_page', 'try_to_report']
 
@@ -77,6 +77,7 @@ def try_to_report(wanted: Optional[bool], folder: Path, write: Callable[[Path], 
     """
     if wanted is False or not can_report():
         return
+    _logger.info('Writes the report, for which the trained model is measured again (--no-report leaves it out).')
     try:
         _logger.info(f'Report    {write(folder)}')
     except Exception as error:  # whatever a user's model, data or a full disk raises
@@ -91,7 +92,7 @@ def _sections(run: RunFiles, rebuilt: Rebuilt, measured: Measured) -> List[Secti
 
 def _overview(run: RunFiles, measured: Measured) -> Section:
     summary = run.summary or {}
-    part = f'on {measured.images} validation images'
+    part = f'on {measured.images} validation images' + (NOT_AVERAGED if run.options.get('model_ema') else '')
     rows = [('Student', f'{measured.top1:.2f} top-1, {part}')]
     if summary.get('teacher'):
         rows.append(('Teacher', f'{summary["teacher"]["name"]}: {summary["teacher"]["top1"]:.2f} top-1 '

@@ -14,11 +14,12 @@ from ..exits import launcher
 from ..command_line.option_groups import create_parser
 from ..teachers.teacher_key import plain
 
-__all__ = ['best_epoch_facts', 'best_epoch_text', 'last_epoch_text', 'differing_options', 'firing_lines',
-           'library_versions', 'log_options', 'options_line', 'run_command']
+__all__ = ['NOT_AVERAGED', 'best_epoch_facts', 'best_epoch_text', 'last_epoch_text', 'differing_options',
+           'firing_lines', 'library_versions', 'log_options', 'options_line', 'run_command']
 
 _logger = logging.getLogger('train')
 
+NOT_AVERAGED = ' (of the weights that are not averaged)'
 _SHOWN = 3  # number of layers that a line of the closing table names
 
 
@@ -57,19 +58,20 @@ def last_epoch_text(last: Dict[str, float]) -> str:
     return f'{last["top1"]:.2f} top-1 after the last epoch{average}'
 
 
-def firing_lines(rates: Dict[str, float], step_rates: Dict[str, List[float]]) -> List[str]:
+def firing_lines(rates: Dict[str, float], step_rates: Dict[str, List[float]], of: str = '') -> List[str]:
     """Return lines on the firing rates: their mean, the most silent, the busiest and the deepest layers.
 
     Args:
         rates: Layer -> firing rate, in the order of the calls.
         step_rates: Layer -> firing rate at every timestep.
+        of: Which weights were measured, in words, if that is not clear.
     """
     if not rates:
         return []
     ranked = sorted(rates, key=lambda name: rates[name])
     mean, steps = sum(rates.values()) / len(rates), ' '.join(f'{rate:.3f}' for rate in mean_per_step(step_rates))
-    lines = [f'Firing    {mean:.3f} spikes per neuron and timestep, the mean of {len(rates)} layers; at every '
-             f'timestep: {steps}']
+    lines = [f'Firing    {mean:.3f} spikes per neuron and timestep, the mean of {len(rates)} layers{of}; at '
+             f'every timestep: {steps}']
     for title, names in (('least', ranked[:_SHOWN]), ('most', ranked[::-1][:_SHOWN]), ('deepest', [*rates][-_SHOWN:])):
         lines.append(f'          {title:<8}' + ', '.join(f'{name} {rates[name]:.3f}' for name in names))
     return lines

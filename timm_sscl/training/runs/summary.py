@@ -15,7 +15,8 @@ from timm_sscl.report import Energy, estimate_energy
 from ..saving.checkpoint import write_text
 from ..command_line.options import ARGS_FILE
 from ..saving.resume import SUMMARY_FILE, options_as_yaml
-from .run_summary import best_epoch_facts, best_epoch_text, firing_lines, last_epoch_text, library_versions
+from .run_summary import (
+    NOT_AVERAGED, best_epoch_facts, best_epoch_text, firing_lines, last_epoch_text, library_versions)
 from ..session import Session
 from ..saving.state import FitResult, prepare_input
 from ..teachers.teacher_weights import TeacherResult
@@ -89,17 +90,18 @@ def _lines(run: _Ended, energy: Optional[Energy]) -> List[str]:
     """Return the closing table, at most 15 lines."""
     args, teacher, result = run.session.args, run.teacher, run.result
     losses = ' + '.join(f'{w:g} {name}' for name, w in args.losses.items()) or 'none'
+    of = NOT_AVERAGED if 'top1_ema' in result.last else ''
     lines = ['', f'Teacher   {f"{teacher.name}: {teacher.top1:.2f} top-1 ({teacher.source})" if teacher else "none"}',
              f'Student   {args.model}{f", T={run.timesteps}" if run.timesteps else ""}: {last_epoch_text(result.last)}'
              f'{best_epoch_text(run.best, args.eval_metric)}; cross-entropy + {losses}',
-             *firing_lines(result.firing_rates, result.step_rates)]
+             *firing_lines(result.firing_rates, result.step_rates, of)]
     if energy is not None:
         lines.append(f'Energy    {energy.spiking:.3g} microjoules per image, {energy.ratio:.2f} of the real-valued '
-                     f'network (one timestep)')
+                     f'network (one timestep){of}')
     speed = f', {result.images_per_second:.0f} images per second in training' if result.images_per_second else ''
     return [*lines,
             f'Files     {run.folder}: last.pth.tar, model_best.pth.tar, summary.csv, {ARGS_FILE}, {SUMMARY_FILE}',
-            f'Time      {timedelta(seconds=round(run.seconds))}{speed}']
+            f'Time      {timedelta(seconds=round(run.seconds))} from the start until here{speed}']
 
 
 def _facts(run: _Ended, energy: Optional[Energy], images: int) -> Dict[str, Any]:
