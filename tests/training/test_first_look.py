@@ -110,6 +110,8 @@ def test_what_may_be_right_passes(argv):
     (['--dataset', 'cifar10'], "did you mean 'torch/cifar10'?"), (['--data-dir', 'nowhere'], '--data-dir nowhere'),
     (['--teacher-checkpoint', 'no.pth'], '--teacher-checkpoint no.pth'), (['--resume', 'no'], '--resume no'),
     (['--eval-only'], '--eval-only: no weights'),
+    (['--train-split', 'trian'], "--train-split trian: 'digits' has no split 'trian'. Did you mean 'train'?"),
+    (['--dataset', 'torch/cifar10', '--val-split', 'vaildation'], "Did you mean 'validation'?"),
     (['--event-frames', 'time', '--event-size', '8'], '--event-frames time, --event-size 8: goes with event data'),
     (['--loss', 'sscl=0.1', '--sscl-weight', '0.2'], 'write --loss sscl=0.2'),
     (['--v-reset', 'sotf'], "'sotf' is neither a number nor 'soft'"),
@@ -117,6 +119,19 @@ def test_what_may_be_right_passes(argv):
 def test_what_is_wrong_is_refused(argv, words):
     with pytest.raises(OptionError, match=re.escape(words)):
         check_at_sight(argv)
+
+
+def test_splits_of_a_folder(tmp_path):
+    for name in ('training', 'eval', 'parts/a'):
+        (tmp_path / name).mkdir(parents=True)
+    right = ['--data-dir', str(tmp_path)]
+    check_at_sight(right)  # timm takes training/ for train, eval/ for validation
+    check_at_sight([*right, '--train-split', 'parts/a'])
+    with pytest.raises(OptionError, match="trainnig: .* has no split 'trainnig'. Did you mean 'training'?"):
+        check_at_sight([*right, '--train-split', 'trainnig'])
+    (tmp_path / 'eval').rmdir()
+    with pytest.raises(OptionError, match="--val-split validation: .* has no split 'validation'.* one sub-folder per"):
+        check_at_sight(right)
 
 
 def test_no_name_is_suggested_for_the_sake_of_its_prefix():

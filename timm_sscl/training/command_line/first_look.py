@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import List, Optional, Sequence
 
 from timm_sscl.closest import closest
-from timm_sscl.dataset_names import TIMM_NAMES, known_name
+from timm_sscl.dataset_names import TIMM_NAMES, TORCH_PARTED, known_name
 
 from .option_sources import AUTO, parse_losses, read_command_line
 from .declared import constant, registered
@@ -24,6 +24,7 @@ __all__ = ['end_if_wrong', 'check_at_sight']
 
 _FILES = 'pretrained_path', 'initial_checkpoint', 'teacher_checkpoint'
 _SPIKING = 'spiking_'
+_SYNONYMS = ('train', 'training'), ('val', 'valid', 'validation', 'eval', 'evaluation')  # of timm's folders
 
 
 def end_if_wrong(argv: Optional[Sequence[str]] = None) -> None:
@@ -81,6 +82,27 @@ def _check_registered(args: argparse.Namespace) -> None:
         known_name(args.dataset, sorted({*registered('data', 'register_dataset'), *TIMM_NAMES}))
     except ValueError as error:
         raise OptionError(str(error)) from error
+    _check_splits(args)
+
+
+def _check_splits(args: argparse.Namespace) -> None:
+    """Check the names of the splits of the digits, of torchvision's data sets and of a folder of images."""
+    known: Sequence[str] = ()
+    if args.dataset == 'digits':
+        known = list(constant('data.digits', '_SPLITS'))
+    elif args.dataset in TORCH_PARTED:
+        known = constant('data.factory', '_SPLITS_OF_PARTED')
+    elif not args.dataset and args.data_dir and os.path.isdir(args.data_dir):
+        known = [entry.name for entry in os.scandir(args.data_dir)]
+        known += [name for names in _SYNONYMS if {*names} & {*known} for name in names]
+    for option in ('val_split',) if args.eval_only else ('train_split', 'val_split'):
+        split = getattr(args, option)
+        name = split.partition('[')[0]  # timm takes a part of a split in brackets
+        if known and name and name not in known and not os.path.exists(os.path.join(args.data_dir or '', name)):
+            close = closest(split, known)
+            raise OptionError(f"{option_text(option, split)}: '{args.dataset or args.data_dir}' has no split "
+                              f"'{split}'." + (f" Did you mean '{close[0]}'?" if close else '')
+                              + ('' if args.dataset else ' It needs the folder, with one sub-folder per class.'))
 
 
 def _check_model(option: str, name: str) -> None:

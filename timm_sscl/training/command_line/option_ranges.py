@@ -21,19 +21,25 @@ _COUNTS: _Ranges = {
     **dict.fromkeys(('teacher_epochs', 'workers', 'max_unreadable', 'recovery_interval'), (0, _INF)),
 }
 _RANGES: _Ranges = {
-    **dict.fromkeys(('img_size', 'in_chans', 'recount', 'lr_base_size', 'lr_cycle_limit'), (1, _INF)),
+    **dict.fromkeys(('img_size', 'in_chans', 'recount', 'lr_base_size', 'lr_cycle_limit', 'event_size'), (1, _INF)),
     **dict.fromkeys((
-        'start_epoch', 'warmup_epochs', 'cooldown_epochs', 'patience_epochs', 'mixup_off_epoch'), (0, _INF)),
+        'start_epoch', 'warmup_epochs', 'cooldown_epochs', 'patience_epochs', 'mixup_off_epoch', 'event_roll',
+        'crop_padding', 'cutout'), (0, _INF)),
     'seed': (0, 2 ** 32 - 1),
     **dict.fromkeys((
         'lr', 'lr_base', 'warmup_lr', 'min_lr', 'weight_decay', 'mixup', 'cutmix', 'opt_eps', 'epoch_repeats',
-        'layer_decay', 'color_jitter', 'clip_grad'), (0, _INF)),
+        'color_jitter', 'clip_grad', 'lr_noise_pct', 'lr_noise_std', 'lr_cycle_decay', 'decay_rate', 'bce_pos_weight'),
+        (0, _INF)),
     **dict.fromkeys((
         'hflip', 'vflip', 'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob', 'reprob', 'mixup_prob',
         'mixup_switch_prob', 'smoothing', 'bce_target_thresh', 'drop', 'drop_path', 'drop_connect', 'drop_block',
-        'model_ema_decay', 'momentum', 'bn_momentum'), _SHARE),
+        'model_ema_decay', 'momentum', 'bn_momentum', 'layer_decay', 'layer_decay_min_scale',
+        'layer_decay_no_opt_scale'), _SHARE),
 }
-_POSITIVE = 'decay_epochs', 'lr_cycle_mul', 'bn_eps', 'crop_pct', 'std', 'teacher_std', 'scale', 'ratio'
+_POSITIVE = (
+    'decay_epochs', 'lr_cycle_mul', 'bn_eps', 'crop_pct', 'std', 'teacher_std', 'scale', 'ratio', 'lr_k_decay',
+    'input_size', 'teacher_size')
+_FINITE = 'mean', 'teacher_mean', 'head_init_scale', 'head_init_bias', 'task_loss_weight', 'lr_noise'
 _PAIRS = 'scale', 'ratio', 'cutmix_minmax'  # (low, high)
 _INTERPOLATIONS = 'nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos', 'random'
 _CHOICES: Dict[str, Sequence[str]] = {
@@ -72,7 +78,7 @@ def _check(args: argparse.Namespace, ranges: _Ranges) -> None:
         value = getattr(args, name)
         if value is not None and not isinstance(value, (int, float)):  # from a YAML file
             raise OptionError(f'{option_text(name, value)}: must be a number.')
-        if value is not None and not low <= value <= high:
+        if value is not None and not (low <= value <= high and math.isfinite(value)):
             bounds = f'{low} or more' if high == _INF else f'between {low} and {high}'
             raise OptionError(f'{option_text(name, value)}: must be {bounds}.')
 
@@ -80,11 +86,12 @@ def _check(args: argparse.Namespace, ranges: _Ranges) -> None:
 def _check_ranges(args: argparse.Namespace) -> None:
     """Raise OptionError if a number is not in the range of its option."""
     _check(args, _RANGES)
-    for name in _POSITIVE:
+    for name in (*_POSITIVE, *_FINITE):
         value = getattr(args, name)
         values = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
-        if not all(isinstance(v, (int, float)) and v > 0 for v in values):
-            raise OptionError(f'{option_text(name, value)}: must be more than 0.')
+        if not all(isinstance(v, (int, float)) and math.isfinite(v) and (v > 0 or name in _FINITE) for v in values):
+            raise OptionError(f'{option_text(name, value)}: must be '
+                              f'{"a finite number" if name in _FINITE else "more than 0"}.')
     for name in _PAIRS:
         value = getattr(args, name)
         pair = isinstance(value, (list, tuple)) and len(value) == 2 and value[0] <= value[1]
