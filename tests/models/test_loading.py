@@ -271,6 +271,20 @@ def test_weights_are_adapted_as_timm_adapts_pretrained_ones(saved, kwargs, caplo
         assert model.pretrained_cfg == load(folder / 'model.pth').pretrained_cfg or kwargs.get('features_only')
 
 
+def test_settings_are_shown_as_they_are_given():
+    model = trained(timesteps=2, neuron='plif', neuron_kwargs=dict(tau=.7), surrogate_kwargs=dict(alpha=3.))
+    shown = eval(f'dict({model.settings})')
+    assert shown['neuron_kwargs']['tau'] == .7 and shown['surrogate_kwargs'] == dict(alpha=3.)
+    assert trained(**{'neuron': 'plif', **shown}).settings == model.settings
+
+
+def test_the_folder_of_a_run_gives_its_best_epoch(tmp_path):
+    best, last = trained(timesteps=2), trained(timesteps=3)
+    for model, name in ((best, 'model_best.pth.tar'), (last, 'last.pth.tar')):
+        torch.save(dict(state_dict=model.state_dict()), tmp_path / name)
+    assert_same(load(tmp_path), best)
+
+
 def test_preprocessing_of_a_run_is_adapted_too(tmp_path):
     source = trained(timesteps=2)
     used = dict(input_size=(3, 16, 16), mean=(.1, .2, .3), std=(.4, .5, .6), interpolation='bilinear', crop_pct=1.)

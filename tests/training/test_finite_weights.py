@@ -78,3 +78,14 @@ def test_load_warns_and_save_for_hub_refuses(tmp_path, caplog):
     with pytest.raises(ValueError, match=f'SpikingResNet holds 2 tensors.*{NAMES[0]}'):
         save_for_hub(loaded, tmp_path / 'hub')
     assert not (tmp_path / 'hub').exists()
+
+
+def test_an_evaluation_reads_the_checkpoint_alone(run, tmp_path, monkeypatch, caplog):
+    """Not the weights that the run began with, which may be gone."""
+    shutil.copytree(run, tmp_path / 'run')
+    options = (run / 'args.yaml').read_text()
+    assert "initial_checkpoint: ''" in options
+    (tmp_path / 'run/args.yaml').write_text(options.replace("initial_checkpoint: ''", 'initial_checkpoint: gone.pth'))
+    with caplog.at_level(logging.INFO):
+        run_here(['--eval-only', '--resume', 'run'], tmp_path, monkeypatch)
+    assert 'Evaluates run/last.pth.tar' in caplog.text and 'Loaded' not in caplog.text

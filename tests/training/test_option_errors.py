@@ -102,7 +102,7 @@ def test_sharding_is_refused(variable, name, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize('kind, words', [
     ('pickled', ['no weights file', 'state_dict']), ('text', ['no weights file']), ('cut', ["'weights.pth'"]),
     ('folder', ["'weights.pth'", 'folder']), ('gone', ['does not exist']), ('other', ['another model']),
-    ('pickle', ['no weights file']),
+    ('pickle', ['no weights file']), ('tuple', ['holds no weights by name', 'model.state_dict()']),
 ])
 def test_file_without_weights_is_named(option, kind, words, tmp_path, monkeypatch, capsys):
     file, model = tmp_path / 'weights.pth', timm.create_model('test_resnet', num_classes=10)
@@ -114,6 +114,8 @@ def test_file_without_weights_is_named(option, kind, words, tmp_path, monkeypatc
         file.mkdir()
     elif kind == 'pickle':
         file.write_bytes(pickle.dumps({'a': 1}))
+    elif kind == 'tuple':
+        torch.save((torch.ones(2), torch.ones(3)), file)
     elif kind != 'gone':
         torch.save((timm.create_model('test_vit') if kind == 'other' else model).state_dict(), file)
     if kind == 'cut':

@@ -108,7 +108,8 @@ class SpikingSettings:
     def __str__(self) -> str:
         """Timesteps, and the settings that differ from their defaults."""
         usual = dict(type(self)(neuron=self.neuron)._shown())
-        return ', '.join(f'{k}={v!r}' for k, v in self._shown() if k == 'timesteps' or v != usual[k])
+        return ', '.join(f'{k}={(dict(v) if k.endswith("_kwargs") else v)!r}' for k, v in self._shown()
+                         if k == 'timesteps' or v != usual[k])
 
     def _shown(self) -> Pairs:
         """Settings to show: none of a LIF if the neuron is another one."""

@@ -21,10 +21,11 @@ from .adapting import create_adapted
 from .finite import find_non_finite, text_of_non_finite
 from .spiking import names_of_saved
 
-__all__ = ['DESCRIPTION_KEY', 'describe_model', 'load']
+__all__ = ['BEST_FILE', 'DESCRIPTION_KEY', 'describe_model', 'load']
 
 _logger = logging.getLogger(__name__)
 
+BEST_FILE = 'model_best.pth.tar'  # checkpoint of a run's best epoch
 DESCRIPTION_KEY = 'timm_model'  # key of a checkpoint of train.py
 _TAKES = ('load takes a checkpoint of train.py (NAME.pth.tar), a state dict that torch.save or safetensors wrote, or a '
           'folder with a config.json, as save_for_hub writes it')
@@ -40,7 +41,8 @@ def load(file: Union[str, Path], use_ema: bool = True, **kwargs: Any) -> nn.Modu
 
     Args:
         file: File as written by torch.save(model.state_dict(), file), by safetensors or by train.py; or a folder with a
-            config.json, as for timm.create_model('local-dir:FOLDER', pretrained=True).
+            config.json, as for timm.create_model('local-dir:FOLDER', pretrained=True); or the folder of a run, of which
+            the best epoch is taken (model_best.pth.tar).
         use_ema: Whether to take the averaged weights (--model-ema) if the file has them, as timm does.
         **kwargs: Arguments of timm.create_model, which take precedence over the file's: timesteps=8. Weights are
             adapted as timm adapts pretrained ones: features_only=True and another num_classes drop the classifier,
@@ -57,10 +59,13 @@ def load(file: Union[str, Path], use_ema: bool = True, **kwargs: Any) -> nn.Modu
             plug-in that it needs is not imported; the weights do not fit the model that it describes.
     """
     path = Path(file)
+    if path.is_dir() and not (path / 'config.json').is_file() and (path / BEST_FILE).is_file():
+        path = path / BEST_FILE
+        _logger.info(f"Loads '{path}', the checkpoint of the best epoch.")
     model = _load_folder(path, kwargs) if path.is_dir() else _load_file(path, use_ema, kwargs)
     broken = find_non_finite(model.state_dict())
     if broken:
-        _logger.warning(f"'{file}' holds {text_of_non_finite(broken)}. A neuron whose current is NaN does not fire.")
+        _logger.warning(f"'{path}' holds {text_of_non_finite(broken)}. A neuron whose current is NaN does not fire.")
     return model.eval()
 
 

@@ -22,7 +22,7 @@ from .command_line.neuron_options import neuron_arguments
 from .saving.weights import load_weights
 from .saving.weights_file import check_file_exists, check_weights_file, match_with_file
 
-__all__ = ['check_model_name', 'model_kwargs', 'create_student', 'place_model']
+__all__ = ['check_model_name', 'model_kwargs', 'create_student', 'place_model', 'without_initial_weights']
 
 _logger = logging.getLogger('train')
 
@@ -49,6 +49,12 @@ def model_kwargs(
     return resolve_model_input_args(
         name, requested, num_classes=num_classes, drop_rate=args.drop, drop_path_rate=args.drop_path,
         drop_block_rate=args.drop_block, global_pool=args.gp, bn_momentum=args.bn_momentum, bn_eps=args.bn_eps, **extra)
+
+
+def without_initial_weights(args: Namespace) -> Namespace:
+    """Return the options of a student whose weights will come from a checkpoint of its run."""
+    none = dict(pretrained=False, pretrained_path=None, initial_checkpoint='', neuron_init='none')
+    return Namespace(**{**vars(args), **none})
 
 
 def create_student(args: Namespace, num_classes: int) -> nn.Module:

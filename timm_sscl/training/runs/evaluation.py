@@ -31,7 +31,7 @@ from ..saving.resume import newest_file
 from .rows import append_row
 from ..session import Session
 from ..steps.stop import StopRequest
-from ..student import create_student
+from ..student import create_student, without_initial_weights
 from ..saving.state import prepare_input
 from ..steps.validation import evaluate
 
@@ -85,7 +85,7 @@ def evaluate_only(args: Namespace, accelerator: Accelerator, stop: StopRequest) 
         datasets = create_datasets(args)
         described = describe_data(datasets[1])
         num_classes = resolve_num_classes(args, datasets[1])
-        student = create_student(args, num_classes)
+        student = create_student(without_initial_weights(args) if args.resume else args, num_classes)
         data_config = resolve_input(args, student)
         datasets = guard_samples(args, datasets, data_config, num_classes)
         session = Session(args, accelerator, partial(create_loaders, args, datasets, data_config, num_classes), stop)

@@ -14,6 +14,7 @@ from timm_sscl.data.manifest import DATA_FILE
 from timm_sscl.export import save_for_hub
 from timm_sscl.export.hub import LICENCE
 from timm_sscl.models import load
+from timm_sscl.models.loading import BEST_FILE
 from timm_sscl.report.energy import RULE
 
 from ..errors import OptionError
@@ -24,9 +25,8 @@ from ..saving.checkpoint import Position, position_of
 from .run_files import RunFiles, columns_with, read_run
 from .run_summary import NOT_AVERAGED, differing_options
 
-__all__ = ['BEST_FILE', 'create_hub_parser', 'main', 'save_run_for_hub']
+__all__ = ['create_hub_parser', 'main', 'save_run_for_hub']
 
-BEST_FILE = 'model_best.pth.tar'  # checkpoint of a run's best epoch
 # options that name files and folders of the machine that trained, or that do not change the training
 _NOT_SHOWN = {
     'data_dir', 'experiment', 'output', 'resume', 'workers', 'log_interval', 'model', 'timesteps', 'teacher_checkpoint',

@@ -22,7 +22,7 @@ from ..command_line.options import parse_args
 from ..processes import count_cores
 from .run_files import RunFiles
 from ..saving.state import prepare_input
-from ..student import create_student
+from ..student import create_student, without_initial_weights
 from ..task import needs_teacher
 from ..teachers.teacher import create_teacher
 from ..saving.weights import load_weights
@@ -73,7 +73,7 @@ def rebuild(run: RunFiles, images: int, device: torch.device) -> Rebuilt:
         ValueError: The weights of the run are not finite.
     """
     args, _ = parse_args(['--resume', str(run.folder), '--eval-only'])
-    args.pretrained, args.pretrained_path, args.initial_checkpoint, args.neuron_init = False, None, '', 'none'
+    args = without_initial_weights(args)
     datasets = create_datasets(args)
     num_classes = resolve_num_classes(args, datasets[1])
     named = classes_of(datasets[1]) or {}

@@ -44,6 +44,8 @@ def check_weights_file(file: str, option: str) -> None:
         raise ValueError(f"{option}: '{file}' is damaged ({why_damaged(Path(file))}).")
     try:
         weights = load_state_dict(file)
+    except AttributeError as error:  # something without items(), such as a tuple of tensors
+        raise ValueError(f"{option}: '{file}' holds no weights by name; save model.state_dict().") from error
     except Exception as error:  # torch, pickle and safetensors raise many types
         raise ValueError(f"{option}: '{file}' is no weights file that can be read safely; save model.state_dict(), not "
                          f"the model ({' '.join(str(error).split())[:200]}).") from error
