@@ -88,10 +88,9 @@ def test_refused(tmp_path, monkeypatch, capsys):
     assert code and '--weight-bits 8: goes with --deploy' in line
     code, line = fails([*DIGITS, '--eval-only', '--deploy', '--weight-bits', '4'], tmp_path, monkeypatch, capsys)
     assert code and '--weight-bits' in line and '4' in line and '8, 16, 24' in line
-    (tmp_path / 'x.pth').write_bytes(b'')
-    monkeypatch.setattr(
-        'timm_sscl.training.runs.evaluation._weights_to_evaluate', lambda args: (tmp_path, {'model': None}))
-    code, line = fails([*DIGITS, '--deploy', '--eval-only', '--model', 'test_resnet'], tmp_path, monkeypatch, capsys)
+    torch.save(timm.create_model('test_resnet', num_classes=10).state_dict(), tmp_path / 'x.pth')
+    code, line = fails([*DIGITS, '--deploy', '--eval-only', '--model', 'test_resnet', '--initial-checkpoint', 'x.pth'],
+                       tmp_path, monkeypatch, capsys)
     assert code and '--deploy' in line and 'does not spike' in line
 
 
