@@ -318,7 +318,7 @@ def main() -> None:
         if args.output is not None:
             runs, layers = collect(args.output, args.scale)
             if not runs:
-                raise SystemExit(f'--output {args.output} has no finished run; the files in {RESULTS} stay as they are.')
+                raise SystemExit(f'--output {args.output} has no finished run; the files in {RESULTS} are kept.')
             write_results(RESULTS, runs, layers)
         return report(RESULTS, PAGE, facts(args.scale))
     if args.output is None:

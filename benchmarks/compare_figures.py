@@ -124,7 +124,8 @@ def draw_arms(
         _costs(axes[2], costs)
     figure.suptitle(title, fontsize=11, y=.99)
     figure.text(.5, 0, 'dots: one seed each; diamonds: mean and 95 % interval, blue if one is better, green if '
-                       f'within the grey band of ± {MARGIN:g} points, orange if undecided', ha='center', va='top', fontsize=8)
+                       f'within the grey band of ± {MARGIN:g} points, orange if undecided',
+                ha='center', va='top', fontsize=8)
     figure.tight_layout()
     _save(figure, file)
 

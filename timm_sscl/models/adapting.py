@@ -1,6 +1,6 @@
 """Adapt the weights of a file to other arguments than the file's, as timm.create_model adapts pretrained weights."""
 import logging
-from typing import Any, Mapping
+from typing import Any, Mapping, Tuple
 
 import timm
 from timm.models import get_pretrained_cfg
@@ -28,12 +28,12 @@ def create_adapted(described: Mapping[str, Any], given: Mapping[str, Any], state
     """
     name, args = described['architecture'], {**described['args'], **given}
     config: Any = get_pretrained_cfg(name.removeprefix(PREFIX))
-    classes, channels, *size = (
-        getattr(config, 'num_classes', None) or 1000, *(getattr(config, 'input_size', None) or (3, 224, 224)))
+    classes: int = getattr(config, 'num_classes', None) or 1000
+    size: Tuple[int, ...] = getattr(config, 'input_size', None) or (3, 224, 224)
     of_file = described['args']
     overlay = dict(
         state_dict=dict(state), source='', label_offset=0, num_classes=of_file.get('num_classes', classes),
-        input_size=(of_file.get('in_chans', channels), *size))
+        input_size=(of_file.get('in_chans', size[0]), *size[1:]))
     model: Any = timm.create_model(name, **{**args, 'pretrained': True, 'pretrained_cfg_overlay': overlay})
     if not args.get('features_only'):
         heads = getattr(config, 'classifier', None) or ()

@@ -165,8 +165,10 @@ def _evaluate_one(
 ) -> Tuple[Evaluation, Dict[str, Dict[str, Any]]]:
     """Return the Evaluation for the student's current T, and the values of every layer."""
     cast = partial(prepare_input, session.args)
+    metrics: Any
     if timesteps is None:
-        return Evaluation(weights, None, **evaluate(session, student, loader, cast)), {}
+        metrics = evaluate(session, student, loader, cast)
+        return Evaluation(weights, None, **metrics), {}
     with FiringRates(student, per_neuron=True, inputs=True) as firing:
         metrics = evaluate(session, student, loader, cast)
     firing.sum_over_processes()
