@@ -1,6 +1,6 @@
 """Measure the mean input of every layer with weights while a model runs: how many additions a layer makes."""
 from contextlib import ExitStack
-from typing import Any, Callable, Dict
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
 import torch.distributed as dist
@@ -14,49 +14,79 @@ __all__ = ['LayerInputs']
 
 
 class LayerInputs:
-    """Sums of |input| of the layers with weights. Layers that no forward called have none.
+    """Sums of |input| of the layers with weights, by call and channel. Layers that no forward called have none.
 
     Args:
         model: Model. Layers are its convolutions and linear layers, and other modules without children that have a
-            parameter with two or more axes.
+            parameter or buffer with two or more axes.
     """
 
     def __init__(self, model: nn.Module):
-        self._layers = {name.replace('_orig_mod.', ''): module for name, module in model.named_modules()
+        self._root = getattr(model, '_orig_mod', model)
+        self._layers = {f'.{name}'.replace('._orig_mod', '')[1:]: module for name, module in model.named_modules()
                         if _has_weights(module)}
-        self._sums: Dict[str, torch.Tensor] = {}
-        self._elements: Dict[str, int] = {}
+        self._calls: Optional[Dict[str, int]] = None  # layer -> number of calls in the forward that runs
+        self._sums: Dict[Tuple[str, int], torch.Tensor] = {}  # (layer, call) -> sum, of the input's axes
+        self._elements: Dict[Tuple[str, int], int] = {}  # of each sum
 
     def attach(self, resources: ExitStack) -> None:
         """Add hooks to the layers; `resources` removes them."""
+        resources.callback(self._root.register_forward_pre_hook(self._begin).remove)
+        resources.callback(self._root.register_forward_hook(self._end, always_call=True).remove)
         for name, layer in self._layers.items():
-            resources.callback(layer.register_forward_pre_hook(self._count(name)).remove)
+            resources.callback(layer.register_forward_pre_hook(self._count(name), with_kwargs=True).remove)
+
+    def _begin(self, *_: Any) -> None:
+        self._calls = {}
+
+    def _end(self, *_: Any) -> None:
+        self._calls = None
 
     def _count(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any) -> None:
-            if args and isinstance(args[0], torch.Tensor):
-                x = args[0].detach()
-                dtype = torch.float64 if x.device.type != 'mps' else torch.float32
-                self._sums[name] = self._sums.get(name, 0) + x.abs().sum(dtype=dtype)
-                self._elements[name] = self._elements.get(name, 0) + x.numel()
+        def hook(module: nn.Module, args: Any, kwargs: Dict[str, Any]) -> None:
+            x = next((x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)), None)
+            if x is None:
+                return
+            key = name, 0
+            if self._calls is not None:
+                key = name, self._calls.setdefault(name, 0)
+                self._calls[name] += 1
+            axes = _axes_but_channels(module, x.ndim)
+            dtype = torch.float64 if x.device.type != 'mps' else torch.float32
+            found = x.detach().abs().sum(axes, keepdim=True, dtype=dtype)
+            self._sums[key] = self._sums.get(key, 0) + found
+            self._elements[key] = self._elements.get(key, 0) + x.numel() // found.numel()
         return hook
 
     def sum_over_processes(self) -> None:
         """Add up the sums of all processes, which have all called the same layers."""
         if world_size() > 1:
-            for name, total in self._sums.items():
-                elements = torch.full_like(total, self._elements[name])
+            for key, total in self._sums.items():
+                elements = total.new_tensor(self._elements[key])
                 dist.all_reduce(total)
                 dist.all_reduce(elements)
-                self._elements[name] = round(elements.item())
+                self._elements[key] = round(elements.item())
 
-    def means(self) -> Dict[str, float]:
-        """Return the mean |input| of every layer that ran."""
-        return {name: total.item() / self._elements[name] for name, total in self._sums.items() if self._elements[name]}
+    def means(self) -> Dict[str, List[torch.Tensor]]:
+        """Return the mean |input| of every layer that ran, for each of its calls in a forward.
+
+        A mean has the axes of the input: those of length 1 are averaged. Convolutions and linear layers have one per
+        channel.
+        """
+        found: Dict[str, List[torch.Tensor]] = {}
+        for (name, call), total in self._sums.items():
+            found.setdefault(name, []).append(total / max(self._elements[name, call], 1))
+        return found
+
+
+def _axes_but_channels(layer: nn.Module, ndim: int) -> List[int]:
+    """Return the axes to sum over: all, or all but the channels of a convolution or linear layer."""
+    channels = -1 if isinstance(layer, nn.Linear) else 1 - layer.weight.ndim if isinstance(layer, _ConvNd) else None
+    return [axis for axis in range(ndim) if channels is None or axis != ndim + channels]
 
 
 def _has_weights(module: nn.Module) -> bool:
     if isinstance(module, (nn.Linear, _ConvNd)):
         return True
     return (not isinstance(module, SpikingNeuron) and not any(True for _ in module.children())
-            and any(p.ndim > 1 for p in module.parameters(recurse=False)))
+            and any(w.ndim > 1 for w in (*module.parameters(recurse=False), *module.buffers(recurse=False))))

@@ -1,20 +1,20 @@
 """Count the multiply-accumulates (MACs) of a forward by the kind of their input: how spiking a network is."""
-from contextlib import nullcontext
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from contextlib import contextmanager, nullcontext
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
+import torch.nn.modules.module as torch_module
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
-from torch.utils.module_tracker import ModuleTracker
 
 from timm_sscl.fused_paths import without_fused_paths
 from timm_sscl.neurons import SpikingNeuron
 from timm_sscl.probing import naming_channels
 from timm_sscl.untouched import untouched
 
-__all__ = ['MacShares', 'count_macs', 'input_kind', 'KINDS']
+__all__ = ['MacShares', 'Product', 'count_macs', 'input_kind', 'quotient', 'with_products', 'KINDS']
 
 KINDS = 'binary', 'fractional', 'analog'
 _MAX_DENOMINATOR = 1024
@@ -35,6 +35,13 @@ _OTHERS: Dict[Any, Tuple[Tuple[int, int], Callable[..., int]]] = {
 }
 
 
+class Product(NamedTuple):
+    """One product of a forward: its part that only adds."""
+    whole: int  # MACs whose input is whole numbers; 0 if it multiplies
+    additions: float
+    unit: Optional[torch.Tensor]  # size of one level of its input; None is 1
+
+
 class MacShares(NamedTuple):
     """MACs of one image over all its timesteps, by the kind of their input."""
     binary: int  # input 0 or 1: the MAC is an addition of a weight, or nothing
@@ -44,6 +51,7 @@ class MacShares(NamedTuple):
     whole: int = 0  # MACs whose input is whole numbers (spikes, sums of spikes): additions only
     additions: float = 0.  # number of these additions: MACs times the mean |input| (the firing rate)
     added_by_module: Dict[str, Tuple[int, float]] = {}  # module -> its part of (whole, additions)
+    products: Dict[str, List[Product]] = {}  # module -> its products in the order of the forward
 
     @property
     def total(self) -> int:
@@ -85,18 +93,20 @@ def _is_whole(x: torch.Tensor) -> bool:
     return bool((x == x.round()).all())
 
 
-def _in_levels(x: torch.Tensor, units: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return x divided by one of the units if that gives whole numbers or, failing that, fractions; else x itself."""
-    quotients = [q for q in (_quotient(x, unit) for unit in units) if q is not None]
-    for levels in quotients:
+def _in_levels(x: torch.Tensor, units: Sequence[torch.Tensor]) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+    """Return x divided by one of the units, and this unit, if that gives whole numbers or, failing that, fractions;
+    else x itself and None.
+    """
+    quotients = [(q, unit) for q, unit in ((quotient(x, unit), unit) for unit in units) if q is not None]
+    for levels, unit in quotients:
         if _near_whole(levels, 2e-6).all():  # tolerance: a few float32 roundings
-            return levels.round()
+            return levels.round(), unit
     if quotients and input_kind(x) == 'analog':
-        return next((levels for levels in quotients if input_kind(levels, 2e-6) == 'fractional'), x)
-    return x
+        return next((pair for pair in quotients if input_kind(pair[0], 2e-6) == 'fractional'), (x, None))
+    return x, None
 
 
-def _quotient(x: torch.Tensor, unit: torch.Tensor) -> Optional[torch.Tensor]:
+def quotient(x: torch.Tensor, unit: torch.Tensor) -> Optional[torch.Tensor]:
     """Return x / unit, also for flattened maps x (N, C * H * W) and a unit (C, 1, 1); None if the shapes do not fit."""
     if unit.ndim > x.ndim and x.ndim == 2 and x.shape[1] % unit.numel() == 0 and unit.shape[0] == unit.numel():
         unit = unit.flatten().repeat_interleave(x.shape[1] // unit.numel())
@@ -109,15 +119,17 @@ class _CountMacs(TorchDispatchMode):
     """Dispatch mode that counts the MACs of every product, by module and by the kind of input.
 
     Args:
-        weights: Parameters and buffers; they do not count as input of a product.
+        model: Model. Its parameters and buffers do not count as input of a product.
     """
-    def __init__(self, weights: Sequence[torch.Tensor]):
+    def __init__(self, model: nn.Module):
         super().__init__()
-        self.weights = {w.untyped_storage().data_ptr() for w in weights}
-        self.tracker = ModuleTracker()
+        self.weights = {w.untyped_storage().data_ptr() for w in (*model.parameters(), *model.buffers())}
+        # a shared module has one name, its first
+        self.names = {module: f'.{name}'.replace('._orig_mod', '')[1:] for name, module in model.named_modules()}
+        self.running: List[nn.Module] = []
         self.fired = False  # before the first neuron, a fraction is a pixel (k / 255), not an average of spikes
         self.by_module: Dict[str, Dict[str, int]] = {}
-        self.added: Dict[str, Tuple[int, float]] = {}  # module -> (MACs whose input is whole numbers, additions)
+        self.products: Dict[str, List[Product]] = {}
         self.inside_neuron = False
         self.units: List[torch.Tensor] = []  # units of the neurons that ran last
 
@@ -143,13 +155,13 @@ class _CountMacs(TorchDispatchMode):
             return
         inputs = [_in_levels(x, self.units) for x in operands
                   if x.untyped_storage().data_ptr() not in self.weights]
-        kinds = [input_kind(x) for x in inputs]
+        kinds = [input_kind(x) for x, _ in inputs]
         kind = min(kinds, key=KINDS.index, default='analog')
         self._add('analog' if kind == 'fractional' and not self.fired else kind, macs)
-        x = inputs[kinds.index(kind)] if inputs else None
-        if x is not None and self.fired and (kind == 'binary' or _is_whole(x)):
-            whole, additions = self.added.get(self._module(), (0, 0.))
-            self.added[self._module()] = whole + macs, additions + macs * x.double().abs().mean().item()
+        x, unit = inputs[kinds.index(kind)] if inputs else (None, None)
+        adds = x is not None and self.fired and (kind == 'binary' or _is_whole(x))
+        self.products.setdefault(self._module(), []).append(Product(
+            macs, macs * x.double().abs().mean().item(), unit) if adds and x is not None else Product(0, 0., None))
 
     def enter_neuron(self, *_: Any) -> None:
         """Forward pre-hook of a neuron."""
@@ -162,9 +174,24 @@ class _CountMacs(TorchDispatchMode):
         if unit is not None:
             self.units = [unit.detach(), *self.units][:_UNITS]
 
+    @contextmanager
+    def follow(self) -> Iterator[None]:
+        """Count inside, and know which modules run."""
+        entered = torch_module.register_module_forward_pre_hook(lambda module, args: self.running.append(module))
+        left = torch_module.register_module_forward_hook(lambda module, args, out: self._leave())
+        try:
+            with self:
+                yield
+        finally:
+            entered.remove()
+            left.remove()
+
+    def _leave(self) -> None:
+        self.running.pop()
+
     def _module(self) -> str:
-        """Return the name of the module that runs."""
-        return max(self.tracker.parents - {'Global'}, key=len, default='').partition('.')[2]
+        """Return the name of the innermost module of the model that runs."""
+        return next((self.names[module] for module in reversed(self.running) if module in self.names), '')
 
     def _add(self, kind: str, macs: int) -> None:
         self.by_module.setdefault(self._module(), dict.fromkeys(KINDS, 0))[kind] += macs
@@ -188,7 +215,8 @@ def count_macs(model: nn.Module, images: torch.Tensor) -> MacShares:
     Raises:
         ValueError: The images have another number of channels than the model takes.
     """
-    counter = _CountMacs([*model.parameters(), *model.buffers()])
+    model = getattr(model, '_orig_mod', model)  # of a compiled model
+    counter = _CountMacs(model)
     recurrent = any(isinstance(m, nn.RNNBase) for m in model.modules())
     # fused kernels would hide their products
     unfused = torch.backends.mkldnn.flags(enabled=False) if recurrent else nullcontext()
@@ -197,12 +225,20 @@ def count_macs(model: nn.Module, images: torch.Tensor) -> MacShares:
             if isinstance(module, SpikingNeuron):
                 module.register_forward_pre_hook(counter.enter_neuron)
                 module.register_forward_hook(counter.leave_neuron)
-        with naming_channels(images), counter.tracker, counter:
+        with naming_channels(images), counter.follow():
             model(images)
     n = len(images)
     by_module = {name: {kind: macs // n for kind, macs in counts.items()} for name, counts in counter.by_module.items()}
     totals = {kind: sum(counts[kind] for counts in by_module.values()) for kind in KINDS}
-    added = {name: (whole // n, additions / n) for name, (whole, additions) in counter.added.items()}
-    return MacShares(
-        **totals, by_module=by_module, whole=sum(whole for whole, _ in added.values()),
-        additions=sum(additions for _, additions in added.values()), added_by_module=added)
+    products = {name: [Product(p.whole // n, p.additions / n, p.unit) for p in found]
+                for name, found in counter.products.items()}
+    shares = MacShares(totals['binary'], totals['fractional'], totals['analog'], by_module)
+    return with_products(shares, products)
+
+
+def with_products(shares: MacShares, products: Dict[str, List[Product]]) -> MacShares:
+    """Return shares whose additions are those of some products."""
+    added = {name: (sum(p.whole for p in found), sum(p.additions for p in found)) for name, found in products.items()}
+    return shares._replace(
+        whole=sum(whole for whole, _ in added.values()), additions=sum(additions for _, additions in added.values()),
+        added_by_module=added, products=products)
