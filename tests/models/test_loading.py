@@ -294,3 +294,11 @@ def test_preprocessing_of_a_run_is_adapted_too(tmp_path):
     assert load(tmp_path / 'run.pth.tar', features_only=True, out_indices=(1, 2)).pretrained_cfg['mean'] == (.1, .2, .3)
     with pytest.raises(ValueError, match=f'do not fit {NAME} .*load was given .*layers'):
         load(tmp_path / 'run.pth.tar', layers=(2, 2), width=4)
+
+
+def test_weights_of_stages_alone_give_no_classifier(tmp_path):
+    """Files of a ConvNeXt's stages have other names, which timm's conversion of weights takes for another project's."""
+    stages = timm.create_model('spiking_test_convnext', num_classes=3, timesteps=2, features_only=True)
+    torch.save(stages.state_dict(), tmp_path / 'stages.pth')
+    with pytest.raises(ValueError, match="do not fit spiking_test_convnext .*load was given {'features_only': False}"):
+        load(tmp_path / 'stages.pth', features_only=False)

@@ -20,7 +20,8 @@ def find_non_finite(state: Mapping[str, object]) -> List[str]:
 def text_of_non_finite(names: List[str]) -> str:
     """Return a text that says how many tensors are not finite and names the first of them."""
     more = ', ...' if len(names) > _SHOWN else ''
-    return f'{len(names)} tensors with NaN or infinite values: {", ".join(names[:_SHOWN])}{more}'
+    tensors = 'tensor' if len(names) == 1 else 'tensors'
+    return f'{len(names)} {tensors} with NaN or infinite values: {", ".join(names[:_SHOWN])}{more}'
 
 
 def check_finite(state: Mapping[str, object], source: str) -> None:

@@ -88,7 +88,7 @@ def _load_file(path: Path, use_ema: bool, kwargs: Dict[str, Any]) -> nn.Module:
         model._explicit -= names_of_saved({k: v for k, v in saved.items() if k not in kwargs}, saved)
     try:
         model = _fill(model, described, given, state, adapt=bool(set(kwargs) - set(ARGUMENTS)))
-    except RuntimeError as error:
+    except (RuntimeError, KeyError) as error:  # KeyError: timm converts files of other projects
         why = f'of which load was given {kwargs}.' if kwargs else (
             'as after changes of the model by hand. Make the same changes, then load_state_dict:')
         raise ValueError(f"'{path}': the weights do not fit {described['architecture']} with "

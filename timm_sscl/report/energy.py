@@ -8,14 +8,15 @@ import torch.nn as nn
 from timm_sscl.untouched import untouched
 
 from .firing import FiringRates
-from .macs import MacShares, Product, count_macs, quotient, with_products
+from .layer_inputs import InputSum
+from .macs import MacShares, Product, count_macs, near_whole, quotient, with_products
 from .watching import neurons_to_watch
 
 __all__ = ['Energy', 'LayerEnergy', 'estimate_energy', 'MAC_PJ', 'AC_PJ', 'RULE']
 
 MAC_PJ = 4.6  # energy of one multiplication and addition
 AC_PJ = 0.9  # energy of one addition
-_Means = Dict[str, List[torch.Tensor]]
+_Sums = Dict[str, List[InputSum]]
 _PROBE = 8  # number of images that show the kinds of a model's products where rates are given
 RULE = (
     f'{MAC_PJ} pJ for a multiply-accumulate (MAC) whose input is not whole numbers, {AC_PJ} pJ for an addition. A MAC '
@@ -62,15 +63,15 @@ def estimate_energy(model: nn.Module, images: torch.Tensor, rates: Optional[Firi
         model: Spiking model.
         images: Real images in the model's input format, on its device. The firing rates are measured on them.
         rates: What `FiringRates(model, inputs=True)` counted on other images, such as a whole validation set. The
-            firing rates are then those. The first 8 of `images` show which layers multiply and which add, all of them
-            where a layer is silent on 8, and stand for products outside a layer, such as one of two activations.
+            firing rates are then those. The first 8 of `images` show which layers multiply and which add (all of them,
+            if a layer is silent on 8). They stand for products outside a layer, such as one of two activations.
 
     Returns:
         Energy per image.
 
     Raises:
-        ValueError: rates have no inputs, or were counted on another model or with another number of timesteps; or the
-            images have another number of channels than the model takes.
+        ValueError: The model has no spiking neurons; there are no images, or they have another number of channels than
+            the model takes; rates have no inputs, or were counted on another model or number of timesteps.
 
     Examples:
         ```python
@@ -80,13 +81,15 @@ def estimate_energy(model: nn.Module, images: torch.Tensor, rates: Optional[Firi
         energy = estimate_energy(model, images, rates)
         ```
     """
+    neurons = neurons_to_watch(model)
+    if isinstance(images, torch.Tensor) and not len(images):
+        raise ValueError(f'images: have shape {tuple(images.shape)}, no image.')
     shares = count_macs(model, images) if rates is None else _count_with_rates(model, images, rates)
     frames = images[:, :1] if images.ndim == 5 else images
     with untouched(model), warnings.catch_warnings():
         warnings.simplefilter('ignore')  # some neurons change with one timestep, which does not affect the count
         model.set_timesteps(1)
         ann = count_macs(model, frames[:1])
-    neurons = neurons_to_watch(model)
     ann_by_layer = {name: sum(macs.values()) for name, macs in ann.by_module.items()
                     if name not in neurons}  # an activation takes none
     layers = _by_layer(shares, ann_by_layer)
@@ -105,42 +108,50 @@ def _count_with_rates(model: nn.Module, images: torch.Tensor, rates: FiringRates
     if steps != {model.timesteps}:
         counted = f'{max(steps)} timesteps' if steps else 'no image'
         raise ValueError(f'rates: were counted on {counted}, and the model has {model.timesteps} timesteps.')
-    wanted = rates.inputs.means()
+    wanted = rates.inputs.sums()
     for few in dict.fromkeys((min(_PROBE, len(images)), len(images))):
         with FiringRates(model, inputs=True) as here:
             shares = count_macs(model, images[:few])
-        found = here.inputs.means() if here.inputs is not None else {}
+        found = here.inputs.sums() if here.inputs is not None else {}
         _check_same_calls(wanted, found)
-        if all(bool(mean.any()) or not wanted[name][call].any()
-               for name, means in found.items() for call, mean in enumerate(means)):
+        if all(bool(own.total.any()) or not other.total.any()
+               for name, sums in found.items() for own, other in zip(sums, wanted[name])):
             break  # the input of a layer that is silent on these images has no kind
     return with_products(shares, {
-        name: [_at_rate(product, *(means[name][i * len(means[name]) // len(products)] for means in (wanted, found)))
+        name: [_at_rate(product, *(sums[name][i * len(sums[name]) // len(products)] for sums in (wanted, found)))
                for i, product in enumerate(products)] if name in found else products
         for name, products in shares.products.items()})
 
 
-def _check_same_calls(wanted: _Means, found: _Means) -> None:
+def _check_same_calls(wanted: _Sums, found: _Sums) -> None:
     """Raise ValueError unless the layers that run were counted, as often in a forward."""
-    for name, means in found.items():
+    for name, sums in found.items():
         if name not in wanted:
             raise ValueError(f"rates: were counted on another model, since layer '{name}' did not run there. Give "
                              f'FiringRates and estimate_energy the same model.')
-        if len(wanted[name]) != len(means):
-            raise ValueError(f"rates: layer '{name}' runs {len(means)} times in a forward, and was counted "
+        if len(wanted[name]) != len(sums):
+            raise ValueError(f"rates: layer '{name}' runs {len(sums)} times in a forward, and was counted "
                              f'{len(wanted[name])} times. Count calls of the whole model: model(images).')
 
 
-def _at_rate(product: Product, wanted: torch.Tensor, found: torch.Tensor) -> Product:
-    """Scale the additions of a product from one mean |input| per channel to another."""
-    if product.unit is not None:
-        wanted, found = (_of_unit(x, product.unit) for x in (wanted, found))
-    mean, own = wanted.mean().item(), found.mean().item()
-    return product._replace(additions=product.additions * mean / own if own else product.whole * mean)
+def _at_rate(product: Product, wanted: InputSum, found: InputSum) -> Product:
+    """Scale the additions of a product from one sum of |input| per channel to another.
+
+    If its input was zero, it adds where the other sum is whole numbers of levels.
+    """
+    if not product.whole:
+        return product
+    if found.total.any():
+        mean, own = (_in_units(x.mean, product.units[0]).mean().item() for x in (wanted, found))
+        return product._replace(additions=product.additions * mean / own)
+    for unit in product.units:
+        if near_whole(_in_units(wanted.total, unit), 2e-6).all():  # tolerance: a few float32 roundings
+            return product._replace(additions=product.whole * _in_units(wanted.mean, unit).mean().item())
+    return Product(0, 0., [None])
 
 
-def _of_unit(x: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
-    levels = quotient(x, unit.abs().to(x))
+def _in_units(x: torch.Tensor, unit: Optional[torch.Tensor]) -> torch.Tensor:
+    levels = None if unit is None else quotient(x, unit.abs().to(x))
     return x if levels is None else levels
 
 

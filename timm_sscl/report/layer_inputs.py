@@ -1,6 +1,6 @@
 """Measure the mean input of every layer with weights while a model runs: how many additions a layer makes."""
 from contextlib import ExitStack
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 import torch.distributed as dist
@@ -10,7 +10,20 @@ from torch.nn.modules.conv import _ConvNd
 from timm_sscl.distributed import world_size
 from timm_sscl.neurons import SpikingNeuron
 
-__all__ = ['LayerInputs']
+__all__ = ['InputSum', 'LayerInputs']
+
+
+class InputSum(NamedTuple):
+    """Sum of |input| over all calls of one place in a forward.
+
+    It has the axes of the input. Those of length 1 are summed; convolutions and linear layers have one sum per channel.
+    """
+    total: torch.Tensor
+    elements: int  # of each sum
+
+    @property
+    def mean(self) -> torch.Tensor:
+        return self.total / max(self.elements, 1)
 
 
 class LayerInputs:
@@ -67,15 +80,11 @@ class LayerInputs:
                 dist.all_reduce(elements)
                 self._elements[key] = round(elements.item())
 
-    def means(self) -> Dict[str, List[torch.Tensor]]:
-        """Return the mean |input| of every layer that ran, for each of its calls in a forward.
-
-        A mean has the axes of the input: those of length 1 are averaged. Convolutions and linear layers have one per
-        channel.
-        """
-        found: Dict[str, List[torch.Tensor]] = {}
+    def sums(self) -> Dict[str, List[InputSum]]:
+        """Return the sums of |input| of every layer that ran, for each of its calls in a forward."""
+        found: Dict[str, List[InputSum]] = {}
         for (name, call), total in self._sums.items():
-            found.setdefault(name, []).append(total / max(self._elements[name, call], 1))
+            found.setdefault(name, []).append(InputSum(total, self._elements[name, call]))
         return found
 
 

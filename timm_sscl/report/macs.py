@@ -14,7 +14,8 @@ from timm_sscl.neurons import SpikingNeuron
 from timm_sscl.probing import naming_channels
 from timm_sscl.untouched import untouched
 
-__all__ = ['MacShares', 'Product', 'count_macs', 'input_kind', 'quotient', 'with_products', 'KINDS']
+__all__ = ['MacShares', 'Product', 'count_macs', 'input_kind', 'near_whole', 'quotient', 'with_products',
+           'KINDS']
 
 KINDS = 'binary', 'fractional', 'analog'
 _MAX_DENOMINATOR = 1024
@@ -39,7 +40,7 @@ class Product(NamedTuple):
     """One product of a forward: its part that only adds."""
     whole: int  # MACs whose input is whole numbers; 0 if it multiplies
     additions: float
-    unit: Optional[torch.Tensor]  # size of one level of its input; None is 1
+    units: Sequence[Optional[torch.Tensor]]  # size of one level of its input, None is 1; the possible ones of zeros
 
 
 class MacShares(NamedTuple):
@@ -78,11 +79,11 @@ def input_kind(x: torch.Tensor, tolerance: float = 2e-7) -> str:
         return 'analog'
     denominators = torch.arange(1, _MAX_DENOMINATOR + 1, dtype=values.dtype, device=values.device)
     # most denominators are out for the first few values
-    possible = denominators[_near_whole(values[:_FEW] * denominators[:, None], tolerance).all(1)]
-    return 'fractional' if any(_near_whole(values * n, tolerance).all() for n in possible) else 'analog'
+    possible = denominators[near_whole(values[:_FEW] * denominators[:, None], tolerance).all(1)]
+    return 'fractional' if any(near_whole(values * n, tolerance).all() for n in possible) else 'analog'
 
 
-def _near_whole(x: torch.Tensor, tolerance: float = 2e-7) -> torch.Tensor:
+def near_whole(x: torch.Tensor, tolerance: float = 2e-7) -> torch.Tensor:
     """Return where values are whole numbers. Averages deviate by a few float32 roundings, other values by 1/4 on
     average.
     """
@@ -99,7 +100,7 @@ def _in_levels(x: torch.Tensor, units: Sequence[torch.Tensor]) -> Tuple[torch.Te
     """
     quotients = [(q, unit) for q, unit in ((quotient(x, unit), unit) for unit in units) if q is not None]
     for levels, unit in quotients:
-        if _near_whole(levels, 2e-6).all():  # tolerance: a few float32 roundings
+        if near_whole(levels, 2e-6).all():  # tolerance: a few float32 roundings
             return levels.round(), unit
     if quotients and input_kind(x) == 'analog':
         return next((pair for pair in quotients if input_kind(pair[0], 2e-6) == 'fractional'), (x, None))
@@ -160,8 +161,11 @@ class _CountMacs(TorchDispatchMode):
         self._add('analog' if kind == 'fractional' and not self.fired else kind, macs)
         x, unit = inputs[kinds.index(kind)] if inputs else (None, None)
         adds = x is not None and self.fired and (kind == 'binary' or _is_whole(x))
-        self.products.setdefault(self._module(), []).append(Product(
-            macs, macs * x.double().abs().mean().item(), unit) if adds and x is not None else Product(0, 0., None))
+        product = Product(0, 0., [None])
+        if x is not None and adds:
+            units = [unit] if x.any() else [None, *self.units]
+            product = Product(macs, macs * x.double().abs().mean().item(), units)
+        self.products.setdefault(self._module(), []).append(product)
 
     def enter_neuron(self, *_: Any) -> None:
         """Forward pre-hook of a neuron."""
@@ -230,7 +234,7 @@ def count_macs(model: nn.Module, images: torch.Tensor) -> MacShares:
     n = len(images)
     by_module = {name: {kind: macs // n for kind, macs in counts.items()} for name, counts in counter.by_module.items()}
     totals = {kind: sum(counts[kind] for counts in by_module.values()) for kind in KINDS}
-    products = {name: [Product(p.whole // n, p.additions / n, p.unit) for p in found]
+    products = {name: [Product(p.whole // n, p.additions / n, p.units) for p in found]
                 for name, found in counter.products.items()}
     shares = MacShares(totals['binary'], totals['fractional'], totals['analog'], by_module)
     return with_products(shares, products)
