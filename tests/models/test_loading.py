@@ -302,3 +302,15 @@ def test_weights_of_stages_alone_give_no_classifier(tmp_path):
     torch.save(stages.state_dict(), tmp_path / 'stages.pth')
     with pytest.raises(ValueError, match="do not fit spiking_test_convnext .*load was given {'features_only': False}"):
         load(tmp_path / 'stages.pth', features_only=False)
+
+
+@pytest.mark.parametrize('name', ['resnet', 'vit', 'efficientnet', 'convnext'])
+def test_features_name_what_starts_at_random(name, tmp_path, caplog):
+    """timm loads the weights of features without a check; its wrappers rename them."""
+    source = timm.create_model(f'spiking_test_{name}', num_classes=3, timesteps=2)
+    torch.save(source.state_dict(), tmp_path / 'model.pth')
+    load(tmp_path / 'model.pth', features_only=True)
+    assert 'at random' not in caplog.text
+    if name == 'resnet':
+        load(tmp_path / 'model.pth', features_only=True, layers=(1, 2, 1, 1))
+        assert 'layer2.1.conv1.weight' in caplog.text and 'not in the file and start at random' in caplog.text

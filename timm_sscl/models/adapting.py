@@ -35,12 +35,19 @@ def create_adapted(described: Mapping[str, Any], given: Mapping[str, Any], state
         state_dict=dict(state), source='', label_offset=0, num_classes=of_file.get('num_classes', classes),
         input_size=(of_file.get('in_chans', size[0]), *size[1:]))
     model: Any = timm.create_model(name, **{**args, 'pretrained': True, 'pretrained_cfg_overlay': overlay})
-    if not args.get('features_only'):
-        heads = getattr(config, 'classifier', None) or ()
-        heads = (heads,) if isinstance(heads, str) else tuple(heads)
-        dropped = tuple(f'{head}.' for head in heads) if model.num_classes != overlay['num_classes'] else ()
-        random = [name for name, _ in model.named_parameters() if name not in state or name.startswith(dropped)]
-        if random:
-            _logger.warning(f'{type(model).__name__}: {", ".join(random)} are not in the file, or of other classes '
-                            f'there, and start at random.')
+    heads = getattr(config, 'classifier', None) or ()
+    heads = (heads,) if isinstance(heads, str) else tuple(heads)
+    other_head = not args.get('features_only') and model.num_classes != overlay['num_classes']
+    dropped = tuple(f'{head}.' for head in heads) if other_head else ()
+    known = {_plain(key) for key in state}
+    random = [key for key, _ in model.named_parameters() if _plain(key) not in known or key.startswith(dropped)]
+    if random:
+        classes_too = ', or of other classes there,' if dropped else ''
+        _logger.warning(f'{type(model).__name__}: {", ".join(random)} are not in the file{classes_too} and start at '
+                        f'random.')
     return model
+
+
+def _plain(key: str) -> str:
+    """Return a parameter's name as it is with and without timm's wrappers of features, which write '_' for '.'."""
+    return key.removeprefix('model.').replace('_', '.')
