@@ -144,7 +144,7 @@ def _fires(gamma, beta, u):
     model = convert_to_spiking(_Net(), timesteps=1, norm='mpbn', tau=0.).double()
     norm = model.act1.membrane_norm
     with torch.no_grad():
-        norm.eps = 0.
+        norm.eps = 1e-30
         for tensor, value in ((norm.running_mean, 1.), (norm.running_var, 4.), (norm.weight, gamma), (norm.bias, beta)):
             tensor.fill_(value)
         fold_norms(model.eval(), _images())

@@ -82,13 +82,13 @@ def test_threshold_that_the_norm_amounts_to(gamma, fires):
     """theta' = mean + (theta - bias) * std / weight; a negative weight turns the comparison round."""
     model = _net(tau=0.).eval()
     norm = model.act.membrane_norm
-    norm.eps = 0.
+    norm.eps = 1e-30
     with torch.no_grad():
         for tensor, value in ((norm.running_mean, 1.), (norm.running_var, 4.), (norm.weight, gamma), (norm.bias, 0.)):
             tensor.fill_(value)
         u = torch.linspace(-1, 3, 17, dtype=torch.float64).view(-1, 1, 1, 1).expand(-1, C, 1, 1)  # with .5 and 1.5
         model.set_timesteps(1)
-        norm.eps = 0.
+        norm.eps = 1e-30
         with model.time_folded():
             assert torch.equal(model.act(u), fires(u).double())
 

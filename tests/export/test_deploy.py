@@ -52,7 +52,7 @@ def _make_dyadic(model, generator):
             if module.bias is not None:
                 module.bias.data = torch.randint(0, 33, module.bias.shape, generator=generator) / 64
         elif isinstance(module, nn.BatchNorm2d):
-            module.eps = 0.
+            module.eps = 1e-30
             module.running_var.fill_(.25)
             module.running_mean.copy_(torch.randint(-8, 9, module.running_mean.shape, generator=generator) / 16)
             module.weight.data = 2. ** torch.randint(-2, 1, module.weight.shape, generator=generator)

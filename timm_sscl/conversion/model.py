@@ -147,11 +147,11 @@ class SpikingModule(SpikingState, Mixin):
         functions = self._functions(name)
         before = enter_fold(self)
         try:
-            with functions:
+            with functions or nullcontext():
                 out = method(*args, **kwargs)
         finally:
             leave_fold(before)
-        if isinstance(functions, FunctionsOverTime) and name != 'forward_intermediates':  # it may stop early
+        if functions is not None and name != 'forward_intermediates':  # it may stop early
             functions.check_count()
         return out
 
@@ -201,9 +201,9 @@ class SpikingModule(SpikingState, Mixin):
         check_rank(self, x)
         return encode_input(x, self.timesteps, self.settings.stem)
 
-    def _functions(self, method: str):
-        """Return the context in which functions become neurons, and noise has one mask over time, in a call of this
-        method.
+    def _functions(self, method: str) -> Optional[FunctionsOverTime]:
+        """Return the mode in which functions become neurons, and noise has one mask over time, in a call of this
+        method; None if it has neither.
         """
         neuron: Optional[Callable[..., Any]] = self._modules.get(NEURON_NAME)
         if self._repeats_activations:
@@ -211,7 +211,7 @@ class SpikingModule(SpikingState, Mixin):
         noise = self.training and self._calls_noise and (
             getattr(self, 'drop_rate', True) or getattr(self, 'patch_drop_rate', 0))
         if not noise and neuron is None:
-            return nullcontext()
+            return None
         head, last = self.__dict__.get('function_calls', (None,) * 4)[3], number_of_calls(self)
         if method != 'forward' and head is None:
             return FunctionsOverTime(self.timesteps, neuron)
