@@ -106,9 +106,9 @@ def _predict(rebuilt: Rebuilt) -> Tuple[Measured, torch.Tensor]:
         wrong = [answer for answer in answers if answer.label != answer.predicted]
         worst = sorted([*worst, *wrong], key=lambda answer: -answer.loss)[:_WORST]
         for answer in answers:
-            if answer.label in shown:
+            if answer.label in shown or not firsts:  # a few images may have none of these classes
                 firsts.setdefault(answer.label, answer)
-    examples = [firsts[label] for label in sorted(firsts)]
+    examples = [firsts[label] for label in sorted(firsts) if label in shown] or [*firsts.values()]
     names, total = rebuilt.classes, int(confusion.sum())
     return Measured(
         total, 100 * int(confusion.diagonal().sum()) / total, confusion,
