@@ -73,9 +73,10 @@ def test_an_option_of_a_function_has_a_default():
     unregister_loss('test_p')
 
 
-@pytest.mark.parametrize('name, meant', [('lfi', 'lif'), ('mfl', 'mlf'), ('kilf', 'klif')])
+@pytest.mark.parametrize('name, meant', [
+    ('lfi', 'lif'), ('mfl', 'mlf'), ('kilf', 'klif'), ('LIF', 'lif'), ('PsN', 'psn')])
 def test_neighbours_that_changed_places_are_one_edit(name, meant):
-    """Of the names that share as many letters with it, an error names the one that is closest."""
+    """Of the names that share as many letters with it, an error names the closest, whatever its capitals."""
     with pytest.raises(ValueError, match=rf"unknown neuron '{name}'.*Did you mean '{meant}'\?"):
         create_neuron(name, 2)
 

@@ -9,10 +9,11 @@ def closest(name: str, known: Iterable[str], n: int = 1) -> List[str]:
     """Return at most n known names that are similar to a name, the closest first; [] if none is.
 
     Names that share enough of their letters (difflib) are ranked by the number of single edits between them: a letter
-    more, less or another one, or two neighbours that changed places.
+    more, less or another one, or two neighbours that changed places. Capitals count as small letters.
     """
-    found = difflib.get_close_matches(name, known, n=max(10, n))
-    return sorted(found, key=lambda other: _edits(name, other))[:n]
+    by_lower = {other.lower(): other for other in known}
+    found = difflib.get_close_matches(name.lower(), by_lower, n=max(10, n))
+    return [by_lower[other] for other in sorted(found, key=lambda other: _edits(name.lower(), other))[:n]]
 
 
 def _edits(a: str, b: str) -> int:

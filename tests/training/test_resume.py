@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
-from runs import same_runs
+from runs import fails, same_runs
 
 pytestmark = pytest.mark.slow  # starts processes
 ROOT = Path(__file__).resolve().parents[2]
@@ -259,3 +259,13 @@ def test_ending_the_launcher_saves_and_stops_the_training(tmp_path):
         assert time.monotonic() < deadline, (tmp_path / 'log.txt').read_text()
     assert 'To go on: accelerate launch' in (tmp_path / 'log.txt').read_text()
     assert list((tmp_path / 'out/run').glob('recovery-*'))
+
+
+@pytest.mark.parametrize('args', [[], ['--eval-only']])
+def test_a_folder_above_runs_names_them(args, tmp_path, monkeypatch, capsys):
+    for name in ('a', 'b', 'no_run'):
+        (tmp_path / 'out' / name).mkdir(parents=True)
+    for name in ('a', 'b'):
+        (tmp_path / 'out' / name / 'args.yaml').write_text('epochs: 1\n')
+    code, line = fails(['--distill', 'none', '--resume', 'out', *args], tmp_path, monkeypatch, capsys)
+    assert code and "--resume: 'out'" in line and line.endswith('; folders in it hold runs: out/a, out/b.')

@@ -27,7 +27,7 @@ from ..datasets import create_datasets, guard_samples, resolve_input, resolve_nu
 from ..errors import OptionError
 from ..exits import one_line_errors
 from ..loaders import create_loaders
-from ..saving.resume import newest_file
+from ..saving.resume import newest_file, runs_below
 from .rows import append_row
 from ..session import Session
 from ..steps.stop import StopRequest
@@ -131,7 +131,8 @@ def _weights_to_evaluate(args: Namespace) -> _Weights:
     file = args.resume if os.path.isfile(args.resume) else newest_file(Path(args.resume))
     if not file:
         raise FileNotFoundError(
-            f"--resume: '{args.resume}' is neither a checkpoint nor a folder with an undamaged one.")
+            f"--resume: '{args.resume}' is neither a checkpoint nor a folder with an undamaged one"
+            f'{runs_below(Path(args.resume))}.')
     if why_damaged(Path(file)):
         raise ValueError(f"--resume: '{file}' is damaged or no checkpoint ({why_damaged(Path(file))}).")
     try:

@@ -22,9 +22,11 @@ from ..command_line.option_groups import create_parser
 from ..command_line.options import ARGS_FILE, AUTO
 from ..teachers.teacher_key import plain
 
-__all__ = ['SUMMARY_FILE', 'restore', 'find_run', 'newest_file', 'newest_unfinished', 'options_as_yaml']
+__all__ = ['SUMMARY_FILE', 'restore', 'find_run', 'newest_file', 'newest_unfinished', 'options_as_yaml', 'runs_below']
 
 _logger = logging.getLogger('train')
+
+_SHOWN = 3  # number of runs that a message names
 
 SUMMARY_FILE = 'summary.json'  # file name in a run's folder; written at the end of the run
 
@@ -48,6 +50,12 @@ def restore(task: TrainingTask, file: str, optimizer: Optional[torch.optim.Optim
     return epoch
 
 
+def runs_below(folder: Path) -> str:
+    """Return which runs the folders in a folder hold, as an addition to an error message; '' if there are none."""
+    found = sorted(str(file.parent) for file in folder.glob(f'*/{ARGS_FILE}'))
+    return f'; folders in it hold runs: {", ".join(found[-_SHOWN:])}' if found else ''
+
+
 def find_run(args: Namespace, root: Path, data_config: Dict[str, Any]) -> Tuple[Path, str]:
     """Return the folder of this run, and the checkpoint from which it continues ('' if it starts).
 
@@ -66,7 +74,8 @@ def find_run(args: Namespace, root: Path, data_config: Dict[str, Any]) -> Tuple[
         folder = Path(args.resume)
         checkpoint = newest_file(folder)
         if not checkpoint and not (folder / ARGS_FILE).is_file():
-            raise FileNotFoundError(f"--resume: '{folder}' holds no checkpoint that is whole, and no run.")
+            raise FileNotFoundError(f"--resume: '{folder}' holds no checkpoint that is whole, and no run"
+                                    f'{runs_below(folder)}.')
         return folder, checkpoint
     if args.resume:
         file = Path(args.resume)
