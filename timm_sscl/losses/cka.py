@@ -323,7 +323,8 @@ class RunningCKA(nn.Module):
             known = newest.isfinite().all() & ((newest > 0) == (terms > 0))[1:].all()
             share = self.momentum * known.to(self.mean_terms.dtype)
             self.mean_terms.lerp_(newest.nan_to_num(posinf=0., neginf=0.), share)
-            self.mean_weight.lerp_(torch.ones_like(self.mean_weight), share)
+            weight = self.mean_weight.view(1)  # torch 2.11 loses what compiled code writes to a 0-d float64 tensor
+            weight.lerp_(torch.ones_like(weight), share)
         return _ratio(terms).to(torch.promote_types(student.dtype, torch.float32)), self.value
 
     def _terms_of(self, student: torch.Tensor, teacher: torch.Tensor, counts: Optional[Sequence[int]]) -> torch.Tensor:
