@@ -20,14 +20,16 @@ from pathlib import Path
 from typing import List, Optional, Sequence
 
 if __name__ == '__main__':  # a wrong option ends the script here, before torch is imported
-    spec = importlib.util.find_spec('timm_sscl')
-    sys.modules['timm_sscl'] = package = importlib.util.module_from_spec(spec)  # its parts can be imported alone
-    importlib.import_module('timm_sscl.training.command_line.first_look').end_if_wrong()
-    spec.loader.exec_module(package)
+    try:
+        spec = importlib.util.find_spec('timm_sscl')
+        sys.modules['timm_sscl'] = package = importlib.util.module_from_spec(spec)  # its parts can be imported alone
+        importlib.import_module('timm_sscl.training.command_line.first_look').end_if_wrong()
+        spec.loader.exec_module(package)
+    except ModuleNotFoundError as error:
+        sys.exit(f"error: {error.name} is not installed; run pip install -e '{Path(__file__).resolve().parent}'")
 
 import torch
 import torch.nn as nn
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from timm.utils import random_seed
@@ -55,7 +57,7 @@ from timm_sscl.training.optimizer import create_optimizer_and_schedule
 from timm_sscl.training.command_line.option_ranges import check_values
 from timm_sscl.training.command_line.options import ARGS_FILE, parse_args
 from timm_sscl.training.processes import (
-    create_accelerator, finish_trackers, set_threads, setup_logging, warn_slow_precision)
+    create_accelerator, finish_trackers, set_threads, setup_logging, start_trackers, warn_slow_precision)
 from timm_sscl.training.saving.resume import find_run, options_as_yaml, restore
 from timm_sscl.training.runs.run_report import try_to_report
 from timm_sscl.training.runs.run_summary import log_options, run_command
@@ -172,10 +174,7 @@ def prepare(args: Namespace, accelerator: Accelerator, stop: StopRequest, resour
     if accelerator.is_main_process:
         write_text(folder / ARGS_FILE, options_as_yaml(args))
         write_text(folder / DATA_FILE, json.dumps(described, indent=2) + '\n')
-    if args.report_to:
-        accelerator.project_configuration.logging_dir = str(folder)
-        accelerator.init_trackers('timm_sscl', {k: v if isinstance(v, (int, float, str)) else str(v)
-                                                for k, v in yaml.safe_load(options_as_yaml(args)).items()})
+    start_trackers(args, accelerator, folder)
     return job
 
 

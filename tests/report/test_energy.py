@@ -1,6 +1,5 @@
 """Energy of small networks by hand: the stem multiplies at every timestep, and a spike is an addition per weight."""
 import pytest
-import timm
 import torch
 import torch.nn as nn
 
@@ -50,25 +49,6 @@ def test_energy_of_a_converted_ann_has_the_spikes_of_its_own_forward():
     energy = estimate_energy(model, images)
     assert energy.macs == T * 9 * 4 * 16
     assert energy.additions == pytest.approx(first * 4 * 16 * 5 + second * 5 * 16 * 3, rel=1e-5)  # float32 rates
-
-
-@pytest.mark.parametrize('options', [
-    dict(), dict(residual='sew'), dict(neuron='ilif'), dict(neuron='ternary')], ids=str)
-def test_energy_at_the_rates_of_many_batches_is_that_of_all_images(options):
-    """Through max pooling, sums of spikes and amplitudes, too."""
-    torch.manual_seed(0)
-    model = timm.create_model('spiking_test_resnet', num_classes=5, timesteps=2, **options).eval()
-    images = torch.randn(24, 3, 32, 32) * torch.linspace(.2, 3, 24)[:, None, None, None]
-    with FiringRates(model, inputs=True) as rates, torch.no_grad():
-        for batch in images.split(10):
-            model(batch)
-    whole, few = estimate_energy(model, images), estimate_energy(model, images[:8])
-    found = estimate_energy(model, images[:10], rates)
-    assert whole.additions > 1.05 * few.additions > 0  # the first images are dark
-    assert found.spiking == pytest.approx(whole.spiking, rel=1e-5)  # rates are float32 means
-    assert found[2:3] + found[4:5] == whole[2:3] + whole[4:5]
-    for name, layer in whole.layers.items():
-        assert found.layers[name].additions == pytest.approx(layer.additions, rel=1e-5)
 
 
 def test_a_layer_that_is_silent_on_the_first_images_adds_at_the_rate_of_all():

@@ -51,8 +51,8 @@ def _spiking(net, **options):
     return model
 
 
-def _resnet():
-    return _spiking(timm.create_model('test_resnet', num_classes=4))
+def _resnet(**options):
+    return _spiking(timm.create_model('test_resnet', num_classes=4), **options)
 
 
 def _from_ann():
@@ -61,9 +61,14 @@ def _from_ann():
     return convert_ann(net, _images(), timesteps=4)  # a threshold per channel
 
 
-@pytest.mark.parametrize('make', [
-    _from_ann, lambda: _spiking(Shared()), lambda: _spiking(Mixed()), lambda: torch.compile(_resnet()),
-    lambda: deploy(_resnet(), _images()[:1])], ids=['convert_ann', 'shared', 'mixed', 'compiled', 'deployed'])
+MODELS = {
+    'convert_ann': _from_ann, 'shared': lambda: _spiking(Shared()), 'mixed': lambda: _spiking(Mixed()),
+    'compiled': lambda: torch.compile(_resnet()), 'deployed': lambda: deploy(_resnet(), _images()[:1]),
+    'max pooling': _resnet, 'sums of spikes': lambda: _resnet(residual='sew'),
+    'amplitudes': lambda: _resnet(neuron='ilif'), 'signs': lambda: _resnet(neuron='ternary')}
+
+
+@pytest.mark.parametrize('make', MODELS.values(), ids=MODELS)
 def test_energy_at_the_rates_of_batches_is_that_of_all_images(make):
     torch.manual_seed(0)
     model, images = make(), _images()
@@ -73,8 +78,10 @@ def test_energy_at_the_rates_of_batches_is_that_of_all_images(make):
     whole, few = estimate_energy(model, images), estimate_energy(model, images[:8])
     found = estimate_energy(model, images[:8], rates)
     assert whole.additions > 1.05 * few.additions > 0  # the first images are darker
+    assert found.spiking == pytest.approx(whole.spiking, rel=1e-5)  # rates are float32 means
+    assert (found.macs, found.ann_macs) == (whole.macs, whole.ann_macs)
     for name, layer in whole.layers.items():
-        assert found.layers[name] == pytest.approx(layer, rel=1e-5)  # float32 means
+        assert found.layers[name] == pytest.approx(layer, rel=1e-5)
     assert not any('_orig_mod' in name for name in found.layers)
 
 

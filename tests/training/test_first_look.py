@@ -59,6 +59,12 @@ def test_names_in_the_source_are_those_registered(folder, call, names, pytestcon
         assert read == names()
 
 
+@pytest.mark.parametrize('loss', list_losses())
+def test_every_option_of_a_loss_passes(loss):
+    for option in loss_spec(loss).options:
+        check_at_sight(['--loss-kwargs', f'{loss}.{option}=1'])
+
+
 def test_what_the_source_does_not_declare_is_an_error():
     for read in (lambda: declared.constant('conversion.from_ann.qcfs', 'NO'),
                  lambda: declared.settings('neurons.lif', 'NO'), lambda: declared.loss_arguments('no')):
@@ -105,6 +111,8 @@ def test_what_may_be_right_passes(argv):
     (['--neuron', 'lfi'], "Did you mean 'lif'?"),
     (['--surrogate', 'atann'], "Did you mean 'atan'?"), (['--norm', 'tdbnn'], 'bntt, mpbn, tab, tdbn, tebn'),
     (['--residual', 'sow'], 'ds, ms, sew'), (['--threshold-rule', 'rmss'], "Did you mean 'rms'?"),
+    (['--loss-kwargs', 'sscl.temprature=1'], "loss 'sscl' has no option 'temprature'. Did you mean 'temperature'?"),
+    (['--loss-kwargs', 'scsl.dim=8'], "there is no loss 'scsl'"), (['--loss-kwargs', 'scsl.dim=8'], "mean 'sscl'?"),
     (['--loss', 'sscl=1,kdd=2'], '--loss kdd'), (['--loss', 'kd=x'], "the weight in 'kd=x' is no number"),
     (['--dataset', 'digts'], "did you mean 'digits'?"),
     (['--dataset', 'cifar10'], "did you mean 'torch/cifar10'?"), (['--data-dir', 'nowhere'], '--data-dir nowhere'),
@@ -114,6 +122,8 @@ def test_what_may_be_right_passes(argv):
     (['--dataset', 'torch/cifar10', '--val-split', 'vaildation'], "Did you mean 'validation'?"),
     (['--event-frames', 'time', '--event-size', '8'], '--event-frames time, --event-size 8: goes with event data'),
     (['--loss', 'sscl=0.1', '--sscl-weight', '0.2'], 'write --loss sscl=0.2'),
+    (['--eval-only', '--pretrained', '--deploy', '--weight-bits', '8', '8'], '--weight-bits 8 8: a number stands'),
+    (['--eval-only', '--pretrained', '--eval-timesteps', '2', '4', '2'], '--eval-timesteps 2 4 2: a number stands'),
     (['--v-reset', 'sotf'], "'sotf' is neither a number nor 'soft'"),
     (['--seeds', '1', '1'], '1 stands there twice'), (['--torchscript'], 'not supported')])
 def test_what_is_wrong_is_refused(argv, words):

@@ -15,6 +15,7 @@ from timm_sscl.losses.projections import Projection
 from timm_sscl.losses.sscl import SSCLCriterion
 from timm_sscl.losses.sscl_parts import create_projection
 from timm_sscl.losses.weightings import Weighting
+from timm_sscl.time_axis import mean_over_time
 
 from .frames_ann import as_mean_frame, fold_frames, takes_frames_folded
 from .sharing import check_nothing_shared
@@ -296,7 +297,7 @@ class SSCLLoss(nn.Module):
                     return self._teacher_recorder.take(x)
                 frames = fold_frames(x)  # the features of an ANN are means over the frames
                 teacher(frames)
-                return [a.unflatten(0, (x.shape[1], -1)).mean(0) for a in self._teacher_recorder.take(frames)]
+                return [mean_over_time(a.unflatten(0, (x.shape[1], -1))) for a in self._teacher_recorder.take(frames)]
         finally:
             self._teacher_recorder.enabled = False
 

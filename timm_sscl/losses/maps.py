@@ -4,6 +4,8 @@ from typing import List, Sequence, Tuple
 import torch
 import torch.nn.functional as F
 
+from timm_sscl.time_axis import mean_over_time
+
 from .logits import as_float
 
 __all__ = ['check_features', 'same_size', 'time_mean']
@@ -11,7 +13,7 @@ __all__ = ['check_features', 'same_size', 'time_mean']
 
 def time_mean(x: torch.Tensor) -> torch.Tensor:
     """Average a feature (T, B, C, ...) over time to (B, C, ...), at least float32."""
-    return as_float(x).mean(0)
+    return mean_over_time(as_float(x))
 
 
 def same_size(student: torch.Tensor, teacher: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:

@@ -65,7 +65,10 @@ class PooledProjection(Projection):
         return [(c,) for c in channels]
 
     def condense(self, x: torch.Tensor) -> torch.Tensor:
-        return x.flatten(3).mean((0, 3)) if x.ndim > 3 else x.mean(0)
+        if x.ndim <= 3:
+            return x.mean(0)
+        over_space = x.flatten(3).mean(3, dtype=torch.promote_types(x.dtype, torch.float32))  # both at once are slow
+        return over_space.mean(0).to(x.dtype)
 
     def check(self, name, x, shape):
         if x.ndim < 3 or x.shape[2] != shape[0]:

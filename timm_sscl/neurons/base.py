@@ -6,6 +6,7 @@ from typing import Any, Dict, Mapping, Optional, Tuple
 import torch
 
 from timm_sscl.knobs import build
+from timm_sscl.time_axis import repeat_over_time
 
 from .contract import check_output, check_start, check_step
 from .elementwise import Elementwise
@@ -60,9 +61,9 @@ class SpikingNeuron(Elementwise, Factors):
                 return spikes, (u * (1 - spikes),)
         ```
 
-    Every call begins with `start`. A neuron with `encodes` takes a current (B, ...) that is the same at every timestep,
-    and returns (T * B, ...). A neuron with `part_of_model`, which a conversion sets, runs only inside a call of its
-    model. Gain and scale are not trained; see `Factors`. A parameter `amplitude` multiplies the output.
+    Every call begins with `start`. With `encodes`, the current (B, ...) is the same at every timestep; the output is
+    (T * B, ...). A neuron with `part_of_model`, which a conversion sets, runs only inside a call of its model. Gain and
+    scale are not trained; see `Factors`. A parameter `amplitude` multiplies the output.
 
     Attributes:
         Settings: Dataclass of the neuron's settings.
@@ -285,9 +286,8 @@ class SpikingNeuron(Elementwise, Factors):
         return scan(type(self).step, *self._recursion(x), elementwise=self.elementwise)
 
     def potential(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the potential before the reset, divided by the firing threshold, (T, B, ...), at least float32.
-
-        It is recomputed from the neuron's input, with gradients. A value of 1 or more fires.
+        """Return the potential before the reset, divided by the firing threshold, (T, B, ...), at least float32. It is
+        recomputed from the neuron's input, with gradients. A value of 1 or more fires.
 
         Args:
             x: Input as in forward, (T * B, ...), or (B, ...) of a neuron that encodes.
@@ -331,7 +331,7 @@ class SpikingNeuron(Elementwise, Factors):
         if not x.is_floating_point():
             raise ValueError(f'x has dtype {x.dtype}: a spiking neuron integrates floating point currents.')
         if self.encodes:
-            return x.expand(self.timesteps, *x.shape)
+            return repeat_over_time(x, self.timesteps)
         if x.ndim == 0 or x.shape[0] % self.timesteps:
             raise ValueError(f'the first axis of {tuple(x.shape)} does not hold timesteps={self.timesteps} equal '
                              f'steps; a spiking neuron works on (timesteps * batch, ...).')
@@ -345,6 +345,6 @@ class SpikingNeuron(Elementwise, Factors):
                 shown.append(f'{field.name}={value}')
         for name, value in (('gain', self.gain), ('scale', self.scale)):
             if value is not None:
-                shown.append(f'{name}=' + (f'{value.item():.4g}' if value.numel() == 1 and not value.is_meta
-                                           else f'{tuple(value.shape)}'))
+                single = value.numel() == 1 and not value.is_meta
+                shown.append(f'{name}={value.item():.4g}' if single else f'{name}={tuple(value.shape)}')
         return ', '.join(shown)

@@ -3,9 +3,11 @@ import importlib
 import logging
 import os
 from argparse import Namespace
+from pathlib import Path
 from typing import Optional, Tuple
 
 import torch
+import yaml
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, ProjectConfiguration
@@ -15,9 +17,10 @@ from timm.utils import setup_default_logging
 from timm_sscl.cpu_features import has_fast_bfloat16
 
 from .errors import OptionError, blame_options
+from .saving.resume import options_as_yaml
 
 __all__ = ['create_accelerator', 'check_launch_plugins', 'count_cores', 'finish_trackers', 'set_threads',
-           'setup_logging', 'warn_slow_precision']
+           'setup_logging', 'start_trackers', 'warn_slow_precision']
 
 _logger = logging.getLogger('train')
 
@@ -132,6 +135,15 @@ def setup_logging(accelerator: Accelerator) -> None:
 
 def _concerns_the_user(record: logging.LogRecord) -> bool:
     return 'No CUDA runtime is found' not in str(record.msg)
+
+
+def start_trackers(args: Namespace, accelerator: Accelerator, folder: Path) -> None:
+    """Open the trackers of a run (--report-to) with its options."""
+    if args.report_to:
+        accelerator.project_configuration.logging_dir = str(folder)
+        accelerator.init_trackers('timm_sscl', {
+            name: value if isinstance(value, (int, float, str)) else str(value)
+            for name, value in yaml.safe_load(options_as_yaml(args)).items()})
 
 
 def finish_trackers(accelerator: Accelerator) -> None:

@@ -7,6 +7,8 @@ from typing import Any, Optional
 import torch
 from torch.utils._pytree import SUPPORTED_NODES, tree_leaves, tree_map
 
+from timm_sscl.time_axis import mean_over_time
+
 __all__ = ['check_folded', 'decode']
 
 
@@ -80,7 +82,7 @@ def _decode_tensor(out: torch.Tensor, timesteps: int, per_step: bool, batch: Opt
     if not (out.is_floating_point() or out.is_complex()):
         raise ValueError(f'a spiking model returned a tensor of {out.dtype}, which has no mean over time; '
                          f'per_step=True returns every step.')
-    return out.mean(0)
+    return mean_over_time(out)
 
 
 def _holds_rows(out: Any) -> bool:

@@ -9,7 +9,6 @@ import torch
 from torch._C import _len_torch_function_stack
 from torch.overrides import _pop_mode_temporarily
 from torch.utils._python_dispatch import _get_current_dispatch_mode
-from torch.utils._pytree import tree_map
 
 __all__ = ['compiles', 'lif_backend', 'run']
 
@@ -63,7 +62,7 @@ def run(
     """
     x = tensors[0]
     if compiles(x, timesteps, owner):
-        signature = torch.is_grad_enabled(), *tree_map(_signature, tensors)
+        signature = torch.is_grad_enabled(), _signature(tensors)
         compiled = _compiled(function, (timesteps, *settings), signature)
         try:
             with _without_function_modes():
@@ -100,9 +99,11 @@ def compiles(x: torch.Tensor, timesteps: int, owner: Hashable) -> bool:
     return _chosen == 'compiled' or (x.numel() >= _WORTH_COMPILING and timesteps <= _MAX_UNROLLED)
 
 
-def _signature(x: Optional[torch.Tensor]) -> Any:
-    """Return the properties of a tensor for which the compiler creates separate graphs, even with symbolic sizes."""
-    return None if x is None else (x.dtype, x.device.type, x.requires_grad, tuple(n == 1 for n in x.shape))
+def _signature(x: Any) -> Any:
+    """Return the properties of tensors for which the compiler creates separate graphs, even with symbolic sizes."""
+    if isinstance(x, tuple):
+        return tuple([_signature(entry) for entry in x])
+    return None if x is None else (x.dtype, x.device.type, x.requires_grad, tuple([n == 1 for n in x.shape]))
 
 
 @lru_cache(maxsize=None)

@@ -9,13 +9,13 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import List, Optional, Sequence
+from typing import List, Mapping, Optional, Sequence
 
 from timm_sscl.closest import closest
 from timm_sscl.dataset_names import TIMM_NAMES, TORCH_PARTED, known_name
 
 from .option_sources import AUTO, parse_losses, read_command_line
-from .declared import constant, registered
+from .declared import constant, loss_arguments, registered
 from ..errors import OptionError, end_with_line, option_text
 from .option_ranges import check_values
 from .option_types import not_registered
@@ -78,11 +78,31 @@ def _check_registered(args: argparse.Namespace) -> None:
     for name in parse_losses(args.loss) if args.loss else ():
         if name not in losses:
             raise not_registered('loss', name, losses)
+    if isinstance(args.loss_kwargs, Mapping):  # a file may say anything; that is checked later
+        _check_loss_options(args.loss_kwargs, losses)
     try:
         known_name(args.dataset, sorted({*registered('data', 'register_dataset'), *TIMM_NAMES}))
     except ValueError as error:
         raise OptionError(str(error)) from error
     _check_splits(args)
+
+
+def _check_loss_options(texts: Mapping[str, str], losses: Sequence[str]) -> None:
+    """Check the names of losses and of their options in --loss-kwargs."""
+    for key, text in texts.items():
+        name, _, option = key.rpartition('.')
+        written = f'--loss-kwargs {key}={text}'
+        if name not in losses:
+            close = closest(name, losses)
+            raise OptionError(f"{written}: there is no loss '{name}'; there are {', '.join(losses)}."
+                              + (f" Did you mean '{close[0]}'?" if close else ''))
+        try:
+            known = loss_arguments(name)
+        except LookupError:  # the loss is a function
+            continue
+        close = closest(option, known)
+        if option not in known and close:
+            raise OptionError(f"{written}: loss '{name}' has no option '{option}'. Did you mean '{close[0]}'?")
 
 
 def _check_splits(args: argparse.Namespace) -> None:

@@ -152,6 +152,10 @@ def _check(args: argparse.Namespace, given: set) -> None:
         raise OptionError('--deploy: goes with --eval-only; a training needs the model as it is.')
     if 'weight_bits' in given and not args.deploy:
         raise OptionError(f'--weight-bits {" ".join(map(str, args.weight_bits))}: goes with --deploy.')
+    for name in ('eval_timesteps', 'weight_bits'):
+        numbers = getattr(args, name) or []
+        if len({*numbers}) < len(numbers):
+            raise OptionError(f'{option_text(name, numbers)}: a number stands there twice; the rows would be equal.')
     if args.teacher_size and min(args.teacher_size) < 1:
         raise OptionError(f'--teacher-size {args.teacher_size[0]} {args.teacher_size[1]}: must be 1 pixel or more.')
     if not 0 < args.ann_percentile <= 100:
