@@ -3,7 +3,7 @@ import logging
 import types
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
-from typing import Any, Callable, Hashable, Iterator, Optional, Set, Tuple
+from typing import Any, Callable, Hashable, Iterator, Set, Tuple
 
 import torch
 from torch._C import _len_torch_function_stack
