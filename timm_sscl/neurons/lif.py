@@ -7,13 +7,13 @@ import torch
 from timm_sscl.knobs import RESETS, knob
 
 from .base import SpikingNeuron
-from .kernels.backend import run
+from .kernels.chunks import run_backward, run_fire, run_fire_as
 from .kernels.current_recompute import Source, find_source
 from .kernels.first_order import first_order
-from .kernels.memory_layout import Flat
+from .kernels.memory_layout import Flat, on_same_memory
 from .kernels.packing import active_packing
 from .kernels.recursion import (
-    Neuron, backward_from_bits, backward_from_input, backward_from_sources, fire, fire_as, reset, traced)
+    Neuron, backward_from_bits, backward_from_input, backward_from_sources, reset, traced)
 from .registry import register_neuron
 from .settings import NeuronSettings, check_decay, check_reset
 from .surrogate import rectangle_window
@@ -60,34 +60,33 @@ class _LIF(torch.autograd.Function):
         ctx.needs_potential = neuron.v_reset is not None and not neuron.detach_reset and timesteps > 1
         source = source if flat.by_channel() is not None else None
         two_bits = keep and (source is not None or not ctx.needs_potential)
-        spikes, fired, window = run(
-            fire, (flat.view(x), flat.gain), timesteps, neuron, two_bits or packing is not None, two_bits)
+        (spikes, fired, window), starts = run_fire(
+            flat.view(x), flat.gain, timesteps, neuron, two_bits or packing is not None, two_bits)
         spikes = flat.restore(spikes)
         if packing is not None:
             packing.add(spikes, fired.flatten(1), timesteps)
         if two_bits:
-            ctx.save_for_backward(fired, window, *(term.bias for term in source or ()))
+            ctx.save_for_backward(*starts, fired, window, *(term.bias for term in source or ()))
         elif keep:
-            ctx.save_for_backward(x)
-        ctx.settings = flat, neuron, timesteps, source
+            ctx.save_for_backward(*starts, x)
+        ctx.settings = flat, neuron, timesteps, source, len(starts)
         return spikes
 
     @staticmethod
     @first_order
     def backward(ctx, grad):
-        flat, neuron, timesteps, source = ctx.settings
-        if not ctx.needs_potential:
-            fired, window, *_ = ctx.saved_tensors
-            grad_x = run(backward_from_bits, (flat.view(grad), fired, window, flat.gain), timesteps, neuron)
-        elif source is None:
-            x, = ctx.saved_tensors
-            grad_x = run(backward_from_input, (flat.view(grad), flat.view(x), flat.gain), timesteps, neuron)
-        else:
-            fired, window, *biases = ctx.saved_tensors
-            flat = flat.by_channel()
-            bits = (b.view(-1, *flat.shape[1:]) for b in (fired, window))
+        flat, neuron, timesteps, source, num = ctx.settings
+        starts, tensors = ctx.saved_tensors[:num], ctx.saved_tensors[num:]
+        kernel: Any = backward_from_bits
+        saved: Tuple[Any, ...] = tensors[:2]
+        if ctx.needs_potential and source is None:
+            kernel, saved = backward_from_input, (flat.view(tensors[0]),)
+        elif ctx.needs_potential:
+            kernel, (fired, window, *biases), flat = backward_from_sources, tensors, flat.by_channel()
             terms = tuple(_flat_affine(flat, *term.affine(bias)) for term, bias in zip(source, biases))
-            grad_x = run(backward_from_sources, (flat.view(grad), *bits, terms, flat.gain), timesteps, neuron)
+            saved = (*(bits.view(-1, *flat.shape[1:]) for bits in (fired, window)), terms)
+            starts = [on_same_memory(v, flat.shape[1:]) for v in starts]
+        grad_x = run_backward(kernel, flat.view(grad), saved, flat.gain, starts, timesteps, neuron)
         return flat.restore(grad_x), None, None, None, None
 
 
@@ -245,8 +244,7 @@ class LIF(SpikingNeuron):
         if type(self).run is not LIF.run or not self._runs_own_step():  # other spikes, such as MPBN's
             return super().run_as(x, folded, dtype)
         flat = Flat.of(x, self.gain)
-        spikes = run(fire_as, (flat.view(x), flat.gain), len(x), _kernel_settings(self.settings), dtype)
-        return flat.restore(spikes)
+        return flat.restore(run_fire_as(flat.view(x), flat.gain, len(x), _kernel_settings(self.settings), dtype))
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
         super().__setstate__(state)

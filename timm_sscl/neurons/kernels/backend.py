@@ -10,13 +10,13 @@ from torch._C import _len_torch_function_stack
 from torch.overrides import _pop_mode_temporarily
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-__all__ = ['compiles', 'lif_backend', 'run']
+__all__ = ['MAX_UNROLLED', 'compiles', 'lif_backend', 'run']
 
 _logger = logging.getLogger(__name__)
 
 BACKENDS = ('auto', 'compiled', 'eager')
 _WORTH_COMPILING = 2 ** 18  # number of elements; for smaller tensors, call overhead exceeds the arithmetic
-_MAX_UNROLLED = 16  # number of timesteps; each is separate code, which makes compilation slow
+MAX_UNROLLED = 16  # number of timesteps; each is separate code, which makes compilation slow
 
 _chosen = 'auto'
 _broken: Set[Tuple[Any, ...]] = set()  # (device type, owner) of kernels whose compilation failed
@@ -27,8 +27,8 @@ def lif_backend(name: str) -> Iterator[None]:
     """Choose how neurons run inside.
 
     Args:
-        name: 'auto' (the default: compiled for large tensors and up to 16 timesteps, if a compiler works), 'compiled'
-            (for any size) or 'eager'. All give the same numbers.
+        name: 'auto' (the default: compiled for large tensors, if a compiler works; with more than 16 timesteps only the
+            LIF, in chunks), 'compiled' (for any size) or 'eager'. All give the same numbers.
 
     Raises:
         ValueError: name is none of these.
@@ -96,7 +96,7 @@ def compiles(x: torch.Tensor, timesteps: int, owner: Hashable) -> bool:
         return False
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or _get_current_dispatch_mode() is not None:
         return False  # part of an enclosing graph
-    return _chosen == 'compiled' or (x.numel() >= _WORTH_COMPILING and timesteps <= _MAX_UNROLLED)
+    return _chosen == 'compiled' or (x.numel() >= _WORTH_COMPILING and timesteps <= MAX_UNROLLED)
 
 
 def _signature(x: Any) -> Any:

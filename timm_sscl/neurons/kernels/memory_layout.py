@@ -4,7 +4,7 @@ from typing import NamedTuple, Optional, Sequence, Tuple
 
 import torch
 
-__all__ = ['Flat']
+__all__ = ['Flat', 'on_same_memory']
 
 _CHANNELS = 2  # channel axis in (T, B, C, ...)
 
@@ -54,13 +54,19 @@ class Flat(NamedTuple):
             shape = 1, *shape[1:]
         elif x.stride() != self.stride:
             x = torch.empty_strided(self.size, self.stride, dtype=x.dtype, device=x.device).copy_(x)
-        # on the same memory but not a view for autograd: the compiler would guard on the sizes of the base
-        flat = torch.empty(0, dtype=x.dtype, device=x.device)
-        return flat.set_(x.untyped_storage(), x.storage_offset(), shape, _contiguous_stride(shape))
+        return on_same_memory(x, shape)
 
     def restore(self, flat: torch.Tensor) -> torch.Tensor:
         """Give a fresh tensor of the flat shape the input's size and strides, in place. It must not be a view."""
         return flat if self.shape is None else flat.as_strided_(self.size, self.stride)
+
+
+def on_same_memory(x: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Return a contiguous tensor on the memory of x that is no view for autograd: the compiler would guard on the sizes
+    of its base.
+    """
+    same = torch.empty(0, dtype=x.dtype, device=x.device)
+    return same.set_(x.untyped_storage(), x.storage_offset(), shape, _contiguous_stride(shape))
 
 
 def _split(size: Sequence[int], stride: Sequence[int], axis: int) -> Tuple[int, ...]:

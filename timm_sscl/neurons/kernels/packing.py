@@ -5,8 +5,7 @@ from typing import Any, Dict, Iterator, NamedTuple, Optional, Tuple, Union
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .backend import run
-from .recursion import unpack_bits
+from .chunks import run_unpack
 
 __all__ = ['packed_spikes', 'active_packing', 'only_packing_hooks', 'SpikePacking']
 
@@ -57,7 +56,7 @@ class SpikePacking:
     def unpack(packed: Any) -> torch.Tensor:
         """Return the tensor for what `pack` returned."""
         if isinstance(packed, _Packed):
-            flat = run(unpack_bits, (packed.spikes.bits,), packed.spikes.timesteps, packed.dtype).view(-1)
+            flat = run_unpack(packed.spikes.bits, packed.spikes.timesteps, packed.dtype).view(-1)
             return flat.as_strided(packed.size, packed.stride, packed.offset)
         x, version = packed
         if x._version != version:  # autograd's own check does not apply to hooks
