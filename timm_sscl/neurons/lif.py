@@ -76,7 +76,8 @@ class _LIF(torch.autograd.Function):
     @first_order
     def backward(ctx, grad):
         flat, neuron, timesteps, source, num = ctx.settings
-        starts, tensors = ctx.saved_tensors[:num], ctx.saved_tensors[num:]
+        kept = ctx.saved_tensors  # checkpointing allows one access
+        starts, tensors = kept[:num], kept[num:]
         kernel: Any = backward_from_bits
         saved: Tuple[Any, ...] = tensors[:2]
         if ctx.needs_potential and source is None:
