@@ -15,11 +15,11 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, NamedTuple, Sequence, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Sequence, Tuple
 
 from harness import RESULTS, machine
 from pages import FIGURES, PAGES, write_section
-from train_step import NETS, PARTS, T, layouts, load_table, name_of
+from train_step import ANN, NETS, OPTIONS, PARTS, T, layouts, load_table, name_of
 
 PAGE = PAGES / 'performance.md'
 BEGIN, END = '<!-- performance: written by benchmarks/performance.py -->', '<!-- end of performance -->'
@@ -89,12 +89,15 @@ def both(name: str, table: str, key: str, value: str) -> Dict[str, List[float]]:
 
 def agreement(name: str, table: str, key: str, value: str) -> str:
     """Return a sentence on the difference between two runs' ratios, in the median and at most."""
-    pairs = [v for v in both(name, table, key, value).values() if len(v) == 2]
-    if not pairs:
-        return ''
-    apart = sorted(abs(a - b) / min(a, b) for a, b in pairs)
-    return (f' Two runs differ by {100 * apart[len(apart) // 2]:.0f} % in the median row and {100 * apart[-1]:.0f} % '
-            f'in the worst.')
+    return apart([(v[0], v[1]) for v in both(name, table, key, value).values() if len(v) == 2])
+
+
+def apart(pairs: Iterable[Tuple[float, float]]) -> str:
+    """Return a sentence on the difference between two runs' ratios; '' if there are none."""
+    shares = sorted(abs(a - b) / min(a, b) for a, b in pairs)
+    return '' if not shares else (
+        f' Two runs differ by {100 * shares[len(shares) // 2]:.0f} % in the median row and {100 * shares[-1]:.0f} % in '
+        f'the worst.')
 
 
 def measured_on(newest: Mapping[str, Any]) -> str:
@@ -113,12 +116,12 @@ def neuron() -> List[str]:
     newest = runs('neuron')[0]
     rows = newest['tables']['ratios']
     cases = [key for key in rows[0] if key != 'neuron']
-    apart = quartiles_apart(newest['tables']['milliseconds'])
+    spread_percent = quartiles_apart(newest['tables']['milliseconds'])
     return ['## One neuron layer', '',
             'Forward and backward of one layer, T = 4 on a batch of 32 maps of 64 x 32 x 32, memory kept between '
             'calls; ReLU on the same tensor is 1:', '',
             *markdown(rows, [('neuron', 'layer', ''), *((case, case, '.2f') for case in cases)]), '',
-            f'Half of the rounds lie within {apart:.0f} % in the median cell. `python benchmarks/neuron.py`.'
+            f'Half of the rounds lie within {spread_percent:.0f} % in the median cell. `python benchmarks/neuron.py`.'
             f'{measured_on(newest)}{agreement("neuron", "ratios", "neuron", cases[0])}']
 
 
@@ -131,24 +134,59 @@ def quartiles_apart(rows: Sequence[Mapping[str, Any]]) -> float:
 def train_step() -> List[str]:
     lines = ['## A training step', '',
              f'Time and peak memory of tensors, T = {T}; the ANN sees {T} times as many images, in the same memory '
-             f'format, and is 1. "Best" are the options that no other one beats in both. Memory is measured with glibc '
-             f'giving every freed block back. The option "stem once" is `share_stem`.', '']
-    missing = []
-    for net in NETS.values():
-        for layout in layouts(net.name):
-            rows = load_table(RESULTS, net.name, layout)
-            if rows is None:
-                missing.append(f'{net.name} ({layout})')
-                continue
-            newest = runs(name_of(net.name, layout, 'time'))[0]
-            lines += [f'{net.name}, {layout}, {net.batch} images of {net.size} x {net.size}:', '',
-                      *markdown([{**row, 'spread': spread(row)} for row in rows], [
-                          ('step', 'step', ''), ('time', 'time', '.2f'), ('spread', 'quartiles', ''),
-                          ('memory', 'memory', '.2f'), ('best', 'best', ''), ('seconds', 's', '.2f'),
-                          ('MiB', 'MiB', '.0f')]), '', measured_on(newest).strip(), '']
+             f'format, and is 1. Memory is measured with glibc giving every freed block back. The option "stem once" '
+             f'is `share_stem`. The best points of every network:', '']
+    tables = {(net, layout): load_table(RESULTS, net.name, layout) for net in NETS.values()
+              for layout in layouts(net.name)}
+    missing = [f'{net.name} ({layout})' for (net, layout), rows in tables.items() if rows is None]
+    lines += [*markdown([best_points(net.name, layout, rows) for (net, layout), rows in tables.items() if rows], [
+        ('net', 'network', ''), ('layout', 'memory format', ''), ('plain', 'spiking: time, memory', ''),
+        ('fastest', 'least time', ''), ('smallest', 'least memory', '')]), '',
+        'All options; "best" are those that no other one beats in both:', '']
+    for (net, layout), rows in tables.items():
+        if rows is None:
+            continue
+        newest = runs(name_of(net.name, layout, 'time'))[0]
+        lines += [f'{net.name}, {layout}, {net.batch} images of {net.size} x {net.size}:', '',
+                  *markdown([{**row, 'spread': spread(row)} for row in rows], [
+                      ('step', 'step', ''), ('time', 'time', '.2f'), ('spread', 'quartiles', ''),
+                      ('memory', 'memory', '.2f'), ('best', 'best', ''), ('seconds', 's', '.2f'),
+                      ('MiB', 'MiB', '.0f')]), '', measured_on(newest).strip(), '']
     if missing:
         lines += [f'Not measured yet: {", ".join(missing)}.', '']
-    return [*lines, '`python benchmarks/train_step.py`.']
+    return [*lines, f'`python benchmarks/train_step.py`.{apart(step_ratios())}']
+
+
+def best_points(net: str, layout: str, rows: Sequence[Mapping[str, Any]]) -> Dict[str, str]:
+    """Return a network's points of least time and of least memory, and that without options, as texts."""
+    options = {row['step']: row for row in rows if row['step'] in OPTIONS and not row['step'].startswith(ANN)}
+
+    def text(name: str) -> str:
+        return f'{options[name]["time"]:.2f}, {options[name]["memory"]:.2f}'
+
+    fastest, smallest = (min(options, key=lambda name: options[name][key]) for key in ('time', 'memory'))
+    return dict(net=net, layout=layout, plain=text('spiking'), fastest=f'{text(fastest)} ({fastest})',
+                smallest=f'{text(smallest)} ({smallest})')
+
+
+def step_ratios() -> Iterator[Tuple[float, float]]:
+    """Yield the times beside the ANN in the newest and the previous run of all steps."""
+    for net in NETS.values():
+        for layout in layouts(net.name):
+            file = RESULTS / f'{name_of(net.name, layout, "time")}.json'
+            found = [run['tables']['time'] for run in (json.loads(file.read_text()) if file.is_file() else [])]
+            if len(found) == 2:
+                newest, previous = ({row['variant']: row['median'] / rows[0]['median'] for row in rows[1:]}
+                                    for rows in found)
+                yield from ((ratio, previous[name]) for name, ratio in newest.items() if name in previous)
+
+
+def deploy_ratios() -> Iterator[Tuple[float, float]]:
+    """Yield the times beside the ANN in the newest and the previous run of the deployed networks."""
+    newest, *older = [{(row.get('isa'), row['net'], row['what']): row['time'] for row in run['tables']['times']}
+                      for run in runs('deploy')]
+    for previous in older:
+        yield from ((ratio, previous[key]) for key, ratio in newest.items() if key in previous)
 
 
 def loss() -> List[str]:
@@ -171,7 +209,7 @@ def deployed() -> List[str]:
              f'A forward of the [deployed](deploy.md) model, T = {newest["timesteps"]}, on one thread of {cpu["cpu"]}, '
              f'torch {cpu["torch"]}: 8 images of 112 x 112 for the ResNet-18, 16 of 32 x 32 for the VGG-16. The ANN '
              f'gets T times as many images; in float32, in its faster memory format, it is 1. CPU times, medians of '
-             f'interleaved rounds; the machine was shared. {avx2}:',
+             f'interleaved rounds. {avx2}:',
              '', *markdown(tables['times'], [
                  ('net', 'network', ''), ('isa', 'instructions', ''), ('what', 'model', ''), ('time', 'time', '.2f'),
                  ('low', 'lower quartile', '.2f'), ('high', 'upper quartile', '.2f'), ('ms', 'ms', '.0f')]), '',
@@ -184,7 +222,7 @@ def deployed() -> List[str]:
                   '', *markdown(tables['accuracy'], [
                       ('data', 'data', ''), ('model', 'model', ''), ('T', 'T', ''), ('images', 'images', ''),
                       ('what', 'computed', ''), ('top1', 'top-1', '.2f'), ('agreement', 'agreement, %', '.2f')]), '']
-    return [*lines, '`python benchmarks/deploy.py`.']
+    return [*lines, f'`python benchmarks/deploy.py`.{apart(deploy_ratios())}']
 
 
 def scaling() -> List[str]:
