@@ -37,7 +37,7 @@ def pieces() -> List[Piece]:
              for net in NETS for layout in layouts(net) for part in PARTS]
     return [Piece('neuron', ('neuron.py',)), *steps, Piece('loss', ('loss.py',)),
             *(Piece(f'scaling_{part}', ('scaling.py', '--part', part)) for part in ('time', 'memory')),
-            Piece('deploy', ('deploy.py',))]
+            Piece('first_steps', ('first_steps.py',)), Piece('deploy', ('deploy.py',))]
 
 
 def measured_here(name: str) -> bool:
@@ -225,6 +225,19 @@ def deployed() -> List[str]:
     return [*lines, f'`python benchmarks/deploy.py`.{apart(deploy_ratios())}']
 
 
+def first_steps() -> List[str]:
+    newest = runs('first_steps')[0]
+    return ['## First steps', '',
+            f'From the command to the end of the tenth step, ResNet-18, T = {newest["timesteps"]}, batch '
+            f'{newest["batch_size"]}, {newest["size"]} x {newest["size"]}; "cold" has an empty compile cache, "warm" '
+            f'one that an earlier run has filled. The ANN under `accelerate launch`, on T times as many images, is 1:',
+            '',
+            *markdown([{**row, 'spread': spread(row)} for row in newest['tables']['steps']], [
+                ('what', 'command', ''), ('time', 'time', '.2f'), ('spread', 'quartiles', ''), ('seconds', 's', '.1f'),
+                ('processor_time', 'processor time', '.2f'), ('processor_seconds', 'processor s', '.1f')]), '',
+            f'`python benchmarks/first_steps.py`.{measured_on(newest)}']
+
+
 def scaling() -> List[str]:
     newest = runs('scaling')[0]
     return ['## Growth with T', '',
@@ -239,7 +252,7 @@ def scaling() -> List[str]:
 
 def write_page() -> None:
     lines = ['Medians of interleaved runs, as ratios. Another machine has other ratios.', '']
-    for section in (neuron, train_step, loss, scaling, deployed):
+    for section in (neuron, train_step, loss, first_steps, scaling, deployed):
         lines += [*section(), '']
     write_section(PAGE, BEGIN, END, lines)
     print(f'{PAGE}: tables written')
