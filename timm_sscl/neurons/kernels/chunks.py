@@ -106,7 +106,8 @@ def _rows(value: Any, first: int, count: int) -> Any:
     last = first + count
     rows = value[first // BYTE:-(-last // BYTE)] if value.dtype == torch.uint8 else value[first:last]
     # no view and no offset in a storage: the compiler would guard on the base, and compile again for another offset
-    return from_dlpack(rows.detach()) if rows.is_contiguous() else rows
+    plain = rows.is_contiguous() and rows.device.type in ('cpu', 'cuda')  # DLPack does not know every device
+    return from_dlpack(rows.detach()) if plain else rows
 
 
 def _joined(values: Any) -> Any:
