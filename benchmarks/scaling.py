@@ -67,7 +67,8 @@ def draw(rows: List[Dict[str, Any]], file: str) -> None:
                 points = sorted((r[key], r[value]) for r in rows if r['kind'] == kind and chosen(r) and r[value])
                 axis.plot(*zip(*points), style, label='ANN, as many images' if kind == 'ANN' else kind)
             axis.grid(alpha=.3)
-            axis.set_xticks(sorted({r[key] for r in rows if chosen(r)}))
+            ticks = sorted({r[key] for r in rows if chosen(r)})
+            axis.set_xticks([tick for tick in ticks if tick >= ticks[-1] / 10 or tick == ticks[0]])  # no labels overlap
             if column == 0:
                 axis.set_ylabel(name)
             if row == 1:
