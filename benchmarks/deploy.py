@@ -34,8 +34,7 @@ BITS = 24, 16, 8
 DEPLOYED = 'spiking, deployed, {} bits'
 NETS = {'resnet18': (8, 112), 'vgg16_cifar': (16, 32)}  # model -> images, size
 ISAS = {'all instructions': {}, 'AVX2': dict(ONEDNN_MAX_CPU_ISA='AVX2', ATEN_CPU_CAPABILITY='avx2')}
-DIGITS = ('--dataset digits --img-size 32 --model spiking_vgg16_cifar --model-kwargs width=8 --distill none -T 4 '
-          '-b 64 --opt adamw --lr 0.003 --epochs 10 --workers 0 --device cpu --threads 1').split()
+DIGITS = '--config digits --distill none --device cpu --threads 1 --no-report'.split()
 PROFILED = {'convolutions in int8': ('onednn::qconv', 'onednn::qlinear'), 'neurons': ('CompiledFxGraph', '_LIF'),
             'convolutions in float32': ('mkldnn_convolution',), 'pooling': ('pool',),
             'sums of planes and residuals': ('aten::add',),
@@ -173,7 +172,7 @@ def predict(model: torch.nn.Module, batches: List[torch.Tensor]) -> torch.Tensor
 
 
 def train_digits(folder: str) -> str:
-    """Train a small VGG-16 on the digits, and return the run's folder."""
+    """Train the network of README's first command on the digits, without its teacher. Return the run's folder."""
     script = Path(__file__).resolve().parent.parent / 'train.py'
     subprocess.run([sys.executable, str(script), *DIGITS, '--output', folder], check=True, stdout=subprocess.DEVNULL)
     return str(next(Path(folder).iterdir()))
