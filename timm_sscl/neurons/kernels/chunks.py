@@ -36,7 +36,7 @@ def run_fire_as(
 ) -> torch.Tensor:
     """Return the spikes of `fire_as`."""
     parts, _ = _run_chunks(fire_as, x, gain, timesteps, neuron, dtype)
-    return torch.cat([spikes for spikes, in parts]) if len(parts) > 1 else parts[0][0]
+    return _joined([spikes for spikes, in parts])
 
 
 def run_backward(
@@ -76,7 +76,14 @@ def run_unpack(bits: torch.Tensor, timesteps: int, dtype: torch.dtype) -> torch.
     return _joined(parts)
 
 
-def _run_chunks(kernel: Any, x: torch.Tensor, gain: Optional[torch.Tensor], timesteps: int, neuron: Neuron, *settings):
+def _run_chunks(
+        kernel: Any,
+        x: torch.Tensor,
+        gain: Optional[torch.Tensor],
+        timesteps: int,
+        neuron: Neuron,
+        *settings: Any,
+) -> Tuple[List[Any], List[torch.Tensor]]:
     """Return what a forward kernel returns for every chunk, but for the last potential, and the potentials before the
     second and later ones.
     """
@@ -111,4 +118,5 @@ def _rows(value: Any, first: int, count: int) -> Any:
 
 
 def _joined(values: Any) -> Any:
+    """Return the chunks of an output as one tensor; None if the kernel does not compute it."""
     return None if values[0] is None else values[0] if len(values) == 1 else torch.cat(values)

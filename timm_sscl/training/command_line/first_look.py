@@ -91,18 +91,16 @@ def _check_loss_options(texts: Mapping[str, str], losses: Sequence[str]) -> None
     """Check the names of losses and of their options in --loss-kwargs."""
     for key, text in texts.items():
         name, _, option = key.rpartition('.')
-        written = f'--loss-kwargs {key}={text}'
         if name not in losses:
-            close = closest(name, losses)
-            raise OptionError(f"{written}: there is no loss '{name}'; there are {', '.join(losses)}."
-                              + (f" Did you mean '{close[0]}'?" if close else ''))
+            raise not_registered('loss_kwargs', name, losses)
         try:
             known = loss_arguments(name)
         except LookupError:  # the loss is a function
             continue
         close = closest(option, known)
         if option not in known and close:
-            raise OptionError(f"{written}: loss '{name}' has no option '{option}'. Did you mean '{close[0]}'?")
+            raise OptionError(f"--loss-kwargs {key}={text}: loss '{name}' has no option '{option}'. "
+                              f"Did you mean '{close[0]}'?")
 
 
 def _check_splits(args: argparse.Namespace) -> None:
